@@ -1,0 +1,169 @@
+"""The edge's tasks: the link, the drafting, and coming back after a lost connection."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_delay,
+    stop_never,
+    wait_random_exponential,
+)
+from tenacity.stop import StopBaseT
+
+from edge_client.drafters import Drafter, DraftSequence
+from edge_client.link import Gateway, Link, LinkError
+from edge_client.speculation import Job, Speculation, SpeculationStats
+from vllm_specedge import __version__
+from vllm_specedge.errors import UserError
+from vllm_specedge.frames import PROTOCOL_VERSION, Close, Frame, Hello, Welcome
+
+logger = logging.getLogger("edge_client")
+
+MAX_PAUSE_S = 30.0
+BYE_S = 1.0
+
+
+class _Disconnected(Exception):
+    """A connection that had been admitted was lost: start again, with short pauses first."""
+
+
+@dataclass(slots=True)
+class EdgeClient:
+    """Drafts for one gateway, over one connection at a time."""
+
+    gateway: Gateway
+    drafter: Drafter
+    name: str
+    role: str = "pool"
+    max_requests: int = 8
+    on_change: Callable[[], None] = lambda: None
+    model: str = ""
+    """What the server serves; empty while not connected."""
+    state: str = "connecting"
+    speculation: Speculation = field(init=False)
+    totals: list[SpeculationStats] = field(default_factory=list)
+    _link: Link = field(init=False)
+    _sequences: dict[int, DraftSequence] = field(default_factory=dict)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "draft"))
+
+    def __post_init__(self) -> None:
+        self._renew()
+
+    def _renew(self) -> None:
+        """A new connection starts from nothing: the gateway opens again what this edge is to draft for."""
+        hello = Hello(
+            version=PROTOCOL_VERSION,
+            client=f"edge-client/{__version__}",
+            name=self.name,
+            role=self.role,
+            fingerprint=self.drafter.fingerprint,
+            max_requests=self.max_requests,
+        )
+        self._link = Link(self.gateway, hello, self._on_frame)
+        self.speculation = Speculation(self.drafter.max_context_tokens)
+        self._sequences = {}
+        self.model = ""
+
+    @property
+    def rtt_s(self) -> float | None:
+        return self._link.rtt_s
+
+    async def run(self, wait_s: float) -> None:
+        """Stay connected until cancelled. Raises UserError for what trying again cannot mend.
+
+        A gateway that cannot be reached at first is tried for `wait_s`; one that was reached, for ever.
+        """
+        stop: StopBaseT = stop_after_delay(wait_s)
+        while True:
+            try:
+                await self._connect(stop)
+            except _Disconnected as error:
+                logger.warning("Connection lost: %s", error)
+                self._change("reconnecting")
+                stop = stop_never
+
+    async def _connect(self, stop: StopBaseT) -> None:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(LinkError),
+            wait=wait_random_exponential(multiplier=0.5, max=MAX_PAUSE_S),
+            stop=stop,
+            before_sleep=self._before_sleep,
+            reraise=True,
+        )
+        try:
+            await retrying(self._run_once)
+        except LinkError as error:
+            raise UserError(f"The gateway at {self.gateway.url} cannot be used: {error}.") from None
+
+    def _before_sleep(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        logger.warning("Not connected: %s", error)
+
+    async def _run_once(self) -> None:
+        self._renew()
+        drafting = asyncio.create_task(self._draft())
+        linking = asyncio.create_task(self._link.run())
+        try:
+            done, _ = await asyncio.wait({drafting, linking}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except LinkError as error:
+            if self.model:
+                raise _Disconnected(str(error)) from error
+            raise
+        except asyncio.CancelledError:
+            await self._say_bye(linking)
+            raise
+        finally:
+            self.totals.append(self.speculation.stats)
+            drafting.cancel()
+            linking.cancel()
+            await asyncio.gather(drafting, linking, return_exceptions=True)
+
+    async def _say_bye(self, linking: "asyncio.Task[None]") -> None:
+        if self.model:
+            self._link.close()
+            await asyncio.wait({linking}, timeout=BYE_S)
+
+    def _on_frame(self, frame: Frame) -> None:
+        if isinstance(frame, Welcome):
+            self.model = frame.model
+            self._change("connected")
+            return
+        for answer in self.speculation.receive(frame):
+            self._link.send(answer)
+        if isinstance(frame, Close):
+            self._sequences.pop(frame.request, None)
+        self._wake.set()
+
+    def _change(self, state: str) -> None:
+        self.state = state
+        self.on_change()
+
+    async def _draft(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            job = self.speculation.next_job()
+            if job is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            sequence = self._sequences.get(job.request)
+            if sequence is None:
+                sequence = self._sequences[job.request] = self.drafter.open()
+            token = await loop.run_in_executor(self._executor, _run, sequence, job)
+            for frame in self.speculation.drafted(job, token):
+                self._link.send(frame)
+
+
+def _run(sequence: DraftSequence, job: Job) -> int | None:
+    """One forward pass, in the drafting thread."""
+    sequence.truncate(job.keep)
+    return sequence.extend(job.tokens)

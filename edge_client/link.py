@@ -1,0 +1,177 @@
+"""One outgoing HTTP/2 connection to a gateway: endless GET down, endless POST up (docs/protocol.md)."""
+
+import asyncio
+import ssl
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import httpx2 as httpx
+
+from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
+from vllm_specedge.frames import (
+    MEDIA_TYPE,
+    Bye,
+    Frame,
+    Greet,
+    Hello,
+    Ping,
+    Pong,
+    Welcome,
+)
+from vllm_specedge.session import Role, Session, State
+
+CONNECT_TIMEOUT_S = 10.0
+SILENCE_HEARTBEATS = 3
+FIRST_SILENCE_S = 15.0
+MAX_QUEUED_BYTES = 1 << 20
+
+
+class LinkError(Exception):
+    """The connection ended; a new one may do better."""
+
+
+@dataclass(slots=True)
+class Gateway:
+    """Where to connect and what to show there."""
+
+    url: str
+    token: str = ""
+    ca_file: str = ""
+
+    def client(self) -> httpx.AsyncClient:
+        headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
+        try:
+            context = ssl.create_default_context(cafile=self.ca_file or None)
+        except (OSError, ssl.SSLError) as error:
+            raise UserError(f"The CA file {self.ca_file} cannot be used: {error}.") from None
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            http1=False,
+            http2=True,
+            verify=context,
+            trust_env=False,
+            timeout=httpx.Timeout(CONNECT_TIMEOUT_S, read=FIRST_SILENCE_S, pool=None),
+            limits=httpx.Limits(max_connections=1),
+        )
+
+
+@dataclass(slots=True)
+class Link:
+    """One connection, from Hello to Bye. `on_frame` gets every frame but the heartbeats."""
+
+    gateway: Gateway
+    hello: Hello
+    on_frame: Callable[[Frame], None]
+    rtt_s: float | None = None
+    session: Session = field(default_factory=lambda: Session(Role.EDGE))
+    dropped_frames: int = 0
+    _outbox: deque[bytes] = field(default_factory=deque)
+    _queued_bytes: int = 0
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _heartbeat_s: float = FIRST_SILENCE_S / SILENCE_HEARTBEATS
+
+    def send(self, frame: Frame) -> None:
+        """Queue a frame. One that finds the queue full is dropped: the link is too slow for it to be of use."""
+        if self._queued_bytes > MAX_QUEUED_BYTES:
+            self.dropped_frames += 1
+            return
+        data = self.session.send(frame)
+        self._outbox.append(data)
+        self._queued_bytes += len(data)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Stay connected. Raises LinkError when that ends, UserError when trying again cannot help."""
+        try:
+            async with self.gateway.client() as client, client.stream("GET", "/edge/v1/down") as response:
+                await self._check(response)
+                await self._talk(client, response)
+        except RemoteProtocolError as error:
+            raise LinkError(f"the gateway broke the protocol: {error}") from error
+        except httpx.UnsupportedProtocol:
+            raise UserError(f"'{self.gateway.url}' is no gateway URL: it starts with http:// or https://.") from None
+        except TimeoutError as error:
+            raise LinkError("nothing was heard from the gateway for too long") from error
+        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+            raise LinkError(str(error) or type(error).__name__) from error
+        raise LinkError("the gateway ended the connection")
+
+    async def _check(self, response: httpx.Response) -> None:
+        if response.status_code in (401, 403):
+            raise UserError(
+                "The gateway refused this token: ask its operator for one, and name its file with --token-file."
+            )
+        if response.status_code == 503:
+            raise LinkError("the gateway has too many connections")
+        if response.status_code != 200 or response.headers.get("content-type") != MEDIA_TYPE:
+            raise UserError(f"There is no edge gateway at {self.gateway.url} (it answered {response.status_code}).")
+
+    async def _talk(self, client: httpx.AsyncClient, response: httpx.Response) -> None:
+        tasks: list[asyncio.Task[None]] = [asyncio.create_task(self._ping())]
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(FIRST_SILENCE_S) as silence:
+                async for chunk in response.aiter_raw():
+                    for frame in self.session.receive(chunk):
+                        if isinstance(frame, Greet):
+                            tasks.append(asyncio.create_task(self._uplink(client, frame)))
+                        else:
+                            self._take(frame)
+                    silence.reschedule(loop.time() + SILENCE_HEARTBEATS * self._heartbeat_s)
+        finally:
+            # httpx does not notice a dead peer on the uplink by itself.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _uplink(self, client: httpx.AsyncClient, greet: Greet) -> None:
+        self.send(self.hello)
+        headers = {"x-specedge-connection": greet.connection, "content-type": MEDIA_TYPE}
+        await client.post("/edge/v1/up", content=self._body(), headers=headers)
+
+    async def _body(self) -> AsyncIterator[bytes]:
+        while True:
+            while self._outbox:
+                data = b"".join(self._outbox)
+                self._outbox.clear()
+                self._queued_bytes = 0
+                yield data
+            if self.session.state is State.CLOSED:
+                return
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _take(self, frame: Frame) -> None:
+        match frame:
+            case Bye():
+                if frame.code >= ByeCode.PROTOCOL:  # from there on a retry cannot help
+                    raise UserError(frame.text)
+                raise LinkError(frame.text)
+            case Pong():
+                self.rtt_s = (_stamp_us() - frame.stamp) % 2**32 / 1e6
+            case Ping():
+                self.send(Pong(frame.stamp))
+            case Welcome():
+                self._heartbeat_s = frame.heartbeat_ms / 1000
+                self.on_frame(frame)
+            case _:
+                self.on_frame(frame)
+
+    async def _ping(self) -> None:
+        """Ping every heartbeat: the gateway answers, so that each side hears from the other."""
+        while True:
+            if self.session.state is State.LIVE:
+                self.send(Ping(_stamp_us()))
+            await asyncio.sleep(self._heartbeat_s)
+
+    def close(self) -> None:
+        """Say Bye, so that the gateway gives this edge's requests to others at once."""
+        if self.session.state is not State.CLOSED:
+            self.send(Bye(ByeCode.GOING_AWAY, "the edge is stopping"))
+
+
+def _stamp_us() -> int:
+    return int(time.monotonic() * 1e6) % 2**32

@@ -1,0 +1,88 @@
+"""Every vLLM name that this package relies on, checked when an engine starts: a missing one turns drafts off."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+TESTED_VERSIONS = ("0.32.", "0.33.")
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """`path` (module:qualified.name) must exist and, if it is a function, take `parameters`."""
+
+    path: str
+    parameters: tuple[str, ...] = ()
+
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+HOOKS = (
+    Hook(f"{_SCHEDULER}.schedule", ("throttle_prefills",)),
+    Hook(f"{_SCHEDULER}.update_from_output", ("scheduler_output", "model_runner_output")),
+    Hook(f"{_SCHEDULER}.update_draft_token_ids", ("draft_token_ids",)),
+    Hook(f"{_SCHEDULER}.add_request", ("request",)),
+    Hook(f"{_SCHEDULER}._free_request", ("request", "delay_free_blocks")),
+    Hook(f"{_SCHEDULER}.has_requests"),
+    Hook(f"{_SCHEDULER}.shutdown"),
+    Hook("vllm.v1.core.sched.interface:PauseState.UNPAUSED"),
+    Hook("vllm.v1.engine:EngineCoreRequestType.WAKEUP"),
+    Hook("vllm.v1.outputs:DraftTokenIds", ("req_ids", "draft_token_ids")),
+    Hook("vllm.v1.request:RequestStatus.RUNNING"),
+    Hook("vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer", ("vllm_config",)),
+)
+SOURCES = (
+    ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "next_decode_eligible_step"),
+    ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "spec_token_ids"),
+    ("vllm.v1.request:Request.__init__", "next_decode_eligible_step"),
+    ("vllm.v1.engine.core:EngineCoreProc.__init__", "input_queue"),
+)
+"""Functions that must still mention a name: where vLLM offers an attribute rather than a method to rely on."""
+
+
+def _resolve(path: str) -> object:
+    module, _, name = path.partition(":")
+    value: object = importlib.import_module(module)
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _problem(hook: Hook) -> str | None:
+    try:
+        value = _resolve(hook.path)
+    except (ImportError, AttributeError):
+        return f"{hook.path} is missing"
+    if not hook.parameters:
+        return None
+    missing = set(hook.parameters) - set(inspect.signature(value).parameters)  # type: ignore[arg-type]
+    return f"{hook.path} does not take {', '.join(sorted(missing))}" if missing else None
+
+
+def _source_problem(path: str, name: str) -> str | None:
+    try:
+        return None if name in inspect.getsource(_resolve(path)) else f"{path} knows no {name}"  # type: ignore[arg-type]
+    except (ImportError, AttributeError, OSError, TypeError):
+        return f"{path} is missing"
+
+
+def problems() -> list[str]:
+    """What stands between this package and the vLLM that is installed; empty when nothing does."""
+    import vllm
+
+    found = [_problem(hook) for hook in HOOKS] + [_source_problem(path, name) for path, name in SOURCES]
+    if not vllm.__version__.startswith(TESTED_VERSIONS):
+        found.append(f"vLLM {vllm.__version__} has not been tried ({', '.join(v + 'x' for v in TESTED_VERSIONS)} have)")
+    return [problem for problem in found if problem is not None]
+
+
+def report(print_line: Callable[[str], None]) -> list[str]:
+    """Check, and say so a line each."""
+    import vllm
+
+    print_line(f"vLLM {vllm.__version__}")
+    found = problems()
+    for problem in found:
+        print_line(f"problem: {problem}")
+    print_line("Edges cannot be used with it." if found else f"All {len(HOOKS) + len(SOURCES)} hooks are there.")
+    return found

@@ -1,0 +1,23 @@
+"""The worker extension that takes the local proposer's place in vLLM's worker."""
+
+from typing import Any
+
+
+class EdgeProposer:
+    """Drafts nothing: drafts come over the network and are attached in the scheduler, which knows requests.
+
+    vLLM builds it by path (method "custom_class", v1/spec_decode/custom_class_proposer.py)
+    and calls `propose` after every step, on every tensor-parallel rank.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        del vllm_config
+
+    def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        """One list of draft tokens a batch row: none."""
+        del args, kwargs
+        return [[] for _ in sampled_token_ids]
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """The CPU worker calls this without asking (v1/worker/cpu_model_runner.py); there is no model."""
+        del args, kwargs

@@ -1,0 +1,247 @@
+"""vLLM's scheduler with drafts from the network: attaches them, holds requests for them, publishes what was decided.
+
+Rule 1: vLLM's own scheduler does all scheduling; this one adds draft tokens before a step and reads tokens after it.
+Rule 2: nothing here may raise into the engine. Whatever goes wrong in drafting turns drafting off, with a log line.
+Rule 3: while every request waits for a draft, the engine's loop sleeps ("parked") and is woken by the link.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_specedge.adapter import hooks
+from vllm_specedge.adapter.start import engine_options, start_link
+from vllm_specedge.book import DraftBook, Plan, Row
+from vllm_specedge.frames import Bye, Frame
+from vllm_specedge.metrics import engine_values
+from vllm_specedge.policy import HoldLimits
+
+logger = init_logger("vllm.specedge.scheduler")
+
+_ENGINE_FRAMES = 12
+_BLOCK_S = 0.002
+
+
+class EdgeScheduler(Scheduler):
+    """`--scheduler-cls vllm_specedge.adapter.scheduler.EdgeScheduler`; `--speculative-config edge` sets it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._engine = _find_engine()
+        self._is_parked = False
+        self._arrived = threading.Event()
+        self._step_started_s = 0.0
+        self._verifying: dict[str, list[int]] = {}
+        self._is_drafting = False
+        self._link = None
+        self._process = None
+        problems = hooks.problems()
+        if problems:
+            logger.warning("Serving without edge drafts: %s", "; ".join(problems))
+            return
+        options = engine_options(self.vllm_config)
+        self.book = DraftBook(
+            vocab_size=self.vllm_config.model_config.get_vocab_size(),
+            max_draft=self.num_spec_tokens,
+            limits=HoldLimits(hold_limit_s=options.hold_limit_ms / 1000),
+        )
+        tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
+        self._link, self._process = start_link(
+            self.vllm_config, options, tokenizer, wake=self._wake, stats=lambda: engine_values(self.book.counters)
+        )
+        self._is_drafting = self._link is not None
+
+    # -- what vLLM calls -------------------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self._is_parked = False
+        self._step_started_s = time.monotonic()
+        self._guarded(self._attach)
+        # At 0 the waiting loop pads no request with -1 drafts, which vLLM's CPU kernels take for tokens.
+        num_spec_tokens, self.num_spec_tokens = self.num_spec_tokens, 0
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self.num_spec_tokens = num_spec_tokens
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        self._verifying = scheduler_output.scheduled_spec_decode_tokens
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._guarded(lambda: self._publish(scheduler_output.num_scheduled_tokens))
+        self._verifying = {}
+        return outputs
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """What the worker's proposer returns is not ours: near max_model_len vLLM makes it zeros."""
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        self._guarded(lambda: self._open(request))
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._guarded(lambda: self._close(request))
+        return super()._free_request(request, *args, **kwargs)
+
+    def has_requests(self) -> bool:
+        return super().has_requests() and not self._guarded(self._park)
+
+    def shutdown(self) -> None:
+        if self._link is not None:
+            self._link.stop()
+        if self._process is not None:
+            self._process.stop()
+        super().shutdown()
+
+    # -- before a step ---------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        plan = self._plan()
+        if plan.holds and not plan.drafts and len(plan.holds) == len(self.running) and self._must_block():
+            plan = self._block(min(plan.holds.values()))
+        for request in self.running:
+            is_held = request.request_id in plan.holds
+            # schedule() adds one to current_step before it compares, so + 2 skips exactly the coming step.
+            request.next_decode_eligible_step = self.current_step + 2 if is_held else 0
+        if plan.drafts:
+            drafts = DraftTokenIds(list(plan.drafts), list(plan.drafts.values()))
+            super().update_draft_token_ids(drafts)
+
+    def _plan(self) -> Plan:
+        self._take_in()
+        if not len(self.book):
+            return Plan()
+        return self.book.plan(self._rows(), time.monotonic())
+
+    def _rows(self) -> Iterator[Row]:
+        for request in self.running:
+            if request.status != RequestStatus.RUNNING or request.num_computed_tokens != request.num_tokens - 1:
+                continue
+            left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens)
+            yield Row(request.request_id, left - 1)
+
+    def _take_in(self) -> None:
+        inbox = self._link.inbox
+        self._arrived.clear()
+        while inbox:
+            arrived_s, frame = inbox.popleft()
+            if isinstance(frame, Bye):
+                self.book.lost_gateway()
+            else:
+                self._send(self.book.receive(frame, arrived_s))
+
+    # -- after a step ----------------------------------------------------------------------------------------------
+
+    def _publish(self, num_scheduled_tokens: dict[str, int]) -> None:
+        now_s = time.monotonic()
+        max_decode = self.num_spec_tokens + 1
+        if num_scheduled_tokens and all(num <= max_decode for num in num_scheduled_tokens.values()):
+            self.book.step_s.observe(now_s - self._step_started_s)
+        frames: list[Frame] = []
+        for request_id in num_scheduled_tokens:
+            frames += self._commit(request_id, now_s)
+        self._send(frames)
+
+    def _commit(self, request_id: str, now_s: float) -> list[Frame]:
+        return self.book.commit(request_id, len(self._verifying.get(request_id, ())), now_s)
+
+    def _open(self, request: Request) -> None:
+        parameters = request.sampling_params
+        is_text = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.mm_features
+        if parameters is None or not is_text or request.resumable or request.request_id not in self.requests:
+            return
+        session = (parameters.extra_args or {}).get("specedge", "")
+        tokens = request.all_token_ids
+        self._send(self.book.open(request.request_id, tokens, session if isinstance(session, str) else ""))
+
+    def _close(self, request: Request) -> None:
+        last = self._commit(request.request_id, time.monotonic())
+        self._send([*last, *self.book.close(request.request_id)])
+
+    def _send(self, frames: list[Frame]) -> None:
+        if frames:
+            self._link.send(frames)
+
+    # -- waiting ---------------------------------------------------------------------------------------------------
+
+    def _park(self) -> bool:
+        """Whether there is nothing to do but wait for drafts; if so, the link wakes the engine in time.
+
+        False from this method while parked flags are set is harmless: the engine runs a step. True must mean that a
+        wake-up is certain, and that vLLM has nothing of its own to do (see docs/design.md, "Parking").
+        """
+        engine = self._engine
+        if engine is None or not self.book.num_edges or not self.running:
+            return False
+        num_waiting = len(self.waiting) + len(self.kv_holding_waiting) + len(self.deferred_waiting)
+        if num_waiting or self.finished_req_ids or self.connector is not None or self.ec_connector is not None:
+            return False
+        if self.pause_state != PauseState.UNPAUSED or not engine.is_running():
+            return False
+        plan = self._plan()
+        if plan.drafts or len(plan.holds) != len(self.running):
+            return False
+        self._link.wake_at(min(plan.holds.values()))
+        # Set before the inbox is looked at for the last time: the link appends before it looks at the flag.
+        self._is_parked = True
+        if self._link.inbox:
+            self._is_parked = False
+        return self._is_parked
+
+    def _wake(self) -> None:
+        """Called by the link's thread."""
+        self._arrived.set()
+        if self._is_parked and self._engine is not None:
+            self._is_parked = False
+            self._engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+    def _must_block(self) -> bool:
+        """An engine inside of the caller's process (LLM without multiprocessing) has no loop that could sleep."""
+        return self._engine is None and not self.waiting
+
+    def _block(self, until_s: float) -> Plan:
+        plan = self._plan()
+        while plan.holds and not plan.drafts:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0 or not self._arrived.wait(min(left_s, _BLOCK_S)):
+                break
+            plan = self._plan()
+        return plan
+
+    # -- the outermost edge ----------------------------------------------------------------------------------------
+
+    def _guarded(self, act: Callable[[], Any]) -> Any:
+        if not self._is_drafting:
+            return None
+        try:
+            return act()
+        except Exception:
+            logger.exception("Edge drafting failed and is off; serving goes on without it")
+            self._is_drafting = self._is_parked = False
+            for request in self.running:
+                request.next_decode_eligible_step = 0
+                request.spec_token_ids = []
+            return None
+
+
+def _find_engine() -> Any:
+    """The EngineCoreProc that is building this scheduler, or None in a process without a busy loop.
+
+    vLLM gives a scheduler no reference to its engine; it is the caller a few frames up (v1/engine/core.py, __init__).
+    """
+    for depth in range(1, _ENGINE_FRAMES):
+        try:
+            owner = sys._getframe(depth).f_locals.get("self")
+        except ValueError:
+            return None
+        if hasattr(owner, "input_queue") and hasattr(owner, "model_executor"):
+            return owner
+    return None

@@ -1,0 +1,58 @@
+"""What an engine starts: its link to a gateway, and the gateway itself unless one runs already."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_specedge.config import EdgeOptions, parse_options
+from vllm_specedge.fingerprint import vocabulary_fingerprint
+from vllm_specedge.frames import MAX_TEXT_BYTES, PROTOCOL_VERSION, EngineHello
+from vllm_specedge.link import EngineLink
+from vllm_specedge.supervisor import GatewayProcess
+
+logger = logging.getLogger("vllm.specedge.start")
+
+ENDPOINT_VARIABLE = "SPECEDGE_ENDPOINT"
+"""Where the engines of one `vllm serve` meet their gateway; set by the front end, inherited by its engines."""
+
+
+def new_endpoint() -> str:
+    """A socket that only this user can reach."""
+    return f"ipc://{Path(tempfile.mkdtemp(prefix='specedge-')) / 'engines'}"
+
+
+def engine_options(vllm_config: Any) -> EdgeOptions:
+    """Our options, as the front end put them into additional_config; the defaults if it put none."""
+    values = (vllm_config.additional_config or {}).get("specedge", {})
+    return parse_options(values)
+
+
+def start_link(
+    vllm_config: Any,
+    options: EdgeOptions,
+    tokenizer: Any,
+    wake: Callable[[], None],
+    stats: Callable[[], tuple[int, ...]],
+) -> tuple[EngineLink | None, GatewayProcess | None]:
+    """Start the link and, on the first data-parallel rank, the gateway."""
+    model = vllm_config.model_config
+    name = model.served_model_name or model.model
+    name = name[0] if isinstance(name, list) else name
+    hello = EngineHello(
+        version=PROTOCOL_VERSION,
+        model=name.encode()[-MAX_TEXT_BYTES:].decode(errors="ignore"),
+        fingerprint=vocabulary_fingerprint(tokenizer.get_vocab()) if tokenizer is not None else "unknown",
+        vocab_size=model.get_vocab_size(),
+    )
+    endpoint = options.gateway or os.environ.get(ENDPOINT_VARIABLE) or new_endpoint()
+    is_first = vllm_config.parallel_config.data_parallel_index == 0
+    process = None
+    if is_first and not options.gateway:
+        process = GatewayProcess(options, endpoint)
+        process.start()
+    link = EngineLink(endpoint, hello, wake, stats)
+    link.start()
+    return link, process

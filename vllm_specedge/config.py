@@ -1,0 +1,91 @@
+"""What an operator can set, each option documented where it is defined. Unknown keys are errors."""
+
+import ipaddress
+from collections.abc import Mapping
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_specedge.errors import UserError
+
+DEFAULT_SPEC_TOKENS = 5
+MAX_SPEC_TOKENS = 128
+"""vLLM's rejection sampler takes no longer draft (v1/sample/rejection_sampler.py, MAX_SPEC_LEN)."""
+
+
+class EdgeOptions(BaseModel):
+    """The keys beside `method` and `num_speculative_tokens` in `--speculative-config '{"method": "edge", ...}'`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    listen: str = "127.0.0.1:8100"
+    """Where the gateway that this engine starts takes edges, HOST:PORT."""
+    gateway: str = ""
+    """Use a gateway that runs already: its engine endpoint, `ipc:///...` or `tcp://127.0.0.1:...`."""
+    tokens_file: str = ""
+    """Who may connect; `vllm-specedge token issue` makes it. Without it any edge may, on loopback only."""
+    tls_cert: str = ""
+    """PEM certificate chain of the gateway; with it, only TLS is spoken."""
+    tls_key: str = ""
+    """Its private key, PEM in PKCS#8 form."""
+    insecure: bool = False
+    """Listen beyond loopback without TLS or without tokens. For closed networks only."""
+    hold_limit_ms: int = Field(100, ge=0, le=10_000)
+    """Never hold a request for its draft longer than this; 0: never hold."""
+    credit_tokens: int = Field(0, ge=0, le=1024)
+    """How far past the last commit an edge may draft; 0: as far as one step verifies."""
+    max_edges: int = Field(256, ge=1, le=100_000)
+    max_requests_per_edge: int = Field(32, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        host, _ = split_address(self.listen)
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key go together: give both or neither")
+        if (
+            not self.gateway
+            and not is_loopback(host)
+            and not self.insecure
+            and not (self.tls_cert and self.tokens_file)
+        ):
+            raise ValueError(
+                f"listening on {host} needs tls_cert, tls_key and tokens_file, or insecure on a closed network"
+            )
+        if self.gateway and not self.gateway.startswith(("ipc://", "tcp://")):
+            raise ValueError("gateway is an endpoint such as ipc:///run/specedge.sock or tcp://127.0.0.1:8101")
+        return self
+
+
+def parse_options(values: Mapping[str, object]) -> EdgeOptions:
+    """Check an operator's options. Raises UserError with one sentence that says what to change."""
+    try:
+        return EdgeOptions.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(
+            "; ".join(_sentence(entry["loc"], entry["type"], entry["msg"]) for entry in error.errors())
+        ) from None
+
+
+def _sentence(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    key = ".".join(map(str, location))
+    if kind == "extra_forbidden":
+        return f"edge drafting has no option '{key:.50}'; it has {', '.join(EdgeOptions.model_fields)}"
+    text = message.removeprefix("Value error, ")
+    return f"option '{key}': {text[0].lower()}{text[1:]}" if key else text
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """HOST:PORT, [IPv6]:PORT. Raises ValueError with a sentence."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"'{address}' is not HOST:PORT, such as 127.0.0.1:8100")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,308 @@
+"""The wire vocabulary: what edge, gateway and engine say to each other, and nothing else (docs/protocol.md).
+
+Rule 1: a frame states facts (which tokens, at which position); whatever follows from them is computed by who needs it.
+Rule 2: on the wire a frame is a 16-bit big-endian byte count, then a msgpack array of its code and its fields.
+Rule 3: `decode` takes exactly what `encode` makes; anything else is a RemoteProtocolError, whatever the bytes.
+Invariant: no input makes a reader hold more than `MAX_FRAME_BYTES` or allocate more than a small multiple of it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import msgpack
+
+from vllm_specedge.errors import RemoteProtocolError
+
+PROTOCOL_VERSION = 1
+MEDIA_TYPE = "application/vnd.specedge.frames"
+
+MAX_TOKENS_PER_FRAME = 1024
+"""A longer run of tokens (a prompt) travels as several Commit frames, so that no frame holds up those behind it."""
+MAX_FRAME_BYTES = 8192
+"""Holds MAX_TOKENS_PER_FRAME ids of 5 bytes and every other field at its largest."""
+MAX_TEXT_BYTES = 512
+MAX_UINT32 = 2**32 - 1
+_LENGTH_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Greet:
+    """Gateway to edge, first: the key that ties the uplink to this downlink, and the gateway's protocol version."""
+
+    CODE: ClassVar[int] = 1
+    connection: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Edge to gateway, first: who it is and what it can draft for."""
+
+    CODE: ClassVar[int] = 2
+    version: int
+    client: str
+    name: str
+    role: str
+    fingerprint: str
+    """Of the draft's tokenizer (`fingerprint.py`); empty for a drafter that needs none, such as n-grams."""
+    max_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Gateway to edge: admitted. `session` is what a request names to be drafted for by this edge alone."""
+
+    CODE: ClassVar[int] = 3
+    session: str
+    model: str
+    vocab_size: int
+    heartbeat_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A request begins (engine to gateway) or is yours to draft for (gateway to edge).
+
+    Its first `num_tokens` token ids follow as Commits from position 0. At most `max_draft` draft tokens are verified
+    at once; a proposal may end at most `credit` tokens past the last commit. `session` is empty for a pooled request.
+    """
+
+    CODE: ClassVar[int] = 4
+    request: int
+    num_tokens: int
+    max_draft: int
+    credit: int
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The tokens at positions base, base + 1, ... are decided: prompt, or chosen by the target."""
+
+    CODE: ClassVar[int] = 5
+    request: int
+    base: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """No more about this request, in either direction. `reason` is a CloseReason."""
+
+    CODE: ClassVar[int] = 6
+    request: int
+    reason: int
+
+
+class CloseReason:
+    """Values of `Close.reason`; a receiver treats those it does not know as FINISHED."""
+
+    FINISHED = 0
+    DECLINED = 1
+    GAP = 2
+    MOVED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """Draft tokens for positions base, base + 1, ...; no tokens: nothing to say for `base`, do not wait.
+
+    A trunk (`branch` false) replaces what this edge proposed from `base` on; a branch leaves the trunk at `base`.
+    """
+
+    CODE: ClassVar[int] = 7
+    request: int
+    base: int
+    tokens: tuple[int, ...]
+    branch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Either side, any time once live: answer with a Pong of the same stamp."""
+
+    CODE: ClassVar[int] = 8
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The answer to a Ping."""
+
+    CODE: ClassVar[int] = 9
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The last frame of a connection: why (an errors.ByeCode), and a sentence for a person."""
+
+    CODE: ClassVar[int] = 10
+    code: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHello:
+    """Engine to gateway, first and after every Bye: the model it serves."""
+
+    CODE: ClassVar[int] = 32
+    version: int
+    model: str
+    fingerprint: str
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineWelcome:
+    """Gateway to engine: known now; open your requests (again) when there are edges."""
+
+    CODE: ClassVar[int] = 33
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """Gateway to engine: so many edges could draft for you. At 0 nothing need be published."""
+
+    CODE: ClassVar[int] = 34
+    num_edges: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Gateway to engine: an edge drafts for this request (`active`), or none does any more."""
+
+    CODE: ClassVar[int] = 35
+    request: int
+    active: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Engine to gateway, now and then: its counters since it started, in the order of metrics.ENGINE_COUNTERS."""
+
+    CODE: ClassVar[int] = 36
+    values: tuple[int, ...]
+
+
+Frame: TypeAlias = (
+    Greet
+    | Hello
+    | Welcome
+    | Open
+    | Commit
+    | Close
+    | Propose
+    | Ping
+    | Pong
+    | Bye
+    | EngineHello
+    | EngineWelcome
+    | Edges
+    | Assign
+    | Stats
+)
+
+
+def _is_uint(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_UINT32
+
+
+def _is_text(value: object) -> bool:
+    return type(value) is str and len(value.encode("utf-8", "surrogatepass")) <= MAX_TEXT_BYTES
+
+
+def _is_bool(value: object) -> bool:
+    return type(value) is bool
+
+
+def _is_uints(value: object) -> bool:
+    return type(value) is tuple and len(value) <= MAX_TOKENS_PER_FRAME and all(map(_is_uint, value))
+
+
+_CHECKS: dict[object, Callable[[object], bool]] = {
+    int: _is_uint,
+    str: _is_text,
+    bool: _is_bool,
+    tuple[int, ...]: _is_uints,
+}
+_BY_CODE: dict[int, type[Frame]] = {cls.CODE: cls for cls in Frame.__args__}
+_FIELDS: dict[type[Frame], list[tuple[str, Callable[[object], bool]]]] = {
+    cls: [(field.name, _CHECKS[field.type]) for field in dataclasses.fields(cls)] for cls in _BY_CODE.values()
+}
+
+
+def encode(frame: Frame) -> bytes:
+    """One frame as bytes, length first. Raises ValueError for a field out of bounds: a bug of the caller's."""
+    fields = _FIELDS[type(frame)]
+    body: list[object] = [frame.CODE]
+    for name, is_valid in fields:
+        value = getattr(frame, name)
+        if not is_valid(value):
+            raise ValueError(f"{type(frame).__name__}.{name} cannot be {value!r:.100}")
+        body.append(value)
+    packed: bytes = msgpack.packb(body, unicode_errors="strict")
+    return len(packed).to_bytes(_LENGTH_BYTES, "big") + packed
+
+
+def decode(body: bytes) -> Frame:
+    """One frame from its bytes without the length. Raises RemoteProtocolError for all that `encode` cannot make."""
+    try:
+        # max_array_len bounds what a few bytes of nested array headers can make msgpack allocate.
+        values = msgpack.unpackb(
+            body,
+            use_list=False,
+            strict_map_key=True,
+            max_array_len=MAX_TOKENS_PER_FRAME,
+            max_str_len=MAX_TEXT_BYTES,
+            max_bin_len=0,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise RemoteProtocolError(f"not a msgpack frame: {error!s:.100}") from error
+    if type(values) is not tuple or not values or type(values[0]) is not int:
+        raise RemoteProtocolError("a frame is an array that starts with its code")
+    cls = _BY_CODE.get(values[0])
+    if cls is None:
+        raise RemoteProtocolError(f"unknown frame code {values[0]}")
+    fields = _FIELDS[cls]
+    if len(values) != len(fields) + 1:
+        raise RemoteProtocolError(f"{cls.__name__} has {len(fields)} fields, not {len(values) - 1}")
+    for (name, is_valid), value in zip(fields, values[1:], strict=True):
+        if not is_valid(value):
+            raise RemoteProtocolError(f"{cls.__name__}.{name} is out of bounds or of the wrong type")
+    return cls(*values[1:])
+
+
+class FrameReader:
+    """Bytes in, frames out, however the bytes are cut."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """The frames that are whole now. Raises RemoteProtocolError; the reader is of no use after that."""
+        self._buffer += data
+        frames: list[Frame] = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH_BYTES:
+            num_bytes = int.from_bytes(self._buffer[start : start + _LENGTH_BYTES], "big")
+            if num_bytes > MAX_FRAME_BYTES:
+                raise RemoteProtocolError(f"a frame of {num_bytes} bytes is over the limit of {MAX_FRAME_BYTES}")
+            end = start + _LENGTH_BYTES + num_bytes
+            if len(self._buffer) < end:
+                break
+            frames.append(decode(bytes(self._buffer[start + _LENGTH_BYTES : end])))
+            start = end
+        del self._buffer[:start]
+        return frames
+
+
+def commits(request: int, base: int, tokens: Sequence[int]) -> Iterator[Commit]:
+    """A run of tokens of any length as Commits that each fit a frame."""
+    for start in range(0, len(tokens), MAX_TOKENS_PER_FRAME):
+        yield Commit(request, base + start, tuple(tokens[start : start + MAX_TOKENS_PER_FRAME]))

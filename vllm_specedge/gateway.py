@@ -1,0 +1,334 @@
+"""The gateway process: HTTP/2 to the edges, ZeroMQ to the engines, the Router in between.
+
+This file moves bytes and minds deadlines; it decides nothing about drafts. One GET (downlink) and one POST (uplink)
+make an edge's connection, each endless, on any ASGI server that speaks HTTP/2 (docs/protocol.md).
+"""
+
+import asyncio
+import logging
+import secrets
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings, HTTP2Settings
+from granian.server.embed import Server
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
+
+from vllm_specedge import __version__
+from vllm_specedge.config import EdgeOptions, split_address
+from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
+from vllm_specedge.frames import (
+    MEDIA_TYPE,
+    PROTOCOL_VERSION,
+    Bye,
+    Frame,
+    FrameReader,
+    Greet,
+    Hello,
+    encode,
+)
+from vllm_specedge.metrics import RouterCollector
+from vllm_specedge.router import ROLES, Effect, Router, RouterLimits, ToEdge
+from vllm_specedge.session import Role, Session, State
+from vllm_specedge.tokens import TokenFile
+
+logger = logging.getLogger("vllm_specedge.gateway")
+
+MAX_QUEUED_BYTES = 1 << 20
+"""An edge that lets more than this pile up is closed. Room for a context of a quarter of a million tokens."""
+MAX_HANDSHAKE_S = 10.0
+DEAD_HEARTBEATS = 3
+ENGINE_DEAD_S = 15.0
+MAX_UNFINISHED_CONNECTIONS = 64
+"""Beyond max_edges, so many connections may be shaking hands or being turned away."""
+
+
+@dataclass(slots=True)
+class Connection:
+    """One edge's two streams."""
+
+    id: int
+    key: str
+    roles: frozenset[str]
+    heard_s: float
+    session: Session = field(default_factory=lambda: Session(Role.GATEWAY))
+    outbox: deque[bytes] = field(default_factory=deque)
+    queued_bytes: int = 0
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    has_uplink: bool = False
+    downlink: "asyncio.Task[object] | None" = None
+    closed_s: float | None = None
+
+
+class Gateway:
+    """Carries out what the Router decides."""
+
+    def __init__(self, options: EdgeOptions, engine_endpoint: str) -> None:
+        limits = RouterLimits(
+            max_edges=options.max_edges,
+            max_requests_per_edge=options.max_requests_per_edge,
+            credit_tokens=options.credit_tokens,
+        )
+        self.router = Router(limits)
+        self._heartbeat_s = limits.heartbeat_ms / 1000
+        self._tokens = TokenFile(Path(options.tokens_file)) if options.tokens_file else None
+        self._connections: dict[int, Connection] = {}
+        self._by_key: dict[str, Connection] = {}
+        self._next_id = 0
+        self._engine_heard_s: dict[bytes, float] = {}
+        self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.bind(engine_endpoint)
+
+    # -- edges -----------------------------------------------------------------------------------------------------
+
+    def authorize(self, header: str | None) -> frozenset[str]:
+        """The roles that an Authorization header allows; none: refuse."""
+        if self._tokens is None:
+            return frozenset(ROLES)
+        scheme, _, token = (header or "").partition(" ")
+        return self._tokens.roles(token.strip(), time.time()) if scheme.lower() == "bearer" else frozenset()
+
+    def connect(self, roles: frozenset[str]) -> Connection:
+        """A new downlink, greeted. Raises HTTPException 503 when too many are open."""
+        if len(self._connections) >= self.router.limits.max_edges + MAX_UNFINISHED_CONNECTIONS:
+            raise HTTPException(503, "Too many connections: try again later.")
+        connection = Connection(self._next_id, secrets.token_urlsafe(16), roles, time.monotonic())
+        self._next_id += 1
+        self._connections[connection.id] = self._by_key[connection.key] = connection
+        self._send(connection, Greet(connection.key, PROTOCOL_VERSION))
+        return connection
+
+    async def downlink(self, connection: Connection) -> AsyncIterator[bytes]:
+        """Everything queued for one edge, in as few chunks as come; ends after a Bye or when the edge is gone."""
+        connection.downlink = asyncio.current_task()
+        try:
+            while True:
+                while connection.outbox:
+                    data = b"".join(connection.outbox)
+                    connection.outbox.clear()
+                    connection.queued_bytes = 0
+                    yield data
+                if connection.closed_s is not None:
+                    return
+                connection.wake.clear()
+                await connection.wake.wait()
+        finally:
+            self._forget(connection)
+
+    async def uplink(self, connection: Connection, chunks: AsyncIterator[bytes]) -> None:
+        """Everything one edge says, until it stops or is closed."""
+        try:
+            async for chunk in chunks:
+                connection.heard_s = time.monotonic()
+                for frame in connection.session.receive(chunk):
+                    self._from_edge(connection, frame)
+                if connection.closed_s is not None:
+                    return
+        except RemoteProtocolError as error:
+            self._close(connection, Bye(error.code, f"{error!s:.200}"))
+        except ClientDisconnect:
+            pass
+        self._close(connection, Bye(ByeCode.GOING_AWAY, "the uplink ended"))
+
+    def find(self, key: str) -> Connection | None:
+        """The connection that waits for its uplink under this key."""
+        connection = self._by_key.get(key)
+        if connection is None or connection.has_uplink or connection.closed_s is not None:
+            return None
+        connection.has_uplink = True
+        return connection
+
+    def _from_edge(self, connection: Connection, frame: Frame) -> None:
+        if connection.closed_s is not None:
+            return
+        if isinstance(frame, Bye):
+            self._close(connection, None)
+        elif isinstance(frame, Hello):
+            session = secrets.token_urlsafe(24)
+            self._carry_out(self.router.edge_hello(connection.id, frame, session, connection.roles))
+            if connection.session.state is State.LIVE:
+                logger.info("Edge %s (%s, %s) joined as %s", connection.id, frame.name, frame.client, frame.role)
+        else:
+            self._carry_out(self.router.from_edge(connection.id, frame))
+
+    def _send(self, connection: Connection, frame: Frame) -> None:
+        data = connection.session.send(frame)
+        connection.outbox.append(data)
+        connection.queued_bytes += len(data)
+        connection.wake.set()
+
+    def _close(self, connection: Connection, bye: Bye | None) -> None:
+        """End a connection: say Bye if it can still be said, and give its requests to others."""
+        if connection.closed_s is not None:
+            return
+        connection.closed_s = time.monotonic()
+        if bye is not None and connection.session.state is not State.CLOSED:
+            self._send(connection, bye)
+            if bye.code != ByeCode.GOING_AWAY:
+                self.router.counters["refused"] += 1
+                logger.info("Edge %s closed: %s", connection.id, bye.text)
+        connection.wake.set()
+        self._carry_out(self.router.edge_left(connection.id))
+
+    def _forget(self, connection: Connection) -> None:
+        self._close(connection, None)
+        self._connections.pop(connection.id, None)
+        self._by_key.pop(connection.key, None)
+
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            if not isinstance(effect, ToEdge):
+                # A ROUTER socket queues or drops at once; the future is done when it returns.
+                self._socket.send_multipart([effect.engine, encode(effect.frame)])
+                continue
+            connection = self._connections.get(effect.edge)
+            if connection is None or connection.closed_s is not None:
+                continue
+            if isinstance(effect.frame, Bye):
+                self._close(connection, effect.frame)
+            elif connection.queued_bytes > MAX_QUEUED_BYTES:
+                self.router.counters["slow_edges"] += 1
+                self._close(connection, Bye(ByeCode.TOO_SLOW, "this edge does not read fast enough"))
+            else:
+                self._send(connection, effect.frame)
+
+    # -- engines ---------------------------------------------------------------------------------------------------
+
+    async def serve_engines(self) -> None:
+        """Take in what engines say, for ever."""
+        while True:
+            engine, data = await self._socket.recv_multipart()
+            self._engine_heard_s[engine] = time.monotonic()
+            try:
+                for frame in FrameReader().feed(data):
+                    self._carry_out(self.router.from_engine(engine, frame))
+            except RemoteProtocolError as error:
+                self._carry_out(self.router.engine_left(engine))
+                logger.warning("An engine was dropped: %s", error)
+
+    async def watch(self) -> None:
+        """Close what has been silent for too long, for ever."""
+        while True:
+            await asyncio.sleep(self._heartbeat_s / 2)
+            now_s = time.monotonic()
+            for connection in list(self._connections.values()):
+                self._watch_connection(connection, now_s)
+            for engine, heard_s in list(self._engine_heard_s.items()):
+                if now_s - heard_s > ENGINE_DEAD_S:
+                    del self._engine_heard_s[engine]
+                    self._carry_out(self.router.engine_left(engine))
+
+    def _watch_connection(self, connection: Connection, now_s: float) -> None:
+        is_live = connection.session.state is State.LIVE
+        limit_s = DEAD_HEARTBEATS * self._heartbeat_s if is_live else MAX_HANDSHAKE_S
+        if connection.closed_s is None and now_s - connection.heard_s > limit_s:
+            self.router.counters["silent_edges"] += 1
+            self._close(connection, Bye(ByeCode.SILENT, f"nothing heard for {limit_s:.0f} s"))
+        elif connection.closed_s is not None and now_s - connection.closed_s > DEAD_HEARTBEATS * self._heartbeat_s:
+            # It does not even read its Bye; the stream would wait for ever.
+            if connection.downlink is not None:
+                connection.downlink.cancel()
+            self._forget(connection)
+
+
+def make_app(gateway: Gateway) -> FastAPI:
+    """The gateway's HTTP side."""
+    app = FastAPI(title="vLLM-SpecEdge gateway", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    registry = CollectorRegistry()
+    registry.register(RouterCollector(gateway.router))
+
+    def authorized(request: Request) -> frozenset[str]:
+        roles = gateway.authorize(request.headers.get("authorization"))
+        if not roles:
+            raise HTTPException(401, "This gateway needs a valid token.", {"WWW-Authenticate": "Bearer"})
+        return roles
+
+    @app.get("/edge/v1/down")
+    async def down(request: Request) -> StreamingResponse:
+        connection = gateway.connect(authorized(request))
+        return StreamingResponse(gateway.downlink(connection), media_type=MEDIA_TYPE)
+
+    @app.post("/edge/v1/up")
+    async def up(request: Request) -> Response:
+        authorized(request)
+        connection = gateway.find(request.headers.get("x-specedge-connection", ""))
+        if connection is None:
+            raise HTTPException(409, "No downlink waits under this key.")
+        await gateway.uplink(connection, request.stream())
+        return Response(status_code=204)
+
+    @app.get("/healthz")
+    async def healthz() -> JSONResponse:
+        num_engines = len(gateway.router.engines)
+        return JSONResponse({"engines": num_engines, "edges": len(gateway.router.edges)}, 200 if num_engines else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _server(app: FastAPI, options: EdgeOptions) -> Server:
+    host, port = split_address(options.listen)
+    return Server(
+        app,
+        address=host,
+        port=port,
+        interface=Interfaces.ASGINL,
+        http=HTTPModes.auto,
+        http1_settings=HTTP1Settings(header_read_timeout=int(MAX_HANDSHAKE_S * 1000), max_buffer_size=64 * 1024),
+        # PINGs notice a dead peer below; application heartbeats notice one that is alive but stuck.
+        http2_settings=HTTP2Settings(keep_alive_interval=5000, keep_alive_timeout=5, max_headers_size=64 * 1024),
+        websockets=False,
+        log_enabled=False,
+        ssl_cert=Path(options.tls_cert) if options.tls_cert else None,
+        ssl_key=Path(options.tls_key) if options.tls_key else None,
+    )
+
+
+async def _ended_with_parent() -> None:
+    """Return when standard input closes: the engine that started this process is gone."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    await reader.read()
+
+
+async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: bool) -> None:
+    """Run a gateway until SIGTERM, SIGINT or, if asked to, the end of standard input. Raises UserError at start."""
+    try:
+        gateway = Gateway(options, engine_endpoint)
+    except zmq.ZMQError as error:
+        raise UserError(f"Engines cannot be served at {engine_endpoint} ({error}): choose another endpoint.") from None
+    server = _server(make_app(gateway), options)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    tasks = [
+        asyncio.create_task(gateway.serve_engines()),
+        asyncio.create_task(gateway.watch()),
+        asyncio.create_task(server.serve()),
+        asyncio.create_task(stop.wait()),
+    ]
+    if ends_with_stdin:
+        tasks.append(asyncio.create_task(_ended_with_parent()))
+    logger.info("Gateway listens for edges on %s", options.listen)
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    for task in done:
+        task.result()

@@ -1,0 +1,178 @@
+"""The engine's end of the line to the gateway: one thread that receives, decodes, appends and wakes; no decisions.
+
+The scheduler's thread calls `send`, `wake_at` and reads `inbox`; everything else runs in the link's own thread.
+"""
+
+import contextlib
+import logging
+import math
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+
+import zmq
+
+from vllm_specedge.errors import ByeCode, RemoteProtocolError
+from vllm_specedge.frames import Bye, EngineHello, EngineWelcome, Frame, FrameReader, Ping, Pong, Stats, encode
+
+logger = logging.getLogger("vllm_specedge.link")
+
+_BEAT_S = 1.0
+_LOST_S = 5.0
+_MAX_INBOX = 65_536
+"""Frames that wait for the scheduler; more are dropped, oldest first. A step takes in all that there are."""
+
+
+class _Order(Enum):
+    SEND = b"s"
+    WAKE_AT = b"w"
+    STOP = b"x"
+
+
+class EngineLink(threading.Thread):
+    """Connects to the gateway at `endpoint`, again and again, and introduces this engine as `hello`.
+
+    `inbox` holds what came, with the time.monotonic() of arrival; a Bye in it says that the gateway was lost. `wake` is
+    called from this thread after something was appended, and when the time given to `wake_at` has come.
+    """
+
+    def __init__(
+        self, endpoint: str, hello: EngineHello, wake: Callable[[], None], stats: Callable[[], tuple[int, ...]]
+    ) -> None:
+        super().__init__(name="specedge-link", daemon=True)
+        self.inbox: deque[tuple[float, Frame]] = deque(maxlen=_MAX_INBOX)
+        self._hello = hello
+        self._wake = wake
+        self._stats = stats
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = context
+        self._gateway = context.socket(zmq.DEALER)
+        self._gateway.setsockopt(zmq.LINGER, 0)
+        # Nothing is kept for a gateway that is away: it is told afresh when it is back.
+        self._gateway.setsockopt(zmq.IMMEDIATE, 1)
+        self._gateway.connect(endpoint)
+        self._orders = context.socket(zmq.PAIR)
+        self._orders.bind("inproc://orders")
+        self._remote = context.socket(zmq.PAIR)
+        self._remote.setsockopt(zmq.LINGER, 0)
+        self._remote.connect("inproc://orders")
+        self._is_welcome = False
+        self._heard_s = time.monotonic()
+        self._wake_at_s: float | None = None
+
+    # -- called by the scheduler's thread --------------------------------------------------------------------------
+
+    def send(self, frames: Iterable[Frame]) -> None:
+        """Send frames soon. Never waits; what cannot be sent is dropped (the gateway notices the gap)."""
+        data = b"".join(map(encode, frames))
+        if data:
+            self._order(_Order.SEND, data)
+
+    def wake_at(self, at_s: float) -> None:
+        """Call `wake` at time.monotonic() `at_s`; replaces what was asked before."""
+        self._order(_Order.WAKE_AT, struct.pack("d", at_s))
+
+    def stop(self) -> None:
+        self._order(_Order.STOP, b"")
+        self.join(2.0)
+
+    def _order(self, order: _Order, data: bytes) -> None:
+        with contextlib.suppress(zmq.Again):
+            self._remote.send_multipart([order.value, data], zmq.NOBLOCK)
+
+    # -- this thread -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            self._loop()
+        except Exception:
+            logger.exception("The link to the gateway failed: drafts are off")
+            self._lost()
+        finally:
+            for socket in (self._gateway, self._orders):
+                socket.close()
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._gateway, zmq.POLLIN)
+        poller.register(self._orders, zmq.POLLIN)
+        next_beat_s = 0.0
+        while True:
+            now_s = time.monotonic()
+            if now_s >= next_beat_s:
+                self._beat(now_s)
+                next_beat_s = now_s + _BEAT_S
+            until_s = next_beat_s if self._wake_at_s is None else min(next_beat_s, self._wake_at_s)
+            ready = dict(poller.poll(math.ceil(max(0.0, until_s - now_s) * 1000)))
+            if self._wake_at_s is not None and time.monotonic() >= self._wake_at_s:
+                self._wake_at_s = None
+                self._wake()
+            if self._orders in ready and not self._obey():
+                return
+            if self._gateway in ready:
+                self._receive()
+
+    def _beat(self, now_s: float) -> None:
+        if self._is_welcome and now_s - self._heard_s > _LOST_S:
+            self._lost()
+        if self._is_welcome:
+            self._post(encode(Ping(int(now_s * 1000) % 2**32)) + encode(Stats(self._stats())))
+        else:
+            self._post(encode(self._hello))
+
+    def _obey(self) -> bool:
+        while True:
+            try:
+                order, data = self._orders.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            if order == _Order.STOP.value:
+                return False
+            if order == _Order.WAKE_AT.value:
+                self._wake_at_s = struct.unpack("d", data)[0]
+            elif self._is_welcome:
+                self._post(data)
+
+    def _post(self, data: bytes) -> None:
+        with contextlib.suppress(zmq.Again):
+            self._gateway.send(data, zmq.NOBLOCK)
+
+    def _receive(self) -> None:
+        was_empty = not self.inbox
+        while True:
+            try:
+                data = self._gateway.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            now_s = time.monotonic()
+            self._heard_s = now_s
+            try:
+                for frame in FrameReader().feed(data):
+                    self._take(frame, now_s)
+            except RemoteProtocolError as error:
+                logger.warning("The gateway sent what is no frame (%s)", error)
+        if self.inbox or not was_empty:
+            self._wake()
+
+    def _take(self, frame: Frame, now_s: float) -> None:
+        match frame:
+            case Pong():
+                pass
+            case EngineWelcome():
+                self._is_welcome = True
+                self.inbox.append((now_s, frame))
+            case Bye():
+                if frame.code != ByeCode.GOING_AWAY:
+                    logger.warning("The gateway refused this engine: %s", frame.text)
+                self._lost()
+                self._post(encode(self._hello))
+            case _:
+                self.inbox.append((now_s, frame))
+
+    def _lost(self) -> None:
+        self._is_welcome = False
+        self.inbox.append((time.monotonic(), Bye(ByeCode.GOING_AWAY, "the gateway is away")))
+        self._wake()

@@ -1,0 +1,71 @@
+"""When a request waits for its draft and when it decodes now. Pure: plain values in, a decision out.
+
+Rule: a request is held only while what the draft is expected to bring beats decoding at once, and never past a limit.
+"""
+
+from dataclasses import dataclass, field
+
+_GAIN = 0.125
+_DEVIATION_GAIN = 0.25
+_DEVIATIONS = 4.0
+"""Smoothing and margin as TCP's retransmission timer has them (RFC 6298): the problem is the same, an answer's time."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldLimits:
+    """What an operator sets. `hold_limit_s` 0 never holds."""
+
+    hold_limit_s: float = 0.1
+    max_misses: int = 2
+    """After so many late answers in a row an edge is not waited for until it is in time again."""
+
+
+@dataclass(slots=True)
+class Smoothed:
+    """A running mean and mean deviation of a quantity; `mean` is None before the first observation."""
+
+    mean: float | None = None
+    deviation: float = 0.0
+
+    def observe(self, value: float) -> None:
+        if self.mean is None:
+            self.mean, self.deviation = value, value / 2
+            return
+        self.deviation += _DEVIATION_GAIN * (abs(value - self.mean) - self.deviation)
+        self.mean += _GAIN * (value - self.mean)
+
+
+@dataclass(slots=True)
+class EdgeRecord:
+    """How one request's edge has done so far."""
+
+    answer_s: Smoothed = field(default_factory=Smoothed)
+    """From a commit's publication to the proposal that follows it."""
+    accepted: Smoothed = field(default_factory=Smoothed)
+    """Accepted draft tokens of a verified draft."""
+    num_misses: int = 0
+
+    def answered(self, after_s: float, in_time: bool) -> None:
+        """An answer came so long after the commit it answers; `in_time`: before the request went on without it."""
+        self.answer_s.observe(after_s)
+        if in_time:
+            self.num_misses = 0
+
+    def missed(self) -> None:
+        self.num_misses += 1
+
+
+def hold_until(record: EdgeRecord, committed_s: float, now_s: float, step_s: float, limits: HoldLimits) -> float | None:
+    """Until when to hold a request that has no draft, or None to decode now.
+
+    `committed_s` is when its last tokens were published, `step_s` how long a decode step takes. Waiting w seconds for
+    a draft of which m tokens are accepted beats decoding at once while w < m * step_s.
+    """
+    if record.answer_s.mean is None or record.num_misses >= limits.max_misses:
+        return None
+    expected_at_s = committed_s + record.answer_s.mean
+    accepted = 1.0 if record.accepted.mean is None else record.accepted.mean
+    if expected_at_s - now_s >= accepted * step_s:
+        return None
+    deadline_s = min(expected_at_s + _DEVIATIONS * record.answer_s.deviation, committed_s + limits.hold_limit_s)
+    return deadline_s if now_s < deadline_s else None

@@ -1,0 +1,342 @@
+"""Which edge drafts for which request. Pure: frames in, effects out; the gateway carries them out.
+
+Rule 1: an edge sees the tokens of the requests it drafts for and of no other. A request that names a private session
+goes to that session's edge only; a request that names none goes to pool edges only.
+Rule 2: an edge's fault costs that edge its connection, never a request: the request goes to another edge or to none.
+Rule 3: everything is bounded: requests an edge, tokens a request, tokens ahead, and what is kept for whom.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from vllm_specedge.errors import ByeCode
+from vllm_specedge.frames import (
+    PROTOCOL_VERSION,
+    Assign,
+    Bye,
+    Close,
+    CloseReason,
+    Commit,
+    Edges,
+    EngineHello,
+    EngineWelcome,
+    Frame,
+    Hello,
+    Open,
+    Ping,
+    Pong,
+    Propose,
+    Stats,
+    Welcome,
+    commits,
+)
+
+POOL, PRIVATE = "pool", "private"
+ROLES = (POOL, PRIVATE)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLimits:
+    """What one gateway keeps, at most."""
+
+    max_edges: int = 256
+    max_requests_per_edge: int = 32
+    max_requests: int = 4096
+    max_context_tokens: int = 1 << 20
+    credit_tokens: int = 0
+    """How far past the last commit an edge may propose; 0: as far as one step verifies."""
+    heartbeat_ms: int = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class ToEdge:
+    edge: int
+    frame: Frame
+
+
+@dataclass(frozen=True, slots=True)
+class ToEngine:
+    engine: bytes
+    frame: Frame
+
+
+Effect: TypeAlias = ToEdge | ToEngine
+"""A Bye among the frames ends that edge's connection after it is sent."""
+
+_Key: TypeAlias = tuple[bytes, int]
+
+
+@dataclass(slots=True)
+class _Engine:
+    hello: EngineHello
+    counters: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class EdgeInfo:
+    """One connected edge, as the gateway knows it."""
+
+    hello: Hello
+    session: str
+    requests: dict[int, _Key] = field(default_factory=dict)
+    """By the number that this edge knows them by."""
+    next_number: int = 0
+    num_proposed_tokens: int = 0
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.requests) < self.hello.max_requests
+
+
+@dataclass(slots=True)
+class _Request:
+    opening: Open
+    tokens: "array[int]"
+    edge: int | None = None
+    number: int = 0
+    """What its edge calls it."""
+    declined: set[int] = field(default_factory=set)
+
+    @property
+    def is_known(self) -> bool:
+        """Its prompt has arrived in full."""
+        return len(self.tokens) >= self.opening.num_tokens
+
+
+class Router:
+    """Engines, edges, live requests, and who drafts for whom."""
+
+    def __init__(self, limits: RouterLimits) -> None:
+        self.limits = limits
+        self.counters: Counter[str] = Counter()
+        self.edges: dict[int, EdgeInfo] = {}
+        self.engines: dict[bytes, _Engine] = {}
+        self._requests: dict[_Key, _Request] = {}
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    def engine_counters(self) -> list[tuple[int, ...]]:
+        """Of each engine that has sent any, in the order of metrics.ENGINE_COUNTERS."""
+        return [engine.counters for engine in self.engines.values() if engine.counters]
+
+    # -- engines ---------------------------------------------------------------------------------------------------
+
+    def from_engine(self, engine: bytes, frame: Frame) -> list[Effect]:
+        """Take in one frame of an engine's."""
+        if isinstance(frame, EngineHello):
+            return self._engine_hello(engine, frame)
+        known = self.engines.get(engine)
+        if known is None:
+            return [ToEngine(engine, Bye(ByeCode.GOING_AWAY, "say EngineHello first"))]
+        match frame:
+            case Open():
+                return self._open(engine, frame)
+            case Commit():
+                return self._commit((engine, frame.request), frame)
+            case Close():
+                return self._close((engine, frame.request), frame.reason)
+            case Ping():
+                return [ToEngine(engine, Pong(frame.stamp))]
+            case Stats():
+                known.counters = frame.values
+            case _:
+                self.counters["unexpected_engine_frames"] += 1
+        return []
+
+    def _engine_hello(self, engine: bytes, hello: EngineHello) -> list[Effect]:
+        if hello.version != PROTOCOL_VERSION:
+            text = f"this gateway speaks version {PROTOCOL_VERSION}, not {hello.version}"
+            return [ToEngine(engine, Bye(ByeCode.VERSION, text))]
+        effects = self.engine_left(engine)
+        self.engines[engine] = _Engine(hello)
+        return [
+            *effects,
+            ToEngine(engine, EngineWelcome(PROTOCOL_VERSION)),
+            ToEngine(engine, Edges(sum(_suits(edge.hello, hello) for edge in self.edges.values()))),
+        ]
+
+    def engine_left(self, engine: bytes) -> list[Effect]:
+        """An engine is gone: so are its requests."""
+        if self.engines.pop(engine, None) is None:
+            return []
+        keys = [key for key in self._requests if key[0] == engine]
+        return [effect for key in keys for effect in self._close(key, CloseReason.FINISHED)]
+
+    def _open(self, engine: bytes, opening: Open) -> list[Effect]:
+        key = (engine, opening.request)
+        effects = self._close(key, CloseReason.MOVED) if key in self._requests else []
+        if len(self._requests) >= self.limits.max_requests or opening.num_tokens > self.limits.max_context_tokens:
+            self.counters["requests_over_limit"] += 1
+            return effects
+        self._requests[key] = _Request(opening, array("I"))
+        return effects
+
+    def _commit(self, key: _Key, commit: Commit) -> list[Effect]:
+        request = self._requests.get(key)
+        if request is None:
+            return []
+        known, end = len(request.tokens), commit.base + len(commit.tokens)
+        if commit.base > known or end > self.limits.max_context_tokens:
+            self.counters["commit_gaps"] += 1
+            return self._close(key, CloseReason.GAP)
+        was_known = request.is_known
+        request.tokens.extend(commit.tokens[known - commit.base :])
+        if request.edge is not None:
+            return [ToEdge(request.edge, Commit(request.number, commit.base, commit.tokens))]
+        return self._assign(key, request) if request.is_known and not was_known else []
+
+    def _close(self, key: _Key, reason: int) -> list[Effect]:
+        request = self._requests.pop(key, None)
+        if request is None or request.edge is None:
+            return []
+        edge = self.edges[request.edge]
+        del edge.requests[request.number]
+        return [ToEdge(request.edge, Close(request.number, reason)), *self._assign_waiting()]
+
+    # -- edges -----------------------------------------------------------------------------------------------------
+
+    def edge_hello(self, edge: int, hello: Hello, session: str, roles: frozenset[str]) -> list[Effect]:
+        """An edge presents itself; `roles` are those that its credentials allow."""
+        refusal = self._refusal(hello, roles)
+        if refusal is not None:
+            return [ToEdge(edge, refusal)]
+        matching = {id_: engine for id_, engine in self.engines.items() if _suits(hello, engine.hello)}
+        model = next(iter(matching.values())).hello
+        self.edges[edge] = EdgeInfo(hello, session)
+        welcome = Welcome(session, model.model, model.vocab_size, self.limits.heartbeat_ms)
+        return [ToEdge(edge, welcome), *self._tell_edges(), *self._assign_waiting()]
+
+    def _refusal(self, hello: Hello, roles: frozenset[str]) -> Bye | None:
+        if hello.version != PROTOCOL_VERSION:
+            versions = f"{PROTOCOL_VERSION}, this edge {hello.version}"
+            text = f"This gateway speaks protocol version {versions}: update the older of the two."
+            return Bye(ByeCode.VERSION, text)
+        if hello.role not in roles:
+            text = f"This token does not allow the role '{hello.role:.20}': ask for one that does."
+            return Bye(ByeCode.ROLE, text)
+        if len(self.edges) >= self.limits.max_edges:
+            return Bye(ByeCode.FULL, f"The gateway has its {self.limits.max_edges} edges: try again later.")
+        if not self.engines:
+            return Bye(ByeCode.NO_ENGINE, "No vLLM engine is connected to this gateway yet.")
+        if not any(_suits(hello, engine.hello) for engine in self.engines.values()):
+            models = ", ".join(sorted({engine.hello.model for engine in self.engines.values()}))
+            text = f"The draft model's tokenizer is not that of {models:.200}: choose a draft of the same family."
+            return Bye(ByeCode.TOKENIZER, text)
+        return None
+
+    def edge_left(self, edge: int) -> list[Effect]:
+        """An edge is gone; its requests go to others, or to none."""
+        info = self.edges.pop(edge, None)
+        if info is None:
+            return []
+        effects: list[Effect] = []
+        for key in info.requests.values():
+            request = self._requests[key]
+            request.edge = None
+            effects += self._assign(key, request) or [ToEngine(key[0], Assign(key[1], False))]
+        return [*effects, *self._tell_edges()]
+
+    def from_edge(self, edge: int, frame: Frame) -> list[Effect]:
+        """Take in one frame of a live edge's."""
+        info = self.edges[edge]
+        match frame:
+            case Propose():
+                return self._propose(edge, info, frame)
+            case Close():
+                return self._declined(edge, info, frame)
+            case Ping():
+                return [ToEdge(edge, Pong(frame.stamp))]
+            case Pong():
+                return []
+            case _:
+                raise TypeError(frame)
+
+    def _propose(self, edge: int, info: EdgeInfo, frame: Propose) -> list[Effect]:
+        key = info.requests.get(frame.request)
+        if key is None:
+            self.counters["dropped_closed"] += 1
+            return []
+        request = self._requests[key]
+        vocab_size = self.engines[key[0]].hello.vocab_size
+        bad = next((token for token in frame.tokens if token >= vocab_size), None)
+        if bad is not None:
+            self.counters["dropped_token_id"] += 1
+            text = f"Token id {bad} is outside of the model's vocabulary of {vocab_size}."
+            return [ToEdge(edge, Bye(ByeCode.TOKEN_ID, text))]
+        end, known = frame.base + len(frame.tokens), len(request.tokens)
+        if end > known + self._credit(request):
+            self.counters["dropped_ahead"] += 1
+            return []
+        if frame.tokens and end <= known:
+            self.counters["dropped_late"] += 1
+            return []
+        info.num_proposed_tokens += len(frame.tokens)
+        self.counters["proposed_tokens"] += len(frame.tokens)
+        return [ToEngine(key[0], Propose(key[1], frame.base, frame.tokens, frame.branch))]
+
+    def _declined(self, edge: int, info: EdgeInfo, frame: Close) -> list[Effect]:
+        key = info.requests.pop(frame.request, None)
+        if key is None:
+            return []
+        request = self._requests[key]
+        request.edge = None
+        if frame.reason != CloseReason.GAP:
+            request.declined.add(edge)
+        self.counters["declined"] += 1
+        return self._assign(key, request) or [ToEngine(key[0], Assign(key[1], False))]
+
+    # -- who drafts for whom ---------------------------------------------------------------------------------------
+
+    def _credit(self, request: _Request) -> int:
+        return self.limits.credit_tokens or request.opening.max_draft
+
+    def _tell_edges(self) -> Iterator[Effect]:
+        for id_, engine in self.engines.items():
+            yield ToEngine(id_, Edges(sum(_suits(edge.hello, engine.hello) for edge in self.edges.values())))
+
+    def _assign_waiting(self) -> list[Effect]:
+        if not any(edge.has_room for edge in self.edges.values()):
+            return []
+        waiting = [(key, request) for key, request in self._requests.items() if request.edge is None]
+        return [effect for key, request in waiting if request.is_known for effect in self._assign(key, request)]
+
+    def _assign(self, key: _Key, request: _Request) -> list[Effect]:
+        """Give a request to the least loaded edge that may and can draft for it; nothing if there is none."""
+        hello = self.engines[key[0]].hello
+        fitting = [
+            (len(info.requests), edge)
+            for edge, info in self.edges.items()
+            if info.has_room and edge not in request.declined and _may(info, request) and _suits(info.hello, hello)
+        ]
+        if not fitting:
+            return []
+        edge = min(fitting)[1]
+        info = self.edges[edge]
+        request.edge, request.number = edge, info.next_number
+        info.next_number += 1
+        info.requests[request.number] = key
+        self.counters["assigned"] += 1
+        opening = request.opening
+        session = opening.session if opening.session == info.session else ""
+        opened = Open(request.number, len(request.tokens), opening.max_draft, self._credit(request), session)
+        context = commits(request.number, 0, request.tokens)
+        return [
+            ToEdge(edge, opened),
+            *(ToEdge(edge, commit) for commit in context),
+            ToEngine(key[0], Assign(key[1], True)),
+        ]
+
+
+def _suits(edge: Hello, engine: EngineHello) -> bool:
+    return edge.fingerprint in ("", engine.fingerprint)
+
+
+def _may(edge: EdgeInfo, request: _Request) -> bool:
+    if request.opening.session:
+        return request.opening.session == edge.session
+    return edge.hello.role == POOL

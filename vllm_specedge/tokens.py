@@ -1,0 +1,83 @@
+"""Bearer tokens: who may connect as what. Only hashes are stored; a token is shown once, when it is issued."""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vllm_specedge.errors import UserError
+from vllm_specedge.router import PRIVATE, ROLES
+
+_PREFIX = "se-"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """One issued token. `role` pool allows private too."""
+
+    name: str
+    role: str
+    sha256: str
+    expires_s: float
+    """Unix time; 0: never."""
+
+
+def _hash(token: str) -> str:
+    # A token has 256 random bits, so a plain hash cannot be searched; no salt or stretching is needed.
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class TokenFile:
+    """The tokens of one gateway, a JSON file that only its owner can read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def records(self) -> list[TokenRecord]:
+        """All tokens ever issued and not revoked. Raises UserError if the file cannot be read."""
+        try:
+            return [TokenRecord(**entry) for entry in json.loads(self.path.read_text())]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"The tokens file {self.path} cannot be read ({error!s:.100}): "
+                "make one with 'vllm-specedge token issue'."
+            ) from None
+
+    def issue(self, name: str, role: str, expires_s: float = 0.0) -> str:
+        """Add a token and return it. Raises UserError if the name is taken or the role unknown."""
+        if role not in ROLES:
+            raise UserError(f"There is no role '{role}': choose {' or '.join(ROLES)}.")
+        records = self.records() if self.path.exists() else []
+        if any(record.name == name for record in records):
+            raise UserError(f"There is a token named '{name}' already: revoke it first or choose another name.")
+        token = _PREFIX + secrets.token_urlsafe(32)
+        self._write([*records, TokenRecord(name, role, _hash(token), expires_s)])
+        return token
+
+    def revoke(self, name: str) -> None:
+        """Remove a token by its name. Raises UserError if there is none."""
+        records = self.records()
+        left = [record for record in records if record.name != name]
+        if len(left) == len(records):
+            raise UserError(f"There is no token named '{name}': 'vllm-specedge token list' shows those there are.")
+        self._write(left)
+
+    def roles(self, token: str, now_s: float) -> frozenset[str]:
+        """The roles that `token` allows at unix time `now_s`; none if it is unknown or has expired."""
+        digest, found = _hash(token), None
+        for record in self.records():
+            if hmac.compare_digest(record.sha256, digest):
+                found = record
+        if found is None or (found.expires_s and found.expires_s <= now_s):
+            return frozenset()
+        return frozenset({found.role, PRIVATE})
+
+    def _write(self, records: list[TokenRecord]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_name(self.path.name + ".unfinished")
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump([asdict(record) for record in records], file, indent=1)
+        unfinished.replace(self.path)
