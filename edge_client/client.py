@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,10 +13,8 @@ from tenacity import (
     RetryCallState,
     retry_if_exception_type,
     stop_after_delay,
-    stop_never,
     wait_random_exponential,
 )
-from tenacity.stop import StopBaseT
 
 from edge_client.drafters import Drafter, DraftSequence
 from edge_client.link import Gateway, Link, LinkError
@@ -25,12 +25,10 @@ from vllm_specedge.frames import PROTOCOL_VERSION, Close, Frame, Hello, Welcome
 
 logger = logging.getLogger("edge_client")
 
+FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 30.0
+LASTING_S = 60.0
 BYE_S = 1.0
-
-
-class _Disconnected(Exception):
-    """A connection that had been admitted was lost: start again, with short pauses first."""
 
 
 @dataclass(slots=True)
@@ -48,6 +46,7 @@ class EdgeClient:
     state: str = "connecting"
     speculation: Speculation = field(init=False)
     totals: list[SpeculationStats] = field(default_factory=list)
+    _was_admitted: bool = False
     _link: Link = field(init=False)
     _sequences: dict[int, DraftSequence] = field(default_factory=dict)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -78,36 +77,34 @@ class EdgeClient:
     async def run(self, wait_s: float) -> None:
         """Stay connected until cancelled. Raises UserError for what trying again cannot mend.
 
-        A gateway that cannot be reached at first is tried for `wait_s`; one that was reached, for ever.
+        A gateway that cannot be reached at first is tried for `wait_s`; one that was reached, for ever, with pauses
+        that grow until a connection has lasted a while.
         """
-        stop: StopBaseT = stop_after_delay(wait_s)
+        patience = stop_after_delay(wait_s)
         while True:
+            retrying = AsyncRetrying(
+                retry=retry_if_exception_type(LinkError),
+                wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=MAX_PAUSE_S),
+                stop=lambda state: not self._was_admitted and patience(state),
+                before_sleep=self._before_sleep,
+                reraise=True,
+            )
             try:
-                await self._connect(stop)
-            except _Disconnected as error:
-                logger.warning("Connection lost: %s", error)
-                self._change("reconnecting")
-                stop = stop_never
-
-    async def _connect(self, stop: StopBaseT) -> None:
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(LinkError),
-            wait=wait_random_exponential(multiplier=0.5, max=MAX_PAUSE_S),
-            stop=stop,
-            before_sleep=self._before_sleep,
-            reraise=True,
-        )
-        try:
-            await retrying(self._run_once)
-        except LinkError as error:
-            raise UserError(f"The gateway at {self.gateway.url} cannot be used: {error}.") from None
+                await retrying(self._run_once)
+            except LinkError as error:
+                raise UserError(f"The gateway at {self.gateway.url} cannot be used: {error}.") from None
+            # Many edges lose a gateway at once; they are not to come back at once.
+            await asyncio.sleep(random.uniform(0, FIRST_PAUSE_S))
 
     def _before_sleep(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         logger.warning("Not connected: %s", error)
+        self._change("reconnecting" if self._was_admitted else "connecting")
 
     async def _run_once(self) -> None:
+        """One connection. Returns when one that had lasted ends; raises LinkError for a shorter one."""
         self._renew()
+        started_s = time.monotonic()
         drafting = asyncio.create_task(self._draft())
         linking = asyncio.create_task(self._link.run())
         try:
@@ -115,9 +112,10 @@ class EdgeClient:
             for task in done:
                 task.result()
         except LinkError as error:
-            if self.model:
-                raise _Disconnected(str(error)) from error
-            raise
+            if time.monotonic() - started_s < LASTING_S:
+                raise
+            logger.warning("Connection lost: %s", error)
+            self._change("reconnecting")
         except asyncio.CancelledError:
             await self._say_bye(linking)
             raise
@@ -134,13 +132,15 @@ class EdgeClient:
 
     def _on_frame(self, frame: Frame) -> None:
         if isinstance(frame, Welcome):
-            self.model = frame.model
+            self.model, self._was_admitted = frame.model, True
+            self.speculation.vocab_size = frame.vocab_size
             self._change("connected")
             return
-        for answer in self.speculation.receive(frame):
-            self._link.send(answer)
-        if isinstance(frame, Close):
-            self._sequences.pop(frame.request, None)
+        for answer in [*self.speculation.receive(frame), frame]:
+            if answer is not frame:
+                self._link.send(answer)
+            if isinstance(answer, Close):
+                self._sequences.pop(answer.request, None)
         self._wake.set()
 
     def _change(self, state: str) -> None:

@@ -104,8 +104,8 @@ class Link:
             raise UserError(
                 "The gateway refused this token: ask its operator for one, and name its file with --token-file."
             )
-        if response.status_code == 503:
-            raise LinkError("the gateway has too many connections")
+        if response.status_code == 429 or response.status_code >= 500:
+            raise LinkError(f"the gateway is busy or not ready (status {response.status_code})")
         if response.status_code != 200 or response.headers.get("content-type") != MEDIA_TYPE:
             raise UserError(f"There is no edge gateway at {self.gateway.url} (it answered {response.status_code}).")
 
@@ -147,9 +147,10 @@ class Link:
     def _take(self, frame: Frame) -> None:
         match frame:
             case Bye():
+                text = "".join(letter if letter.isprintable() else "?" for letter in frame.text)
                 if frame.code >= ByeCode.PROTOCOL:  # from there on a retry cannot help
-                    raise UserError(frame.text)
-                raise LinkError(frame.text)
+                    raise UserError(text)
+                raise LinkError(text)
             case Pong():
                 self.rtt_s = (_stamp_us() - frame.stamp) % 2**32 / 1e6
             case Ping():

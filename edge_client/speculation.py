@@ -8,7 +8,9 @@ Rule 3: a draft never ends more than the granted credit past the last committed 
 
 from dataclasses import dataclass, field
 
-from vllm_specedge.frames import Close, CloseReason, Commit, Frame, Open, Propose
+from vllm_specedge.frames import MAX_UINT32, Close, CloseReason, Commit, Frame, Open, Propose
+
+MAX_SHORT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class SpeculationStats:
 class _Request:
     num_prompt: int
     credit: int
+    max_draft: int
     tokens: list[int] = field(default_factory=list)
     """Committed, then drafted."""
     committed: int = 0
@@ -61,6 +64,8 @@ class _Request:
     """Where the last rollback since the running job began left off."""
     is_stuck: bool = False
     """The drafter has nothing to say until the next commit."""
+    num_short: int = 0
+    """Commits in a row that agreed, yet were shorter than what was proposed would have given."""
 
     @property
     def num_drafted(self) -> int:
@@ -72,6 +77,7 @@ class Speculation:
 
     def __init__(self, max_context_tokens: int, prefill_chunk_tokens: int = 256) -> None:
         self.stats = SpeculationStats()
+        self.vocab_size = MAX_UINT32
         self._max_context_tokens = max_context_tokens
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._requests: dict[int, _Request] = {}
@@ -95,7 +101,7 @@ class Speculation:
     def _open(self, frame: Open) -> list[Frame]:
         if frame.num_tokens + frame.credit > self._max_context_tokens:
             return [Close(frame.request, CloseReason.DECLINED)]
-        self._requests[frame.request] = _Request(frame.num_tokens, frame.credit)
+        self._requests[frame.request] = _Request(frame.num_tokens, frame.credit, frame.max_draft)
         self.stats.num_requests += 1
         return []
 
@@ -123,6 +129,8 @@ class Speculation:
         while num_same < min(len(drafted), len(tokens)) and drafted[num_same] == tokens[num_same]:
             num_same += 1
         num_proposed = max(0, request.sent - start)
+        is_short = num_same == len(tokens) < 1 + min(request.max_draft, num_proposed)
+        request.num_short = request.num_short + 1 if is_short else 0
         self.stats.committed_tokens += len(tokens) if start >= request.num_prompt else 0
         self.stats.accepted_tokens += min(num_same, num_proposed)
         if num_same < len(tokens):
@@ -131,6 +139,8 @@ class Speculation:
             request.tokens += tokens[num_same:]
         request.committed = end
         request.sent = max(request.sent, end)
+        if request.num_short == MAX_SHORT:
+            request.sent, request.num_short = end, 0  # the server seems not to have it: propose it again
         request.is_stuck = False
 
     def _roll_back(self, request: _Request, fork: int) -> None:
@@ -150,9 +160,11 @@ class Speculation:
         if request is None:
             return None
         request.fork = len(request.tokens)
+        # Where the drafter has all tokens but said nothing, it gets the last one again: a pass needs one.
+        keep = min(request.held, len(request.tokens) - 1)
         # A prompt goes through the model in chunks, so that other requests and commits get their turn between them.
-        tokens = tuple(request.tokens[request.held : request.held + self._prefill_chunk_tokens])
-        return Job(number, request.held, tokens, request.stamp)
+        tokens = tuple(request.tokens[keep : keep + self._prefill_chunk_tokens])
+        return Job(number, keep, tokens, request.stamp)
 
     def _wants_draft(self, request: _Request) -> bool:
         if request.committed < request.num_prompt:
@@ -170,7 +182,7 @@ class Speculation:
         request.held = job.end
         if job.end < len(request.tokens) or request.committed < request.num_prompt:
             return []
-        if token is None:
+        if token is None or token >= self.vocab_size:
             request.is_stuck = True
         else:
             request.tokens.append(token)

@@ -105,9 +105,11 @@ class DraftBook:
 
     def _edges(self, num_edges: int) -> list[Frame]:
         had_edges, self.num_edges = self.num_edges > 0, num_edges
-        if had_edges or num_edges == 0:
+        if had_edges == (num_edges > 0):
             return []
-        return [frame for request in self._requests.values() for frame in self._opening(request)]
+        # Without edges the gateway will not hear of requests that end, so it is to forget them all.
+        tell = self._opening if num_edges else self._closing
+        return [frame for request in self._requests.values() for frame in tell(request)]
 
     def _find(self, number: int) -> _Request | None:
         return self._requests.get(self._ids.get(number, ""))
@@ -181,7 +183,10 @@ class DraftBook:
         if request is None:
             return []
         del self._ids[request.number]
-        return [Close(request.number, CloseReason.FINISHED)] if self.num_edges else []
+        return self._closing(request) if self.num_edges else []
+
+    def _closing(self, request: _Request) -> list[Frame]:
+        return [Close(request.number, CloseReason.FINISHED)]
 
     def plan(self, rows: Iterable[Row], now_s: float) -> Plan:
         """What each row does next: verify a draft, wait for one, or decode plainly."""

@@ -1,8 +1,9 @@
 """What an operator can set, each option documented where it is defined. Unknown keys are errors."""
 
 import ipaddress
+import socket
 from collections.abc import Mapping
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -32,7 +33,9 @@ class EdgeOptions(BaseModel):
     """Listen beyond loopback without TLS or without tokens. For closed networks only."""
     hold_limit_ms: int = Field(100, ge=0, le=10_000)
     """Never hold a request for its draft longer than this; 0: never hold."""
-    credit_tokens: int = Field(0, ge=0, le=1024)
+    mode: Literal["auto", "wait", "never-wait"] = "auto"
+    """When requests are held: while it pays, always (up to the limit; for comparisons), never."""
+    credit_tokens: int = Field(0, ge=0, le=64)
     """How far past the last commit an edge may draft; 0: as far as one step verifies."""
     max_edges: int = Field(256, ge=1, le=100_000)
     max_requests_per_edge: int = Field(32, ge=1, le=4096)
@@ -80,6 +83,20 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"'{address}' is not HOST:PORT, such as 127.0.0.1:8100")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def check_listen(address: str) -> None:
+    """Raises UserError with a sentence if nothing can listen there now."""
+    host, port = split_address(address)
+    try:
+        # No SO_REUSEPORT: a second gateway on the port must fail here, though the web server itself would allow it.
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"The edge gateway cannot listen on {address} ({reason}): choose another 'listen' address."
+        ) from None
 
 
 def is_loopback(host: str) -> bool:

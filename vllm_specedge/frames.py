@@ -9,7 +9,8 @@ Invariant: no input makes a reader hold more than `MAX_FRAME_BYTES` or allocate 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from itertools import islice
+from typing import Any, ClassVar, TypeAlias
 
 import msgpack
 
@@ -208,7 +209,7 @@ Frame: TypeAlias = (
 
 
 def _is_uint(value: object) -> bool:
-    return type(value) is int and 0 <= value <= MAX_UINT32
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_UINT32
 
 
 def _is_text(value: object) -> bool:
@@ -251,31 +252,62 @@ def encode(frame: Frame) -> bytes:
 def decode(body: bytes) -> Frame:
     """One frame from its bytes without the length. Raises RemoteProtocolError for all that `encode` cannot make."""
     try:
-        # max_array_len bounds what a few bytes of nested array headers can make msgpack allocate.
-        values = msgpack.unpackb(
-            body,
-            use_list=False,
-            strict_map_key=True,
-            max_array_len=MAX_TOKENS_PER_FRAME,
+        return _Body(body).frame()
+    except (ValueError, msgpack.UnpackException) as error:
+        raise RemoteProtocolError(f"not a msgpack frame: {error!s:.100}") from error
+
+
+class _Body:
+    """Reads one frame's values in turn. Arrays are read here, for msgpack makes room for as many elements as a header
+    claims, and a few bytes of nested headers claim a million."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self._unpacker = msgpack.Unpacker(
+            max_buffer_size=MAX_FRAME_BYTES,
             max_str_len=MAX_TEXT_BYTES,
+            max_array_len=0,
             max_bin_len=0,
             max_map_len=0,
             max_ext_len=0,
         )
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise RemoteProtocolError(f"not a msgpack frame: {error!s:.100}") from error
-    if type(values) is not tuple or not values or type(values[0]) is not int:
-        raise RemoteProtocolError("a frame is an array that starts with its code")
-    cls = _BY_CODE.get(values[0])
-    if cls is None:
-        raise RemoteProtocolError(f"unknown frame code {values[0]}")
-    fields = _FIELDS[cls]
-    if len(values) != len(fields) + 1:
-        raise RemoteProtocolError(f"{cls.__name__} has {len(fields)} fields, not {len(values) - 1}")
-    for (name, is_valid), value in zip(fields, values[1:], strict=True):
-        if not is_valid(value):
-            raise RemoteProtocolError(f"{cls.__name__}.{name} is out of bounds or of the wrong type")
-    return cls(*values[1:])
+        self._unpacker.feed(body)
+
+    def frame(self) -> Frame:
+        num_fields = self._array() - 1
+        code = self._unpacker.unpack()
+        cls = _BY_CODE.get(code) if type(code) is int else None
+        if cls is None:
+            raise RemoteProtocolError(f"unknown frame code {code!r:.100}")
+        fields = _FIELDS[cls]
+        if num_fields != len(fields):
+            raise RemoteProtocolError(f"{cls.__name__} has {len(fields)} fields, not {num_fields}")
+        values: list[Any] = []
+        for name, is_valid in fields:
+            value = self._uints() if is_valid is _is_uints else self._unpacker.unpack()
+            if not is_valid(value):
+                raise RemoteProtocolError(f"{cls.__name__}.{name} is out of bounds or of the wrong type")
+            values.append(value)
+        if self._unpacker.tell() != len(self._body):
+            raise RemoteProtocolError("bytes follow the frame's last field")
+        return cls(*values)
+
+    def _array(self) -> int:
+        """The length in an array's header, which is passed over."""
+        header: bytes = self._unpacker.read_bytes(1)
+        if header and header[0] & 0xF0 == 0x90:
+            return header[0] & 0x0F
+        if header == b"\xdc":
+            length: bytes = self._unpacker.read_bytes(2)
+            return int.from_bytes(length, "big")
+        raise RemoteProtocolError("a frame is an array that starts with its code; tokens are an array")
+
+    def _uints(self) -> tuple[object, ...]:
+        num_values = self._array()
+        values = tuple(islice(self._unpacker, num_values))
+        if len(values) != num_values:
+            raise RemoteProtocolError("a frame ends within its tokens")
+        return values
 
 
 class FrameReader:
@@ -300,6 +332,11 @@ class FrameReader:
             start = end
         del self._buffer[:start]
         return frames
+
+
+def bye(code: int, text: str) -> Bye:
+    """A Bye whose text fits, however long the names in it are."""
+    return Bye(code, text.encode()[:MAX_TEXT_BYTES].decode(errors="ignore"))
 
 
 def commits(request: int, base: int, tokens: Sequence[int]) -> Iterator[Commit]:

@@ -27,7 +27,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
 from vllm_specedge import __version__
-from vllm_specedge.config import EdgeOptions, split_address
+from vllm_specedge.config import EdgeOptions, check_listen, split_address
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.frames import (
     MEDIA_TYPE,
@@ -37,6 +37,7 @@ from vllm_specedge.frames import (
     FrameReader,
     Greet,
     Hello,
+    bye,
     encode,
 )
 from vllm_specedge.metrics import RouterCollector
@@ -46,9 +47,12 @@ from vllm_specedge.tokens import TokenFile
 
 logger = logging.getLogger("vllm_specedge.gateway")
 
-MAX_QUEUED_BYTES = 1 << 20
-"""An edge that lets more than this pile up is closed. Room for a context of a quarter of a million tokens."""
+MAX_QUEUED_BYTES = 8 << 20
+"""An edge that lets more than this pile up is closed: the longest context fits, at 5 bytes a token."""
+MAX_FRAMES_PER_S = 2000
+"""More than this from one edge is dropped: 32 requests at 30 steps a second send half of it."""
 MAX_HANDSHAKE_S = 10.0
+STOP_S = 1.0
 DEAD_HEARTBEATS = 3
 ENGINE_DEAD_S = 15.0
 MAX_UNFINISHED_CONNECTIONS = 64
@@ -62,10 +66,13 @@ class Connection:
     id: int
     key: str
     roles: frozenset[str]
+    connected_s: float
     heard_s: float
     session: Session = field(default_factory=lambda: Session(Role.GATEWAY))
     outbox: deque[bytes] = field(default_factory=deque)
     queued_bytes: int = 0
+    num_frames: int = 0
+    """Heard since the last tick of the watch."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     has_uplink: bool = False
     downlink: "asyncio.Task[object] | None" = None
@@ -88,6 +95,8 @@ class Gateway:
         self._by_key: dict[str, Connection] = {}
         self._next_id = 0
         self._engine_heard_s: dict[bytes, float] = {}
+        self._effects: deque[Effect] = deque()
+        self._is_carrying_out = False
         self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -100,13 +109,20 @@ class Gateway:
         if self._tokens is None:
             return frozenset(ROLES)
         scheme, _, token = (header or "").partition(" ")
-        return self._tokens.roles(token.strip(), time.time()) if scheme.lower() == "bearer" else frozenset()
+        if scheme.lower() != "bearer":
+            return frozenset()
+        try:
+            return self._tokens.roles(token.strip(), time.time())
+        except UserError as error:
+            logger.error("%s", error)
+            raise HTTPException(503, "The gateway cannot read its tokens.") from None
 
     def connect(self, roles: frozenset[str]) -> Connection:
         """A new downlink, greeted. Raises HTTPException 503 when too many are open."""
         if len(self._connections) >= self.router.limits.max_edges + MAX_UNFINISHED_CONNECTIONS:
             raise HTTPException(503, "Too many connections: try again later.")
-        connection = Connection(self._next_id, secrets.token_urlsafe(16), roles, time.monotonic())
+        now_s = time.monotonic()
+        connection = Connection(self._next_id, secrets.token_urlsafe(16), roles, now_s, now_s)
         self._next_id += 1
         self._connections[connection.id] = self._by_key[connection.key] = connection
         self._send(connection, Greet(connection.key, PROTOCOL_VERSION))
@@ -133,16 +149,18 @@ class Gateway:
         """Everything one edge says, until it stops or is closed."""
         try:
             async for chunk in chunks:
-                connection.heard_s = time.monotonic()
                 for frame in connection.session.receive(chunk):
+                    connection.heard_s = time.monotonic()
                     self._from_edge(connection, frame)
                 if connection.closed_s is not None:
                     return
         except RemoteProtocolError as error:
-            self._close(connection, Bye(error.code, f"{error!s:.200}"))
+            self._close(connection, bye(error.code, str(error)))
         except ClientDisconnect:
             pass
-        self._close(connection, Bye(ByeCode.GOING_AWAY, "the uplink ended"))
+        except Exception:  # noqa: BLE001 - the outermost edge of this task
+            self._failed(f"The uplink of edge {connection.id} failed")
+        self._close(connection, bye(ByeCode.GOING_AWAY, "the uplink ended"))
 
     def find(self, key: str) -> Connection | None:
         """The connection that waits for its uplink under this key."""
@@ -155,13 +173,16 @@ class Gateway:
     def _from_edge(self, connection: Connection, frame: Frame) -> None:
         if connection.closed_s is not None:
             return
-        if isinstance(frame, Bye):
+        connection.num_frames += 1
+        if connection.num_frames > MAX_FRAMES_PER_S * self._heartbeat_s / 2:
+            self.router.counters["dropped_flood"] += 1
+        elif isinstance(frame, Bye):
             self._close(connection, None)
         elif isinstance(frame, Hello):
             session = secrets.token_urlsafe(24)
             self._carry_out(self.router.edge_hello(connection.id, frame, session, connection.roles))
             if connection.session.state is State.LIVE:
-                logger.info("Edge %s (%s, %s) joined as %s", connection.id, frame.name, frame.client, frame.role)
+                logger.info("Edge %s (%.60r, %.60r) joined as %s", connection.id, frame.name, frame.client, frame.role)
         else:
             self._carry_out(self.router.from_edge(connection.id, frame))
 
@@ -171,16 +192,16 @@ class Gateway:
         connection.queued_bytes += len(data)
         connection.wake.set()
 
-    def _close(self, connection: Connection, bye: Bye | None) -> None:
+    def _close(self, connection: Connection, last: Bye | None) -> None:
         """End a connection: say Bye if it can still be said, and give its requests to others."""
         if connection.closed_s is not None:
             return
         connection.closed_s = time.monotonic()
-        if bye is not None and connection.session.state is not State.CLOSED:
-            self._send(connection, bye)
-            if bye.code != ByeCode.GOING_AWAY:
+        if last is not None and connection.session.state is not State.CLOSED:
+            self._send(connection, last)
+            if last.code != ByeCode.GOING_AWAY:
                 self.router.counters["refused"] += 1
-                logger.info("Edge %s closed: %s", connection.id, bye.text)
+                logger.info("Edge %s closed: %s", connection.id, last.text)
         connection.wake.set()
         self._carry_out(self.router.edge_left(connection.id))
 
@@ -190,21 +211,45 @@ class Gateway:
         self._by_key.pop(connection.key, None)
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
-        for effect in effects:
-            if not isinstance(effect, ToEdge):
-                # A ROUTER socket queues or drops at once; the future is done when it returns.
-                self._socket.send_multipart([effect.engine, encode(effect.frame)])
-                continue
-            connection = self._connections.get(effect.edge)
-            if connection is None or connection.closed_s is not None:
-                continue
-            if isinstance(effect.frame, Bye):
-                self._close(connection, effect.frame)
-            elif connection.queued_bytes > MAX_QUEUED_BYTES:
-                self.router.counters["slow_edges"] += 1
-                self._close(connection, Bye(ByeCode.TOO_SLOW, "this edge does not read fast enough"))
-            else:
-                self._send(connection, effect.frame)
+        """In the order in which the router decided: what closing an edge on the way calls for comes after these."""
+        self._effects.extend(effects)
+        if self._is_carrying_out:
+            return
+        self._is_carrying_out = True
+        try:
+            while self._effects:
+                self._carry_out_one(self._effects.popleft())
+        finally:
+            self._is_carrying_out = False
+
+    def _carry_out_one(self, effect: Effect) -> None:
+        if not isinstance(effect, ToEdge):
+            # A ROUTER socket queues or drops at once; the future is done when it returns.
+            self._socket.send_multipart([effect.engine, encode(effect.frame)])
+            return
+        connection = self._connections.get(effect.edge)
+        if connection is None or connection.closed_s is not None:
+            return
+        if isinstance(effect.frame, Bye):
+            self._close(connection, effect.frame)
+        elif connection.queued_bytes > MAX_QUEUED_BYTES:
+            self.router.counters["slow_edges"] += 1
+            self._close(connection, bye(ByeCode.TOO_SLOW, "this edge does not read fast enough"))
+        else:
+            self._send(connection, effect.frame)
+
+    def _failed(self, what: str) -> None:
+        """The outermost edge of a task: one error costs what it was about, not the gateway."""
+        self.router.counters["task_errors"] += 1
+        logger.exception("%s", what)
+
+    async def say_bye(self) -> None:
+        """The gateway is stopping: tell every edge, and give them a moment to hear it."""
+        for connection in list(self._connections.values()):
+            self._close(connection, bye(ByeCode.GOING_AWAY, "the gateway is stopping"))
+        downlinks = [c.downlink for c in self._connections.values() if c.downlink is not None]
+        if downlinks:
+            await asyncio.wait(downlinks, timeout=STOP_S)
 
     # -- engines ---------------------------------------------------------------------------------------------------
 
@@ -219,25 +264,35 @@ class Gateway:
             except RemoteProtocolError as error:
                 self._carry_out(self.router.engine_left(engine))
                 logger.warning("An engine was dropped: %s", error)
+            except Exception:  # noqa: BLE001 - the outermost edge of this task
+                self._failed("A message of an engine's failed")
 
     async def watch(self) -> None:
         """Close what has been silent for too long, for ever."""
         while True:
             await asyncio.sleep(self._heartbeat_s / 2)
-            now_s = time.monotonic()
-            for connection in list(self._connections.values()):
-                self._watch_connection(connection, now_s)
-            for engine, heard_s in list(self._engine_heard_s.items()):
-                if now_s - heard_s > ENGINE_DEAD_S:
-                    del self._engine_heard_s[engine]
-                    self._carry_out(self.router.engine_left(engine))
+            try:
+                self._watch(time.monotonic())
+            except Exception:  # noqa: BLE001 - the outermost edge of this task
+                self._failed("Watching the connections failed")
+
+    def _watch(self, now_s: float) -> None:
+        for connection in list(self._connections.values()):
+            connection.num_frames = 0
+            self._watch_connection(connection, now_s)
+        for engine, heard_s in list(self._engine_heard_s.items()):
+            if now_s - heard_s > ENGINE_DEAD_S:
+                del self._engine_heard_s[engine]
+                self._carry_out(self.router.engine_left(engine))
 
     def _watch_connection(self, connection: Connection, now_s: float) -> None:
         is_live = connection.session.state is State.LIVE
         limit_s = DEAD_HEARTBEATS * self._heartbeat_s if is_live else MAX_HANDSHAKE_S
-        if connection.closed_s is None and now_s - connection.heard_s > limit_s:
+        # Until it is admitted the clock runs from the start: a trickle of bytes keeps nothing open.
+        since_s = connection.heard_s if is_live else connection.connected_s
+        if connection.closed_s is None and now_s - since_s > limit_s:
             self.router.counters["silent_edges"] += 1
-            self._close(connection, Bye(ByeCode.SILENT, f"nothing heard for {limit_s:.0f} s"))
+            self._close(connection, bye(ByeCode.SILENT, f"nothing heard for {limit_s:.0f} s"))
         elif connection.closed_s is not None and now_s - connection.closed_s > DEAD_HEARTBEATS * self._heartbeat_s:
             # It does not even read its Bye; the stream would wait for ever.
             if connection.downlink is not None:
@@ -314,20 +369,26 @@ async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: boo
         gateway = Gateway(options, engine_endpoint)
     except zmq.ZMQError as error:
         raise UserError(f"Engines cannot be served at {engine_endpoint} ({error}): choose another endpoint.") from None
+    check_listen(options.listen)
     server = _server(make_app(gateway), options)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    serving = asyncio.create_task(server.serve())
     tasks = [
+        serving,
         asyncio.create_task(gateway.serve_engines()),
         asyncio.create_task(gateway.watch()),
-        asyncio.create_task(server.serve()),
         asyncio.create_task(stop.wait()),
     ]
     if ends_with_stdin:
         tasks.append(asyncio.create_task(_ended_with_parent()))
     logger.info("Gateway listens for edges on %s", options.listen)
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    await gateway.say_bye()
+    # Not cancelled: its threads would outlive the interpreter.
+    server.stop()
+    await asyncio.wait({serving}, timeout=STOP_S)
     for task in pending:
         task.cancel()
     for task in done:

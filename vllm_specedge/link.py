@@ -47,18 +47,18 @@ class EngineLink(threading.Thread):
         self._hello = hello
         self._wake = wake
         self._stats = stats
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._context = context
+        # The process's own context: one of ours would block whoever drops it while a socket is open.
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._gateway = context.socket(zmq.DEALER)
         self._gateway.setsockopt(zmq.LINGER, 0)
         # Nothing is kept for a gateway that is away: it is told afresh when it is back.
         self._gateway.setsockopt(zmq.IMMEDIATE, 1)
         self._gateway.connect(endpoint)
         self._orders = context.socket(zmq.PAIR)
-        self._orders.bind("inproc://orders")
+        self._orders.bind(f"inproc://specedge-{id(self)}")
         self._remote = context.socket(zmq.PAIR)
         self._remote.setsockopt(zmq.LINGER, 0)
-        self._remote.connect("inproc://orders")
+        self._remote.connect(f"inproc://specedge-{id(self)}")
         self._is_welcome = False
         self._heard_s = time.monotonic()
         self._wake_at_s: float | None = None
@@ -78,6 +78,7 @@ class EngineLink(threading.Thread):
     def stop(self) -> None:
         self._order(_Order.STOP, b"")
         self.join(2.0)
+        self._remote.close()
 
     def _order(self, order: _Order, data: bytes) -> None:
         with contextlib.suppress(zmq.Again):

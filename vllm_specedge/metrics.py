@@ -22,8 +22,11 @@ ENGINE_COUNTERS = (
     ("proposals_full", "Proposals cut because the request's tree was full."),
     ("holds", "Times a request was held for its draft."),
     ("missed_holds", "Holds that ended without a draft."),
+    ("wakes", "Times a draft woke a parked engine."),
+    ("wake_us", "Microseconds from a draft's arrival to the parked engine's looking at it, in total."),
     ("dropped_closed", "Proposals for requests that were over."),
     ("dropped_token_id", "Proposals with a token id outside of the vocabulary."),
+    ("unexpected_frames", "Frames a gateway should not send."),
 )
 """What an engine reports in Stats, in this order."""
 
@@ -35,6 +38,7 @@ GATEWAY_COUNTERS = (
     ("dropped_late", "Proposals for positions that were decided already."),
     ("dropped_ahead", "Proposals past the credit."),
     ("dropped_token_id", "Proposals with a token id outside of the vocabulary."),
+    ("dropped_flood", "Frames of edges that sent too many."),
     ("commit_gaps", "Requests dropped because commits were missing."),
     ("requests_over_limit", "Requests not drafted for because of a bound."),
     ("unexpected_engine_frames", "Frames an engine should not send."),
@@ -63,6 +67,8 @@ class RouterCollector(Collector):
         yield GaugeMetricFamily("specedge_requests", "Live requests known to the gateway.", router.num_requests)
         for name, help_text in GATEWAY_COUNTERS:
             yield CounterMetricFamily(f"specedge_gateway_{name}", help_text, router.counters[name])
-        totals = [sum(values) for values in zip(*router.engine_counters(), strict=True)] or [0] * len(ENGINE_COUNTERS)
-        for (name, help_text), total in zip(ENGINE_COUNTERS, totals, strict=True):
+        engines = router.engine_counters()
+        for index, (name, help_text) in enumerate(ENGINE_COUNTERS):
+            # An engine of another release may know fewer counters, or more.
+            total = sum(values[index] for values in engines if index < len(values))
             yield CounterMetricFamily(f"specedge_engine_{name}", help_text, total)

@@ -11,11 +11,16 @@ _DEVIATIONS = 4.0
 """Smoothing and margin as TCP's retransmission timer has them (RFC 6298): the problem is the same, an answer's time."""
 
 
+MODES = ("auto", "wait", "never-wait")
+"""Hold while it pays; for as long as the limit allows, whatever the edge's record (the paper's way); never."""
+
+
 @dataclass(frozen=True, slots=True)
 class HoldLimits:
-    """What an operator sets. `hold_limit_s` 0 never holds."""
+    """What an operator sets. `hold_limit_s` 0 never holds; `mode` is one of MODES."""
 
     hold_limit_s: float = 0.1
+    mode: str = "auto"
     max_misses: int = 2
     """After so many late answers in a row an edge is not waited for until it is in time again."""
 
@@ -61,11 +66,16 @@ def hold_until(record: EdgeRecord, committed_s: float, now_s: float, step_s: flo
     `committed_s` is when its last tokens were published, `step_s` how long a decode step takes. Waiting w seconds for
     a draft of which m tokens are accepted beats decoding at once while w < m * step_s.
     """
+    if limits.mode == "never-wait":
+        return None
+    limit_s = committed_s + limits.hold_limit_s
+    if limits.mode == "wait":
+        return limit_s if now_s < limit_s else None
     if record.answer_s.mean is None or record.num_misses >= limits.max_misses:
         return None
     expected_at_s = committed_s + record.answer_s.mean
     accepted = 1.0 if record.accepted.mean is None else record.accepted.mean
-    if expected_at_s - now_s >= accepted * step_s:
+    if max(0.0, expected_at_s - now_s) >= accepted * step_s:  # also where nothing can be gained, however short the wait
         return None
-    deadline_s = min(expected_at_s + _DEVIATIONS * record.answer_s.deviation, committed_s + limits.hold_limit_s)
+    deadline_s = min(expected_at_s + _DEVIATIONS * record.answer_s.deviation, limit_s)
     return deadline_s if now_s < deadline_s else None

@@ -31,11 +31,16 @@ from vllm_specedge.frames import (
     Propose,
     Stats,
     Welcome,
+    bye,
     commits,
 )
 
 POOL, PRIVATE = "pool", "private"
 ROLES = (POOL, PRIVATE)
+
+MAX_UNREAD_TOKENS = 1 << 16
+MAX_GAPS = 2
+"""An edge that misses commits of a request more often does not get it again: a context is a lot to send for a frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class RouterLimits:
     max_edges: int = 256
     max_requests_per_edge: int = 32
     max_requests: int = 4096
-    max_context_tokens: int = 1 << 20
+    max_context_tokens: int = 1 << 19
     credit_tokens: int = 0
     """How far past the last commit an edge may propose; 0: as far as one step verifies."""
     heartbeat_ms: int = 2000
@@ -81,14 +86,18 @@ class EdgeInfo:
 
     hello: Hello
     session: str
+    max_requests: int
     requests: dict[int, _Key] = field(default_factory=dict)
     """By the number that this edge knows them by."""
+    unread_tokens: int = 0
+    """Of contexts sent since the last Ping that it answered: a slow edge is not buried under prompts."""
+    num_pings: int = 0
     next_number: int = 0
     num_proposed_tokens: int = 0
 
     @property
     def has_room(self) -> bool:
-        return len(self.requests) < self.hello.max_requests
+        return len(self.requests) < self.max_requests and self.unread_tokens < MAX_UNREAD_TOKENS
 
 
 @dataclass(slots=True)
@@ -99,6 +108,7 @@ class _Request:
     number: int = 0
     """What its edge calls it."""
     declined: set[int] = field(default_factory=set)
+    num_gaps: int = 0
 
     @property
     def is_known(self) -> bool:
@@ -165,7 +175,9 @@ class Router:
         if self.engines.pop(engine, None) is None:
             return []
         keys = [key for key in self._requests if key[0] == engine]
-        return [effect for key in keys for effect in self._close(key, CloseReason.FINISHED)]
+        # All of them go before the room they leave is given away, or one of them could get it.
+        effects = [effect for key in keys for effect in self._drop(key, CloseReason.FINISHED)]
+        return [*effects, *self._assign_waiting()]
 
     def _open(self, engine: bytes, opening: Open) -> list[Effect]:
         key = (engine, opening.request)
@@ -183,7 +195,7 @@ class Router:
         known, end = len(request.tokens), commit.base + len(commit.tokens)
         if commit.base > known or end > self.limits.max_context_tokens:
             self.counters["commit_gaps"] += 1
-            return self._close(key, CloseReason.GAP)
+            return [*self._close(key, CloseReason.GAP), ToEngine(key[0], Assign(key[1], False))]
         was_known = request.is_known
         request.tokens.extend(commit.tokens[known - commit.base :])
         if request.edge is not None:
@@ -191,12 +203,15 @@ class Router:
         return self._assign(key, request) if request.is_known and not was_known else []
 
     def _close(self, key: _Key, reason: int) -> list[Effect]:
+        effects = self._drop(key, reason)
+        return [*effects, *self._assign_waiting()] if effects else []
+
+    def _drop(self, key: _Key, reason: int) -> list[Effect]:
         request = self._requests.pop(key, None)
         if request is None or request.edge is None:
             return []
-        edge = self.edges[request.edge]
-        del edge.requests[request.number]
-        return [ToEdge(request.edge, Close(request.number, reason)), *self._assign_waiting()]
+        del self.edges[request.edge].requests[request.number]
+        return [ToEdge(request.edge, Close(request.number, reason))]
 
     # -- edges -----------------------------------------------------------------------------------------------------
 
@@ -207,7 +222,8 @@ class Router:
             return [ToEdge(edge, refusal)]
         matching = {id_: engine for id_, engine in self.engines.items() if _suits(hello, engine.hello)}
         model = next(iter(matching.values())).hello
-        self.edges[edge] = EdgeInfo(hello, session)
+        max_requests = min(hello.max_requests, self.limits.max_requests_per_edge)
+        self.edges[edge] = EdgeInfo(hello, session, max_requests)
         welcome = Welcome(session, model.model, model.vocab_size, self.limits.heartbeat_ms)
         return [ToEdge(edge, welcome), *self._tell_edges(), *self._assign_waiting()]
 
@@ -215,18 +231,18 @@ class Router:
         if hello.version != PROTOCOL_VERSION:
             versions = f"{PROTOCOL_VERSION}, this edge {hello.version}"
             text = f"This gateway speaks protocol version {versions}: update the older of the two."
-            return Bye(ByeCode.VERSION, text)
+            return bye(ByeCode.VERSION, text)
         if hello.role not in roles:
             text = f"This token does not allow the role '{hello.role:.20}': ask for one that does."
-            return Bye(ByeCode.ROLE, text)
+            return bye(ByeCode.ROLE, text)
         if len(self.edges) >= self.limits.max_edges:
-            return Bye(ByeCode.FULL, f"The gateway has its {self.limits.max_edges} edges: try again later.")
+            return bye(ByeCode.FULL, f"The gateway has its {self.limits.max_edges} edges: try again later.")
         if not self.engines:
-            return Bye(ByeCode.NO_ENGINE, "No vLLM engine is connected to this gateway yet.")
+            return bye(ByeCode.NO_ENGINE, "No vLLM engine is connected to this gateway yet.")
         if not any(_suits(hello, engine.hello) for engine in self.engines.values()):
             models = ", ".join(sorted({engine.hello.model for engine in self.engines.values()}))
             text = f"The draft model's tokenizer is not that of {models:.200}: choose a draft of the same family."
-            return Bye(ByeCode.TOKENIZER, text)
+            return bye(ByeCode.TOKENIZER, text)
         return None
 
     def edge_left(self, edge: int) -> list[Effect]:
@@ -252,7 +268,7 @@ class Router:
             case Ping():
                 return [ToEdge(edge, Pong(frame.stamp))]
             case Pong():
-                return []
+                return self._pong(info, frame)
             case _:
                 raise TypeError(frame)
 
@@ -267,7 +283,7 @@ class Router:
         if bad is not None:
             self.counters["dropped_token_id"] += 1
             text = f"Token id {bad} is outside of the model's vocabulary of {vocab_size}."
-            return [ToEdge(edge, Bye(ByeCode.TOKEN_ID, text))]
+            return [ToEdge(edge, bye(ByeCode.TOKEN_ID, text))]
         end, known = frame.base + len(frame.tokens), len(request.tokens)
         if end > known + self._credit(request):
             self.counters["dropped_ahead"] += 1
@@ -279,16 +295,24 @@ class Router:
         self.counters["proposed_tokens"] += len(frame.tokens)
         return [ToEngine(key[0], Propose(key[1], frame.base, frame.tokens, frame.branch))]
 
+    def _pong(self, info: EdgeInfo, frame: Pong) -> list[Effect]:
+        if frame.stamp != info.num_pings or not info.unread_tokens:
+            return []
+        info.unread_tokens = 0
+        return self._assign_waiting()
+
     def _declined(self, edge: int, info: EdgeInfo, frame: Close) -> list[Effect]:
         key = info.requests.pop(frame.request, None)
         if key is None:
             return []
         request = self._requests[key]
         request.edge = None
-        if frame.reason != CloseReason.GAP:
+        request.num_gaps += frame.reason == CloseReason.GAP
+        if frame.reason != CloseReason.GAP or request.num_gaps > MAX_GAPS:
             request.declined.add(edge)
         self.counters["declined"] += 1
-        return self._assign(key, request) or [ToEngine(key[0], Assign(key[1], False))]
+        effects = self._assign(key, request) or [ToEngine(key[0], Assign(key[1], False))]
+        return [*effects, *self._assign_waiting()]
 
     # -- who drafts for whom ---------------------------------------------------------------------------------------
 
@@ -325,9 +349,12 @@ class Router:
         session = opening.session if opening.session == info.session else ""
         opened = Open(request.number, len(request.tokens), opening.max_draft, self._credit(request), session)
         context = commits(request.number, 0, request.tokens)
+        info.unread_tokens += len(request.tokens)
+        info.num_pings += 1
         return [
             ToEdge(edge, opened),
             *(ToEdge(edge, commit) for commit in context),
+            ToEdge(edge, Ping(info.num_pings)),
             ToEngine(key[0], Assign(key[1], True)),
         ]
 

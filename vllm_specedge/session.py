@@ -86,6 +86,7 @@ class Session:
     def __init__(self, role: Role) -> None:
         self.role = role
         self.state = State.START
+        self._has_said_bye = False
         self._reader = FrameReader()
 
     def __repr__(self) -> str:
@@ -98,10 +99,13 @@ class Session:
             raise LocalProtocolError(f"{self!r} cannot send {type(frame).__name__}")
         data = encode(frame)
         self.state = state
+        self._has_said_bye = state is State.CLOSED
         return data
 
     def receive(self, data: bytes) -> list[Frame]:
-        """The frames that became whole with `data`, each of them legal."""
+        """The frames that became whole with `data`, each of them legal; none after one's own Bye."""
+        if self._has_said_bye:
+            return []  # sent before the peer knew
         frames = self._reader.feed(data)
         for frame in frames:
             state = TRANSITIONS[self.state].get((self.role.peer, type(frame)))

@@ -35,6 +35,7 @@ class GatewayProcess(threading.Thread):
         while True:
             started_s = time.monotonic()
             status = self._process.wait()
+            self._close_stdin()
             if self._stopped.is_set():
                 return
             if status == USER_ERROR_STATUS:
@@ -46,13 +47,20 @@ class GatewayProcess(threading.Thread):
                 return
             self._process = self._popen()
 
+    def _close_stdin(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
     def stop(self) -> None:
+        """End the gateway, gently at first."""
         self._stopped.set()
         self._process.terminate()
         try:
             self._process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.wait()
+        self._close_stdin()
 
 
 def gateway_command(options: EdgeOptions, engine_endpoint: str) -> list[str]:

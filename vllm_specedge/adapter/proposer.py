@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vllm_specedge.adapter import cpu_kernels
+
 
 class EdgeProposer:
     """Drafts nothing: drafts come over the network and are attached in the scheduler, which knows requests.
@@ -12,6 +14,7 @@ class EdgeProposer:
 
     def __init__(self, vllm_config: Any) -> None:
         del vllm_config
+        cpu_kernels.mend()
 
     def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         """One list of draft tokens a batch row: none."""

@@ -2,12 +2,11 @@
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_specedge.adapter.start import ENDPOINT_VARIABLE, new_endpoint
-from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, parse_options, split_address
+from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, check_listen, parse_options
 from vllm_specedge.errors import UserError
 
 METHOD = "edge"
@@ -86,16 +85,7 @@ def _prepare_gateway(options: EdgeOptions) -> None:
     """Once, in the front end's main process: choose the engines' socket, and say early if the port is taken."""
     if options.gateway or multiprocessing.parent_process() is not None:
         return
-    host, port = split_address(options.listen)
-    try:
-        # No SO_REUSEPORT: a second gateway on the port must fail here, though the server below would allow it.
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"The edge gateway cannot listen on {options.listen} ({error.strerror or error}): "
-            f"""choose another with --speculative-config '{{"method": "edge", "listen": "HOST:PORT"}}'."""
-        ) from None
+    check_listen(options.listen)
     os.environ[ENDPOINT_VARIABLE] = new_endpoint()
 
 

@@ -37,7 +37,7 @@ class EdgeScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._engine = _find_engine()
-        self._is_parked = False
+        self._is_parked = self._was_parked = False
         self._arrived = threading.Event()
         self._step_started_s = 0.0
         self._verifying: dict[str, list[int]] = {}
@@ -52,7 +52,7 @@ class EdgeScheduler(Scheduler):
         self.book = DraftBook(
             vocab_size=self.vllm_config.model_config.get_vocab_size(),
             max_draft=self.num_spec_tokens,
-            limits=HoldLimits(hold_limit_s=options.hold_limit_ms / 1000),
+            limits=HoldLimits(options.hold_limit_ms / 1000, options.mode),
         )
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
         self._link, self._process = start_link(
@@ -63,8 +63,8 @@ class EdgeScheduler(Scheduler):
     # -- what vLLM calls -------------------------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        self._is_parked = False
         self._step_started_s = time.monotonic()
+        self._is_parked = False
         self._guarded(self._attach)
         # At 0 the waiting loop pads no request with -1 drafts, which vLLM's CPU kernels take for tokens.
         num_spec_tokens, self.num_spec_tokens = self.num_spec_tokens, 0
@@ -131,6 +131,10 @@ class EdgeScheduler(Scheduler):
     def _take_in(self) -> None:
         inbox = self._link.inbox
         self._arrived.clear()
+        if inbox and self._was_parked:
+            self.book.counters["wakes"] += 1
+            self.book.counters["wake_us"] += int((time.monotonic() - inbox[0][0]) * 1e6)
+        self._was_parked = False
         while inbox:
             arrived_s, frame = inbox.popleft()
             if isinstance(frame, Bye):
@@ -191,9 +195,9 @@ class EdgeScheduler(Scheduler):
             return False
         self._link.wake_at(min(plan.holds.values()))
         # Set before the inbox is looked at for the last time: the link appends before it looks at the flag.
-        self._is_parked = True
+        self._is_parked = self._was_parked = True
         if self._link.inbox:
-            self._is_parked = False
+            self._is_parked = self._was_parked = False
         return self._is_parked
 
     def _wake(self) -> None:

@@ -44,7 +44,7 @@ def start_link(
     hello = EngineHello(
         version=PROTOCOL_VERSION,
         model=name.encode()[-MAX_TEXT_BYTES:].decode(errors="ignore"),
-        fingerprint=vocabulary_fingerprint(tokenizer.get_vocab()) if tokenizer is not None else "unknown",
+        fingerprint=vocabulary_fingerprint(tokenizer.get_vocab()) if tokenizer is not None else "",
         vocab_size=model.get_vocab_size(),
     )
     endpoint = options.gateway or os.environ.get(ENDPOINT_VARIABLE) or new_endpoint()

@@ -1,0 +1,48 @@
+# Everything runs from .venv, which the first target that needs it makes. Needs Python 3.11 or newer and nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .cache/smollm2
+
+.PHONY: help demo test test-fast test-vllm check format model bench-overhead clean
+help:
+	@echo "make demo            a real server, a real edge, the same questions with and without it"
+	@echo "make test            every test, on a real vLLM (about 10 minutes once installed)"
+	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
+	@echo "make bench-overhead  memory, start-up, latency and parking costs"
+
+$(VENV)/.installed: pyproject.toml deploy/vllm-metadata/pyproject.toml deploy/install
+	PYTHON="$(PYTHON)" deploy/install $(VENV)
+	@touch $@
+
+$(MODEL)/config.json: | $(VENV)/.installed
+	$(BIN)/python examples/smollm2.py $(MODEL)
+
+model: $(MODEL)/config.json
+
+demo: $(VENV)/.installed model
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed model
+	$(BIN)/pytest
+
+test-fast: $(VENV)/.installed
+	$(BIN)/pytest --ignore=tests/vllm
+
+test-vllm: $(VENV)/.installed model
+	$(BIN)/pytest tests/vllm
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-overhead: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf $(VENV) .cache

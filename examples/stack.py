@@ -1,0 +1,135 @@
+"""Start a vLLM server and edges as local processes, one core each: for the demo, the tests and the benchmarks."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2 as httpx
+import psutil
+
+BIN = Path(sys.executable).parent
+SERVER_CORE, EDGE_CORE = 0, os.cpu_count() - 1 if os.cpu_count() else 0
+START_LIMIT_S = 300.0
+STOP_LIMIT_S = 20.0
+POLL_S = 0.2
+MODEL_NAME = "smollm2"
+
+
+class StackError(Exception):
+    """A process did not start; the message has the end of its log."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A running process and its log."""
+
+    popen: "subprocess.Popen[bytes]"
+    log: Path
+
+    def fail(self, what: str) -> StackError:
+        return StackError(f"{what}; the end of {self.log}:\n" + "\n".join(self.log.read_text().splitlines()[-25:]))
+
+    def stop(self) -> None:
+        """Ask it to end, children first to be gone by themselves; insist after a while."""
+        children = psutil.Process(self.popen.pid).children(recursive=True) if self.popen.poll() is None else []
+        self.popen.terminate()
+        try:
+            self.popen.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+        _, left = psutil.wait_procs(children, STOP_LIMIT_S)
+        for child in left:
+            child.kill()
+
+
+def start(command: list[str], log: Path, env: dict[str, str] | None = None, core: int | None = None) -> Process:
+    """Start a process, on one core if asked to."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        popen = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+    if core is not None:
+        psutil.Process(popen.pid).cpu_affinity([core])
+    return Process(popen, log)
+
+
+def wait_for(process: Process, url: str, key: str = "", at_least: int = 0) -> None:
+    """Wait until `url` answers 200, and its JSON has `key` at no less than `at_least`, if one is named."""
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        for _ in range(int(START_LIMIT_S / POLL_S)):
+            try:
+                response = client.get(url)
+                if response.status_code == 200 and (not key or response.json()[key] >= at_least):
+                    return
+            except httpx.HTTPError:
+                pass
+            try:
+                process.popen.wait(POLL_S)
+            except subprocess.TimeoutExpired:
+                continue
+            raise process.fail(f"{process.popen.args[0]} ended with status {process.popen.returncode}")  # type: ignore[index]
+    raise process.fail(f"{url} was not ready within {START_LIMIT_S:.0f} s")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `vllm serve`."""
+
+    process: Process
+    port: int
+    gateway_port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def gateway_url(self) -> str:
+        return f"http://127.0.0.1:{self.gateway_port}"
+
+    def metrics(self) -> dict[str, float]:
+        """The gateway's metrics by name."""
+        text = httpx.get(f"{self.gateway_url}/metrics", trust_env=False).text
+        lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name.removesuffix("_total"): float(value) for name, _, value in lines}
+
+
+def start_server(model: Path, log: Path, port: int, *arguments: str, gateway_port: int = 8100) -> Server:
+    """Start `vllm serve` in float32 (there greedy tokens do not depend on the batch) with its model on one core."""
+    command = [str(BIN / "vllm"), "serve", str(model), "--served-model-name", MODEL_NAME]
+    command += ["--dtype", "float32", "--enforce-eager", "--port", str(port), *arguments]
+    env = {
+        "VLLM_CPU_OMP_THREADS_BIND": str(SERVER_CORE),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if "--kv-cache-memory-bytes" not in arguments:
+        env["VLLM_CPU_KVCACHE_SPACE"] = "2"
+    return Server(start(command, log, env), port, gateway_port)
+
+
+@contextmanager
+def vllm_server(model: Path, log: Path, port: int, *arguments: str, gateway_port: int = 8100) -> Iterator[Server]:
+    """A server that answers."""
+    server = start_server(model, log, port, *arguments, gateway_port=gateway_port)
+    try:
+        wait_for(server.process, f"{server.url}/health")
+        yield server
+    finally:
+        server.process.stop()
+
+
+@contextmanager
+def edge_client(gateway_url: str, draft: str, log: Path, *arguments: str) -> Iterator[Process]:
+    """An `edge-client connect` that the gateway has admitted."""
+    command = [str(BIN / "edge-client"), "connect", gateway_url, "--draft", draft, "--threads", "1", *arguments]
+    process = start(command, log, {"HF_HUB_OFFLINE": "1"}, core=EDGE_CORE)
+    try:
+        wait_for(process, f"{gateway_url}/healthz", "edges", 1)
+        yield process
+    finally:
+        process.stop()

@@ -1,0 +1,371 @@
+"""What several tests share: frames of every type, two sessions back to back, and a world in virtual time."""
+
+import dataclasses
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from random import Random
+from typing import Any
+
+from hypothesis import strategies as st
+
+from edge_client.drafters import DraftSequence
+from edge_client.speculation import Job, Speculation
+from vllm_specedge.book import DraftBook, Plan, Row
+from vllm_specedge.errors import RemoteProtocolError
+from vllm_specedge.frames import (
+    MAX_TEXT_BYTES,
+    MAX_UINT32,
+    PROTOCOL_VERSION,
+    Bye,
+    Close,
+    EngineHello,
+    Frame,
+    FrameReader,
+    Hello,
+    Ping,
+    Pong,
+    Propose,
+    Welcome,
+    encode,
+)
+from vllm_specedge.policy import HoldLimits
+from vllm_specedge.router import ROLES, Effect, Router, RouterLimits, ToEdge
+from vllm_specedge.session import Role, Session, State
+
+FRAME_TYPES: tuple[type[Frame], ...] = Frame.__args__
+
+_uints = st.integers(0, MAX_UINT32)
+_texts = st.text(max_size=40).filter(lambda text: len(text.encode()) <= MAX_TEXT_BYTES)
+_BY_FIELD: dict[object, st.SearchStrategy[Any]] = {
+    int: _uints,
+    str: _texts,
+    bool: st.booleans(),
+    tuple[int, ...]: st.lists(_uints, max_size=40).map(tuple),
+}
+
+
+def frames_of(cls: type[Frame]) -> st.SearchStrategy[Frame]:
+    """Any frame of one type."""
+    return st.builds(cls, **{item.name: _BY_FIELD[item.type] for item in dataclasses.fields(cls)})
+
+
+def any_frame() -> st.SearchStrategy[Frame]:
+    return st.sampled_from(FRAME_TYPES).flatmap(frames_of)
+
+
+_EXAMPLES: dict[object, object] = {int: 1, str: "x", bool: True, tuple[int, ...]: (1, 2, 3)}
+
+
+def example_of(cls: type[Frame]) -> Frame:
+    """One plain frame of a type."""
+    return cls(*(_EXAMPLES[item.type] for item in dataclasses.fields(cls)))  # type: ignore[arg-type]
+
+
+class ConnectionPair:
+    """An edge's and a gateway's session back to back; after every frame both must be in the same state."""
+
+    def __init__(self) -> None:
+        self.ends = {role: Session(role) for role in Role}
+
+    @property
+    def state(self) -> State:
+        assert self.ends[Role.EDGE].state is self.ends[Role.GATEWAY].state
+        return self.ends[Role.EDGE].state
+
+    def send(self, role: Role, frame: Frame) -> State:
+        data = self.ends[role].send(frame)
+        assert self.ends[role.peer].receive(data) == [frame]
+        return self.state
+
+
+# -- virtual time -------------------------------------------------------------------------------------------------
+
+
+class VirtualTime:
+    """A clock that jumps from one thing to do to the next."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = count()
+
+    def after(self, delay_s: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._due, (self.now_s + max(0.0, delay_s), next(self._order), action))
+
+    def run(self, limit_s: float, is_over: Callable[[], bool]) -> None:
+        """Do what is due until `is_over`, or there is nothing left to do, or it is `limit_s`."""
+        while self._due and not is_over():
+            at_s, _, action = heapq.heappop(self._due)
+            if at_s > limit_s:
+                return
+            self.now_s = at_s
+            action()
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What a link does to frames. Unequal delays reorder them."""
+
+    delay_s: float = 0.0005
+    jitter_s: float = 0.0
+    loss: float = 0.0
+    doubling: float = 0.0
+
+
+class VirtualLink:
+    """One direction between two ends: frames go through their bytes and arrive late, never, twice or out of order."""
+
+    def __init__(self, time: VirtualTime, random: Random, trouble: Trouble, deliver: Callable[[Frame], None]) -> None:
+        self._time = time
+        self._random = random
+        self._trouble = trouble
+        self._deliver = deliver
+
+    def send(self, frame: Frame) -> None:
+        data = encode(frame)
+        num_copies = 0 if self._random.random() < self._trouble.loss else 1
+        num_copies += self._random.random() < self._trouble.doubling
+        for _ in range(num_copies):
+            delay_s = self._trouble.delay_s + self._random.random() * self._trouble.jitter_s
+            self._time.after(delay_s, lambda: self._arrive(data))
+
+    def _arrive(self, data: bytes) -> None:
+        for frame in FrameReader().feed(data):
+            self._deliver(frame)
+
+
+class ListSequence(DraftSequence):
+    """A drafter that keeps its context as a plain list and drafts by a function of it."""
+
+    def __init__(self, guess: Callable[[Sequence[int]], int | None]) -> None:
+        self.tokens: list[int] = []
+        self._guess = guess
+
+    def extend(self, tokens: Sequence[int]) -> int | None:
+        self.tokens += tokens
+        return self._guess(self.tokens)
+
+    def truncate(self, length: int) -> None:
+        del self.tokens[length:]
+
+
+class VirtualEdge:
+    """An edge whose forward pass takes `pass_s`; `guess` is its draft model."""
+
+    def __init__(
+        self, time: VirtualTime, guess: Callable[[Sequence[int]], int | None], pass_s: float, max_context_tokens: int
+    ) -> None:
+        self.speculation = Speculation(max_context_tokens, prefill_chunk_tokens=7)
+        self.send: Callable[[Frame], None] = lambda frame: None
+        self._time = time
+        self._guess = guess
+        self._pass_s = pass_s
+        self._sequences: dict[int, ListSequence] = {}
+        self._is_busy = False
+
+    def receive(self, frame: Frame) -> None:
+        if isinstance(frame, Welcome | Bye):
+            return
+        if isinstance(frame, Ping):
+            self.send(Pong(frame.stamp))
+            return
+        for answer in self.speculation.receive(frame):
+            self.send(answer)
+        if isinstance(frame, Close):
+            self._sequences.pop(frame.request, None)
+        self._draft()
+
+    def _draft(self) -> None:
+        job = None if self._is_busy else self.speculation.next_job()
+        if job is None:
+            return
+        self._is_busy = True
+        sequence = self._sequences.setdefault(job.request, ListSequence(self._guess))
+        sequence.truncate(job.keep)
+        assert len(sequence.tokens) == job.keep
+        token = sequence.extend(job.tokens)
+        self._time.after(self._pass_s, lambda: self._drafted(job, token))
+
+    def _drafted(self, job: Job, token: int | None) -> None:
+        self._is_busy = False
+        for frame in self.speculation.drafted(job, token):
+            self.send(frame)
+        self._draft()
+
+
+class HostileEdge:
+    """Answers every frame with some of its own making, most of them lies."""
+
+    def __init__(self, random: Random, vocab_size: int, is_rude: bool) -> None:
+        self.send: Callable[[Frame], None] = lambda frame: None
+        self._random = random
+        self._max_token = vocab_size + (2 if is_rude else -1)
+        self._known: dict[int, list[int]] = {}
+
+    def receive(self, frame: Frame) -> None:
+        if isinstance(frame, Welcome | Bye | Ping):
+            return
+        number: int = frame.request  # type: ignore[union-attr]
+        tokens = self._known.setdefault(number, [])
+        tokens += getattr(frame, "tokens", ())
+        for _ in range(self._random.randrange(4)):
+            self.send(self._lie(self._random.choice([number, number, number, number + 1]), tokens))
+
+    def _lie(self, number: int, tokens: list[int]) -> Frame:
+        if self._random.random() < 0.02:
+            return Close(number, self._random.randrange(5))
+        base = max(0, len(tokens) + self._random.randint(-4, 4))
+        true = tokens[base : base + self._random.randrange(4)]
+        lies = (self._random.randint(0, self._max_token) for _ in range(self._random.randrange(4)))
+        return Propose(number, base, (*true, *lies), self._random.random() < 0.3)
+
+
+@dataclass(slots=True)
+class _Served:
+    tokens: list[int]
+    end: int
+    session: str
+    num_steps: int = 0
+
+
+@dataclass
+class World:
+    """A toy engine with the real DraftBook, the real Router, and edges, joined by VirtualLinks.
+
+    `choose` is the target model: the next token for a context. The engine verifies drafts as a greedy target does:
+    what it emits is by construction its own choice, so tests also look at how many steps that took.
+    """
+
+    choose: Callable[[Sequence[int]], int]
+    vocab_size: int
+    max_draft: int = 5
+    seed: int = 0
+    engine_trouble: Trouble = Trouble()
+    edge_trouble: Trouble = Trouble()
+    hold_limits: HoldLimits = field(default_factory=HoldLimits)
+    step_s: float = 0.01
+    max_running: int = 3
+    time: VirtualTime = field(default_factory=VirtualTime)
+    router: Router = field(default_factory=lambda: Router(RouterLimits()))
+    served: dict[str, _Served] = field(default_factory=dict)
+    finished: dict[str, _Served] = field(default_factory=dict)
+    book: DraftBook = field(init=False)
+    waiting: list[tuple[str, _Served]] = field(default_factory=list)
+    inbox: list[tuple[float, Frame]] = field(default_factory=list)
+    byes: list[Bye] = field(default_factory=list)
+    is_stepping: bool = False
+    _links: dict[int, VirtualLink] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.book = DraftBook(self.vocab_size, self.max_draft, self.hold_limits)
+        random = Random(self.seed)
+        self._up = VirtualLink(self.time, random, self.engine_trouble, self._at_router)
+        self._down = VirtualLink(self.time, random, self.engine_trouble, self._at_engine)
+        self._random = random
+        # The handshakes are not what is tried here: they come through whole.
+        hello = EngineHello(PROTOCOL_VERSION, "toy", "f", self.vocab_size)
+        for effect in self.router.from_engine(b"e", hello):
+            self.inbox.append((0.0, effect.frame))
+
+    def join(self, id_: int, edge: VirtualEdge | HostileEdge, role: str = "pool", session: str = "") -> None:
+        """An edge connects."""
+        self._links[id_] = VirtualLink(self.time, self._random, self.edge_trouble, edge.receive)
+        up = VirtualLink(self.time, self._random, self.edge_trouble, lambda frame: self._from_edge(id_, frame))
+        edge.send = up.send
+        hello = Hello(PROTOCOL_VERSION, "test", "edge", role, "f", 4)
+        effects = self.router.edge_hello(id_, hello, session, frozenset(ROLES))
+        for effect in effects:
+            if not isinstance(effect, ToEdge):
+                self.inbox.append((self.time.now_s, effect.frame))
+        self._carry_out([effect for effect in effects if isinstance(effect, ToEdge)])
+
+    def leave(self, id_: int) -> None:
+        """An edge disconnects; what is under way from it or to it is lost."""
+        self._links.pop(id_, None)
+        self._carry_out(self.router.edge_left(id_))
+
+    def submit(self, request_id: str, prompt: Sequence[int], num_tokens: int, session: str = "") -> None:
+        self.waiting.append((request_id, _Served(list(prompt), len(prompt) + num_tokens, session)))
+
+    def run(self, limit_s: float = 1e4) -> None:
+        self._wake()
+        self.time.run(limit_s, lambda: not self.waiting and not self.served)
+
+    def _from_edge(self, id_: int, frame: Frame) -> None:
+        if id_ in self._links:
+            self._carry_out(self.router.from_edge(id_, frame))
+
+    def _at_router(self, frame: Frame) -> None:
+        self._carry_out(self.router.from_engine(b"e", frame))
+
+    def _at_engine(self, frame: Frame) -> None:
+        self.inbox.append((self.time.now_s, frame))
+        self._wake()
+
+    def _carry_out(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if not isinstance(effect, ToEdge):
+                self._down.send(effect.frame)
+            elif isinstance(effect.frame, Bye):
+                self.byes.append(effect.frame)
+                self.leave(effect.edge)
+            elif effect.edge in self._links:
+                self._links[effect.edge].send(effect.frame)
+
+    def _publish(self, frames: Sequence[Frame]) -> None:
+        for frame in frames:
+            self._up.send(frame)
+
+    def _wake(self) -> None:
+        if not self.is_stepping:
+            self._step()
+
+    def _step(self) -> None:
+        for at_s, frame in self.inbox:
+            self._publish(self.book.receive(frame, at_s))
+        self.inbox.clear()
+        while self.waiting and len(self.served) < self.max_running:
+            request_id, served = self.waiting.pop(0)
+            self.served[request_id] = served
+            self._publish(self.book.open(request_id, served.tokens, served.session))
+        rows = [Row(id_, served.end - len(served.tokens) - 1) for id_, served in self.served.items()]
+        plan = self.book.plan(rows, self.time.now_s)
+        self.is_stepping = len(plan.holds) < len(self.served)
+        if self.is_stepping:
+            self.time.after(self.step_s, lambda: self._finish(plan))
+        elif plan.holds:
+            self.time.after(min(plan.holds.values()) - self.time.now_s, self._wake)
+
+    def _finish(self, plan: Plan) -> None:
+        self.book.step_s.observe(self.step_s)
+        for request_id in [id_ for id_ in self.served if id_ not in plan.holds]:
+            served, draft = self.served[request_id], plan.drafts.get(request_id, [])
+            assert len(served.tokens) + len(draft) < served.end
+            served.num_steps += 1
+            served.tokens += self._verify(served.tokens, draft)
+            frames = self.book.commit(request_id, len(draft), self.time.now_s)
+            if len(served.tokens) >= served.end:
+                self.finished[request_id] = self.served.pop(request_id)
+                frames += self.book.close(request_id)
+            self._publish(frames)
+        self.is_stepping = False
+        self._step()
+
+    def _verify(self, tokens: list[int], draft: list[int]) -> list[int]:
+        chosen = [self.choose(tokens)]
+        for guess in draft:
+            if guess != chosen[-1]:
+                break
+            chosen.append(self.choose([*tokens, *chosen]))
+        return chosen
+
+
+def refused(act: Callable[[], object]) -> RemoteProtocolError:
+    """The RemoteProtocolError that `act` must raise."""
+    try:
+        act()
+    except RemoteProtocolError as error:
+        return error
+    raise AssertionError("nothing was refused")

@@ -1,0 +1,153 @@
+"""Imports point down, the core is pure, and vLLM stays in its folder (docs/design.md)."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("vllm_specedge", "edge_client")
+PURE = {
+    "vllm_specedge.errors",
+    "vllm_specedge.frames",
+    "vllm_specedge.session",
+    "vllm_specedge.proposals",
+    "vllm_specedge.policy",
+    "vllm_specedge.book",
+    "vllm_specedge.router",
+    "vllm_specedge.fingerprint",
+    "edge_client.speculation",
+}
+IMPURE_LIBRARIES = {
+    "asyncio",
+    "fastapi",
+    "logging",
+    "numpy",
+    "os",
+    "random",
+    "secrets",
+    "select",
+    "selectors",
+    "socket",
+    "subprocess",
+    "sys",
+    "threading",
+    "time",
+    "torch",
+    "vllm",
+    "zmq",
+}
+LEVELS: list[set[str]] = [
+    {"vllm_specedge", "vllm_specedge.errors", "vllm_specedge.fingerprint", "vllm_specedge.proposals"},
+    {"vllm_specedge.frames", "vllm_specedge.policy", "vllm_specedge.config"},
+    {"vllm_specedge.session", "vllm_specedge.book", "vllm_specedge.router", "edge_client", "edge_client.speculation"},
+    {"vllm_specedge.metrics", "vllm_specedge.tokens", "edge_client.drafters"},
+    {"vllm_specedge.link", "vllm_specedge.supervisor", "edge_client.link"},
+    {"vllm_specedge.gateway", "vllm_specedge.adapter", "edge_client.client"},
+    {"vllm_specedge.cli", "edge_client.cli"},
+]
+"""Lowest first. A module imports from its own level or below; on its own level, no two import each other."""
+EDGE_MAY_IMPORT = {
+    "vllm_specedge",
+    "vllm_specedge.errors",
+    "vllm_specedge.frames",
+    "vllm_specedge.fingerprint",
+    "vllm_specedge.session",
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Every module that `module` imports, anywhere in its text, by full name."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute"
+            assert node.module is not None
+            full_names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from ((name if name in MODULES else node.module) for name in full_names)
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def level_of(module: str) -> int:
+    """That of the module, or of the nearest package around it."""
+    while module:
+        for number, level in enumerate(LEVELS):
+            if module in level:
+                return number
+        module = module.rpartition(".")[0]
+    raise AssertionError
+
+
+def test_the_modules_named_here_exist() -> None:
+    named = PURE | EDGE_MAY_IMPORT | set().union(*LEVELS)
+    assert named <= MODULES.keys()
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_the_core_touches_no_clock_chance_or_outside_world(module: str) -> None:
+    assert not {top(name) for name in imports_of(module)} & IMPURE_LIBRARIES
+    assert {name for name in imports_of(module) if top(name) in PACKAGES} <= PURE
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_vllm_and_torch_stay_in_their_folders(module: str) -> None:
+    libraries = {top(name) for name in imports_of(module)}
+    is_adapter = is_in(module, "vllm_specedge.adapter")
+    assert "vllm" not in libraries or is_adapter
+    assert not libraries & {"torch", "transformers"} or is_adapter or is_in(module, "edge_client.drafters")
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_the_two_sides_share_the_protocol_and_nothing_else(module: str) -> None:
+    imports = set(imports_of(module))
+    if is_in(module, "vllm_specedge"):
+        assert "edge_client" not in {top(name) for name in imports}
+    else:
+        assert {name for name in imports if is_in(name, "vllm_specedge")} <= EDGE_MAY_IMPORT
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_nothing_outside_of_the_adapter_needs_it(module: str) -> None:
+    if not is_in(module, "vllm_specedge.adapter") and module != "vllm_specedge.cli":  # `doctor` looks at vLLM
+        assert not any(is_in(name, "vllm_specedge.adapter") for name in imports_of(module))
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module: str) -> None:
+    """Or sideways, but never in a circle."""
+    reached, todo = set[str](), [name for name in imports_of(module) if name in MODULES]
+    assert all(level_of(name) <= level_of(module) for name in todo)
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            todo += [other for other in imports_of(name) if other in MODULES]
+    assert module not in reached
+
+
+def test_importing_the_packages_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, vllm_specedge, edge_client, edge_client.cli\n"
+        "print(sorted({'torch', 'vllm', 'transformers', 'numpy', 'zmq', 'fastapi'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

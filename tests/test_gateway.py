@@ -1,0 +1,408 @@
+"""A real gateway process, real sockets, the real edge client; only the engine behind it has no vLLM."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+import trustme
+from prometheus_client.parser import text_string_to_metric_families
+from stack import BIN, Process, start, wait_for
+
+from edge_client.client import EdgeClient
+from edge_client.drafters.ngram import NgramDrafter
+from edge_client.link import Gateway, Link, LinkError
+from vllm_specedge.book import DraftBook, Row
+from vllm_specedge.config import EdgeOptions
+from vllm_specedge.errors import ByeCode, UserError
+from vllm_specedge.frames import (
+    MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    Bye,
+    EngineHello,
+    Frame,
+    Hello,
+    Open,
+    Propose,
+    Welcome,
+)
+from vllm_specedge.link import EngineLink
+from vllm_specedge.policy import HoldLimits
+from vllm_specedge.supervisor import GatewayProcess
+from vllm_specedge.tokens import TokenFile
+
+DEADLINE_S = 20.0
+VOCAB_SIZE = 100
+FINGERPRINT = "f" * 64
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@dataclass
+class Engine:
+    """The real link and the real book, stepped by the test; its target repeats a cycle of ten tokens."""
+
+    endpoint: str
+    book: DraftBook = field(default_factory=lambda: DraftBook(VOCAB_SIZE, 4, HoldLimits()))
+    arrived: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        hello = EngineHello(PROTOCOL_VERSION, "toy", FINGERPRINT, VOCAB_SIZE)
+        self.link = EngineLink(self.endpoint, hello, self.arrived.set, lambda: (1, 2, 3))
+        self.link.start()
+
+    def take_in(self) -> None:
+        while self.link.inbox:
+            arrived_s, frame = self.link.inbox.popleft()
+            if isinstance(frame, Bye):
+                self.book.lost_gateway()
+            else:
+                self.link.send(self.book.receive(frame, arrived_s))
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Take in what comes until `condition` holds."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        self.take_in()
+        while not condition():
+            assert time.monotonic() < deadline_s, "waited too long"
+            self.arrived.wait(0.05)
+            self.arrived.clear()
+            self.take_in()
+
+    def generate(self, request_id: str, num_tokens: int) -> int:
+        """Answer a request whose prompt is the cycle, with an edge's help; how many draft tokens were accepted."""
+        tokens = [position % 10 for position in range(20)]
+        self.link.send(self.book.open(request_id, tokens, ""))
+        num_accepted = 0
+        while len(tokens) < 20 + num_tokens:
+            self.wait(lambda: bool(self.book.plan([Row(request_id, 4)], 0.0).drafts))
+            draft = self.book.plan([Row(request_id, 4)], 0.0).drafts[request_id]
+            truth = [(len(tokens) + i) % 10 for i in range(len(draft) + 1)]
+            num_same = next((i for i, token in enumerate(draft) if token != truth[i]), len(draft))
+            tokens += truth[: num_same + 1]
+            num_accepted += num_same
+            self.link.send(self.book.commit(request_id, len(draft), time.monotonic()))
+        self.link.send(self.book.close(request_id))
+        return num_accepted
+
+
+@dataclass
+class Running:
+    """A gateway process and how to reach it."""
+
+    process: Process
+    url: str
+    endpoint: str
+    port: int
+
+
+@contextmanager
+def running_gateway(directory: Path, *arguments: str, verify: str = "") -> Iterator[Running]:
+    port, endpoint = free_port(), f"ipc://{directory}/engines"
+    listen = f"127.0.0.1:{port}"
+    command = [str(BIN / "vllm-specedge"), "gateway", "--engines", endpoint, "--listen", listen, *arguments]
+    process = start(command, directory / "gateway.log")
+    try:
+        if not verify:
+            wait_for_port(process, port)
+        else:
+            wait_for_port(process, port)
+        yield Running(process, f"{'https' if verify else 'http'}://localhost:{port}", endpoint, port)
+    finally:
+        process.stop()
+
+
+def wait_for_port(process: Process, port: int) -> None:
+    waiting = threading.Event()
+    for _ in range(int(DEADLINE_S / 0.05)):
+        if process.popen.poll() is not None:
+            break
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        waiting.wait(0.05)
+    raise process.fail("the gateway did not start")
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_gateway(tmp_path_factory.mktemp("gateway")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def engine(gateway: Running) -> Iterator[Engine]:
+    engine = Engine(gateway.endpoint)
+    wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
+    yield engine
+    engine.link.stop()
+
+
+@contextmanager
+def edge_in_thread(client: EdgeClient) -> Iterator[None]:
+    """Run an edge client until the block ends."""
+    connected = threading.Event()
+    client.on_change = lambda: connected.set() if client.state == "connected" else None
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(client.run(DEADLINE_S))
+
+    def run() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            loop.run_until_complete(task)
+        loop.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert connected.wait(DEADLINE_S)
+        yield
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(DEADLINE_S)
+
+
+def hello(version: int = PROTOCOL_VERSION, fingerprint: str = "", role: str = "pool") -> Hello:
+    return Hello(version, "test", "test", role, fingerprint, 8)
+
+
+async def until_closed(link: Link) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        await link.run()
+
+
+def refused(url: str, greeting: Hello, token: str = "", ca_file: str = "") -> Exception:
+    with pytest.raises((UserError, LinkError)) as caught:
+        asyncio.run(until_closed(Link(Gateway(url, token, ca_file), greeting, lambda _: None)))
+    return caught.value
+
+
+def test_drafts_are_accepted(gateway: Running, engine: Engine) -> None:
+    with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "edge")):
+        assert engine.generate("one", 60) >= 40
+        assert engine.generate("two", 20) >= 10
+    engine.wait(lambda: engine.book.num_edges == 0)
+
+
+def test_another_edge_takes_over_when_one_dies(gateway: Running, engine: Engine) -> None:
+    command = [str(BIN / "edge-client"), "connect", gateway.url, "--draft", "ngram", "--quiet"]
+    edge = subprocess.Popen(command)
+    try:
+        engine.wait(lambda: engine.book.num_edges == 1)
+        assert engine.generate("first", 20) > 0
+        with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "second")):
+            engine.wait(lambda: engine.book.num_edges == 2)
+            edge.send_signal(signal.SIGKILL)
+            assert engine.generate("second", 40) > 0
+    finally:
+        edge.kill()
+        edge.wait()
+    engine.wait(lambda: engine.book.num_edges == 0)
+
+
+@pytest.mark.parametrize(
+    ("greeting", "sentence"),
+    [
+        (hello(version=99), "update the older"),
+        (hello(fingerprint="0" * 64), "tokenizer is not that of toy"),
+        (hello(role="king"), "does not allow the role"),
+    ],
+)
+def test_an_edge_that_cannot_help_is_told_why(gateway: Running, engine: Engine, greeting: Hello, sentence: str) -> None:
+    error = refused(gateway.url, greeting)
+    assert isinstance(error, UserError)
+    assert sentence in str(error)
+
+
+class Rogue(Link):
+    """An edge that sends `data` once it is admitted, or proposes `tokens` for the first request it gets."""
+
+    def __init__(self, url: str, data: bytes = b"", tokens: Sequence[int] = ()) -> None:
+        super().__init__(Gateway(url), hello(), self._on)
+        self.data, self.tokens = data, tuple(tokens)
+
+    def _on(self, frame: Frame) -> None:
+        if isinstance(frame, Welcome) and self.data:
+            self._outbox.append(self.data)
+            self._wake.set()
+        elif isinstance(frame, Open) and self.tokens:
+            self.send(Propose(frame.request, frame.num_tokens, self.tokens))
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ((MAX_FRAME_BYTES + 1).to_bytes(2, "big"), "over the limit"),
+        (b"\x00\x01\xc0", "a frame is an array"),
+        (b"\x00\x03\x92\x63\x00", "unknown frame code"),
+        (b"\x00\x05\x94\x05\x01\x02\x90", "not legal"),
+    ],
+)
+def test_a_rogue_is_closed_and_the_others_stay(gateway: Running, engine: Engine, data: bytes, sentence: str) -> None:
+    with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "honest")):
+        with pytest.raises(UserError, match=sentence):
+            asyncio.run(until_closed(Rogue(gateway.url, data)))
+        engine.wait(lambda: engine.book.num_edges == 1)
+        assert engine.generate(sentence, 20) > 0
+
+
+def test_a_token_id_out_of_range_never_reaches_the_engine(gateway: Running, engine: Engine) -> None:
+    engine.link.send(engine.book.open("victim", [1, 2, 3], ""))
+    before = engine.book.counters["proposed_tokens"]
+    errors: list[BaseException] = []
+
+    def attack() -> None:
+        try:
+            asyncio.run(until_closed(Rogue(gateway.url, tokens=[5, VOCAB_SIZE])))
+        except UserError as error:
+            errors.append(error)
+
+    attacking = threading.Thread(target=attack)
+    attacking.start()
+    engine.wait(lambda: not attacking.is_alive())
+    attacking.join()
+    engine.link.send(engine.book.close("victim"))
+    assert f"Token id {VOCAB_SIZE} is outside" in str(errors[0])
+    assert engine.book.counters["proposed_tokens"] == before
+
+
+def test_health_and_metrics_over_http_1(gateway: Running, engine: Engine) -> None:
+    with httpx.Client(trust_env=False) as client:
+        assert client.get(f"{gateway.url}/healthz").json()["engines"] == 1
+        families = {family.name for family in text_string_to_metric_families(client.get(f"{gateway.url}/metrics").text)}
+        assert {"specedge_edges", "specedge_gateway_assigned", "specedge_engine_steps"} <= families
+        assert client.post(f"{gateway.url}/edge/v1/up").status_code == 409
+
+
+def test_the_example_client_of_the_protocol_document(gateway: Running, engine: Engine) -> None:
+    script = Path(__file__).parent.parent / "examples" / "raw_client.py"
+    command = [sys.executable, str(script), "--requests", "1", gateway.url]
+    raw = subprocess.Popen(command, stdout=subprocess.PIPE)
+    engine.wait(lambda: engine.book.num_edges == 1)
+    assert engine.generate("raw", 30) > 0
+    engine.wait(lambda: engine.book.num_edges == 0)
+    assert raw.communicate(timeout=DEADLINE_S)[0]
+    assert raw.returncode == 0
+
+
+def test_tokens_and_tls(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    key = subprocess.run(
+        ["openssl", "pkcs8", "-topk8", "-nocrypt"],
+        input=certificate.private_key_pem.bytes(),
+        capture_output=True,
+        check=True,
+    ).stdout
+    (tmp_path / "key.pem").write_bytes(key)
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    tokens = TokenFile(tmp_path / "tokens.json")
+    pool, private = tokens.issue("pool", "pool"), tokens.issue("private", "private")
+    expired = tokens.issue("expired", "pool", expires_s=1.0)
+    files = [("tls-cert", "cert.pem"), ("tls-key", "key.pem"), ("tokens-file", "tokens.json")]
+    arguments = [part for name, file in files for part in (f"--{name}", str(tmp_path / file))]
+    ca = str(tmp_path / "ca.pem")
+    with running_gateway(tmp_path, *arguments, verify=ca) as gateway:
+        engine = Engine(gateway.endpoint)
+        try:
+            with edge_in_thread(EdgeClient(Gateway(gateway.url, pool, ca), NgramDrafter(), "edge")):
+                assert engine.generate("over TLS", 20) > 0
+            assert "does not allow the role 'pool'" in str(refused(gateway.url, hello(), private, ca))
+            for wrong in ("", "se-wrong", expired):
+                assert "refused this token" in str(refused(gateway.url, hello(), wrong, ca))
+            assert "certificate" in str(refused(gateway.url, hello(), pool)).lower()
+        finally:
+            engine.link.stop()
+        log = gateway.process.log.read_text()
+    assert pool not in log
+    assert private not in log
+
+
+def test_an_edge_without_an_engine_may_come_back(tmp_path: Path) -> None:
+    with running_gateway(tmp_path) as gateway:
+        error = refused(gateway.url, hello())
+        assert isinstance(error, LinkError)
+        assert "No vLLM engine" in str(error)
+
+
+def test_a_stopping_gateway_says_bye(tmp_path: Path) -> None:
+    with running_gateway(tmp_path) as gateway:
+        engine = Engine(gateway.endpoint)
+        wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
+
+        def stop(frame: Frame) -> None:
+            if isinstance(frame, Welcome):
+                gateway.process.popen.send_signal(signal.SIGTERM)
+
+        with pytest.raises(LinkError, match="the gateway is stopping"):
+            asyncio.run(until_closed(Link(Gateway(gateway.url), hello(), stop)))
+        engine.link.stop()
+        assert gateway.process.popen.wait(DEADLINE_S) == 0
+
+
+def test_a_killed_gateway_is_started_again_and_everybody_comes_back(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/engines"
+    options = EdgeOptions(listen=f"127.0.0.1:{free_port()}")
+    supervisor = GatewayProcess(options, endpoint)
+    supervisor.start()
+    engine = Engine(endpoint)
+    try:
+        with edge_in_thread(EdgeClient(Gateway(f"http://{options.listen}"), NgramDrafter(), "edge")):
+            assert engine.generate("before", 20) > 0
+            supervisor._process.kill()
+            engine.wait(lambda: engine.book.num_edges == 0)
+            engine.wait(lambda: engine.book.num_edges == 1)
+            assert engine.generate("after", 20) > 0
+    finally:
+        engine.link.stop()
+        supervisor.stop()
+    assert supervisor._process.poll() is not None
+
+
+def test_a_gateway_ends_with_the_engine_that_started_it(tmp_path: Path) -> None:
+    command = [str(BIN / "vllm-specedge"), "gateway", "--engines", f"ipc://{tmp_path}/engines", "--ends-with-stdin"]
+    process = subprocess.Popen([*command, "--listen", f"127.0.0.1:{free_port()}"], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(DEADLINE_S) == 0
+
+
+def failing(*command: str) -> str:
+    """The one sentence with which a command ends that cannot work."""
+    result = subprocess.run(
+        [str(BIN / command[0]), *command[1:]], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 2, result
+    lines = [line for line in result.stderr.splitlines() if line.startswith(f"{command[0]}: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def test_commands_that_cannot_work_say_why(gateway: Running, tmp_path: Path) -> None:
+    port = str(gateway.port)
+    engines = ["--engines", f"ipc://{tmp_path}/engines"]
+    assert "cannot listen" in failing("vllm-specedge", "gateway", *engines, "--listen", f"127.0.0.1:{port}")
+    assert "HOST:PORT" in failing("vllm-specedge", "gateway", *engines, "--listen", "nonsense")
+    assert "tls_cert" in failing("vllm-specedge", "gateway", *engines, "--listen", "0.0.0.0:8100")
+    unreachable = f"http://127.0.0.1:{free_port()}"
+    assert "cannot be used" in failing("edge-client", "connect", unreachable, "--draft", "ngram")
+    assert "http://" in failing("edge-client", "connect", "localhost:8100", "--draft", "ngram")
+    missing = ["--token-file", str(tmp_path / "none")]
+    assert "cannot be read" in failing("edge-client", "connect", gateway.url, "--draft", "ngram", *missing)
+
+
+def test_bye_codes_from_10_on_are_final() -> None:
+    assert all((code >= ByeCode.PROTOCOL) == (code not in range(10)) for code in ByeCode)

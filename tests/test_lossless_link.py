@@ -1,0 +1,186 @@
+"""The test to read first: whatever edges and links do, what is generated is what the target alone would generate."""
+
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+from zlib import crc32
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import HostileEdge, Trouble, VirtualEdge, World
+from vllm_specedge.errors import ByeCode
+from vllm_specedge.policy import HoldLimits
+
+VOCAB_SIZE = 6
+K = 5
+
+
+def choose(tokens: Sequence[int]) -> int:
+    """The target: a fixed function of the last few tokens and the position."""
+    return crc32(bytes([*tokens[-3:], len(tokens) % 251])) % VOCAB_SIZE
+
+
+def plain(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(choose(tokens))
+    return tokens
+
+
+def guesser(quality: float, seed: int) -> Callable[[Sequence[int]], int | None]:
+    random = Random(seed)
+
+    def guess(tokens: Sequence[int]) -> int | None:
+        if random.random() < quality:
+            return choose(tokens)
+        return random.randrange(VOCAB_SIZE) if random.random() < 0.9 else None
+
+    return guess
+
+
+def edge_for(world: World, quality: float, seed: int = 0, max_context_tokens: int = 1000) -> VirtualEdge:
+    return VirtualEdge(world.time, guesser(quality, seed), pass_s=0.001, max_context_tokens=max_context_tokens)
+
+
+def serve(world: World, prompts: Mapping[str, Sequence[int]], num_tokens: int) -> None:
+    """Every request completes, and with exactly the target's tokens."""
+    for request_id, prompt in prompts.items():
+        world.submit(request_id, prompt, num_tokens)
+    world.run()
+    for request_id, prompt in prompts.items():
+        assert world.finished[request_id].tokens == plain(prompt, num_tokens)
+    assert not world.served
+    assert len(world.book) == 0
+
+
+NO_TROUBLE = Trouble()
+troubles = st.sampled_from(
+    [
+        NO_TROUBLE,
+        Trouble(delay_s=0.002),
+        Trouble(doubling=0.2),
+        Trouble(loss=0.01),
+        Trouble(jitter_s=0.002),
+        Trouble(delay_s=0.02, doubling=0.1),
+        Trouble(jitter_s=0.05, loss=0.05, doubling=0.2),
+        Trouble(loss=0.3),
+    ]
+)
+EDGES = ["perfect", "good", "random", "hostile", "rude"]
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    engine_trouble=troubles,
+    edge_trouble=troubles,
+    edges=st.lists(st.sampled_from(EDGES), min_size=1, max_size=3),
+    hold_limit_s=st.sampled_from([0.0, 0.1, 1.0]),
+    joins_and_leaves=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), max_size=4),
+)
+def test_the_output_is_that_of_plain_decoding_whatever_happens(
+    seed: int,
+    engine_trouble: Trouble,
+    edge_trouble: Trouble,
+    edges: list[str],
+    hold_limit_s: float,
+    joins_and_leaves: list[tuple[int, int]],
+) -> None:
+    random = Random(seed)
+    world = World(
+        choose,
+        VOCAB_SIZE,
+        K,
+        seed=seed,
+        engine_trouble=engine_trouble,
+        edge_trouble=edge_trouble,
+        hold_limits=HoldLimits(hold_limit_s),
+    )
+
+    def join(id_: int, kind: str) -> None:
+        if kind in ("hostile", "rude"):
+            world.join(id_, HostileEdge(random, VOCAB_SIZE, is_rude=kind == "rude"))
+        else:
+            quality = {"perfect": 1.0, "good": 0.8, "random": 0.0}[kind]
+            world.join(id_, edge_for(world, quality, seed + id_, max_context_tokens=60))
+
+    def rejoin(at: int, index: int) -> None:
+        world.leave(index)
+        join(100 + at, edges[index % len(edges)])
+
+    for id_, kind in enumerate(edges):
+        join(id_, kind)
+    for at, (index, ticks) in enumerate(joins_and_leaves):
+        world.time.after(ticks * 0.01, lambda at=at, index=index: rejoin(at, index))  # type: ignore[misc]
+    prompts = {f"r{i}": [random.randrange(VOCAB_SIZE) for _ in range(random.randint(1, 20))] for i in range(5)}
+    serve(world, prompts, num_tokens=40)
+
+
+@pytest.mark.parametrize("trouble", [NO_TROUBLE, Trouble(delay_s=0.005), Trouble(jitter_s=0.004)])
+def test_a_perfect_draft_needs_one_step_for_all_it_drafts_and_one_token_more(trouble: Trouble) -> None:
+    num_tokens = 120
+    world = World(choose, VOCAB_SIZE, K, edge_trouble=trouble, hold_limits=HoldLimits(1.0))
+    world.join(0, edge_for(world, quality=1.0))
+    serve(world, {"r": [1, 2, 3]}, num_tokens)
+    least = num_tokens // (K + 1)
+    assert least <= world.finished["r"].num_steps <= least + 5
+
+
+def test_without_edges_every_token_is_a_step() -> None:
+    world = World(choose, VOCAB_SIZE, K)
+    serve(world, {"r": [1, 2, 3]}, 50)
+    assert world.finished["r"].num_steps == 50
+
+
+def test_a_better_draft_needs_fewer_steps() -> None:
+    num_steps = []
+    for quality in (0.0, 0.6, 0.9):
+        world = World(choose, VOCAB_SIZE, K, hold_limits=HoldLimits(1.0))
+        world.join(0, edge_for(world, quality))
+        serve(world, {"r": [1, 2, 3]}, 150)
+        num_steps.append(world.finished["r"].num_steps)
+    assert num_steps[0] > num_steps[1] > num_steps[2]
+
+
+def test_an_edge_that_is_far_too_slow_is_not_waited_for() -> None:
+    world = World(choose, VOCAB_SIZE, K, edge_trouble=Trouble(delay_s=0.5), hold_limits=HoldLimits(0.1))
+    world.join(0, edge_for(world, quality=1.0))
+    serve(world, {"r": [1, 2, 3]}, 200)
+    assert world.time.now_s <= 200 * world.step_s + 2 * 0.1 + 1e-6
+
+
+def test_an_edge_that_falls_silent_costs_two_holds_at_most() -> None:
+    world = World(choose, VOCAB_SIZE, K, hold_limits=HoldLimits(0.1))
+    edge = edge_for(world, quality=1.0)
+    world.join(0, edge)
+    world.time.after(0.2, lambda: setattr(edge, "send", lambda frame: None))
+    serve(world, {"r": [1, 2, 3]}, 200)
+    assert world.book.counters["missed_holds"] <= 2
+    assert world.book.counters["accepted_tokens"] > 0
+
+
+def test_an_edge_that_joins_in_mid_generation_takes_over() -> None:
+    world = World(choose, VOCAB_SIZE, K, hold_limits=HoldLimits(1.0))
+    world.time.after(0.3, lambda: world.join(0, edge_for(world, quality=1.0)))
+    serve(world, {"r": [1, 2, 3]}, 120)
+    assert world.finished["r"].num_steps <= 31 + 90 // (K + 1) + 5
+
+
+def test_edges_that_join_and_leave_without_end_leave_nothing_behind() -> None:
+    world = World(choose, VOCAB_SIZE, K)
+    for id_ in range(20):
+        world.time.after(0.03 * id_, lambda id_=id_: world.join(id_, edge_for(world, quality=0.8)))  # type: ignore[misc]
+        world.time.after(0.03 * id_ + 0.02, lambda id_=id_: world.leave(id_))  # type: ignore[misc]
+    serve(world, {f"r{i}": [i] for i in range(6)}, 60)
+    world.time.run(1e4, lambda: False)
+    assert world.router.num_requests == 0
+    assert world.router.edges == {}
+
+
+def test_an_edge_that_lies_about_tokens_is_sent_away_and_nothing_else_happens() -> None:
+    world = World(choose, VOCAB_SIZE, K)
+    world.join(0, HostileEdge(Random(1), VOCAB_SIZE, is_rude=True))
+    serve(world, {"r": [1, 2, 3]}, 60)
+    assert [bye.code for bye in world.byes] == [ByeCode.TOKEN_ID]
+    assert world.router.edges == {}

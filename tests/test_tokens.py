@@ -1,0 +1,82 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_specedge.errors import UserError
+from vllm_specedge.tokens import TokenFile
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> TokenFile:
+    return TokenFile(tmp_path / "new" / "tokens.json")
+
+
+def test_a_token_allows_its_role_and_private(tokens: TokenFile) -> None:
+    pool, private = tokens.issue("one", "pool"), tokens.issue("two", "private")
+    assert tokens.roles(pool, 0.0) == {"pool", "private"}
+    assert tokens.roles(private, 0.0) == {"private"}
+    assert pool != private
+
+
+@pytest.mark.parametrize("token", ["", "se-", "se-x", "é"])
+def test_an_unknown_token_allows_nothing(tokens: TokenFile, token: str) -> None:
+    issued = tokens.issue("one", "pool")
+    assert tokens.roles(token, 0.0) == frozenset()
+    assert tokens.roles(issued + "x", 0.0) == tokens.roles(issued[:-1], 0.0) == frozenset()
+
+
+def test_a_token_ends_at_its_time(tokens: TokenFile) -> None:
+    token = tokens.issue("one", "pool", expires_s=100.0)
+    assert tokens.roles(token, 99.9)
+    assert not tokens.roles(token, 100.0)
+
+
+def test_a_revoked_token_allows_nothing_and_others_stay(tokens: TokenFile) -> None:
+    one, two = tokens.issue("one", "pool"), tokens.issue("two", "pool")
+    tokens.revoke("one")
+    assert not tokens.roles(one, 0.0)
+    assert tokens.roles(two, 0.0)
+    tokens.issue("one", "private")
+
+
+def test_the_file_is_for_its_owner_alone_and_holds_no_token(tokens: TokenFile) -> None:
+    token = tokens.issue("one", "pool")
+    assert tokens.path.stat().st_mode & 0o777 == 0o600
+    assert token not in tokens.path.read_text()
+    assert token.removeprefix("se-") not in tokens.path.read_text()
+    assert [path.name for path in tokens.path.parent.iterdir()] == ["tokens.json"]
+
+
+def test_a_name_is_given_once(tokens: TokenFile) -> None:
+    tokens.issue("one", "pool")
+    with pytest.raises(UserError, match="named 'one' already"):
+        tokens.issue("one", "private")
+    assert len(tokens.records()) == 1
+
+
+def test_an_unknown_role_or_name_is_the_user_s_to_mend(tokens: TokenFile) -> None:
+    with pytest.raises(UserError, match="no role 'admin'"):
+        tokens.issue("one", "admin")
+    tokens.issue("one", "pool")
+    with pytest.raises(UserError, match="no token named 'two'"):
+        tokens.revoke("two")
+
+
+@pytest.mark.parametrize("text", ["", "{", "7", '{"name": 1}', "[1]", '[{"name": "x"}]', '[{"other": 1}]', "null"])
+def test_a_broken_file_is_one_sentence(tokens: TokenFile, text: str) -> None:
+    tokens.path.parent.mkdir()
+    tokens.path.write_text(text)
+    with pytest.raises(UserError, match="cannot be read"):
+        tokens.roles("se-x", 0.0)
+
+
+def test_a_file_that_is_not_there_is_one_sentence(tokens: TokenFile) -> None:
+    with pytest.raises(UserError, match="vllm-specedge token issue"):
+        tokens.records()
+
+
+def test_a_record_is_plain_json(tokens: TokenFile) -> None:
+    tokens.issue("one", "pool", 5.0)
+    [entry] = json.loads(tokens.path.read_text())
+    assert {**entry, "sha256": ""} == {"name": "one", "role": "pool", "sha256": "", "expires_s": 5.0}

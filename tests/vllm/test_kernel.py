@@ -1,0 +1,89 @@
+"""vLLM's rejection sampler with drafts of no probability, as edges send them: what comes out is the target's."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from vllm.platforms import current_platform
+
+from vllm_specedge.adapter import cpu_kernels
+
+# As vLLM's workers do, before they import what uses the kernels: without Triton the CPU's C++ kernels take their place.
+current_platform.import_kernels()
+if hasattr(current_platform, "register_triton_kernel_overrides"):
+    current_platform.register_triton_kernel_overrides()
+cpu_kernels.mend()
+
+from vllm.v1.sample.logits_processor import LogitsProcessors  # noqa: E402
+from vllm.v1.sample.metadata import SamplingMetadata  # noqa: E402
+from vllm.v1.sample.rejection_sampler import RejectionSampler, expand_batch_to_tokens  # noqa: E402
+from vllm.v1.sample.sampler import Sampler  # noqa: E402
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata  # noqa: E402
+
+VOCABULARY = 6
+NUM_ROWS = 20_000
+
+
+def sampling(num_rows: int) -> SamplingMetadata:
+    none = torch.zeros(num_rows)
+    return SamplingMetadata(
+        temperature=torch.ones(num_rows),
+        all_greedy=False,
+        all_random=True,
+        top_p=None,
+        top_k=None,
+        generators={},
+        max_num_logprobs=None,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=none,
+        presence_penalties=none,
+        repetition_penalties=torch.ones(num_rows),
+        output_token_ids=[[] for _ in range(num_rows)],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+    )
+
+
+def metadata(drafts: list[list[int]]) -> SpecDecodeMetadata:
+    made = SpecDecodeMetadata.make_dummy(drafts, torch.device("cpu"))
+    targets, bonuses, position = [], [], 0
+    for draft in drafts:
+        targets += range(position, position + len(draft))
+        position += len(draft)
+        bonuses.append(position)
+        position += 1
+    made.target_logits_indices = torch.tensor(targets, dtype=torch.int32)
+    made.bonus_logits_indices = torch.tensor(bonuses, dtype=torch.int32)
+    return made
+
+
+@pytest.mark.parametrize("likely", [0, 5], ids=["drafts the unlikely", "drafts the likely"])
+def test_tokens_have_the_target_s_distribution(likely: int) -> None:
+    """Rows with two, one and no draft tokens in one batch; the target's distribution differs by position."""
+    torch.manual_seed(0)
+    drafts = [[likely, 4], [likely], []] * (NUM_ROWS // 3)
+    logits = torch.tensor(
+        [[0.0, 0.3, 0.6, 0.9, 1.2, 2.0], [1.0, 0.0, 0.5, 0.0, 1.5, 0.2], [0.1, 0.2, 0.9, 0.4, 0.5, 0.6]]
+    )
+    rows = torch.cat([logits[: len(draft) + 1] for draft in drafts])
+    sampler = RejectionSampler(Sampler())
+    ids = sampler(metadata(drafts), None, rows, sampling(len(drafts))).sampled_token_ids
+    tokens, _ = RejectionSampler.parse_output(ids, VOCABULARY)
+    probabilities = torch.softmax(logits.double(), -1).numpy()
+    for length in (2, 1, 0):
+        of_length = [row for row, draft in zip(tokens, drafts, strict=True) if len(draft) == length]
+        for position in range(length + 1):
+            reached = [row[position] for row in of_length if len(row) > position]
+            counts = np.bincount(reached, minlength=VOCABULARY)
+            result = chisquare(counts, probabilities[position] * len(reached))
+            print(f"draft of {length}, position {position}: {len(reached)} tokens, p = {result.pvalue:.3f}")
+            assert result.pvalue > 1e-4
+
+
+def test_expanding_values_of_every_type() -> None:
+    ends = torch.tensor([2, 2, 3], dtype=torch.int32)
+    for values in (torch.tensor([0.5, 9.0, 0.0]), torch.tensor([7, 9, 0], dtype=torch.int32)):
+        got = expand_batch_to_tokens(values, ends, 3, replace_from=0, replace_to=1)
+        assert got.tolist() == [values[0].item(), values[0].item(), 1]
