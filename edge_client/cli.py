@@ -44,6 +44,9 @@ def connect(
     draft: Annotated[str, typer.Option(help="Draft model: a directory, a Hugging Face name, or 'ngram'.")],
     token_file: Annotated[Path | None, typer.Option(help=f"File with your token; or set {TOKEN_VARIABLE}.")] = None,
     ca_file: Annotated[str, typer.Option(help="Trust this certificate authority (PEM).")] = "",
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Send the token without TLS, beyond this machine.")
+    ] = False,
     role: Annotated[
         str, typer.Option(help="pool: for any request; private: only for those that name this edge.")
     ] = "pool",
@@ -57,7 +60,7 @@ def connect(
     """Connect to a gateway and draft for it until Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="edge-client: %(message)s", stream=sys.stderr)
     console = Console(stderr=True)
-    gateway = Gateway(url, _token(token_file), ca_file)
+    gateway = Gateway(url, _token(token_file), ca_file, insecure)
     with console.status(f"Loading {draft} ...") if console.is_terminal and not quiet else nullcontext():
         drafter = load_drafter(draft, device, threads)
     client = EdgeClient(gateway, drafter, name[:100], role, max_requests)
@@ -83,8 +86,8 @@ async def _run(client: EdgeClient, wait_s: float, console: Console, quiet: bool)
 async def _show(client: EdgeClient, console: Console) -> None:
     """One line that changes in place on a terminal; a line now and then elsewhere."""
     before, before_s = 0, time.monotonic()
+    client.on_change = lambda: _announce(client, console)
     if not console.is_terminal:
-        client.on_change = lambda: console.print(status_line(client, 0.0))
         while True:
             await asyncio.sleep(PLAIN_STATUS_S)
             now, now_s = client.speculation.stats.accepted_tokens, time.monotonic()
@@ -96,6 +99,14 @@ async def _show(client: EdgeClient, console: Console) -> None:
             now, now_s = client.speculation.stats.accepted_tokens, time.monotonic()
             live.update(status_line(client, max(0, now - before) / (now_s - before_s)))
             before, before_s = now, now_s
+
+
+def _announce(client: EdgeClient, console: Console) -> None:
+    """A change of state; a private edge says what requests must name to be drafted for by it."""
+    if not console.is_terminal:
+        console.print(status_line(client, 0.0))
+    if client.state == "connected" and client.role == "private":
+        console.print(f'Requests for this edge carry "vllm_xargs": {{"specedge": "{client.session}"}}', soft_wrap=True)
 
 
 def status_line(client: EdgeClient, accepted_per_s: float) -> Text:

@@ -43,6 +43,8 @@ class EdgeClient:
     on_change: Callable[[], None] = lambda: None
     model: str = ""
     """What the server serves; empty while not connected."""
+    session: str = ""
+    """What a request names to be drafted for by this edge."""
     state: str = "connecting"
     speculation: Speculation = field(init=False)
     totals: list[SpeculationStats] = field(default_factory=list)
@@ -66,7 +68,7 @@ class EdgeClient:
             max_requests=self.max_requests,
         )
         self._link = Link(self.gateway, hello, self._on_frame)
-        self.speculation = Speculation(self.drafter.max_context_tokens)
+        self.speculation = Speculation(self.drafter.max_context_tokens, max_requests=self.max_requests)
         self._sequences = {}
         self.model = ""
 
@@ -132,7 +134,7 @@ class EdgeClient:
 
     def _on_frame(self, frame: Frame) -> None:
         if isinstance(frame, Welcome):
-            self.model, self._was_admitted = frame.model, True
+            self.model, self.session, self._was_admitted = frame.model, frame.session, True
             self.speculation.vocab_size = frame.vocab_size
             self._change("connected")
             return
@@ -158,8 +160,15 @@ class EdgeClient:
             sequence = self._sequences.get(job.request)
             if sequence is None:
                 sequence = self._sequences[job.request] = self.drafter.open()
-            token = await loop.run_in_executor(self._executor, _run, sequence, job)
-            for frame in self.speculation.drafted(job, token):
+            try:
+                token = await loop.run_in_executor(self._executor, _run, sequence, job)
+            except Exception:
+                logger.exception("The draft model failed: request %s is given back", job.request)
+                self._sequences.pop(job.request, None)
+                frames = self.speculation.decline(job.request)
+            else:
+                frames = self.speculation.drafted(job, token)
+            for frame in frames:
                 self._link.send(frame)
 
 

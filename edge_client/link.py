@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 
@@ -39,8 +40,14 @@ class Gateway:
     url: str
     token: str = ""
     ca_file: str = ""
+    insecure: bool = False
+    """Show the token without TLS, beyond this machine."""
 
     def client(self) -> httpx.AsyncClient:
+        parts = urlsplit(self.url)
+        is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        if self.token and parts.scheme == "http" and not is_local and not self.insecure:
+            raise UserError("A token is not sent over plain http:// to another machine: use https://, or --insecure.")
         headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
         try:
             context = ssl.create_default_context(cafile=self.ca_file or None)

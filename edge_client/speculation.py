@@ -75,10 +75,11 @@ class _Request:
 class Speculation:
     """All requests of one connection. A new connection needs a new one."""
 
-    def __init__(self, max_context_tokens: int, prefill_chunk_tokens: int = 256) -> None:
+    def __init__(self, max_context_tokens: int, prefill_chunk_tokens: int = 256, max_requests: int = 4096) -> None:
         self.stats = SpeculationStats()
         self.vocab_size = MAX_UINT32
         self._max_context_tokens = max_context_tokens
+        self._max_requests = max_requests
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._requests: dict[int, _Request] = {}
 
@@ -99,7 +100,8 @@ class Speculation:
                 raise TypeError(frame)
 
     def _open(self, frame: Open) -> list[Frame]:
-        if frame.num_tokens + frame.credit > self._max_context_tokens:
+        is_full = len(self._requests) >= self._max_requests and frame.request not in self._requests
+        if is_full or frame.num_tokens + frame.credit > self._max_context_tokens:
             return [Close(frame.request, CloseReason.DECLINED)]
         self._requests[frame.request] = _Request(frame.num_tokens, frame.credit, frame.max_draft)
         self.stats.num_requests += 1
@@ -121,6 +123,10 @@ class Speculation:
         if end > request.committed:
             self._advance(request, frame.tokens[request.committed - frame.base :])
         return []
+
+    def decline(self, number: int) -> list[Frame]:
+        """Give a request back: this edge cannot draft for it."""
+        return [Close(number, CloseReason.DECLINED)] if self._requests.pop(number, None) is not None else []
 
     def _advance(self, request: _Request, tokens: tuple[int, ...]) -> None:
         start, end = request.committed, request.committed + len(tokens)

@@ -7,12 +7,13 @@ lookup, so the questions are of the kind where that helps: rewrite, correct or e
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from openai import OpenAI
 from rich.console import Console
-from stack import MODEL_NAME, Server, edge_client, vllm_server
+from stack import MODEL_NAME, Server, StackError, edge_client, vllm_server
 
 SPEC_TOKENS = 5
 MAX_TOKENS = 96
@@ -77,40 +78,44 @@ def ask(server: Server) -> Run:
     return run
 
 
-def main() -> int:
-    arguments = ("--speculative-config", "edge", "--spec-tokens", str(SPEC_TOKENS), "--max-model-len", "2048")
-    with console.status("Starting vllm serve on one core (up to a minute) ..."):
-        server_context = vllm_server(CACHE / MODEL_NAME, CACHE / "demo-server.log", 8000, *arguments)
-        server = server_context.__enter__()
-    try:
-        ask_once = OpenAI(base_url=f"{server.url}/v1", api_key="none").completions.create
-        ask_once(model=MODEL_NAME, prompt="Warm up.", max_tokens=8)
-        console.rule("without an edge")
-        plain = ask(server)
-        with edge_client(server.gateway_url, "ngram", CACHE / "demo-edge.log"):
-            console.rule("with an edge on another core: edge-client connect ... --draft ngram")
-            before = server.metrics()
-            edge = ask(server)
-            # The engine reports its counters once a second.
-            time.sleep(1.5)
-            counters = {name: value - before[name] for name, value in server.metrics().items()}
-    finally:
-        server_context.__exit__(None, None, None)
-    result = {
+def compare(server: Server) -> dict[str, object]:
+    """The questions without an edge, then with one."""
+    OpenAI(base_url=f"{server.url}/v1", api_key="none").completions.create(model=MODEL_NAME, prompt="Hi", max_tokens=8)
+    console.rule("without an edge")
+    plain = ask(server)
+    with edge_client(server.gateway_url, "ngram", CACHE / "demo-edge.log"):
+        console.rule("with an edge on another core: edge-client connect ... --draft ngram")
+        before = server.engine_counters()
+        edge = ask(server)
+        after = server.engine_counters(at_least={"committed_tokens": before["committed_tokens"] + edge.num_tokens})
+    counted = {name: value - before[name] for name, value in after.items()}
+    return {
         "tokens_per_s_plain": round(plain.tokens_per_s, 1),
         "tokens_per_s_edge": round(edge.tokens_per_s, 1),
         "speedup": round(edge.tokens_per_s / plain.tokens_per_s, 2),
-        "acceptance_rate": round(
-            counters["specedge_engine_accepted_tokens"] / counters["specedge_engine_verified_tokens"], 3
-        ),
-        "tokens_per_step": round(counters["specedge_engine_committed_tokens"] / counters["specedge_engine_steps"], 2),
+        "acceptance_rate": round(counted["accepted_tokens"] / counted["verified_tokens"], 3),
+        "tokens_per_step": round(counted["committed_tokens"] / counted["steps"], 2),
         "identical": plain.answers == edge.answers,
         "draft": "ngram",
         "num_tokens": edge.num_tokens,
     }
+
+
+def main() -> int:
+    arguments = ("--speculative-config", "edge", "--spec-tokens", str(SPEC_TOKENS), "--max-model-len", "2048")
+    with ExitStack() as stack:
+        with console.status("Starting vllm serve on one core (up to a minute) ..."):
+            server = stack.enter_context(vllm_server(CACHE / MODEL_NAME, CACHE / "demo-server.log", 8000, *arguments))
+        result = compare(server)
+        with console.status("Stopping ..."):
+            stack.close()
     print(json.dumps(result))
     return 0 if result["identical"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except StackError as error:
+        sys.exit(f"demo: {error}")
+    sys.exit(status)

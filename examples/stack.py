@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +96,17 @@ class Server:
         text = httpx.get(f"{self.gateway_url}/metrics", trust_env=False).text
         lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
         return {name.removesuffix("_total"): float(value) for name, _, value in lines}
+
+    def engine_counters(self, at_least: dict[str, float] | None = None) -> dict[str, float]:
+        """The engine's counters; it reports them once a second, so wait until they are at least what they must be."""
+        for _ in range(int(STOP_LIMIT_S / POLL_S)):
+            prefix = "specedge_engine_"
+            counters = {k.removeprefix(prefix): v for k, v in self.metrics().items() if k.startswith(prefix)}
+            if all(counters[name] >= value for name, value in (at_least or {}).items()):
+                return counters
+            with suppress(subprocess.TimeoutExpired):
+                self.process.popen.wait(POLL_S)
+        raise self.process.fail(f"the engine did not report {at_least} within {STOP_LIMIT_S:.0f} s")
 
 
 def start_server(model: Path, log: Path, port: int, *arguments: str, gateway_port: int = 8100) -> Server:

@@ -46,6 +46,7 @@ LEVELS: list[set[str]] = [
     {"vllm_specedge.session", "vllm_specedge.book", "vllm_specedge.router", "edge_client", "edge_client.speculation"},
     {"vllm_specedge.metrics", "vllm_specedge.tokens", "edge_client.drafters"},
     {"vllm_specedge.link", "vllm_specedge.supervisor", "edge_client.link"},
+    {"vllm_specedge.preflight"},
     {"vllm_specedge.gateway", "vllm_specedge.adapter", "edge_client.client"},
     {"vllm_specedge.cli", "edge_client.cli"},
 ]

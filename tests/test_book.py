@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import any_frame
-from vllm_specedge.book import DraftBook, Plan, Row
+from vllm_specedge.book import MAX_OPENED_TOKENS, DraftBook, Plan, Row
 from vllm_specedge.frames import (
     MAX_TOKENS_PER_FRAME,
     Assign,
@@ -38,7 +38,7 @@ def new_book(num_edges: int = 1, hold_limit_s: float = 0.1) -> DraftBook:
 
 @dataclass
 class Serving:
-    """A book with one request, "r", number 0, that an edge drafts for and has answered once, in time."""
+    """A book with one request, "r", number 0, that an edge drafts for and has answered twice, in time."""
 
     book: DraftBook = field(default_factory=new_book)
     tokens: list[int] = field(default_factory=lambda: list(PROMPT))
@@ -47,7 +47,9 @@ class Serving:
     def __post_init__(self) -> None:
         self.book.open("r", self.tokens, "")
         self.receive(Assign(0, True))
-        self.decode(20)
+        self.decode(18)
+        self.propose([19])  # the first answer has the edge's prefill in it, and is not counted
+        self.decode(19, 20, num_verified=1)
         self.now_s += ANSWER_S
         self.propose([21])
         self.decode(21, 22, num_verified=1)
@@ -95,40 +97,62 @@ def test_a_long_prompt_travels_in_several_commits() -> None:
     assert MAX_TOKENS_PER_FRAME == 1024
 
 
-def test_the_first_edge_opens_everything_and_more_edges_nothing() -> None:
+def test_with_the_first_edge_each_request_is_opened_with_its_next_commit() -> None:
     book = new_book(num_edges=0)
     one, two = list(PROMPT), [7]
     book.open("one", one, "")
     book.open("two", two, "s")
     one.append(20)
     book.commit("one", 0, 1.0)
-    assert book.receive(Edges(1), 2.0) == [
-        Open(0, 4, MAX_DRAFT, MAX_DRAFT, ""),
-        Commit(0, 0, (10, 11, 12, 20)),
-        Open(1, 1, MAX_DRAFT, MAX_DRAFT, "s"),
-        Commit(1, 0, (7,)),
-    ]
-    assert book.receive(Edges(2), 2.0) == []
     assert book.receive(Edges(1), 2.0) == []
+    one.append(21)
+    assert book.commit("one", 0, 2.0) == [Open(0, 5, MAX_DRAFT, MAX_DRAFT, ""), Commit(0, 0, (10, 11, 12, 20, 21))]
+    two.append(8)
+    assert book.commit("two", 0, 2.0) == [Open(1, 2, MAX_DRAFT, MAX_DRAFT, "s"), Commit(1, 0, (7, 8))]
+    assert book.receive(Edges(2), 2.0) == []
+    one.append(22)
+    assert book.commit("one", 0, 3.0) == [Commit(0, 5, (22,))]
+
+
+def test_contexts_are_opened_a_bounded_number_of_tokens_a_step() -> None:
+    """An edge that comes and goes must not make the engine encode every context at once."""
+    book = new_book(num_edges=0)
+    contexts = [[1] * MAX_OPENED_TOKENS, [2] * 10]
+    for number, tokens in enumerate(contexts):
+        book.open(str(number), tokens, "")
+    book.receive(Edges(1), 1.0)
+    for tokens in contexts:
+        tokens.append(3)
+    assert isinstance(book.commit("0", 0, 1.0)[0], Open)
+    assert book.commit("1", 0, 1.0) == []
+    book.plan([], 2.0)
+    contexts[1].append(4)
+    assert book.commit("1", 0, 2.0)[0] == Open(1, 12, MAX_DRAFT, MAX_DRAFT, "")
 
 
 def test_when_the_last_edge_leaves_the_gateway_is_told_to_forget_all_requests() -> None:
     """Else those that end while there is no edge would stay with the gateway, and with the next edge, for ever."""
     book = new_book()
+    two = list(PROMPT)
     book.open("one", list(PROMPT), "")
-    book.open("two", list(PROMPT), "")
+    book.open("two", two, "")
     assert book.receive(Edges(0), 1.0) == [Close(0, CloseReason.FINISHED), Close(1, CloseReason.FINISHED)]
     assert book.receive(Edges(0), 1.0) == []
     assert book.close("one") == []
-    assert book.receive(Edges(1), 1.0) == [Open(1, 3, MAX_DRAFT, MAX_DRAFT, ""), Commit(1, 0, tuple(PROMPT))]
+    book.receive(Edges(1), 1.0)
+    two.append(20)
+    assert book.commit("two", 0, 2.0) == [Open(1, 4, MAX_DRAFT, MAX_DRAFT, ""), Commit(1, 0, (*PROMPT, 20))]
 
 
 def test_a_new_gateway_is_told_everything_again() -> None:
     book = new_book()
-    book.open("r", list(PROMPT), "")
+    tokens = list(PROMPT)
+    book.open("r", tokens, "")
     assert book.receive(EngineWelcome(1), 1.0) == []
     assert book.num_edges == 0
-    assert book.receive(Edges(1), 1.0) == [Open(0, 3, MAX_DRAFT, MAX_DRAFT, ""), Commit(0, 0, tuple(PROMPT))]
+    book.receive(Edges(1), 1.0)
+    tokens.append(20)
+    assert book.commit("r", 0, 2.0) == [Open(0, 4, MAX_DRAFT, MAX_DRAFT, ""), Commit(0, 0, (*PROMPT, 20))]
 
 
 def test_a_draft_is_offered_up_to_the_limits_of_row_and_book() -> None:
@@ -286,12 +310,12 @@ def test_what_an_engine_reports_is_what_happened() -> None:
     serving.decode(1, 2, 9, num_verified=3)
     serving.decode(8)
     counters = serving.book.counters
-    assert counters["committed_tokens"] == 1 + 2 + 3 + 1
-    assert counters["steps"] == 4
-    assert counters["verified_drafts"] == 2
-    assert counters["verified_tokens"] == 1 + 3
-    assert counters["accepted_tokens"] == 1 + 2
-    assert counters["proposed_tokens"] == 1 + 3
+    assert counters["committed_tokens"] == 1 + 2 + 2 + 3 + 1
+    assert counters["steps"] == 5
+    assert counters["verified_drafts"] == 3
+    assert counters["verified_tokens"] == 1 + 1 + 3
+    assert counters["accepted_tokens"] == 1 + 1 + 2
+    assert counters["proposed_tokens"] == 1 + 1 + 3
 
 
 def test_frames_that_a_gateway_has_no_business_sending_are_counted() -> None:

@@ -83,6 +83,7 @@ class Engine:
 
     def generate(self, request_id: str, num_tokens: int) -> int:
         """Answer a request whose prompt is the cycle, with an edge's help; how many draft tokens were accepted."""
+        self.wait(lambda: self.book.num_edges > 0)
         tokens = [position % 10 for position in range(20)]
         self.link.send(self.book.open(request_id, tokens, ""))
         num_accepted = 0
@@ -258,7 +259,6 @@ def test_a_rogue_is_closed_and_the_others_stay(gateway: Running, engine: Engine,
 
 
 def test_a_token_id_out_of_range_never_reaches_the_engine(gateway: Running, engine: Engine) -> None:
-    engine.link.send(engine.book.open("victim", [1, 2, 3], ""))
     before = engine.book.counters["proposed_tokens"]
     errors: list[BaseException] = []
 
@@ -270,6 +270,8 @@ def test_a_token_id_out_of_range_never_reaches_the_engine(gateway: Running, engi
 
     attacking = threading.Thread(target=attack)
     attacking.start()
+    engine.wait(lambda: engine.book.num_edges == 1)
+    engine.link.send(engine.book.open("victim", [1, 2, 3], ""))
     engine.wait(lambda: not attacking.is_alive())
     attacking.join()
     engine.link.send(engine.book.close("victim"))
@@ -377,6 +379,19 @@ def test_a_gateway_ends_with_the_engine_that_started_it(tmp_path: Path) -> None:
     assert process.stdin is not None
     process.stdin.close()
     assert process.wait(DEADLINE_S) == 0
+
+
+def test_ctrl_c_ends_an_edge_at_once_and_says_what_it_did(gateway: Running, engine: Engine) -> None:
+    command = [str(BIN / "edge-client"), "connect", gateway.url, "--draft", "ngram"]
+    edge = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    engine.wait(lambda: engine.book.num_edges == 1)
+    assert engine.generate("interrupted", 20) > 0
+    edge.send_signal(signal.SIGINT)
+    engine.wait(lambda: engine.book.num_edges == 0)
+    _, said = edge.communicate(timeout=DEADLINE_S)
+    assert edge.returncode == 0
+    assert "Drafted for 1 requests" in said
+    assert "Traceback" not in said
 
 
 def failing(*command: str) -> str:

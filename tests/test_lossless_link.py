@@ -124,7 +124,7 @@ def test_a_perfect_draft_needs_one_step_for_all_it_drafts_and_one_token_more(tro
     world.join(0, edge_for(world, quality=1.0))
     serve(world, {"r": [1, 2, 3]}, num_tokens)
     least = num_tokens // (K + 1)
-    assert least <= world.finished["r"].num_steps <= least + 5
+    assert least <= world.finished["r"].num_steps <= least + 8
 
 
 def test_without_edges_every_token_is_a_step() -> None:

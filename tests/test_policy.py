@@ -80,9 +80,18 @@ def test_an_edge_that_missed_twice_in_a_row_is_not_waited_for_until_it_is_in_tim
     assert hold_until(edge, 0.0, 0.0, 0.03, LIMITS) is not None
     edge.missed()
     assert hold_until(edge, 0.0, 0.0, 0.03, LIMITS) is None
-    edge.answered(0.02, in_time=False)
+    edge.answered(0.041, in_time=False)
     assert hold_until(edge, 0.0, 0.0, 0.03, LIMITS) is None
     edge.answered(0.02, in_time=True)
+    assert hold_until(edge, 0.0, 0.0, 0.03, LIMITS) is not None
+
+
+def test_an_edge_that_is_not_waited_for_can_show_that_it_is_punctual_again() -> None:
+    """Its answers come after the request went on without it, but no later than its record says."""
+    edge = record(0.02, 0.005, 3.0)
+    edge.missed()
+    edge.missed()
+    edge.answered(0.03, in_time=False)
     assert hold_until(edge, 0.0, 0.0, 0.03, LIMITS) is not None
 
 

@@ -25,6 +25,7 @@ from vllm_specedge.policy import EdgeRecord, HoldLimits, Smoothed, hold_until
 from vllm_specedge.proposals import Fate, ProposalTree
 
 _MAX_COMMIT_TIMES = 32
+MAX_OPENED_TOKENS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,11 @@ class _Request:
     """All its tokens, prompt first: a live view that grows with the request."""
     session: str
     tree: ProposalTree
+    is_open: bool = False
+    """The gateway knows it."""
     is_assigned: bool = False
+    has_answered: bool = False
+    """Its edge has proposed something since it was assigned."""
     has_passed: bool = False
     """The edge has said that it has nothing for this position."""
     is_awaited: bool = False
@@ -73,6 +78,7 @@ class DraftBook:
         self._requests: dict[str, _Request] = {}
         self._ids: dict[int, str] = {}
         self._next_number = 0
+        self._opened_tokens = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -87,7 +93,7 @@ class DraftBook:
             case Assign():
                 request = self._find(frame.request)
                 if request is not None:
-                    request.is_assigned = frame.active
+                    request.is_assigned, request.has_answered = frame.active, False
                     request.record = EdgeRecord()
             case Edges():
                 return self._edges(frame.num_edges)
@@ -101,15 +107,14 @@ class DraftBook:
         """No edge can be reached: nobody is waited for, nothing is published."""
         self.num_edges = 0
         for request in self._requests.values():
-            request.is_assigned = False
+            request.is_assigned = request.is_open = False
 
     def _edges(self, num_edges: int) -> list[Frame]:
-        had_edges, self.num_edges = self.num_edges > 0, num_edges
-        if had_edges == (num_edges > 0):
-            return []
+        self.num_edges = num_edges
+        if num_edges:
+            return []  # each request is opened with its next commit
         # Without edges the gateway will not hear of requests that end, so it is to forget them all.
-        tell = self._opening if num_edges else self._closing
-        return [frame for request in self._requests.values() for frame in tell(request)]
+        return [frame for request in self._requests.values() for frame in self._closing(request)]
 
     def _find(self, number: int) -> _Request | None:
         return self._requests.get(self._ids.get(number, ""))
@@ -129,7 +134,9 @@ class DraftBook:
         fate = request.tree.insert(frame.base, frame.tokens, request.tokens, frame.branch)
         self.counters[f"proposals_{fate.value}"] += 1
         committed_s = request.commit_times_s.pop(frame.base, None)
-        if committed_s is not None:
+        if committed_s is not None and not request.has_answered:
+            request.has_answered = True  # the first answer has the edge's prefill in it
+        elif committed_s is not None:
             request.record.answered(now_s - committed_s, in_time=frame.base == request.tree.length)
         if fate in (Fate.KEPT, Fate.FULL):
             request.is_awaited = False
@@ -146,7 +153,12 @@ class DraftBook:
         return self._opening(request) if self.num_edges else []
 
     def _opening(self, request: _Request) -> list[Frame]:
+        """Open and all tokens so far; a bounded number of tokens a step, for the engine's thread encodes them."""
         tokens = list(request.tokens)
+        if self._opened_tokens >= MAX_OPENED_TOKENS:
+            return []
+        self._opened_tokens += len(tokens)
+        request.is_open = True
         opening = Open(request.number, len(tokens), self._max_draft, self._max_draft, request.session)
         return [opening, *commits(request.number, 0, tokens)]
 
@@ -156,16 +168,21 @@ class DraftBook:
         if request is None:
             return []
         base = request.tree.length
-        tokens = tuple(request.tokens[base:])
-        if not tokens:
+        num_tokens = len(request.tokens) - base
+        if num_tokens <= 0:
             return []
-        self._count(request, len(tokens), num_verified)
+        self._count(request, num_tokens, num_verified)
+        if not self.num_edges:
+            request.tree = ProposalTree(base + num_tokens) if request.tree.num_nodes else request.tree
+            request.tree.length = base + num_tokens
+            return []
+        tokens = tuple(request.tokens[base:])
         request.tree.advance(tokens)
         request.has_passed = request.is_awaited = False
         request.commit_times_s[request.tree.length] = now_s
         if len(request.commit_times_s) > _MAX_COMMIT_TIMES:
             del request.commit_times_s[next(iter(request.commit_times_s))]
-        return list(commits(request.number, base, tokens)) if self.num_edges else []
+        return list(commits(request.number, base, tokens)) if request.is_open else self._opening(request)
 
     def _count(self, request: _Request, num_tokens: int, num_verified: int) -> None:
         self.counters["committed_tokens"] += num_tokens
@@ -183,14 +200,16 @@ class DraftBook:
         if request is None:
             return []
         del self._ids[request.number]
-        return self._closing(request) if self.num_edges else []
+        return self._closing(request)
 
     def _closing(self, request: _Request) -> list[Frame]:
-        return [Close(request.number, CloseReason.FINISHED)]
+        was_open, request.is_open, request.is_assigned = request.is_open, False, False
+        return [Close(request.number, CloseReason.FINISHED)] if was_open else []
 
     def plan(self, rows: Iterable[Row], now_s: float) -> Plan:
         """What each row does next: verify a draft, wait for one, or decode plainly."""
         plan = Plan()
+        self._opened_tokens = 0
         for row in rows:
             request = self._requests.get(row.request_id)
             if request is None or row.limit <= 0:
@@ -203,7 +222,9 @@ class DraftBook:
         return plan
 
     def _plan_hold(self, request_id: str, request: _Request, now_s: float, plan: Plan) -> None:
-        committed_s = request.commit_times_s.get(request.tree.length, now_s)
+        committed_s = request.commit_times_s.get(request.tree.length)
+        if committed_s is None:
+            return  # nothing was published for an edge to answer
         until_s = hold_until(request.record, committed_s, now_s, self.step_s.mean or 0.0, self._limits)
         if until_s is not None:
             self.counters["holds"] += not request.is_awaited

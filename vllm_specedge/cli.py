@@ -1,6 +1,7 @@
 """`vllm-specedge`: the operator's commands."""
 
 import asyncio
+import importlib.util
 import logging
 import sys
 import time
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specedge import __version__
-from vllm_specedge.config import parse_options
+from vllm_specedge.config import check_endpoint, parse_options
 from vllm_specedge.errors import UserError
 from vllm_specedge.supervisor import USER_ERROR_STATUS
 from vllm_specedge.tokens import TokenFile
@@ -47,12 +48,19 @@ def gateway(
     )
     from vllm_specedge.gateway import serve  # noqa: PLC0415 - the other commands need no web server
 
-    asyncio.run(serve(parse_options(values), engines, ends_with_stdin))
+    options = parse_options(values)
+    try:
+        check_endpoint(engines, options.insecure)
+    except ValueError as error:
+        raise UserError(f"--engines: {error}.") from None
+    asyncio.run(serve(options, engines, ends_with_stdin))
 
 
 @app.command()
 def doctor() -> None:
     """Say whether the vLLM that is installed here can work with edges."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("There is no vLLM in this Python environment: install one, then vllm-specedge beside it.")
     from vllm_specedge.adapter.hooks import report  # noqa: PLC0415 - loads vLLM
 
     problems = report(print_line=typer.echo)
@@ -70,6 +78,7 @@ def issue(
 ) -> None:
     """Make a token and print it, once."""
     typer.echo(TokenFile(tokens_file).issue(name, role, time.time() + days * 86400 if days else 0.0))
+    typer.echo(f"Written to {tokens_file}: name it to the server as its tokens_file.", err=True)
 
 
 @token_app.command("list")

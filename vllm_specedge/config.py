@@ -1,7 +1,6 @@
 """What an operator can set, each option documented where it is defined. Unknown keys are errors."""
 
 import ipaddress
-import socket
 from collections.abc import Mapping
 from typing import Literal, Self
 
@@ -54,8 +53,8 @@ class EdgeOptions(BaseModel):
             raise ValueError(
                 f"listening on {host} needs tls_cert, tls_key and tokens_file, or insecure on a closed network"
             )
-        if self.gateway and not self.gateway.startswith(("ipc://", "tcp://")):
-            raise ValueError("gateway is an endpoint such as ipc:///run/specedge.sock or tcp://127.0.0.1:8101")
+        if self.gateway:
+            check_endpoint(self.gateway, self.insecure)
         return self
 
 
@@ -85,18 +84,18 @@ def split_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def check_listen(address: str) -> None:
-    """Raises UserError with a sentence if nothing can listen there now."""
-    host, port = split_address(address)
-    try:
-        # No SO_REUSEPORT: a second gateway on the port must fail here, though the web server itself would allow it.
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"The edge gateway cannot listen on {address} ({reason}): choose another 'listen' address."
-        ) from None
+def check_endpoint(endpoint: str, insecure: bool) -> None:
+    """An engine endpoint carries prompts in the clear and trusts who dials in: a socket file or loopback."""
+    scheme, _, rest = endpoint.partition("://")
+    if scheme == "ipc" and rest:
+        return
+    if scheme != "tcp":
+        raise ValueError(f"'{endpoint}' is no endpoint such as ipc:///run/specedge.sock or tcp://127.0.0.1:8101")
+    host, _ = split_address(rest)
+    if not is_loopback(host) and not insecure:
+        raise ValueError(
+            f"the engines' endpoint on {host} is neither encrypted nor authenticated: use ipc:// or loopback"
+        )
 
 
 def is_loopback(host: str) -> bool:

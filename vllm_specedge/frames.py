@@ -212,8 +212,14 @@ def _is_uint(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_UINT32
 
 
-def _is_text(value: object) -> bool:
-    return type(value) is str and len(value.encode("utf-8", "surrogatepass")) <= MAX_TEXT_BYTES
+def is_text(value: object) -> bool:
+    """Whether a frame can carry it."""
+    if type(value) is not str:
+        return False
+    try:
+        return len(value.encode()) <= MAX_TEXT_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_bool(value: object) -> bool:
@@ -221,12 +227,14 @@ def _is_bool(value: object) -> bool:
 
 
 def _is_uints(value: object) -> bool:
-    return type(value) is tuple and len(value) <= MAX_TOKENS_PER_FRAME and all(map(_is_uint, value))
+    if type(value) is not tuple or len(value) > MAX_TOKENS_PER_FRAME:
+        return False
+    return not value or (set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= MAX_UINT32)
 
 
 _CHECKS: dict[object, Callable[[object], bool]] = {
     int: _is_uint,
-    str: _is_text,
+    str: is_text,
     bool: _is_bool,
     tuple[int, ...]: _is_uints,
 }

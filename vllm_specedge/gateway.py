@@ -27,7 +27,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
 from vllm_specedge import __version__
-from vllm_specedge.config import EdgeOptions, check_listen, split_address
+from vllm_specedge.config import EdgeOptions, split_address
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.frames import (
     MEDIA_TYPE,
@@ -41,6 +41,7 @@ from vllm_specedge.frames import (
     encode,
 )
 from vllm_specedge.metrics import RouterCollector
+from vllm_specedge.preflight import check_start
 from vllm_specedge.router import ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.session import Role, Session, State
 from vllm_specedge.tokens import TokenFile
@@ -50,7 +51,7 @@ logger = logging.getLogger("vllm_specedge.gateway")
 MAX_QUEUED_BYTES = 8 << 20
 """An edge that lets more than this pile up is closed: the longest context fits, at 5 bytes a token."""
 MAX_FRAMES_PER_S = 2000
-"""More than this from one edge is dropped: 32 requests at 30 steps a second send half of it."""
+"""An edge that sends more is closed: 32 requests at 30 steps a second need half of it."""
 MAX_HANDSHAKE_S = 10.0
 STOP_S = 1.0
 DEAD_HEARTBEATS = 3
@@ -76,6 +77,7 @@ class Connection:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     has_uplink: bool = False
     downlink: "asyncio.Task[object] | None" = None
+    uplink: "asyncio.Task[object] | None" = None
     closed_s: float | None = None
 
 
@@ -147,6 +149,7 @@ class Gateway:
 
     async def uplink(self, connection: Connection, chunks: AsyncIterator[bytes]) -> None:
         """Everything one edge says, until it stops or is closed."""
+        connection.uplink = asyncio.current_task()
         try:
             async for chunk in chunks:
                 for frame in connection.session.receive(chunk):
@@ -175,7 +178,8 @@ class Gateway:
             return
         connection.num_frames += 1
         if connection.num_frames > MAX_FRAMES_PER_S * self._heartbeat_s / 2:
-            self.router.counters["dropped_flood"] += 1
+            self.router.counters["floods"] += 1
+            self._close(connection, bye(ByeCode.PROTOCOL, f"more than {MAX_FRAMES_PER_S} frames a second"))
         elif isinstance(frame, Bye):
             self._close(connection, None)
         elif isinstance(frame, Hello):
@@ -207,6 +211,10 @@ class Gateway:
 
     def _forget(self, connection: Connection) -> None:
         self._close(connection, None)
+        for task in (connection.downlink, connection.uplink):
+            # Either would wait for ever for a peer that does not even read its Bye.
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
         self._connections.pop(connection.id, None)
         self._by_key.pop(connection.key, None)
 
@@ -228,7 +236,7 @@ class Gateway:
             self._socket.send_multipart([effect.engine, encode(effect.frame)])
             return
         connection = self._connections.get(effect.edge)
-        if connection is None or connection.closed_s is not None:
+        if connection is None or connection.closed_s is not None or connection.session.state is State.CLOSED:
             return
         if isinstance(effect.frame, Bye):
             self._close(connection, effect.frame)
@@ -294,9 +302,6 @@ class Gateway:
             self.router.counters["silent_edges"] += 1
             self._close(connection, bye(ByeCode.SILENT, f"nothing heard for {limit_s:.0f} s"))
         elif connection.closed_s is not None and now_s - connection.closed_s > DEAD_HEARTBEATS * self._heartbeat_s:
-            # It does not even read its Bye; the stream would wait for ever.
-            if connection.downlink is not None:
-                connection.downlink.cancel()
             self._forget(connection)
 
 
@@ -369,7 +374,7 @@ async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: boo
         gateway = Gateway(options, engine_endpoint)
     except zmq.ZMQError as error:
         raise UserError(f"Engines cannot be served at {engine_endpoint} ({error}): choose another endpoint.") from None
-    check_listen(options.listen)
+    check_start(options)
     server = _server(make_app(gateway), options)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -387,7 +392,7 @@ async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: boo
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     await gateway.say_bye()
     # Not cancelled: its threads would outlive the interpreter.
-    server.stop()
+    server.stop()  # type: ignore[no-untyped-call]
     await asyncio.wait({serving}, timeout=STOP_S)
     for task in pending:
         task.cancel()

@@ -22,6 +22,7 @@ logger = logging.getLogger("vllm_specedge.link")
 
 _BEAT_S = 1.0
 _LOST_S = 5.0
+_MAX_RECEIVED = 256
 _MAX_INBOX = 65_536
 """Frames that wait for the scheduler; more are dropped, oldest first. A step takes in all that there are."""
 
@@ -60,6 +61,7 @@ class EngineLink(threading.Thread):
         self._remote.setsockopt(zmq.LINGER, 0)
         self._remote.connect(f"inproc://specedge-{id(self)}")
         self._is_welcome = False
+        self._refusal = ""
         self._heard_s = time.monotonic()
         self._wake_at_s: float | None = None
 
@@ -71,18 +73,24 @@ class EngineLink(threading.Thread):
         if data:
             self._order(_Order.SEND, data)
 
-    def wake_at(self, at_s: float) -> None:
-        """Call `wake` at time.monotonic() `at_s`; replaces what was asked before."""
-        self._order(_Order.WAKE_AT, struct.pack("d", at_s))
+    def wake_at(self, at_s: float) -> bool:
+        """Call `wake` at time.monotonic() `at_s`; replaces what was asked before. False: it will not be called."""
+        return self.is_alive() and self._order(_Order.WAKE_AT, struct.pack("d", at_s))
 
     def stop(self) -> None:
+        """End the thread; again is harmless."""
+        if self._remote.closed:
+            return
         self._order(_Order.STOP, b"")
         self.join(2.0)
         self._remote.close()
 
-    def _order(self, order: _Order, data: bytes) -> None:
-        with contextlib.suppress(zmq.Again):
+    def _order(self, order: _Order, data: bytes) -> bool:
+        try:
             self._remote.send_multipart([order.value, data], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     # -- this thread -----------------------------------------------------------------------------------------------
 
@@ -142,8 +150,7 @@ class EngineLink(threading.Thread):
             self._gateway.send(data, zmq.NOBLOCK)
 
     def _receive(self) -> None:
-        was_empty = not self.inbox
-        while True:
+        for _ in range(_MAX_RECEIVED):  # then orders and the timer get their turn
             try:
                 data = self._gateway.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -155,7 +162,7 @@ class EngineLink(threading.Thread):
                     self._take(frame, now_s)
             except RemoteProtocolError as error:
                 logger.warning("The gateway sent what is no frame (%s)", error)
-        if self.inbox or not was_empty:
+        if self.inbox:
             self._wake()
 
     def _take(self, frame: Frame, now_s: float) -> None:
@@ -166,10 +173,10 @@ class EngineLink(threading.Thread):
                 self._is_welcome = True
                 self.inbox.append((now_s, frame))
             case Bye():
-                if frame.code != ByeCode.GOING_AWAY:
+                if frame.code != ByeCode.GOING_AWAY and frame.text != self._refusal:
+                    self._refusal = frame.text
                     logger.warning("The gateway refused this engine: %s", frame.text)
-                self._lost()
-                self._post(encode(self._hello))
+                self._lost()  # the next beat says hello again
             case _:
                 self.inbox.append((now_s, frame))
 

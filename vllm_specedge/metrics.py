@@ -38,7 +38,7 @@ GATEWAY_COUNTERS = (
     ("dropped_late", "Proposals for positions that were decided already."),
     ("dropped_ahead", "Proposals past the credit."),
     ("dropped_token_id", "Proposals with a token id outside of the vocabulary."),
-    ("dropped_flood", "Frames of edges that sent too many."),
+    ("floods", "Edges closed because they sent too many frames."),
     ("commit_gaps", "Requests dropped because commits were missing."),
     ("requests_over_limit", "Requests not drafted for because of a bound."),
     ("unexpected_engine_frames", "Frames an engine should not send."),

@@ -52,9 +52,15 @@ class EdgeRecord:
 
     def answered(self, after_s: float, in_time: bool) -> None:
         """An answer came so long after the commit it answers; `in_time`: before the request went on without it."""
+        is_punctual = self.answer_s.mean is not None and after_s <= self.late_after_s
         self.answer_s.observe(after_s)
-        if in_time:
+        if in_time or is_punctual:
             self.num_misses = 0
+
+    @property
+    def late_after_s(self) -> float:
+        """So long after a commit an answer is late; 0 before the first."""
+        return (self.answer_s.mean or 0.0) + _DEVIATIONS * self.answer_s.deviation
 
     def missed(self) -> None:
         self.num_misses += 1
@@ -77,5 +83,5 @@ def hold_until(record: EdgeRecord, committed_s: float, now_s: float, step_s: flo
     accepted = 1.0 if record.accepted.mean is None else record.accepted.mean
     if max(0.0, expected_at_s - now_s) >= accepted * step_s:  # also where nothing can be gained, however short the wait
         return None
-    deadline_s = min(expected_at_s + _DEVIATIONS * record.answer_s.deviation, limit_s)
+    deadline_s = min(committed_s + record.late_after_s, limit_s)
     return deadline_s if now_s < deadline_s else None

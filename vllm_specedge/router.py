@@ -51,6 +51,8 @@ class RouterLimits:
     max_requests_per_edge: int = 32
     max_requests: int = 4096
     max_context_tokens: int = 1 << 19
+    max_total_tokens: int = 1 << 25
+    """Of all contexts together, at 4 bytes a token."""
     credit_tokens: int = 0
     """How far past the last commit an edge may propose; 0: as far as one step verifies."""
     heartbeat_ms: int = 2000
@@ -125,6 +127,7 @@ class Router:
         self.edges: dict[int, EdgeInfo] = {}
         self.engines: dict[bytes, _Engine] = {}
         self._requests: dict[_Key, _Request] = {}
+        self._num_tokens = 0
 
     @property
     def num_requests(self) -> int:
@@ -193,11 +196,14 @@ class Router:
         if request is None:
             return []
         known, end = len(request.tokens), commit.base + len(commit.tokens)
-        if commit.base > known or end > self.limits.max_context_tokens:
+        new = max(0, end - known)
+        is_too_much = end > self.limits.max_context_tokens or self._num_tokens + new > self.limits.max_total_tokens
+        if commit.base > known or is_too_much:
             self.counters["commit_gaps"] += 1
             return [*self._close(key, CloseReason.GAP), ToEngine(key[0], Assign(key[1], False))]
         was_known = request.is_known
         request.tokens.extend(commit.tokens[known - commit.base :])
+        self._num_tokens += new
         if request.edge is not None:
             return [ToEdge(request.edge, Commit(request.number, commit.base, commit.tokens))]
         return self._assign(key, request) if request.is_known and not was_known else []
@@ -208,6 +214,7 @@ class Router:
 
     def _drop(self, key: _Key, reason: int) -> list[Effect]:
         request = self._requests.pop(key, None)
+        self._num_tokens -= len(request.tokens) if request is not None else 0
         if request is None or request.edge is None:
             return []
         del self.edges[request.edge].requests[request.number]
@@ -233,7 +240,7 @@ class Router:
             text = f"This gateway speaks protocol version {versions}: update the older of the two."
             return bye(ByeCode.VERSION, text)
         if hello.role not in roles:
-            text = f"This token does not allow the role '{hello.role:.20}': ask for one that does."
+            text = f"This token does not allow the role {hello.role[:20]!r}: ask for one that does."
             return bye(ByeCode.ROLE, text)
         if len(self.edges) >= self.limits.max_edges:
             return bye(ByeCode.FULL, f"The gateway has its {self.limits.max_edges} edges: try again later.")
@@ -288,7 +295,7 @@ class Router:
         if end > known + self._credit(request):
             self.counters["dropped_ahead"] += 1
             return []
-        if frame.tokens and end <= known:
+        if end <= known if frame.tokens else end != known:
             self.counters["dropped_late"] += 1
             return []
         info.num_proposed_tokens += len(frame.tokens)
@@ -324,9 +331,15 @@ class Router:
             yield ToEngine(id_, Edges(sum(_suits(edge.hello, engine.hello) for edge in self.edges.values())))
 
     def _assign_waiting(self) -> list[Effect]:
-        if not any(edge.has_room for edge in self.edges.values()):
-            return []
-        waiting = [(key, request) for key, request in self._requests.items() if request.edge is None]
+        # Who has room is looked up once: most requests wait for a kind of edge that has none.
+        with_room = [edge for edge in self.edges.values() if edge.has_room]
+        has_pool = any(edge.hello.role == POOL for edge in with_room)
+        sessions = {edge.session for edge in with_room}
+        waiting = [
+            (key, request)
+            for key, request in self._requests.items()
+            if request.edge is None and (request.opening.session in sessions if request.opening.session else has_pool)
+        ]
         return [effect for key, request in waiting if request.is_known for effect in self._assign(key, request)]
 
     def _assign(self, key: _Key, request: _Request) -> list[Effect]:

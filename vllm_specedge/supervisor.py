@@ -28,7 +28,9 @@ class GatewayProcess(threading.Thread):
 
     def _popen(self) -> "subprocess.Popen[bytes]":
         # Standard input stays open for as long as this process lives: its end tells the gateway to stop.
-        return subprocess.Popen(self._command, stdin=subprocess.PIPE)
+        # A session of its own: Ctrl-C in a terminal is the engine's to handle, and -P keeps the working directory's
+        # modules out.
+        return subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
 
     def run(self) -> None:
         pause_s = _FIRST_PAUSE_S
@@ -46,6 +48,8 @@ class GatewayProcess(threading.Thread):
             if self._stopped.wait(pause_s):
                 return
             self._process = self._popen()
+            if self._stopped.is_set():
+                self._process.terminate()
 
     def _close_stdin(self) -> None:
         if self._process.stdin is not None:
@@ -65,7 +69,16 @@ class GatewayProcess(threading.Thread):
 
 def gateway_command(options: EdgeOptions, engine_endpoint: str) -> list[str]:
     """How to start a gateway with these options. No secret is among them: tokens and keys are named by file."""
-    command = [sys.executable, "-m", "vllm_specedge.cli", "gateway", "--engines", engine_endpoint, "--ends-with-stdin"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "vllm_specedge.cli",
+        "gateway",
+        "--engines",
+        engine_endpoint,
+        "--ends-with-stdin",
+    ]
     for name, value in options.model_dump(exclude_defaults=True).items():
         if name in GATEWAY_OPTIONS:
             flag = f"--{name.replace('_', '-')}"

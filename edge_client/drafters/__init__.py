@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from vllm_specedge.errors import UserError
+
 
 class DraftSequence(Protocol):
     """One request's context inside of a drafter. Used from one thread."""
@@ -36,6 +38,10 @@ def load_drafter(name: str, device: str, threads: int) -> Drafter:
         from edge_client.drafters.ngram import NgramDrafter  # noqa: PLC0415
 
         return NgramDrafter()
-    from edge_client.drafters.hf import load_hf_drafter  # noqa: PLC0415 - loads torch
-
+    try:
+        from edge_client.drafters.hf import load_hf_drafter  # noqa: PLC0415 - loads torch
+    except ImportError as error:
+        raise UserError(
+            f"A model as the draft needs {error.name}: pip install 'vllm-specedge[hf]', or draft with 'ngram'."
+        ) from None
     return load_hf_drafter(name, device, threads)

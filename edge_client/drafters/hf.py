@@ -30,7 +30,7 @@ class HfSequence:
         if length == 0:
             self._cache = DynamicCache(config=self._model.config)
         elif length < self._length:
-            self._cache.crop(length)
+            self._cache.crop(length - self._length)
         self._length = min(self._length, length)
 
 

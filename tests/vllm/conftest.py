@@ -1,6 +1,7 @@
 """Real vLLM servers with the real model, and edges that know what the target will say."""
 
 import asyncio
+import json
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ VOCAB_SIZE = 49152
 NEAR_TIE = 1e-3
 """Two of the target's best logits closer than this may come out in either order (docs/design.md, Numerics)."""
 CONCURRENCY = 16
+GATEWAY_PORT = 8110
 KV_BYTES = 200 * 2**20
 """Room for 34 blocks of 128 tokens: one context of 2,048 tokens fits, eight of 650 do not."""
 
@@ -91,12 +93,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
     assert (MODEL / "config.json").exists(), "make the model first: make model"
     logs = tmp_path_factory.mktemp("servers")
     shared = ("--max-model-len", "2048", "--max-num-seqs", "16")
-    edge = ("--speculative-config", "edge", "--spec-tokens", "5", "--max-num-batched-tokens", "512")
+    # Not the default port: other tests look at what happens with it.
+    config = {"method": "edge", "num_speculative_tokens": 5, "listen": f"127.0.0.1:{GATEWAY_PORT}"}
+    edge = ("--speculative-config", json.dumps(config), "--max-num-batched-tokens", "512")
     kv = ("--kv-cache-memory-bytes", str(KV_BYTES))
     with ExitStack() as stack:
         both = []
         for port, arguments in ((8010, ()), (8011, (*edge, *kv))):
-            server = start_server(MODEL, logs / f"{port}.log", port, *shared, *arguments)
+            server = start_server(MODEL, logs / f"{port}.log", port, *shared, *arguments, gateway_port=GATEWAY_PORT)
             stack.callback(server.process.stop)
             both.append(Target(server))
             stack.callback(both[-1].http.close)

@@ -100,13 +100,16 @@ def test_sampled_tokens_have_the_target_s_distribution(edge_target: Target, plai
     body = {"prompt": prompt, "max_tokens": 12, "temperature": 0.9, "allowed_token_ids": allowed, "ignore_eos": True}
 
     def sample(target: Target, num_requests: int, n: int) -> Counter[tuple[int, ...]]:
-        """The last three of twelve tokens: by then the edge has caught up."""
+        """The last three of twelve tokens: by then the edge has caught up.
 
-        def one(seed: int) -> list[tuple[int, ...]]:
-            answer = target.post("/v1/completions", {**body, "n": n, "return_token_ids": True, "seed": seed})
+        Without a seed: the answers of one request with n and a seed have the seeds after it, which others share.
+        """
+
+        def one() -> list[tuple[int, ...]]:
+            answer = target.post("/v1/completions", {**body, "n": n, "return_token_ids": True})
             return [tuple(choice["token_ids"][-3:]) for choice in answer["choices"]]
 
-        return Counter(ids for seed in range(num_requests) for ids in one(seed))
+        return Counter(ids for _ in range(num_requests) for ids in one())
 
     without = sample(plain, 50, 16)
     with running_edge(edge_target, ReplayDrafter([likely])), counting(edge_target) as counted:

@@ -1,13 +1,17 @@
 """From `edge` to what stock vLLM understands, and what cannot work, said at start-up in one sentence each."""
 
+import atexit
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from vllm_specedge.adapter.start import ENDPOINT_VARIABLE, new_endpoint
-from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, check_listen, parse_options
+from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, parse_options
 from vllm_specedge.errors import UserError
+from vllm_specedge.preflight import check_start
 
 METHOD = "edge"
 PROPOSER = "vllm_specedge.adapter.proposer.EdgeProposer"
@@ -85,8 +89,9 @@ def _prepare_gateway(options: EdgeOptions) -> None:
     """Once, in the front end's main process: choose the engines' socket, and say early if the port is taken."""
     if options.gateway or multiprocessing.parent_process() is not None:
         return
-    check_listen(options.listen)
-    os.environ[ENDPOINT_VARIABLE] = new_endpoint()
+    check_start(options)
+    os.environ[ENDPOINT_VARIABLE] = endpoint = new_endpoint()
+    atexit.register(shutil.rmtree, Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
 
 
 def check_config(config: Any) -> None:

@@ -17,11 +17,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
+from zmq import ZMQError
 
 from vllm_specedge.adapter import hooks
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.book import DraftBook, Plan, Row
-from vllm_specedge.frames import Bye, Frame
+from vllm_specedge.frames import Bye, Frame, is_text
 from vllm_specedge.metrics import engine_values
 from vllm_specedge.policy import HoldLimits
 
@@ -55,9 +56,12 @@ class EdgeScheduler(Scheduler):
             limits=HoldLimits(options.hold_limit_ms / 1000, options.mode),
         )
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
-        self._link, self._process = start_link(
-            self.vllm_config, options, tokenizer, wake=self._wake, stats=lambda: engine_values(self.book.counters)
-        )
+        try:
+            self._link, self._process = start_link(
+                self.vllm_config, options, tokenizer, wake=self._wake, stats=lambda: engine_values(self.book.counters)
+            )
+        except (OSError, ZMQError):
+            logger.exception("Serving without edge drafts: the gateway cannot be started")
         self._is_drafting = self._link is not None
 
     # -- what vLLM calls -------------------------------------------------------------------------------------------
@@ -65,6 +69,9 @@ class EdgeScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._step_started_s = time.monotonic()
         self._is_parked = False
+        if self._engine is not None:
+            # Our proposer never has drafts; asking the workers for them costs a round trip a step.
+            self._engine.check_for_draft_tokens = False
         self._guarded(self._attach)
         # At 0 the waiting loop pads no request with -1 drafts, which vLLM's CPU kernels take for tokens.
         num_spec_tokens, self.num_spec_tokens = self.num_spec_tokens, 0
@@ -105,8 +112,8 @@ class EdgeScheduler(Scheduler):
 
     def _attach(self) -> None:
         plan = self._plan()
-        if plan.holds and not plan.drafts and len(plan.holds) == len(self.running) and self._must_block():
-            plan = self._block(min(plan.holds.values()))
+        if plan.holds and not plan.drafts and len(plan.holds) == len(self.running):
+            plan = self._all_held(plan)
         for request in self.running:
             is_held = request.request_id in plan.holds
             # schedule() adds one to current_step before it compares, so + 2 skips exactly the coming step.
@@ -117,7 +124,7 @@ class EdgeScheduler(Scheduler):
 
     def _plan(self) -> Plan:
         self._take_in()
-        if not len(self.book):
+        if not self.book.num_edges:
             return Plan()
         return self.book.plan(self._rows(), time.monotonic())
 
@@ -159,12 +166,14 @@ class EdgeScheduler(Scheduler):
 
     def _open(self, request: Request) -> None:
         parameters = request.sampling_params
-        is_text = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.mm_features
-        if parameters is None or not is_text or request.resumable or request.request_id not in self.requests:
+        has_ids = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.mm_features
+        # The end of a streaming-input session comes as another Request of the same id.
+        is_new = self.requests.get(request.request_id) is request
+        if parameters is None or not has_ids or request.resumable or not is_new:
             return
         session = (parameters.extra_args or {}).get("specedge", "")
-        tokens = request.all_token_ids
-        self._send(self.book.open(request.request_id, tokens, session if isinstance(session, str) else ""))
+        session = session if is_text(session) else ""
+        self._send(self.book.open(request.request_id, request.all_token_ids, session))
 
     def _close(self, request: Request) -> None:
         last = self._commit(request.request_id, time.monotonic())
@@ -193,10 +202,9 @@ class EdgeScheduler(Scheduler):
         plan = self._plan()
         if plan.drafts or len(plan.holds) != len(self.running):
             return False
-        self._link.wake_at(min(plan.holds.values()))
-        # Set before the inbox is looked at for the last time: the link appends before it looks at the flag.
+        # Set before the timer is set and the inbox looked at: the link looks at the flag after both.
         self._is_parked = self._was_parked = True
-        if self._link.inbox:
+        if not self._link.wake_at(min(plan.holds.values())) or self._link.inbox:
             self._is_parked = self._was_parked = False
         return self._is_parked
 
@@ -207,9 +215,14 @@ class EdgeScheduler(Scheduler):
             self._is_parked = False
             self._engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
-    def _must_block(self) -> bool:
-        """An engine inside of the caller's process (LLM without multiprocessing) has no loop that could sleep."""
-        return self._engine is None and not self.waiting
+    def _all_held(self, plan: Plan) -> Plan:
+        """A step in which nothing would run: vLLM would spin while others wait to be admitted, so nobody is held then.
+
+        An engine inside of the caller's process (LLM without multiprocessing) has no loop that could sleep: wait here.
+        """
+        if self.waiting or self.kv_holding_waiting or self.deferred_waiting:
+            return Plan()
+        return plan if self._engine is not None else self._block(min(plan.holds.values()))
 
     def _block(self, until_s: float) -> Plan:
         plan = self._plan()
@@ -230,6 +243,7 @@ class EdgeScheduler(Scheduler):
         except Exception:
             logger.exception("Edge drafting failed and is off; serving goes on without it")
             self._is_drafting = self._is_parked = False
+            self._link.stop()
             for request in self.running:
                 request.next_decode_eligible_step = 0
                 request.spec_token_ids = []

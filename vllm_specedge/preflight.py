@@ -1,0 +1,40 @@
+"""What can be seen to be wrong before a gateway starts: its address, its tokens, its certificate."""
+
+import os
+import socket
+import ssl
+from pathlib import Path
+
+from vllm_specedge.config import EdgeOptions, split_address
+from vllm_specedge.errors import UserError
+from vllm_specedge.tokens import TokenFile
+
+
+def check_start(options: EdgeOptions) -> None:
+    """Raises UserError with one sentence that says what to change."""
+    _check_listen(options.listen)
+    if options.tokens_file:
+        TokenFile(Path(options.tokens_file)).records()
+    if options.tls_cert:
+        _check_certificate(options.tls_cert, options.tls_key)
+
+
+def _check_listen(address: str) -> None:
+    host, port = split_address(address)
+    try:
+        # No SO_REUSEPORT: a second gateway on the port must fail here, though the web server itself would allow it.
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        text = f"The edge gateway cannot listen on {address} ({reason}): choose another 'listen' address."
+        raise UserError(text) from None
+
+
+def _check_certificate(certificate: str, key: str) -> None:
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or str(error)
+        text = f"The certificate {certificate} and its key {key} cannot be used ({reason}): give PEM files that match."
+        raise UserError(text) from None
