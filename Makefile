@@ -23,12 +23,12 @@ model: $(MODEL)/config.json
 demo: $(VENV)/.installed model
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed model
-	$(BIN)/pytest
+test: test-fast test-vllm
 
 test-fast: $(VENV)/.installed
-	$(BIN)/pytest --ignore=tests/vllm
+	$(BIN)/pytest --ignore=tests/vllm -n 2 --dist loadfile
 
+# Each in turn: the servers of these tests take both cores.
 test-vllm: $(VENV)/.installed model
 	$(BIN)/pytest tests/vllm
 

@@ -25,7 +25,7 @@ from vllm_specedge.frames import PROTOCOL_VERSION, Close, Frame, Hello, Welcome
 
 logger = logging.getLogger("edge_client")
 
-FIRST_PAUSE_S = 1.0
+FIRST_PAUSE_S = 0.25
 MAX_PAUSE_S = 30.0
 LASTING_S = 60.0
 BYE_S = 1.0
@@ -79,10 +79,11 @@ class EdgeClient:
     async def run(self, wait_s: float) -> None:
         """Stay connected until cancelled. Raises UserError for what trying again cannot mend.
 
-        A gateway that cannot be reached at first is tried for `wait_s`; one that was reached, for ever, with pauses
-        that grow until a connection has lasted a while.
+        A gateway that cannot be reached at first is tried for `wait_s`; one that was reached, for ever. Many edges lose
+        a gateway at once: each comes back after a pause of its own, longer if its connections do not last.
         """
         patience = stop_after_delay(wait_s)
+        num_short = 0
         while True:
             retrying = AsyncRetrying(
                 retry=retry_if_exception_type(LinkError),
@@ -92,19 +93,19 @@ class EdgeClient:
                 reraise=True,
             )
             try:
-                await retrying(self._run_once)
+                lasted_s: float = await retrying(self._run_once)
             except LinkError as error:
                 raise UserError(f"The gateway at {self.gateway.url} cannot be used: {error}.") from None
-            # Many edges lose a gateway at once; they are not to come back at once.
-            await asyncio.sleep(random.uniform(0, FIRST_PAUSE_S))
+            num_short = 0 if lasted_s > LASTING_S else num_short + 1
+            await asyncio.sleep(random.uniform(0, min(MAX_PAUSE_S, FIRST_PAUSE_S * 2**num_short)))
 
     def _before_sleep(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         logger.warning("Not connected: %s", error)
         self._change("reconnecting" if self._was_admitted else "connecting")
 
-    async def _run_once(self) -> None:
-        """One connection. Returns when one that had lasted ends; raises LinkError for a shorter one."""
+    async def _run_once(self) -> float:
+        """One connection. Returns how long it lasted, in seconds; raises LinkError if it was not even admitted."""
         self._renew()
         started_s = time.monotonic()
         drafting = asyncio.create_task(self._draft())
@@ -114,7 +115,7 @@ class EdgeClient:
             for task in done:
                 task.result()
         except LinkError as error:
-            if time.monotonic() - started_s < LASTING_S:
+            if not self.model:
                 raise
             logger.warning("Connection lost: %s", error)
             self._change("reconnecting")
@@ -126,6 +127,7 @@ class EdgeClient:
             drafting.cancel()
             linking.cancel()
             await asyncio.gather(drafting, linking, return_exceptions=True)
+        return time.monotonic() - started_s
 
     async def _say_bye(self, linking: "asyncio.Task[None]") -> None:
         if self.model:

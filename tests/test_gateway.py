@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -407,16 +408,29 @@ def failing(*command: str) -> str:
 
 
 def test_commands_that_cannot_work_say_why(gateway: Running, tmp_path: Path) -> None:
-    port = str(gateway.port)
-    engines = ["--engines", f"ipc://{tmp_path}/engines"]
-    assert "cannot listen" in failing("vllm-specedge", "gateway", *engines, "--listen", f"127.0.0.1:{port}")
-    assert "HOST:PORT" in failing("vllm-specedge", "gateway", *engines, "--listen", "nonsense")
-    assert "tls_cert" in failing("vllm-specedge", "gateway", *engines, "--listen", "0.0.0.0:8100")
-    unreachable = f"http://127.0.0.1:{free_port()}"
-    assert "cannot be used" in failing("edge-client", "connect", unreachable, "--draft", "ngram")
-    assert "http://" in failing("edge-client", "connect", "localhost:8100", "--draft", "ngram")
-    missing = ["--token-file", str(tmp_path / "none")]
-    assert "cannot be read" in failing("edge-client", "connect", gateway.url, "--draft", "ngram", *missing)
+    serve = ("vllm-specedge", "gateway", "--engines", f"ipc://{tmp_path}/engines", "--listen")
+    connect = ("edge-client", "connect", "--draft", "ngram")
+    missing = str(tmp_path / "none")
+    free = f"127.0.0.1:{free_port()}"
+    cases = [
+        ((*serve, f"127.0.0.1:{gateway.port}"), "cannot listen"),
+        ((*serve, "nonsense"), "HOST:PORT"),
+        ((*serve, "0.0.0.0:8100"), "tls_cert"),
+        ((*serve, free, "--tokens-file", missing), "cannot be read"),
+        ((*serve, free, "--tls-cert", missing, "--tls-key", missing), "cannot be used"),
+        (("vllm-specedge", "gateway", "--engines", "tcp://0.0.0.0:1"), "neither encrypted nor authenticated"),
+        ((*connect, f"http://{free}"), "cannot be used"),
+        ((*connect, "localhost:8100"), "http://"),
+        ((*connect, gateway.url, "--token-file", missing), "cannot be read"),
+    ]
+    with ThreadPoolExecutor(4) as executor:
+        said = list(executor.map(lambda case: failing(*case[0]), cases))
+    for (_, sentence), line in zip(cases, said, strict=True):
+        assert sentence in line
+
+
+def test_a_token_is_not_shown_in_the_clear_to_another_machine() -> None:
+    assert "https://" in str(refused("http://192.0.2.1:8100", hello(), token="se-secret"))
 
 
 def test_bye_codes_from_10_on_are_final() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,9 @@ def gateway(
     except ValueError as error:
         raise UserError(f"--engines: {error}.") from None
     asyncio.run(serve(options, engines, ends_with_stdin))
+    # All is said and closed. The web server's threads may still be at work, and abort the process if Python ends first.
+    logging.shutdown()
+    os._exit(0)
 
 
 @app.command()

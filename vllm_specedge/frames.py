@@ -307,7 +307,8 @@ class _Body:
             return header[0] & 0x0F
         if header == b"\xdc":
             length: bytes = self._unpacker.read_bytes(2)
-            return int.from_bytes(length, "big")
+            if len(length) == 2:
+                return int.from_bytes(length, "big")
         raise RemoteProtocolError("a frame is an array that starts with its code; tokens are an array")
 
     def _uints(self) -> tuple[object, ...]:

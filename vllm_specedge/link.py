@@ -54,6 +54,7 @@ class EngineLink(threading.Thread):
         self._gateway.setsockopt(zmq.LINGER, 0)
         # Nothing is kept for a gateway that is away: it is told afresh when it is back.
         self._gateway.setsockopt(zmq.IMMEDIATE, 1)
+        self._events = self._gateway.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._gateway.connect(endpoint)
         self._orders = context.socket(zmq.PAIR)
         self._orders.bind(f"inproc://specedge-{id(self)}")
@@ -101,13 +102,15 @@ class EngineLink(threading.Thread):
             logger.exception("The link to the gateway failed: drafts are off")
             self._lost()
         finally:
-            for socket in (self._gateway, self._orders):
+            self._gateway.disable_monitor()
+            for socket in (self._events, self._gateway, self._orders):
                 socket.close()
 
     def _loop(self) -> None:
         poller = zmq.Poller()
         poller.register(self._gateway, zmq.POLLIN)
         poller.register(self._orders, zmq.POLLIN)
+        poller.register(self._events, zmq.POLLIN)
         next_beat_s = 0.0
         while True:
             now_s = time.monotonic()
@@ -123,6 +126,9 @@ class EngineLink(threading.Thread):
                 return
             if self._gateway in ready:
                 self._receive()
+            if self._events in ready:
+                self._events.recv_multipart()
+                self._lost()
 
     def _beat(self, now_s: float) -> None:
         if self._is_welcome and now_s - self._heard_s > _LOST_S:

@@ -33,7 +33,7 @@ class GatewayProcess(threading.Thread):
         return subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
 
     def run(self) -> None:
-        pause_s = _FIRST_PAUSE_S
+        pause_s = 0.0
         while True:
             started_s = time.monotonic()
             status = self._process.wait()
@@ -43,7 +43,8 @@ class GatewayProcess(threading.Thread):
             if status == USER_ERROR_STATUS:
                 logger.error("The gateway cannot start (see its message above): serving without drafts")
                 return
-            pause_s = _FIRST_PAUSE_S if time.monotonic() - started_s > _MAX_PAUSE_S else min(pause_s * 2, _MAX_PAUSE_S)
+            has_lasted = time.monotonic() - started_s > _MAX_PAUSE_S
+            pause_s = _FIRST_PAUSE_S if has_lasted or not pause_s else min(pause_s * 2, _MAX_PAUSE_S)
             logger.warning("The gateway ended with status %s: starting it again in %.1f s", status, pause_s)
             if self._stopped.wait(pause_s):
                 return
