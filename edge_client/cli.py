@@ -16,11 +16,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from edge_client.client import EdgeClient
-from edge_client.drafters import load_drafter
-from edge_client.link import Gateway
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
+
+try:
+    from edge_client.client import EdgeClient
+    from edge_client.drafters import load_drafter
+    from edge_client.link import Gateway
+except ImportError as error:  # the server's installation has the command, but not all that it needs
+    sys.exit(f"edge-client: {error.name} is missing: pip install 'vllm-specedge[edge]'")
 
 app = typer.Typer(help="Draft tokens for a vLLM server.", no_args_is_help=True, pretty_exceptions_enable=False)
 
