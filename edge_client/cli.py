@@ -21,7 +21,8 @@ from vllm_specedge.errors import UserError
 
 try:
     from edge_client.client import EdgeClient
-    from edge_client.drafters import load_drafter
+    from edge_client.drafters import DrafterOptions
+    from edge_client.drafters.load import load_drafter
     from edge_client.link import Gateway
 except ImportError as error:  # the server's installation has the command, but not all that it needs
     sys.exit(f"edge-client: {error.name} is missing: pip install 'vllm-specedge[edge]'")
@@ -57,6 +58,12 @@ def connect(
     name: Annotated[str, typer.Option(help="What the operator sees.")] = platform.node(),
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads for the draft model; 0: torch's choice.")] = 0,
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="Draft with the N most frequent tokens only; 0: with all.", min=0)
+    ] = None,
+    draft_vocab_file: Annotated[
+        Path | None, typer.Option(help="Token ids by frequency; default: draft_vocab.json beside the model.")
+    ] = None,
     max_requests: Annotated[int, typer.Option(help="Draft for so many requests at once.", min=1, max=4096)] = 8,
     wait: Annotated[float, typer.Option(help="Keep trying for so many seconds if the gateway is not there yet.")] = 0.0,
     quiet: Annotated[bool, typer.Option("--quiet", help="No status line.")] = False,
@@ -66,7 +73,7 @@ def connect(
     console = Console(stderr=True)
     gateway = Gateway(url, _token(token_file), ca_file, insecure)
     with console.status(f"Loading {draft} ...") if console.is_terminal and not quiet else nullcontext():
-        drafter = load_drafter(draft, device, threads)
+        drafter = load_drafter(DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file))
     client = EdgeClient(gateway, drafter, name[:100], role, max_requests)
     asyncio.run(_run(client, wait, console, quiet))
 

@@ -45,9 +45,17 @@ LEVELS: list[set[str]] = [
     {"vllm_specedge.frames", "vllm_specedge.policy", "vllm_specedge.config"},
     {"vllm_specedge.session", "vllm_specedge.book", "vllm_specedge.router", "edge_client", "edge_client.speculation"},
     {"vllm_specedge.metrics", "vllm_specedge.tokens", "edge_client.drafters"},
-    {"vllm_specedge.link", "vllm_specedge.supervisor", "edge_client.link"},
-    {"vllm_specedge.preflight"},
-    {"vllm_specedge.gateway", "vllm_specedge.adapter", "edge_client.client"},
+    {
+        "vllm_specedge.link",
+        "vllm_specedge.supervisor",
+        "edge_client.link",
+        "edge_client.drafters.ngram",
+        "edge_client.drafters.hf",
+        "edge_client.drafters.llama_weights",
+        "edge_client.drafters.vocabulary",
+    },
+    {"vllm_specedge.preflight", "edge_client.drafters.llama"},
+    {"vllm_specedge.gateway", "vllm_specedge.adapter", "edge_client.client", "edge_client.drafters.load"},
     {"vllm_specedge.cli", "edge_client.cli"},
 ]
 """Lowest first. A module imports from its own level or below; on its own level, no two import each other."""

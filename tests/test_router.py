@@ -674,7 +674,8 @@ class Routing(RuleBasedStateMachine):
             text = f"Token id {bad[0]} is outside of the model's vocabulary of {vocab_size}."
             return [ToEdge(id_, Bye(ByeCode.TOKEN_ID, text))]
         end = base + len(tokens)
-        if end > len(known) + CREDIT or (tokens and end <= len(known)):
+        is_late = end <= len(known) if tokens else end != len(known)
+        if end > len(known) + CREDIT or is_late:
             return []
         return [ToEngine(engine, Propose(request, base, tuple(tokens), branch))]
 

@@ -1,9 +1,9 @@
 """Draft models behind one small protocol: `extend` and `truncate`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
-
-from vllm_specedge.errors import UserError
 
 
 class DraftSequence(Protocol):
@@ -32,16 +32,12 @@ class Drafter(Protocol):
         ...
 
 
-def load_drafter(name: str, device: str, threads: int) -> Drafter:
-    """`ngram`, or a Hugging Face model by directory or hub name. Raises UserError."""
-    if name == "ngram":
-        from edge_client.drafters.ngram import NgramDrafter  # noqa: PLC0415
+@dataclass(frozen=True, slots=True)
+class DrafterOptions:
+    """What to draft with: `draft` is `ngram`, or a Hugging Face model by directory or hub name."""
 
-        return NgramDrafter()
-    try:
-        from edge_client.drafters.hf import load_hf_drafter  # noqa: PLC0415 - loads torch
-    except ImportError as error:
-        raise UserError(
-            f"A model as the draft needs {error.name}: pip install 'vllm-specedge[hf]', or draft with 'ngram'."
-        ) from None
-    return load_hf_drafter(name, device, threads)
+    draft: str
+    device: str = "auto"
+    threads: int = 0
+    draft_vocab: int | None = None
+    draft_vocab_file: Path | None = None

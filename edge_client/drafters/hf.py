@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from vllm_specedge.errors import UserError
 from vllm_specedge.fingerprint import vocabulary_fingerprint
@@ -14,8 +14,9 @@ from vllm_specedge.fingerprint import vocabulary_fingerprint
 class HfSequence:
     """One request's KV cache."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kept: list[int] | None) -> None:
         self._model = model
+        self._kept = kept
         self._cache = DynamicCache(config=model.config)
         self._length = 0
 
@@ -24,7 +25,8 @@ class HfSequence:
         ids = torch.tensor([list(tokens)], device=self._model.device)
         output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._length += len(tokens)
-        return int(output.logits[0, -1].argmax())
+        best = int(output.logits[0, -1].argmax())
+        return best if self._kept is None else self._kept[best]
 
     def truncate(self, length: int) -> None:
         if length == 0:
@@ -35,16 +37,23 @@ class HfSequence:
 
 
 class HfDrafter:
-    """A draft model and its tokenizer's fingerprint."""
+    """A draft model and its tokenizer's fingerprint; `kept` cuts its output head down to those token ids."""
 
-    def __init__(self, model: Any, fingerprint: str, name: str) -> None:
+    def __init__(self, model: Any, fingerprint: str, name: str, kept: list[int] | None) -> None:
         self._model = model
+        self._kept = kept
         self.fingerprint = fingerprint
         self.max_context_tokens = int(model.config.max_position_embeddings)
         self.description = f"{name} on {model.device}, {str(model.dtype).removeprefix('torch.')}"
+        if kept is not None:
+            rows = model.get_output_embeddings().weight[torch.tensor(kept, device=model.device)]
+            head = torch.nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+            head.weight = torch.nn.Parameter(rows.detach().clone(), requires_grad=False)
+            model.set_output_embeddings(head)
+            self.description += f", {len(kept)} of {model.config.vocab_size} tokens"
 
     def open(self) -> HfSequence:
-        return HfSequence(self._model)
+        return HfSequence(self._model, self._kept)
 
 
 def choose_device(wanted: str) -> str:
@@ -57,21 +66,29 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
-def load_hf_drafter(name: str, device: str, threads: int) -> HfDrafter:
+def load_hf_drafter(name: str, device: str, kept: list[int] | None, fingerprint: str) -> HfDrafter:
     """Load a model by directory or hub name. Raises UserError."""
-    device = choose_device(device)
-    if threads:
-        torch.set_num_threads(threads)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.float16)
     except (OSError, ValueError) as error:
-        is_directory = Path(name).is_dir()
-        where = (
-            "has no model that transformers can load"
-            if is_directory
-            else "is no model directory, nor can it be fetched"
-        )
-        detail = str(error).strip().partition("\n")[0]
-        raise UserError(f"'{name}' {where} ({detail:.120}): give a model directory or 'ngram'.") from None
-    return HfDrafter(model.to(device).eval(), vocabulary_fingerprint(tokenizer.get_vocab()), Path(name).name)
+        raise no_model(name, error) from None
+    return HfDrafter(model.to(device).eval(), fingerprint, Path(name).name, kept)
+
+
+def no_model(name: str, error: Exception) -> UserError:
+    """The sentence for a model that cannot be loaded."""
+    is_directory = Path(name).is_dir()
+    where = (
+        "has no model that transformers can load" if is_directory else "is no model directory, nor can it be fetched"
+    )
+    detail = str(error).strip().partition("\n")[0]
+    return UserError(f"'{name}' {where} ({detail:.120}): give a model directory or 'ngram'.")
+
+
+def tokenizer_fingerprint(name: str) -> tuple[str, int]:
+    """Of a model's tokenizer, by directory or hub name; and the model's vocabulary size. Raises UserError."""
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
+        return vocabulary_fingerprint(vocabulary), int(AutoConfig.from_pretrained(name).vocab_size)
+    except (OSError, ValueError) as error:
+        raise no_model(name, error) from None

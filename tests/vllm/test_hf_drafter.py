@@ -15,7 +15,7 @@ from .conftest import MODEL, Completion, Target, assert_same, counting
 
 
 def test_rollbacks_leave_what_a_fresh_pass_gives(expected: list[Completion]) -> None:
-    drafter = load_hf_drafter(str(MODEL), "cpu", threads=2)
+    drafter = load_hf_drafter(str(MODEL), "cpu", None, "")
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     chance = random.Random(0)
     text = [*expected[0].prompt_ids, *expected[0].token_ids]

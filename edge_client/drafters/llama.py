@@ -1,0 +1,194 @@
+"""A small Llama on a CPU, a token at a time, with as little between the matrix products as torch allows.
+
+Drafting is thousands of passes one token long. There a framework's Python and the memory traffic of float32 weights are
+the cost, so this runtime keeps a preallocated key/value cache, stacks projections that share an input, folds the norms'
+weights into them, and holds the matrices in int8, a quarter of the bytes.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from edge_client.drafters.llama_weights import Layer, Llama, Shape, load_llama, read_config, rope_tables
+
+Format = Literal["float32", "int8"]
+Matrix = Callable[[Tensor], Tensor]
+
+CACHE_STEP = 512
+CHUNK = 256
+
+
+def _float_matrix(weight: Tensor) -> Matrix:
+    """x -> x @ weight.T in float32."""
+    held = weight.contiguous()
+    return lambda x: functional.linear(x, held)
+
+
+def _int8_matrix(weight: Tensor) -> Matrix:
+    """The same with int8 weights (a scale an output row) and activations quantized on the fly.
+
+    Seven bits of activation: without VNNI the int8 product adds pairs in 16 bits, which eight would overflow. Torch
+    warns that its quantized tensors will go some day; what is to replace them has no int8 product for plain CPUs yet.
+    """
+    scales = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12).double()
+    zeros = torch.zeros(len(scales), dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+        quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantized, None)
+    multiply = torch.ops.quantized.linear_dynamic
+    return lambda x: multiply(x, packed, True)
+
+
+@dataclass
+class _Block:
+    """One block's four products."""
+
+    qkv: Matrix
+    out: Matrix
+    gate_up: Matrix
+    down: Matrix
+
+
+def _paired(weight: Tensor, heads: int, dim: int) -> Tensor:
+    """Reorder each head's rows so that RoPE's two halves lie side by side and rotate as complex numbers.
+
+    Queries and keys are reordered alike, so their products, all that attention sees, stay the same.
+    """
+    return weight.view(heads, 2, dim // 2, -1).transpose(1, 2).reshape(heads * dim, -1)
+
+
+class FastLlama:
+    """The weights, ready to run; contexts come from `open`."""
+
+    def __init__(
+        self, model: Llama, number_format: Format = "int8", kept: Tensor | None = None, context: int = 4096
+    ) -> None:
+        """Take a loaded checkpoint; `kept` cuts the head down to those token ids."""
+        if "fbgemm" in torch.backends.quantized.supported_engines:
+            torch.backends.quantized.engine = "fbgemm"
+        make = _float_matrix if number_format == "float32" else _int8_matrix
+        self.shape = model.shape
+        self.context = context
+        self.embed = model.embed
+        self.kept = kept
+        self.blocks = [self._block(layer, make) for layer in model.layers]
+        rows = model.head if kept is None else model.head[kept]
+        self.head = make(rows * model.norm)
+        cos, sin = rope_tables(model.shape, context)
+        half = model.shape.head_dim // 2
+        self.turns = torch.complex(cos[:, :half], sin[:, :half])[:, None]
+
+    def _block(self, layer: Layer, make: Callable[[Tensor], Matrix]) -> _Block:
+        """Fold a layer's norms into the products behind them and pair its rotating rows."""
+        shape = self.shape
+        turning = (shape.heads + shape.kv_heads) * shape.head_dim
+        qkv = layer.qkv * layer.norm_in
+        qkv = torch.cat([_paired(qkv[:turning], shape.heads + shape.kv_heads, shape.head_dim), qkv[turning:]])
+        return _Block(make(qkv), make(layer.out), make(layer.gate_up * layer.norm_mid), make(layer.down))
+
+    def open(self) -> "FastSequence":
+        """A new, empty context."""
+        return FastSequence(self)
+
+    def next_id(self, hidden: Tensor) -> int:
+        """The greedy next token, in the target's vocabulary, of one final (not yet normed) hidden state [1, width]."""
+        shape = self.shape
+        index = int(self.head(functional.rms_norm(hidden, (shape.width,), None, shape.eps)).argmax())
+        return index if self.kept is None else int(self.kept[index])
+
+
+class FastSequence:
+    """One request's context: its tokens' keys and values, extended and cut back as drafts are taken or refused."""
+
+    def __init__(self, model: FastLlama) -> None:
+        self._model = model
+        self._cache: list[Tensor] = []
+        self._room = 0
+        self.length = 0
+
+    def extend(self, tokens: Sequence[int]) -> int:
+        """Append tokens (in one pass, or in chunks where they are many) and return the greedy next token."""
+        if not tokens:
+            raise ValueError("a context is extended by one token at least")
+        if self.length + len(tokens) > self._model.context:
+            raise ValueError(f"{self.length + len(tokens)} tokens do not fit a context of {self._model.context}")
+        self._reserve(self.length + len(tokens))
+        with torch.inference_mode():
+            for at in range(0, len(tokens), CHUNK):
+                hidden = self._forward(torch.tensor(tokens[at : at + CHUNK]))
+            return self._model.next_id(hidden[-1:])
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut a context of {self.length} tokens to {length}")
+        self.length = length
+
+    def _reserve(self, length: int) -> None:
+        """Grow the cache in steps: most requests never come near the longest context."""
+        if length <= self._room:
+            return
+        shape = self._model.shape
+        room = min(-(-length // CACHE_STEP) * CACHE_STEP, self._model.context)
+        grown = [torch.zeros(2 * shape.kv_heads, room, shape.head_dim) for _ in self._model.blocks]
+        for new, old in zip(grown, self._cache, strict=False):
+            new[:, : self.length] = old[:, : self.length]
+        self._cache, self._room = grown, room
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        """Run tokens through the blocks, keys and values into the cache; hidden states before the last norm."""
+        model, shape = self._model, self._model.shape
+        count, start = len(tokens), self.length
+        end = start + count
+        heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
+        turns = model.turns[start:end]
+        bias = None
+        if count > 1:
+            seen = torch.ones(count, end, dtype=torch.bool).tril(start)
+            bias = torch.zeros(count, end).masked_fill_(~seen, float("-inf")).repeat(heads // kv_heads, 1)
+        x = model.embed[tokens]
+        for block, cache in zip(model.blocks, self._cache, strict=True):
+            qkv = block.qkv(functional.rms_norm(x, (shape.width,), None, shape.eps)).view(
+                count, heads + 2 * kv_heads, dim
+            )
+            torch.view_as_complex(qkv[:, : heads + kv_heads].view(count, heads + kv_heads, dim // 2, 2)).mul_(turns)
+            cache[:, start:end] = qkv[:, heads:].transpose(0, 1)
+            query = qkv[:, :heads].transpose(0, 1).reshape(1, kv_heads, -1, dim)
+            attended = functional.scaled_dot_product_attention(
+                query, cache[None, :kv_heads, :end], cache[None, kv_heads:, :end], attn_mask=bias
+            )
+            x = x + block.out(attended.view(heads, count, dim).transpose(0, 1).reshape(count, -1))
+            gate, up = block.gate_up(functional.rms_norm(x, (shape.width,), None, shape.eps)).chunk(2, dim=-1)
+            x = x + block.down(functional.silu(gate) * up)
+        self.length = end
+        return x
+
+
+class LlamaDrafter:
+    """A plain Llama checkpoint on the CPU."""
+
+    def __init__(self, directory: Path, kept: list[int] | None, fingerprint: str) -> None:
+        self._model = FastLlama(load_llama(directory), kept=None if kept is None else torch.tensor(kept))
+        self.fingerprint = fingerprint
+        self.max_context_tokens = self._model.context
+        head = f"{len(kept)} of {self._model.shape.vocab} tokens" if kept else "full vocabulary"
+        self.description = f"{directory.name} on cpu, int8, {head}"
+
+    def open(self) -> FastSequence:
+        return FastSequence(self._model)
+
+
+def is_plain_llama(directory: Path) -> bool:
+    """Whether a directory holds a checkpoint that this runtime understands."""
+    try:
+        Shape.from_config(read_config(directory))
+    except (OSError, ValueError, KeyError):
+        return False
+    return any(directory.glob("*.safetensors"))
