@@ -3,10 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .cache/smollm2
+DRAFT := .cache/smollm2-draft
 
 .PHONY: help demo test test-fast test-vllm check format model bench-overhead clean
 help:
 	@echo "make demo            a real server, a real edge, the same questions with and without it"
+	@echo "make demo EDGE=ngram the same with prompt lookup, on tasks where that helps"
 	@echo "make test            every test, on a real vLLM (about 10 minutes once installed)"
 	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
 	@echo "make bench-overhead  memory, start-up, latency and parking costs"
@@ -18,10 +20,14 @@ $(VENV)/.installed: pyproject.toml deploy/vllm-metadata/pyproject.toml deploy/in
 $(MODEL)/config.json: | $(VENV)/.installed
 	$(BIN)/python examples/smollm2.py $(MODEL)
 
-model: $(MODEL)/config.json
+$(DRAFT)/config.json: $(MODEL)/config.json examples/distill_draft/smollm2/metrics.json
+	$(BIN)/python examples/distill_draft/distill.py assemble $(MODEL) examples/distill_draft/smollm2 $(DRAFT)
+	@touch $@
+
+model: $(MODEL)/config.json $(DRAFT)/config.json
 
 demo: $(VENV)/.installed model
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py $(EDGE)
 
 test: test-fast test-vllm
 

@@ -304,6 +304,23 @@ def test_requests_of_others_are_planned_plainly() -> None:
     assert Serving().book.commit("unknown", 0, 1.0) == []
 
 
+def test_how_right_a_draft_was_is_learnt_from_what_came_too_late_to_be_verified() -> None:
+    """Else an edge that was wrong at first would never be waited for again, and so come too late for ever."""
+    serving = Serving()
+    for _ in range(40):
+        serving.now_s += ANSWER_S
+        serving.propose([1, 2])
+        serving.decode(9, num_verified=2)
+    assert serving.plan().holds == {}
+    for _ in range(40):
+        base = len(serving.tokens)
+        serving.decode(1, 2)
+        serving.now_s += ANSWER_S
+        serving.propose([1, 2], base=base)
+    serving.decode(1)
+    assert "r" in serving.plan().holds
+
+
 def test_what_an_engine_reports_is_what_happened() -> None:
     serving = Serving()
     serving.propose([1, 2, 3])

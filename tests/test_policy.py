@@ -11,7 +11,10 @@ seconds = st.integers(0, 30).map(lambda number: number / 100)
 def record(
     answer_s: float | None, deviation_s: float = 0.0, accepted: float | None = None, misses: int = 0
 ) -> EdgeRecord:
-    return EdgeRecord(Smoothed(answer_s, deviation_s), Smoothed(accepted), misses)
+    edge = EdgeRecord(Smoothed(answer_s, deviation_s), num_misses=misses)
+    if accepted is not None:
+        edge.accepted = Smoothed(accepted)
+    return edge
 
 
 records = st.builds(record, st.none() | seconds, seconds, st.none() | st.integers(0, 10), st.integers(0, 2))

@@ -131,6 +131,7 @@ class DraftBook:
         if not frame.tokens:
             request.has_passed = request.has_passed or frame.base == request.tree.length
             return
+        self._learn_from_late(request, frame)
         fate = request.tree.insert(frame.base, frame.tokens, request.tokens, frame.branch)
         self.counters[f"proposals_{fate.value}"] += 1
         committed_s = request.commit_times_s.pop(frame.base, None)
@@ -140,6 +141,18 @@ class DraftBook:
             request.record.answered(now_s - committed_s, in_time=frame.base == request.tree.length)
         if fate in (Fate.KEPT, Fate.FULL):
             request.is_awaited = False
+
+    def _learn_from_late(self, request: _Request, frame: Propose) -> None:
+        """How right a proposal was can be seen without verifying it, once its positions are decided.
+
+        Without this an edge that was wrong a few times, and so is not waited for and comes late, would stay so.
+        """
+        decided = request.tokens[frame.base : request.tree.length]
+        num_right = next(
+            (i for i, pair in enumerate(zip(frame.tokens, decided, strict=False)) if pair[0] != pair[1]), None
+        )
+        if num_right is not None or 0 < len(frame.tokens) <= len(decided):
+            request.record.accepted.observe(len(frame.tokens) if num_right is None else num_right)
 
     # -- from the engine -------------------------------------------------------------------------------------------
 

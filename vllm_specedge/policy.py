@@ -40,14 +40,18 @@ class Smoothed:
         self.mean += _GAIN * (value - self.mean)
 
 
+PRIOR_ACCEPTED = 1.0
+"""Accepted tokens of a draft, before anything is known: enough to wait for an edge a few times and see."""
+
+
 @dataclass(slots=True)
 class EdgeRecord:
     """How one request's edge has done so far."""
 
     answer_s: Smoothed = field(default_factory=Smoothed)
     """From a commit's publication to the proposal that follows it."""
-    accepted: Smoothed = field(default_factory=Smoothed)
-    """Accepted draft tokens of a verified draft."""
+    accepted: Smoothed = field(default_factory=lambda: Smoothed(mean=PRIOR_ACCEPTED))
+    """Draft tokens of a proposal that were right, whether it was verified or came too late to be."""
     num_misses: int = 0
 
     def answered(self, after_s: float, in_time: bool) -> None:
@@ -80,7 +84,7 @@ def hold_until(record: EdgeRecord, committed_s: float, now_s: float, step_s: flo
     if record.answer_s.mean is None or record.num_misses >= limits.max_misses:
         return None
     expected_at_s = committed_s + record.answer_s.mean
-    accepted = 1.0 if record.accepted.mean is None else record.accepted.mean
+    accepted = record.accepted.mean or 0.0
     if max(0.0, expected_at_s - now_s) >= accepted * step_s:  # also where nothing can be gained, however short the wait
         return None
     deadline_s = min(committed_s + record.late_after_s, limit_s)

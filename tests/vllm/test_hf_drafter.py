@@ -34,7 +34,7 @@ def test_rollbacks_leave_what_a_fresh_pass_gives(expected: list[Completion]) -> 
 def test_a_target_accepts_its_own_tokens(
     edge_target: Target, prompts: list[str], expected: list[Completion], tmp_path: Path
 ) -> None:
-    """The same model on both sides: fingerprints match, and no draft is contradicted, though many come too late."""
+    """The same model on both sides, in int8 on the edge: fingerprints match, and what is in time is mostly right."""
     with (
         edge_client(edge_target.server.gateway_url, str(MODEL), tmp_path / "edge.log"),
         counting(edge_target) as counted,
@@ -42,8 +42,7 @@ def test_a_target_accepts_its_own_tokens(
         assert_same(expected[:2], [edge_target.greedy(prompt) for prompt in prompts[:2]])
         counted.settle(2 * 63)
         assert counted["proposals_kept"] + counted["proposals_late"] > 5
-        assert counted["proposals_mismatch"] == 0
-        assert counted["accepted_tokens"] == counted["verified_tokens"]
+        assert counted["accepted_tokens"] >= 0.7 * counted["verified_tokens"]
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,10 +111,10 @@ def test_sampled_tokens_have_the_target_s_distribution(edge_target: Target, plai
 
         return Counter(ids for _ in range(num_requests) for ids in one())
 
-    without = sample(plain, 50, 16)
+    without = sample(plain, 30, 16)
     with running_edge(edge_target, ReplayDrafter([likely])), counting(edge_target) as counted:
-        with_edge = sample(edge_target, 50, 16)
-        counted.settle(50 * 16 * 11)
+        with_edge = sample(edge_target, 30, 16)
+        counted.settle(30 * 16 * 11)
         assert counted["accepted_tokens"] > 100
         assert counted["verified_tokens"] - counted["accepted_tokens"] > 100
     cells = [ids for ids in without.keys() | with_edge.keys() if without[ids] + with_edge[ids] >= 10]

@@ -1,0 +1,72 @@
+"""The draft as a trainable module: a few of the target's blocks behind its frozen embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edge_client.drafters.llama_weights import Layer, load_llama, rope_tables
+
+
+class Block(nn.Module):
+    """One Llama block with stacked projections, for whole sequences at a time."""
+
+    def __init__(self, layer: Layer, heads: int, kv_heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.eps = heads, kv_heads, eps
+        self.norm_in = nn.Parameter(layer.norm_in)
+        self.qkv = nn.Parameter(layer.qkv)
+        self.out = nn.Parameter(layer.out)
+        self.norm_mid = nn.Parameter(layer.norm_mid)
+        self.gate_up = nn.Parameter(layer.gate_up)
+        self.down = nn.Parameter(layer.down)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The block over x [B, T, width], causal within each row (rows are padded on the right)."""
+        batch, length, width = x.shape
+        normed = functional.rms_norm(x, (width,), self.norm_in, self.eps)
+        qkv = (
+            functional.linear(normed, self.qkv).view(batch, length, self.heads + 2 * self.kv_heads, -1).transpose(1, 2)
+        )
+        qk, v = qkv[:, : self.heads + self.kv_heads], qkv[:, self.heads + self.kv_heads :]
+        half = qk.shape[-1] // 2
+        qk = qk * cos + torch.cat([-qk[..., half:], qk[..., :half]], dim=-1) * sin
+        q, k = qk[:, : self.heads], qk[:, self.heads :]
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + functional.linear(attended.transpose(1, 2).reshape(batch, length, -1), self.out)
+        normed = functional.rms_norm(x, (width,), self.norm_mid, self.eps)
+        gate, up = functional.linear(normed, self.gate_up).chunk(2, dim=-1)
+        return x + functional.linear(functional.silu(gate) * up, self.down)
+
+
+class Draft(nn.Module):
+    """The draft's body: token ids in, final (normed) hidden states out, in the target's own last-state space."""
+
+    embed: Tensor
+    embed_out: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, target_dir: Path, layers: list[int], positions: int) -> None:
+        super().__init__()
+        source = load_llama(target_dir, keep=layers)
+        shape = source.shape
+        self.shape = shape
+        self.blocks = nn.ModuleList(Block(layer, shape.heads, shape.kv_heads, shape.eps) for layer in source.layers)
+        self.norm = nn.Parameter(source.norm)
+        self.register_buffer("embed", source.embed, persistent=False)
+        self.register_buffer("embed_out", source.head, persistent=False)
+        cos, sin = rope_tables(shape, positions)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Hidden states [B, T, width] of tokens [B, T]."""
+        length = tokens.shape[1]
+        x = self.embed[tokens]
+        for block in self.blocks:
+            x = block(x, self.cos[:length], self.sin[:length])
+        return functional.rms_norm(x, (self.shape.width,), self.norm, self.shape.eps)

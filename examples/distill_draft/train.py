@@ -1,0 +1,249 @@
+"""Training the draft to hold, at each answer token, the state its target held.
+
+The loss is the divergence between what target and draft would say, both read through the same frozen cut of the
+target's head (so the target's side needs only its stored states), plus a little plain distance between the states,
+which keeps the draft sensible under the full head too.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from draft_model import Draft
+from shards import Taught, read_shard, read_shards
+from torch import Tensor
+
+HEAD_CHUNK = 256
+POOL = 16
+RESCAN_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast to train."""
+
+    tokens: int = 1_500_000
+    batch: int = 6
+    rate: float = 1.5e-3
+    warmup: int = 25
+    state_weight: float = 0.2
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    save_every: int = 60
+    evaluate_every: int = 300
+
+
+class Feed:
+    """Batches of the answers least used so far, of like lengths; new files are noticed while training runs."""
+
+    def __init__(self, directory: Path, patterns: Sequence[str], batch: int, seed: int = 0) -> None:
+        self._directory, self._patterns, self._batch = directory, patterns, batch
+        self._items: dict[str, list[Taught]] = {}
+        self.uses: dict[str, list[int]] = {}
+        self._rng = random.Random(seed)
+        self._queue: list[list[Taught]] = []
+        self.rescan()
+
+    def rescan(self) -> None:
+        """Read files that have come since."""
+        for path in sorted(path for pattern in self._patterns for path in self._directory.glob(pattern)):
+            if path.name not in self._items:
+                self._items[path.name] = list(read_shard(path))
+                self.uses.setdefault(path.name, [0] * len(self._items[path.name]))
+
+    @property
+    def distinct(self) -> int:
+        """Answer tokens there are to learn from."""
+        return sum(len(item.answer) for items in self._items.values() for item in items)
+
+    def next(self) -> list[Taught]:
+        """One batch."""
+        if not self._queue:
+            self._fill()
+        return self._queue.pop()
+
+    def _fill(self) -> None:
+        """Queue the least used answers, shuffled, a pool of batches at a time."""
+        places = [(name, index) for name, items in self._items.items() for index in range(len(items))]
+        if not places:
+            raise ValueError(f"no training data in {self._directory} yet")
+        self._rng.shuffle(places)
+        places.sort(key=lambda place: self.uses[place[0]][place[1]])
+        chosen = places[: self._batch * POOL]
+        for name, index in chosen:
+            self.uses[name][index] += 1
+        items = sorted((self._items[name][index] for name, index in chosen), key=lambda item: item.length)
+        self._queue = [items[at : at + self._batch] for at in range(0, len(items), self._batch)]
+        self._rng.shuffle(self._queue)
+
+
+def collate(items: Sequence[Taught]) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded tokens, the mask of answer positions, and the target's states there."""
+    longest = max(item.length for item in items)
+    tokens = torch.zeros(len(items), longest, dtype=torch.long)
+    mask = torch.zeros(len(items), longest, dtype=torch.bool)
+    for row, item in enumerate(items):
+        tokens[row, : item.length] = torch.tensor([*item.prompt, *item.answer][:-1])
+        mask[row, len(item.prompt) - 1 : item.length] = True
+    return tokens, mask, torch.cat([item.states for item in items]).float()
+
+
+class HeadDivergence(torch.autograd.Function):
+    """Mean KL(target || draft) through a frozen head, gradient included, a cache-sized chunk of positions at a time.
+
+    Written out because autograd would keep both sides' scores for all positions: hundreds of megabytes of memory
+    traffic that cost more than the products do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, taught: Tensor, head: Tensor) -> Tensor:
+        """The mean divergence, with its gradient put by."""
+        gradient = torch.empty_like(states)
+        total = 0.0
+        for at in range(0, len(states), HEAD_CHUNK):
+            part = slice(at, at + HEAD_CHUNK)
+            ours = (states[part] @ head.T).log_softmax(-1)
+            theirs = (taught[part] @ head.T).log_softmax(-1)
+            chance = theirs.exp()
+            total += float((chance * theirs.sub_(ours)).sum())
+            gradient[part] = ours.exp_().sub_(chance) @ head
+        ctx.save_for_backward(gradient.div_(len(states)))
+        return states.new_tensor(total / len(states))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient put by, for the draft's states only."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None
+
+
+@dataclass
+class Agreement:
+    """How often the draft's first choice was the target's."""
+
+    greedy: float
+    overall: float
+    tokens: int
+
+
+@torch.inference_mode()
+def measure(draft: Draft, head: Tensor, kept: Tensor, held: Sequence[Taught]) -> Agreement:
+    """Teacher-forced agreement on held-out answers: in the target's greedy answers, and in all."""
+    right = {True: 0, False: 0}
+    count = {True: 0, False: 0}
+    for item in held:
+        tokens, mask, taught = collate([item])
+        ours = kept[(draft(tokens)[mask] @ head.T).argmax(-1)]
+        theirs = torch.cat([(part @ draft.embed_out.T).argmax(-1) for part in torch.split(taught, HEAD_CHUNK)])
+        right[item.greedy] += int((ours == theirs).sum())
+        count[item.greedy] += len(theirs)
+    greedy = right[True] / max(count[True], 1)
+    return Agreement(greedy, sum(right.values()) / max(sum(count.values()), 1), sum(count.values()))
+
+
+class Trainer:
+    """The draft, its optimizer and its place in the data; all of it survives a restart."""
+
+    def __init__(
+        self, target: Path, layers: list[int], kept: Tensor, feed: Feed, training: Training, state: Path
+    ) -> None:
+        self.layers, self.kept, self.feed, self.training, self._state = layers, kept, feed, training, state
+        self.draft = Draft(target, layers, 1024)
+        self.head = self.draft.embed_out[kept].clone()
+        matrices = [p for p in self.draft.parameters() if p.ndim == 2]
+        norms = [p for p in self.draft.parameters() if p.ndim == 1]
+        groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(groups, lr=training.rate, betas=(0.9, 0.98), fused=True)
+        self.seen = 0
+        self.step = 0
+        self.seconds = 0.0
+        self.loss = math.nan
+        if state.exists():
+            self._resume()
+
+    def run(
+        self, held: Sequence[Taught], progress: Callable[[Trainer], None], report: Callable[[Trainer, Agreement], None]
+    ) -> None:
+        """Train to the end of the budget, saving and measuring on the way."""
+        saved = measured = self.seconds
+        while self.seen < self.training.tokens:
+            began = time.process_time()
+            self._learn(self.feed.next())
+            self.seconds += time.process_time() - began
+            if self.step % RESCAN_EVERY == 0:
+                self.feed.rescan()
+            progress(self)
+            if self.seconds - saved > self.training.save_every:
+                saved = self.seconds
+                self.save()
+            if self.seconds - measured > self.training.evaluate_every:
+                measured = self.seconds
+                report(self, measure(self.draft, self.head, self.kept, held))
+        self.save()
+
+    def _rate(self) -> float:
+        """The share of the full learning rate now: a short warm-up, then a cosine to (nearly) nothing."""
+        done = min(self.seen / self.training.tokens, 1.0)
+        return min(1.0, (self.step + 1) / self.training.warmup) * (0.5 + 0.5 * math.cos(math.pi * done))
+
+    def _learn(self, items: Sequence[Taught]) -> None:
+        """One step on one batch."""
+        tokens, mask, taught = collate(items)
+        states = self.draft(tokens)[mask]
+        divergence: Tensor = HeadDivergence.apply(states, taught, self.head)  # type: ignore[no-untyped-call]
+        distance = (states - taught).square().mean() / taught.square().mean()
+        (divergence + self.training.state_weight * distance).backward()
+        torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.training.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.training.rate * self._rate()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = float(divergence.detach())
+        self.loss = loss if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss
+        self.seen += len(taught)
+        self.step += 1
+
+    def save(self) -> None:
+        """Write everything a restart needs, under its name only when whole."""
+        self._state.parent.mkdir(parents=True, exist_ok=True)
+        aside = self._state.with_suffix(".part")
+        content = {
+            "layers": self.layers,
+            "kept": self.kept,
+            "draft": self.draft.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "seen": self.seen,
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss": self.loss,
+            "uses": self.feed.uses,
+            "distinct": self.feed.distinct,
+            "training": asdict(self.training),
+        }
+        torch.save(content, aside)
+        aside.rename(self._state)
+
+    def _resume(self) -> None:
+        """Go on from a saved state; the data may have grown since, and the budget may be another."""
+        saved = torch.load(self._state, weights_only=True)
+        if saved["layers"] != self.layers or not torch.equal(saved["kept"], self.kept):
+            raise ValueError(f"{self._state} is of another draft: move it away to start anew")
+        self.draft.load_state_dict(saved["draft"])
+        self._optimizer.load_state_dict(saved["optimizer"])
+        self.seen, self.step, self.seconds, self.loss = saved["seen"], saved["step"], saved["seconds"], saved["loss"]
+        for name, uses in saved["uses"].items():
+            self.feed.uses[name] = uses
+
+
+def held_out(directory: Path, pattern: str = "held-*.safetensors", limit: int | None = None) -> list[Taught]:
+    """Held-out answers, a fixed shuffled part of them where a limit is given."""
+    items = read_shards(sorted(directory.glob(pattern)))
+    random.Random(0).shuffle(items)
+    return items[:limit]

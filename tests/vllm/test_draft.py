@@ -1,0 +1,79 @@
+"""The shipped draft does what its figures say, on both ways of using it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from stack import vllm_server
+
+from edge_client.drafters import DrafterOptions
+from edge_client.drafters.llama import LlamaDrafter
+from edge_client.drafters.load import load_drafter
+
+from .conftest import CACHE, MODEL, ROOT, Completion, Target, assert_same, counting, running_edge
+
+DRAFT = CACHE / "smollm2-draft"
+SHIPPED = ROOT / "examples" / "distill_draft" / "smollm2"
+HELD_OUT = ROOT / "examples" / "distill_draft" / "heldout.jsonl"
+NUM_ANSWERS = 30
+TOLERANCE = 0.05
+"""Of the agreement on a part of the held-out answers; the stated figure is for all of them."""
+PORT = 8012
+
+
+@pytest.fixture(scope="module")
+def draft() -> LlamaDrafter:
+    assert (DRAFT / "config.json").exists(), "make the draft first: make model"
+    drafter = load_drafter(DrafterOptions(str(DRAFT), device="cpu", threads=1))
+    assert isinstance(drafter, LlamaDrafter)
+    return drafter
+
+
+def test_it_fits_the_repository() -> None:
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 20_000_000
+
+
+def test_it_agrees_with_the_target_as_often_as_stated(draft: LlamaDrafter) -> None:
+    """On topics and, for half of the prompts, in templates never trained on; by the runtime that edges use."""
+    assert "8192 of 49152 tokens" in draft.description
+    stated = json.loads((SHIPPED / "metrics.json").read_text())["heldout_int8"]["agreement_greedy"]
+    num_right = num_tokens = 0
+    for line in HELD_OUT.read_text().splitlines()[:: 72 // NUM_ANSWERS]:
+        answer = json.loads(line)
+        sequence = draft.open()
+        said = [sequence.extend(answer["prompt_ids"])]
+        said += [sequence.extend([token]) for token in answer["answer_ids"][:-1]]
+        num_right += sum(ours == theirs for ours, theirs in zip(said, answer["answer_ids"], strict=True))
+        num_tokens += len(said)
+    print(f"agreement {num_right / num_tokens:.3f} on {num_tokens} tokens; stated {stated}")
+    assert stated >= 0.5
+    assert abs(num_right / num_tokens - stated) < TOLERANCE
+
+
+def questions(plain: Target) -> list[Completion]:
+    lines = HELD_OUT.read_text().splitlines()[:4]
+    return plain.greedy_all([json.loads(line)["prompt_ids"] for line in lines])
+
+
+def test_a_server_accepts_its_tokens_from_an_edge(edge_target: Target, plain: Target, draft: LlamaDrafter) -> None:
+    expected = questions(plain)
+    with running_edge(edge_target, draft), counting(edge_target) as counted:
+        assert_same(expected, [edge_target.greedy(list(answer.prompt_ids)) for answer in expected])
+        counted.settle(4 * 63)
+        print(f"{counted['accepted_tokens']:.0f} of {counted['verified_tokens']:.0f} accepted")
+        assert counted["accepted_tokens"] > 0.2 * counted["verified_tokens"] > 10
+
+
+def test_vllm_s_own_draft_model_method_takes_it(plain: Target, tmp_path: Path) -> None:
+    expected = questions(plain)
+    config = json.dumps({"method": "draft_model", "model": str(DRAFT), "num_speculative_tokens": 3})
+    arguments = ("--max-model-len", "2048", "--speculative-config", config)
+    with vllm_server(MODEL, tmp_path / "server.log", PORT, *arguments) as server:
+        target = Target(server)
+        try:
+            assert_same(expected, target.greedy_all([list(answer.prompt_ids) for answer in expected]))
+            text = target.http.get(f"{server.url}/metrics").text
+        finally:
+            target.http.close()
+    names = [line for line in text.splitlines() if line.startswith("vllm:spec_decode_num_accepted_tokens_total")]
+    assert float(names[0].split()[-1]) > 10
