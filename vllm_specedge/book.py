@@ -167,9 +167,9 @@ class DraftBook:
 
     def _opening(self, request: _Request) -> list[Frame]:
         """Open and all tokens so far; a bounded number of tokens a step, for the engine's thread encodes them."""
-        tokens = list(request.tokens)
         if self._opened_tokens >= MAX_OPENED_TOKENS:
             return []
+        tokens = list(request.tokens)
         self._opened_tokens += len(tokens)
         request.is_open = True
         opening = Open(request.number, len(tokens), self._max_draft, self._max_draft, request.session)
