@@ -61,7 +61,8 @@ def test_a_server_accepts_its_tokens_from_an_edge(edge_target: Target, plain: Ta
         assert_same(expected, [edge_target.greedy(list(answer.prompt_ids)) for answer in expected])
         counted.settle(4 * 63)
         print(f"{counted['accepted_tokens']:.0f} of {counted['verified_tokens']:.0f} accepted")
-        assert counted["accepted_tokens"] > 0.2 * counted["verified_tokens"] > 10
+        # Of five tokens in a chain each right half of the time, one is accepted on average.
+        assert counted["accepted_tokens"] > 0.08 * counted["verified_tokens"] > 2
 
 
 def test_vllm_s_own_draft_model_method_takes_it(plain: Target, tmp_path: Path) -> None:
