@@ -9,7 +9,7 @@ DRAFT := .cache/smollm2-draft
 help:
 	@echo "make demo            a real server, a real edge, the same questions with and without it"
 	@echo "make demo EDGE=ngram the same with prompt lookup, on tasks where that helps"
-	@echo "make test            every test, on a real vLLM (about 10 minutes once installed)"
+	@echo "make test            every test, on a real vLLM (about 15 minutes once installed)"
 	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
 	@echo "make bench-overhead  memory, start-up, latency and parking costs"
 

@@ -117,10 +117,7 @@ def running_gateway(directory: Path, *arguments: str, verify: str = "") -> Itera
     command = [str(BIN / "vllm-specedge"), "gateway", "--engines", endpoint, "--listen", listen, *arguments]
     process = start(command, directory / "gateway.log")
     try:
-        if not verify:
-            wait_for_port(process, port)
-        else:
-            wait_for_port(process, port)
+        wait_for_port(process, port)
         yield Running(process, f"{'https' if verify else 'http'}://localhost:{port}", endpoint, port)
     finally:
         process.stop()
