@@ -22,6 +22,7 @@ from openai import OpenAI
 from stack import BIN, MODEL_NAME, Process, Server, edge_client, start, start_server, wait_for
 
 from edge_client.client import EdgeClient
+from edge_client.drafters import Candidate
 from edge_client.link import Gateway, Link
 from vllm_specedge.frames import PROTOCOL_VERSION, EngineHello, Frame, Hello, Open, Propose, Welcome, commits
 from vllm_specedge.link import EngineLink
@@ -120,18 +121,19 @@ class SlowSequence:
 
     waiting: threading.Event
 
-    def extend(self, tokens: Sequence[int]) -> int | None:
-        self.waiting.wait(ANSWER_S)
-        return 0
-
-    def truncate(self, length: int) -> None:
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
         pass
+
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        self.waiting.wait(ANSWER_S)
+        return [Candidate(0, 1.0)]
 
 
 @dataclass
 class SlowDrafter:
     fingerprint: str = ""
     max_context_tokens: int = 1 << 20
+    max_width: int = 1
     description: str = "slow"
     waiting: threading.Event = field(default_factory=threading.Event)
 

@@ -65,6 +65,15 @@ def connect(
         Path | None, typer.Option(help="Token ids by frequency; default: draft_vocab.json beside the model.")
     ] = None,
     max_requests: Annotated[int, typer.Option(help="Draft for so many requests at once.", min=1, max=4096)] = 8,
+    max_width: Annotated[
+        int, typer.Option(help="Draft tokens of one pass at most; 1: no branches, 0: as the model can.", min=0)
+    ] = 0,
+    max_tokens_per_s: Annotated[
+        float, typer.Option(help="Draft no faster, on battery say; 0: as fast as it goes.", min=0.0)
+    ] = 0.0,
+    uplink_bytes_per_token: Annotated[
+        float, typer.Option(help="Send no more for each token that is generated, on average.", min=8.0)
+    ] = 23.0,
     wait: Annotated[float, typer.Option(help="Keep trying for so many seconds if the gateway is not there yet.")] = 0.0,
     quiet: Annotated[bool, typer.Option("--quiet", help="No status line.")] = False,
 ) -> None:
@@ -74,7 +83,8 @@ def connect(
     gateway = Gateway(url, _token(token_file), ca_file, insecure)
     with console.status(f"Loading {draft} ...") if console.is_terminal and not quiet else nullcontext():
         drafter = load_drafter(DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file))
-    client = EdgeClient(gateway, drafter, name[:100], role, max_requests)
+    client = EdgeClient(gateway, drafter, name[:100], role, max_requests, max_width, max_tokens_per_s)
+    client.pace.uplink_bytes_per_token = uplink_bytes_per_token
     asyncio.run(_run(client, wait, console, quiet))
 
 

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tenacity import (
@@ -16,12 +17,13 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from edge_client.drafters import Drafter, DraftSequence
+from edge_client.drafters import Candidate, Drafter, DraftSequence
 from edge_client.link import Gateway, Link, LinkError
+from edge_client.pace import Pace
 from edge_client.speculation import Job, Speculation, SpeculationStats
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
-from vllm_specedge.frames import PROTOCOL_VERSION, Close, Frame, Hello, Welcome
+from vllm_specedge.frames import PROTOCOL_VERSION, Frame, Hello, Welcome
 
 logger = logging.getLogger("edge_client")
 
@@ -29,6 +31,8 @@ FIRST_PAUSE_S = 0.25
 MAX_PAUSE_S = 30.0
 LASTING_S = 60.0
 BYE_S = 1.0
+MAX_KEPT = 4
+"""Contexts of ended requests that a follow-up may go on from."""
 
 
 @dataclass(slots=True)
@@ -40,6 +44,12 @@ class EdgeClient:
     name: str
     role: str = "pool"
     max_requests: int = 8
+    max_width: int = 0
+    """Rows of a forward pass at most; 1: no branches, 0: as many as the drafter can."""
+    max_tokens_per_s: float = 0.0
+    """Draft no faster; 0: as fast as it goes."""
+    pace: Pace = field(default_factory=Pace)
+    """What was measured; outlives a connection."""
     on_change: Callable[[], None] = lambda: None
     model: str = ""
     """What the server serves; empty while not connected."""
@@ -68,7 +78,14 @@ class EdgeClient:
             max_requests=self.max_requests,
         )
         self._link = Link(self.gateway, hello, self._on_frame)
-        self.speculation = Speculation(self.drafter.max_context_tokens, max_requests=self.max_requests)
+        widest = self.drafter.max_width
+        self.speculation = Speculation(
+            self.drafter.max_context_tokens,
+            max_width=min(self.max_width or widest, widest),
+            max_requests=self.max_requests,
+            max_kept=MAX_KEPT,
+            pace=self.pace,
+        )
         self._sequences = {}
         self.model = ""
 
@@ -140,41 +157,61 @@ class EdgeClient:
             self.speculation.vocab_size = frame.vocab_size
             self._change("connected")
             return
-        for answer in [*self.speculation.receive(frame), frame]:
-            if answer is not frame:
-                self._link.send(answer)
-            if isinstance(answer, Close):
-                self._sequences.pop(answer.request, None)
+        self.pace.rtt_s = self._link.rtt_s or 0.0
+        self._send(self.speculation.receive(frame, time.monotonic()))
         self._wake.set()
+
+    def _send(self, frames: Iterable[Frame]) -> None:
+        for frame in frames:
+            self._link.send(frame)
 
     def _change(self, state: str) -> None:
         self.state = state
         self.on_change()
 
     async def _draft(self) -> None:
+        """Run what is to be run, one forward pass after the other, and say what is to be said meanwhile."""
         loop = asyncio.get_running_loop()
+        rest_until_s = 0.0
         while True:
-            job = self.speculation.next_job()
+            now_s = time.monotonic()
+            self._send(self.speculation.poll(now_s))
+            job = self.speculation.next_job() if now_s >= rest_until_s else None
             if job is None:
-                self._wake.clear()
-                await self._wake.wait()
+                await self._rest(now_s, rest_until_s)
                 continue
-            sequence = self._sequences.get(job.request)
-            if sequence is None:
-                sequence = self._sequences[job.request] = self.drafter.open()
+            sequence = self._sequence(job)
             try:
-                token = await loop.run_in_executor(self._executor, _run, sequence, job)
+                said = await loop.run_in_executor(self._executor, _run, sequence, job)
             except Exception:
                 logger.exception("The draft model failed: request %s is given back", job.request)
-                self._sequences.pop(job.request, None)
-                frames = self.speculation.decline(job.request)
-            else:
-                frames = self.speculation.drafted(job, token)
-            for frame in frames:
-                self._link.send(frame)
+                self._send(self.speculation.decline(job.request))
+                continue
+            done_s = time.monotonic()
+            self._send(self.speculation.drafted(job, said, done_s - now_s, done_s))
+            if self.max_tokens_per_s:
+                rest_until_s = max(rest_until_s, now_s) + len(said) / self.max_tokens_per_s
+
+    async def _rest(self, now_s: float, rest_until_s: float) -> None:
+        """Until a frame comes, or something is due."""
+        due = [at_s for at_s in (self.speculation.due_s, rest_until_s) if at_s is not None and at_s > now_s]
+        self._wake.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(due) - now_s if due else None):
+                await self._wake.wait()
+
+    def _sequence(self, job: Job) -> DraftSequence:
+        """The context that a job goes on from. Those that nothing goes on from any more are dropped."""
+        if job.source is not None:
+            self._sequences[job.request] = self._sequences.pop(job.source)
+        for number in [number for number in self._sequences if not self.speculation.needs(number)]:
+            del self._sequences[number]
+        return self._sequences.setdefault(job.request, self.drafter.open())
 
 
-def _run(sequence: DraftSequence, job: Job) -> int | None:
+def _run(sequence: DraftSequence, job: Job) -> list[list[Candidate]]:
     """One forward pass, in the drafting thread."""
-    sequence.truncate(job.keep)
-    return sequence.extend(job.tokens)
+    sequence.keep(job.keep, job.moved)
+    if job.parents:
+        return sequence.branch(job.tokens, job.parents, job.width)
+    return [sequence.append(job.tokens, job.width)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
+from h2.exceptions import H2Error
 
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.frames import (
@@ -102,7 +103,7 @@ class Link:
             raise UserError(f"'{self.gateway.url}' is no gateway URL: it starts with http:// or https://.") from None
         except TimeoutError as error:
             raise LinkError("nothing was heard from the gateway for too long") from error
-        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+        except (httpx.HTTPError, httpx.StreamError, H2Error, OSError) as error:  # H2Error: what follows a GOAWAY
             raise LinkError(str(error) or type(error).__name__) from error
         raise LinkError("the gateway ended the connection")
 
@@ -164,6 +165,7 @@ class Link:
                 self.send(Pong(frame.stamp))
             case Welcome():
                 self._heartbeat_s = frame.heartbeat_ms / 1000
+                self.send(Ping(_stamp_us()))  # at once: how far away the gateway is decides how to draft
                 self.on_frame(frame)
             case _:
                 self.on_frame(frame)

@@ -33,6 +33,20 @@ class LostError(Exception):
     """This connection is over; another may do better."""
 
 
+def pack(tokens: list[int]) -> bytes:
+    """Token ids as they travel: one byte that says how many each takes, then each in so many."""
+    width = max(1, (max(tokens, default=0).bit_length() + 7) // 8)
+    return bytes([width, *b"".join(token.to_bytes(width, "little") for token in tokens)]) if tokens else b""
+
+
+def unpack(data: bytes) -> list[int]:
+    width = data[0] if data else 1
+    tokens = [int.from_bytes(data[at : at + width], "little") for at in range(1, len(data), width)]
+    if width > 4 or pack(tokens) != data:
+        raise ValueError("token ids are not packed as they should be")
+    return tokens
+
+
 @dataclass
 class Request:
     num_tokens: int  # it is opened with
@@ -143,9 +157,9 @@ class Edge:
                 self.ping_at_s = 0.0
             case [4, int(number), int(num_tokens), int(), int(credit), str()]:
                 self.requests[number] = Request(num_tokens, credit)
-            case [5, int(number), int(base), list(tokens)]:
+            case [5, int(number), int(base), bytes(tokens)]:
                 if number in self.requests:
-                    self.commit(number, self.requests[number], base, tokens)
+                    self.commit(number, self.requests[number], base, unpack(tokens))
             case [6, int(number), int()]:
                 self.num_closed += self.requests.pop(number, None) is not None
                 if 0 < self.stop_after <= self.num_closed:
@@ -174,7 +188,11 @@ class Edge:
             token = request.follower[token]
             request.draft.append(token)
         self.num_proposed += max(0, len(request.draft) - num_proposed_before)
-        self.send(PROPOSE, number, len(request.tokens), request.draft, False)
+        if request.draft:  # the last committed token in front shows what past it was drafted for
+            draft = pack([request.tokens[-1], *request.draft])
+            self.send(PROPOSE, number, len(request.tokens) - 1, draft, [])
+        else:
+            self.send(PROPOSE, number, len(request.tokens), pack([]), [])
 
 
 async def run(edge: Edge) -> None:

@@ -5,12 +5,13 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf
 from random import Random
 from typing import Any
 
 from hypothesis import strategies as st
 
-from edge_client.drafters import DraftSequence
+from edge_client.drafters import Candidate, DraftSequence
 from edge_client.speculation import Job, Speculation
 from vllm_specedge.book import DraftBook, Plan, Row
 from vllm_specedge.errors import RemoteProtocolError
@@ -136,34 +137,76 @@ class VirtualLink:
             self._deliver(frame)
 
 
-class ListSequence(DraftSequence):
-    """A drafter that keeps its context as a plain list and drafts by a function of it."""
+Guess = Callable[[Sequence[int]], Sequence[Candidate]]
+"""A draft model: what it says may follow a context, most probable first."""
 
-    def __init__(self, guess: Callable[[Sequence[int]], int | None]) -> None:
-        self.tokens: list[int] = []
+
+class ListSequence(DraftSequence):
+    """A drafter that keeps its entries as a plain list and drafts by a function of an entry's whole past."""
+
+    def __init__(self, guess: Guess) -> None:
+        self.entries: list[tuple[int, int]] = []
+        """Each entry's token, and the entry it follows."""
         self._guess = guess
 
-    def extend(self, tokens: Sequence[int]) -> int | None:
-        self.tokens += tokens
-        return self._guess(self.tokens)
+    def past(self, entry: int) -> list[int]:
+        tokens = []
+        while entry >= 0:
+            token, entry = self.entries[entry]
+            tokens.append(token)
+        return tokens[::-1]
 
-    def truncate(self, length: int) -> None:
-        del self.tokens[length:]
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
+        assert list(moved) == sorted(set(moved))
+        assert all(length <= entry < len(self.entries) for entry in moved)
+        kept = [*range(length), *moved]
+        number = {-1: -1} | {old: new for new, old in enumerate(kept)}
+        self.entries = [(self.entries[old][0], number[self.entries[old][1]]) for old in kept]
+
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        assert tokens
+        assert all(parent == entry - 1 for entry, (_, parent) in enumerate(self.entries)), "not a chain"
+        for token in tokens:
+            self.entries.append((token, len(self.entries) - 1))
+        return list(self._guess(self.past(len(self.entries) - 1)))[:width]
+
+    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        start = len(self.entries)
+        assert tokens
+        assert all(0 <= parent < start for parent in parents)
+        self.entries += zip(tokens, parents, strict=True)
+        return [list(self._guess(self.past(start + row)))[:width] for row in range(len(tokens))]
+
+
+def run_pass(sequence: DraftSequence, job: Job) -> list[list[Candidate]]:
+    """One forward pass, as the client does it."""
+    sequence.keep(job.keep, job.moved)
+    if job.parents:
+        return sequence.branch(job.tokens, job.parents, job.width)
+    return [sequence.append(job.tokens, job.width)]
 
 
 class VirtualEdge:
     """An edge whose forward pass takes `pass_s`; `guess` is its draft model."""
 
     def __init__(
-        self, time: VirtualTime, guess: Callable[[Sequence[int]], int | None], pass_s: float, max_context_tokens: int
+        self,
+        time: VirtualTime,
+        guess: Guess,
+        pass_s: float,
+        max_context_tokens: int,
+        max_width: int = 4,
+        rtt_s: float = 0.0,
     ) -> None:
-        self.speculation = Speculation(max_context_tokens, prefill_chunk_tokens=7)
+        self.speculation = Speculation(max_context_tokens, max_width, prefill_chunk_tokens=7, max_kept=2)
+        self.speculation.pace.rtt_s = rtt_s
         self.send: Callable[[Frame], None] = lambda frame: None
         self._time = time
         self._guess = guess
         self._pass_s = pass_s
         self._sequences: dict[int, ListSequence] = {}
         self._is_busy = False
+        self._wakes_s = inf
 
     def receive(self, frame: Frame) -> None:
         if isinstance(frame, Welcome | Bye):
@@ -171,27 +214,40 @@ class VirtualEdge:
         if isinstance(frame, Ping):
             self.send(Pong(frame.stamp))
             return
-        for answer in self.speculation.receive(frame):
+        for answer in self.speculation.receive(frame, self._time.now_s):
             self.send(answer)
-        if isinstance(frame, Close):
-            self._sequences.pop(frame.request, None)
         self._draft()
 
     def _draft(self) -> None:
         job = None if self._is_busy else self.speculation.next_job()
         if job is None:
+            self._wait()
             return
         self._is_busy = True
+        if job.source is not None:
+            self._sequences[job.request] = self._sequences.pop(job.source)
         sequence = self._sequences.setdefault(job.request, ListSequence(self._guess))
-        sequence.truncate(job.keep)
-        assert len(sequence.tokens) == job.keep
-        token = sequence.extend(job.tokens)
-        self._time.after(self._pass_s, lambda: self._drafted(job, token))
+        said = run_pass(sequence, job)
+        self._time.after(self._pass_s, lambda: self._drafted(job, said))
 
-    def _drafted(self, job: Job, token: int | None) -> None:
-        self._is_busy = False
-        for frame in self.speculation.drafted(job, token):
+    def _wait(self) -> None:
+        due_s = self.speculation.due_s
+        if due_s is not None and not self._is_busy and due_s < self._wakes_s:
+            self._wakes_s = due_s
+            self._time.after(due_s - self._time.now_s, self._poll)
+
+    def _poll(self) -> None:
+        self._wakes_s = inf
+        for frame in self.speculation.poll(self._time.now_s):
             self.send(frame)
+        self._draft()
+
+    def _drafted(self, job: Job, said: list[list[Candidate]]) -> None:
+        self._is_busy = False
+        for frame in self.speculation.drafted(job, said, self._pass_s, self._time.now_s):
+            self.send(frame)
+        for number in [number for number in self._sequences if not self.speculation.needs(number)]:
+            del self._sequences[number]
         self._draft()
 
 
@@ -219,7 +275,10 @@ class HostileEdge:
         base = max(0, len(tokens) + self._random.randint(-4, 4))
         true = tokens[base : base + self._random.randrange(4)]
         lies = (self._random.randint(0, self._max_token) for _ in range(self._random.randrange(4)))
-        return Propose(number, base, (*true, *lies), self._random.random() < 0.3)
+        tokens = (*true, *lies)
+        if self._random.random() < 0.3:
+            return Propose(number, base, tokens, (self._random.randrange(4), self._random.randrange(3)))
+        return Propose(number, base, tokens)
 
 
 @dataclass(slots=True)
@@ -246,6 +305,10 @@ class World:
     edge_trouble: Trouble = Trouble()
     hold_limits: HoldLimits = field(default_factory=HoldLimits)
     step_s: float = 0.01
+    token_s: float = 0.0
+    """A step takes so much longer for each draft token that it verifies."""
+    suggest: Callable[[Sequence[int]], Sequence[int]] = lambda tokens: ()
+    """vLLM's n-gram lookup."""
     max_running: int = 3
     time: VirtualTime = field(default_factory=VirtualTime)
     router: Router = field(default_factory=lambda: Router(RouterLimits()))
@@ -322,10 +385,13 @@ class World:
         if not self.is_stepping:
             self._step()
 
-    def _step(self) -> None:
+    def _take_in(self) -> None:
         for at_s, frame in self.inbox:
             self._publish(self.book.receive(frame, at_s))
         self.inbox.clear()
+
+    def _step(self) -> None:
+        self._take_in()
         while self.waiting and len(self.served) < self.max_running:
             request_id, served = self.waiting.pop(0)
             self.served[request_id] = served
@@ -334,18 +400,23 @@ class World:
         plan = self.book.plan(rows, self.time.now_s)
         self.is_stepping = len(plan.holds) < len(self.served)
         if self.is_stepping:
-            self.time.after(self.step_s, lambda: self._finish(plan))
+            num_verified = sum(map(len, plan.drafts.values()))
+            self.time.after(self.step_s + self.token_s * num_verified, lambda: self._finish(plan))
         elif plan.holds:
             self.time.after(min(plan.holds.values()) - self.time.now_s, self._wake)
 
     def _finish(self, plan: Plan) -> None:
-        self.book.step_s.observe(self.step_s)
+        num_verified = sum(map(len, plan.drafts.values()))
+        num_tokens = len(self.served) - len(plan.holds) + num_verified
+        self._take_in()
+        self.book.step_s.observe(num_tokens, self.step_s + self.token_s * num_verified)
         for request_id in [id_ for id_ in self.served if id_ not in plan.holds]:
             served, draft = self.served[request_id], plan.drafts.get(request_id, [])
             assert len(served.tokens) + len(draft) < served.end
             served.num_steps += 1
             served.tokens += self._verify(served.tokens, draft)
             frames = self.book.commit(request_id, len(draft), self.time.now_s)
+            self.book.suggest(request_id, self.suggest(served.tokens))
             if len(served.tokens) >= served.end:
                 self.finished[request_id] = self.served.pop(request_id)
                 frames += self.book.close(request_id)

@@ -19,7 +19,13 @@ PURE = {
     "vllm_specedge.book",
     "vllm_specedge.router",
     "vllm_specedge.fingerprint",
+    "vllm_specedge.estimates",
+    "vllm_specedge.counters",
+    "edge_client.drafttree",
+    "edge_client.pace",
     "edge_client.speculation",
+    "edge_client.drafters",
+    "edge_client.drafters.entries",
 }
 IMPURE_LIBRARIES = {
     "asyncio",
@@ -41,20 +47,29 @@ IMPURE_LIBRARIES = {
     "zmq",
 }
 LEVELS: list[set[str]] = [
-    {"vllm_specedge", "vllm_specedge.errors", "vllm_specedge.fingerprint", "vllm_specedge.proposals"},
-    {"vllm_specedge.frames", "vllm_specedge.policy", "vllm_specedge.config"},
-    {"vllm_specedge.session", "vllm_specedge.book", "vllm_specedge.router", "edge_client", "edge_client.speculation"},
-    {"vllm_specedge.metrics", "vllm_specedge.tokens", "edge_client.drafters"},
+    {
+        "vllm_specedge",
+        "vllm_specedge.errors",
+        "vllm_specedge.estimates",
+        "vllm_specedge.fingerprint",
+        "vllm_specedge.proposals",
+        "edge_client",
+        "edge_client.drafters",
+        "edge_client.drafters.entries",
+    },
+    {"vllm_specedge.frames", "vllm_specedge.policy", "vllm_specedge.config", "edge_client.drafttree"},
+    {"vllm_specedge.counters", "vllm_specedge.session", "vllm_specedge.router", "edge_client.pace"},
+    {"vllm_specedge.book", "vllm_specedge.metrics", "vllm_specedge.tokens", "edge_client.speculation"},
     {
         "vllm_specedge.link",
         "vllm_specedge.supervisor",
         "edge_client.link",
         "edge_client.drafters.ngram",
-        "edge_client.drafters.hf",
         "edge_client.drafters.llama_weights",
+        "edge_client.drafters.passes",
         "edge_client.drafters.vocabulary",
     },
-    {"vllm_specedge.preflight", "edge_client.drafters.llama"},
+    {"vllm_specedge.preflight", "edge_client.drafters.hf", "edge_client.drafters.llama"},
     {"vllm_specedge.gateway", "vllm_specedge.adapter", "edge_client.client", "edge_client.drafters.load"},
     {"vllm_specedge.cli", "edge_client.cli"},
 ]
@@ -62,6 +77,7 @@ LEVELS: list[set[str]] = [
 EDGE_MAY_IMPORT = {
     "vllm_specedge",
     "vllm_specedge.errors",
+    "vllm_specedge.estimates",
     "vllm_specedge.frames",
     "vllm_specedge.fingerprint",
     "vllm_specedge.session",

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -6,8 +7,10 @@ from hypothesis import strategies as st
 
 from tests.helpers import any_frame
 from vllm_specedge.book import MAX_OPENED_TOKENS, DraftBook, Plan, Row
+from vllm_specedge.counters import REQUEST_COUNTERS, request_values
 from vllm_specedge.frames import (
     MAX_TOKENS_PER_FRAME,
+    MAX_UINT32,
     Assign,
     Close,
     CloseReason,
@@ -18,6 +21,7 @@ from vllm_specedge.frames import (
     Open,
     Pong,
     Propose,
+    Report,
 )
 from vllm_specedge.policy import HoldLimits
 
@@ -28,9 +32,9 @@ ANSWER_S = 0.01
 STEP_S = 0.05
 
 
-def new_book(num_edges: int = 1, hold_limit_s: float = 0.1) -> DraftBook:
-    book = DraftBook(VOCAB_SIZE, MAX_DRAFT, HoldLimits(hold_limit_s))
-    book.step_s.observe(STEP_S)
+def new_book(num_edges: int = 1) -> DraftBook:
+    book = DraftBook(VOCAB_SIZE, MAX_DRAFT, HoldLimits(0.1))
+    book.step_s.observe(1, STEP_S)
     if num_edges:
         assert book.receive(Edges(num_edges), 0.0) == []
     return book
@@ -54,11 +58,24 @@ class Serving:
         self.propose([21])
         self.decode(21, 22, num_verified=1)
 
-    def receive(self, frame: Frame) -> list[Frame]:
-        return self.book.receive(frame, self.now_s)
+    def receive(self, frame: Frame) -> None:
+        assert self.book.receive(frame, self.now_s) == []
 
-    def propose(self, tokens: list[int], base: int | None = None, branch: bool = False) -> None:
-        assert self.receive(Propose(0, len(self.tokens) if base is None else base, tuple(tokens), branch)) == []
+    def propose(
+        self, tokens: Sequence[int], after: int | None = None, branches: Sequence[tuple[int, Sequence[int]]] = ()
+    ) -> None:
+        """A draft for what follows the first `after` tokens, with branches that leave it so many before its end."""
+        after = len(self.tokens) if after is None else after
+        run = [self.tokens[after - 1], *tokens, *(token for _, own in branches for token in own)]
+        forks = [number for back, own in branches for number in (back, len(own))]
+        self.receive(Propose(0, after - 1, tuple(run), tuple(forks)))
+
+    def go_on(self, from_token: int, tokens: Sequence[int], num_ahead: int) -> None:
+        """A draft for what follows `from_token`, which is the trunk's at `num_ahead`."""
+        self.receive(Propose(0, len(self.tokens) + num_ahead - 1, (from_token, *tokens)))
+
+    def give_up(self, after: int | None = None) -> None:
+        self.receive(Propose(0, len(self.tokens) if after is None else after, ()))
 
     def decode(self, *tokens: int, num_verified: int = 0) -> list[Frame]:
         self.tokens += tokens
@@ -84,7 +101,7 @@ def test_a_request_is_opened_with_its_prompt_and_followed_to_its_end() -> None:
     assert book.commit("r", 0, 1.0) == []  # a step of its prompt decided nothing
     tokens += [20, 21]
     assert book.commit("r", 1, 1.0) == [Commit(0, 3, (20, 21))]
-    assert book.close("r") == [Close(0, CloseReason.FINISHED)]
+    assert book.close("r") == [Report(0, request_values(book.counters)), Close(0, CloseReason.FINISHED)]
     assert book.close("r") == []
     assert len(book) == 0
 
@@ -166,29 +183,49 @@ def test_a_draft_is_offered_up_to_the_limits_of_row_and_book() -> None:
 def test_a_draft_is_followed_by_what_was_proposed_beyond_it() -> None:
     serving = Serving()
     serving.propose([1, 2])
-    serving.propose([3, 4], base=len(serving.tokens) + 2)
+    serving.go_on(2, [3, 4], num_ahead=2)
+    serving.go_on(9, [9], num_ahead=4)
     serving.decode(1, num_verified=1)
     assert serving.plan().drafts == {"r": [2, 3, 4]}
+    assert serving.book.counters["proposals_gap"] == 1
 
 
 def test_a_late_tail_is_still_used() -> None:
     serving = Serving()
-    base = len(serving.tokens)
+    after = len(serving.tokens)
     serving.decode(30)
     serving.decode(31)
-    serving.propose([30, 31, 32, 33], base=base)
+    serving.propose([30, 31, 32, 33], after)
     assert serving.plan().drafts == {"r": [32, 33]}
-    serving.propose([30, 99, 98], base=base)
+    serving.propose([30, 99, 98], after)
     assert serving.plan().drafts == {"r": [32, 33]}
     assert serving.book.counters["proposals_mismatch"] == 1
 
 
-def test_a_branch_is_offered_after_the_trunk_was_rejected() -> None:
+def test_a_branch_is_offered_after_the_trunk_was_rejected_and_gone_on_from() -> None:
     serving = Serving()
-    serving.propose([1, 2, 3])
-    serving.propose([7, 8], base=len(serving.tokens) + 1, branch=True)
+    serving.propose([1, 2, 3], branches=[(2, [7, 8])])
+    assert serving.plan().drafts == {"r": [1, 2, 3]}
     serving.decode(1, 7, num_verified=3)
-    assert serving.plan().drafts == {"r": [8]}
+    serving.go_on(8, [9], num_ahead=1)
+    assert serving.plan().drafts == {"r": [8, 9]}
+    assert serving.book.counters["tree_hits"] == 1
+
+
+def test_a_branch_that_was_taken_before_it_arrived_is_offered_and_gone_on_from() -> None:
+    serving = Serving()
+    assert serving.plan().holds
+    serving.decode(7)
+    serving.propose([1, 2], after=len(serving.tokens) - 1, branches=[(2, [7, 8])])
+    serving.go_on(8, [9], num_ahead=1)
+    assert serving.plan() == Plan(drafts={"r": [8, 9]})
+
+
+def test_branches_that_do_not_add_up_are_dropped_and_counted() -> None:
+    serving = Serving()
+    serving.receive(Propose(0, len(serving.tokens) - 1, (serving.tokens[-1], 1), (0, 3)))
+    assert serving.plan().drafts == {}
+    assert serving.book.counters["unexpected_frames"] == 1
 
 
 def test_token_ids_outside_of_the_vocabulary_are_dropped_and_counted() -> None:
@@ -234,7 +271,7 @@ def test_after_two_misses_a_request_is_not_held_until_its_edge_is_in_time_again(
         serving.decode(token)
     assert serving.plan() == Plan()
     serving.now_s += ANSWER_S
-    serving.propose([31], base=len(serving.tokens) - 1)  # too late
+    serving.propose([31], after=len(serving.tokens) - 1)  # too late
     assert serving.plan() == Plan()
     serving.propose([1])
     serving.decode(1, 2, num_verified=1)
@@ -259,7 +296,7 @@ def test_a_new_edge_starts_with_a_clean_record() -> None:
 
 def test_an_edge_that_passes_is_not_waited_for_at_this_position_only() -> None:
     serving = Serving()
-    serving.propose([])
+    serving.give_up()
     assert serving.plan() == Plan()
     serving.decode(30)
     assert serving.plan().holds.keys() == {"r"}
@@ -267,15 +304,15 @@ def test_an_edge_that_passes_is_not_waited_for_at_this_position_only() -> None:
 
 def test_a_pass_for_another_position_is_nothing() -> None:
     serving = Serving()
-    serving.propose([], base=len(serving.tokens) - 1)
-    serving.propose([], base=len(serving.tokens) + 1)
+    serving.give_up(len(serving.tokens) - 1)
+    serving.give_up(len(serving.tokens) + 1)
     assert serving.plan().holds.keys() == {"r"}
 
 
 def test_a_pass_leaves_an_earlier_draft_in_place() -> None:
     serving = Serving()
     serving.propose([1, 2])
-    serving.propose([])
+    serving.give_up()
     assert serving.plan().drafts == {"r": [1, 2]}
 
 
@@ -307,32 +344,171 @@ def test_requests_of_others_are_planned_plainly() -> None:
 def test_how_right_a_draft_was_is_learnt_from_what_came_too_late_to_be_verified() -> None:
     """Else an edge that was wrong at first would never be waited for again, and so come too late for ever."""
     serving = Serving()
+
+    def come_late(draft: Sequence[int]) -> None:
+        for _ in range(40):
+            after = len(serving.tokens)
+            serving.decode(1, 2)
+            serving.now_s += ANSWER_S
+            serving.propose(draft, after)
+
+    def is_waited_for() -> bool:
+        serving.decode(1)
+        return bool(serving.plan().holds)
+
     for _ in range(40):
         serving.now_s += ANSWER_S
         serving.propose([1, 2])
         serving.decode(9, num_verified=2)
-    assert serving.plan().holds == {}
+    assert not is_waited_for()
+    come_late([1, 2])
+    assert is_waited_for()
+    come_late([9, 9])
+    assert not is_waited_for()
+
+
+def test_late_drafts_for_another_past_say_nothing_of_how_right_an_edge_is() -> None:
+    serving = Serving()
     for _ in range(40):
-        base = len(serving.tokens)
         serving.decode(1, 2)
         serving.now_s += ANSWER_S
-        serving.propose([1, 2], base=base)
+        serving.receive(Propose(0, len(serving.tokens) - 3, (99, 9, 9)))
     serving.decode(1)
-    assert "r" in serving.plan().holds
+    assert serving.plan().holds
+
+
+@pytest.mark.parametrize("answer_s", [0.004, 0.012])
+def test_an_answer_is_measured_from_the_commit_it_answers_even_if_more_were_made_meanwhile(answer_s: float) -> None:
+    """The edge took two commits together and answers the second: a draft starts with a token it was told."""
+    serving = Serving()
+    for token in range(60):
+        serving.decode(token)
+        serving.now_s += STEP_S
+        serving.decode(token)
+        serving.now_s += answer_s
+        serving.propose([60])
+        serving.decode(60, 61, num_verified=1)
+    assert serving.plan().holds["r"] == pytest.approx(serving.now_s + answer_s, abs=1e-3)
+
+
+# -- vLLM's own n-gram drafts -------------------------------------------------------------------------------------
+
+
+def costly_book(token_s: float = STEP_S / 10) -> DraftBook:
+    """Each verified token makes a step longer; for the default, four of them are worth it if 0.4 are accepted."""
+    book = new_book()
+    for size in (1, 5):
+        book.step_s.observe(size, STEP_S + token_s * (size - 1))
+    return book
+
+
+def test_a_suggestion_is_verified_where_there_is_no_draft_and_instead_of_waiting_for_one() -> None:
+    serving = Serving()
+    assert serving.plan().holds
+    serving.book.suggest("r", [1, 2, 3, 4, 5])
+    assert serving.plan() == Plan(drafts={"r": [1, 2, 3, 4]})
+    assert serving.plan(limit=2) == Plan(drafts={"r": [1, 2]})
+    assert serving.plan(limit=0) == Plan()
+    serving.propose([7])
+    assert serving.plan() == Plan(drafts={"r": [7]})
+    serving.decode(7, 8, num_verified=1)
+    assert serving.plan().drafts == {}  # forgotten: it was for another position
+    serving.book.suggest("r", [])
+    assert serving.plan().drafts == {}
+    serving.book.suggest("unknown", [1])
+
+
+def test_a_suggestion_needs_no_edge() -> None:
+    book = new_book(num_edges=0)
+    tokens = list(PROMPT)
+    book.open("r", tokens, "")
+    book.suggest("r", [1, 2])
+    assert book.plan([Row("r", 9)], 1.0) == Plan(drafts={"r": [1, 2]})
+    tokens += [1, 2, 3]
+    assert book.commit("r", 2, 1.0) == []
+    assert book.counters["ngram_accepted_tokens"] == book.counters["ngram_verified_tokens"] == 2
+
+
+def test_suggestions_that_do_not_pay_are_left_until_they_were_right_unverified() -> None:
+    serving = Serving(costly_book())
+
+    def is_used(suggestion: list[int], decided: list[int]) -> bool:
+        serving.book.suggest("r", suggestion)
+        draft = serving.plan().drafts.get("r", [])
+        assert draft in ([], suggestion)
+        serving.decode(*decided, num_verified=len(draft))
+        return bool(draft)
+
+    used = [is_used([1, 2, 3, 4], [9]) for _ in range(20)]
+    assert used[0]
+    assert not used[-1]
+    assert used == sorted(used, reverse=True)
+    used = [is_used([1, 2, 3, 4], [1]) for _ in range(20)]
+    assert not used[0]
+    assert used[-1]
+    assert used == sorted(used)
+
+
+def test_what_a_suggestion_was_worth_says_nothing_of_the_edge() -> None:
+    serving = Serving()
+    before = dict(serving.book.counters)
+    held_until_s = serving.plan().holds["r"] - serving.now_s
+    for token in range(30):
+        serving.book.suggest("r", [token, 99])
+        assert serving.plan().drafts["r"] == [token, 99]
+        serving.decode(token, 50, num_verified=2)
+    assert serving.plan().holds["r"] - serving.now_s == pytest.approx(held_until_s)
+    counters = serving.book.counters
+    for name in ("verified_drafts", "verified_tokens", "accepted_tokens", "tree_hits", "missed_holds"):
+        assert counters[name] == before.get(name, 0)
+    assert (counters["ngram_verified_tokens"], counters["ngram_accepted_tokens"]) == (60, 30)
+
+
+# -- counters -----------------------------------------------------------------------------------------------------
 
 
 def test_what_an_engine_reports_is_what_happened() -> None:
     serving = Serving()
-    serving.propose([1, 2, 3])
+    length = len(serving.tokens)
+    serving.propose([1, 2, 3], branches=[(1, [9, 8, 7])])
+    serving.propose([1, 2])
+    serving.go_on(5, [6], num_ahead=3)
     serving.decode(1, 2, 9, num_verified=3)
-    serving.decode(8)
-    counters = serving.book.counters
-    assert counters["committed_tokens"] == 1 + 2 + 2 + 3 + 1
-    assert counters["steps"] == 5
-    assert counters["verified_drafts"] == 3
-    assert counters["verified_tokens"] == 1 + 1 + 3
-    assert counters["accepted_tokens"] == 1 + 1 + 2
-    assert counters["proposed_tokens"] == 1 + 1 + 3
+    serving.decode(4)
+    serving.propose([1, 2], after=length)
+    serving.propose([1, 2], after=length)
+    serving.propose([1, 2, 9, 5, 6], after=length)
+    [report, _] = serving.book.close("r")
+    assert isinstance(report, Report)
+    said = dict(zip((name for name, _ in REQUEST_COUNTERS), report.values, strict=True))
+    assert said == {
+        "steps": 5,
+        "committed_tokens": 1 + 2 + 2 + 3 + 1,
+        "proposed_tokens": 2 + 2 + 7 + 3 + 2 + 3 + 3 + 6,
+        "repeated_tokens": 2,
+        "discarded_late": 1 + 1 + 1 + 1 + 3 + 3,
+        "discarded_mismatch": 1 + 2 + 6,
+        "discarded_gap": 2,
+        "discarded_over_budget": 0,
+        "discarded_unused": 0,
+        "verified_tokens": 1 + 1 + 3,
+        "accepted_tokens": 1 + 1 + 2,
+        "ngram_verified_tokens": 0,
+        "ngram_accepted_tokens": 0,
+        "tree_hits": 1,
+        "round_trips_saved": 1,
+        "ahead_tokens": 1 + 1 + 3 + 2,
+    }
+    assert serving.book.counters["verified_drafts"] == 3
+    assert serving.book.counters["proposals_mismatch"] == 1
+
+
+def test_a_counter_that_no_longer_fits_says_so() -> None:
+    serving = Serving()
+    serving.book._requests["r"].counters["steps"] = MAX_UINT32 + 7
+    [report, _] = serving.book.close("r")
+    assert isinstance(report, Report)
+    assert report.values[0] == MAX_UINT32
 
 
 def test_frames_that_a_gateway_has_no_business_sending_are_counted() -> None:
@@ -342,52 +518,169 @@ def test_frames_that_a_gateway_has_no_business_sending_are_counted() -> None:
     assert book.counters["unexpected_frames"] == 2
 
 
-near = st.integers(0, 8)
-hostile_frames = st.one_of(
-    any_frame(),
-    st.builds(
-        Propose,
-        st.integers(0, 3),
-        near,
-        st.lists(st.integers(0, 3) | st.integers(VOCAB_SIZE - 2, VOCAB_SIZE + 1), max_size=6).map(tuple),
-        st.booleans(),
-    ),
-    st.builds(Assign, st.integers(0, 3), st.booleans()),
-    st.builds(Edges, st.integers(0, 2)),
+# -- whatever happens ---------------------------------------------------------------------------------------------
+
+near = st.integers(0, 12)
+few = st.integers(0, 2)  # so that drafts and decisions often agree
+
+
+@st.composite
+def proposals(draw: st.DrawFn) -> Propose:
+    tokens = draw(st.lists(few, max_size=8))
+    branches = draw(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), max_size=2))
+    rude = draw(st.sampled_from([[], [], [], [VOCAB_SIZE - 1], [VOCAB_SIZE]]))
+    forks = [number for fork in branches for number in fork]
+    return Propose(draw(st.integers(0, 3)), draw(near), (*tokens, *rude), tuple(forks))
+
+
+@dataclass(frozen=True)
+class Act:
+    """Something that the engine does with request `i`."""
+
+    kind: str
+    i: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class GoodDraft:
+    """An edge's frame for request `i` that starts with a token it was told, `back` before the last."""
+
+    i: int
+    back: int
+    tokens: list[int]
+    branches: list[tuple[int, int]]
+
+
+frames = (
+    proposals()
+    | st.builds(Assign, st.integers(0, 3), st.booleans())
+    | st.builds(Edges, st.integers(0, 2))
+    | any_frame()
 )
-engine_acts = st.tuples(
-    st.sampled_from(["open", "close", "commit", "plan"]), st.integers(0, 2), st.lists(st.integers(0, 3), max_size=3)
+runs = st.lists(few, max_size=6)
+acts = (
+    st.builds(Act, st.sampled_from(["open", "close", "suggest", "step", "step", "plan"]), st.integers(0, 2), runs)
+    | frames
+    | st.builds(GoodDraft, st.integers(0, 2), st.integers(0, 3), runs, st.lists(st.tuples(near, near), max_size=2))
 )
 
 
-@given(st.lists(hostile_frames | engine_acts, max_size=40), st.integers(0, 6))
-def test_whatever_a_hostile_gateway_sends_only_legal_drafts_are_offered(
-    acts: list[Frame | tuple[str, int, list[int]]], limit: int
-) -> None:
-    book = new_book(num_edges=0)
-    views: dict[str, list[int]] = {}
-    rows = [Row(f"r{i}", limit) for i in range(3)]
-    for second, act in enumerate(acts):
-        now_s = second / 100
+class Engine:
+    """Does what an engine does around a book, and what a gateway of any kind may send meanwhile."""
+
+    def __init__(self, limit: int) -> None:
+        self.book = new_book(num_edges=0)
+        self.limit = limit
+        self.views: dict[str, list[int]] = {}
+        self.plan = Plan()
+        self.now_s = 0.0
+        self.counted: list[dict[str, int]] = []
+        """Of each request that ended: its counters, and how many of the tokens committed its tree held."""
+        self._held: dict[str, int] = {}
+
+    def do(self, act: "Act | GoodDraft | Frame") -> None:
+        self.now_s += 0.01
         match act:
-            case ("open", i, tokens) if f"r{i}" not in views:
-                views[f"r{i}"] = [0, *tokens]
-                book.open(f"r{i}", views[f"r{i}"], "")
-            case ("close", i, _):
-                book.close(f"r{i}")
-                views.pop(f"r{i}", None)
-            case ("commit", i, tokens) if f"r{i}" in views:
-                views[f"r{i}"] += tokens
-                book.commit(f"r{i}", len(tokens), now_s)
-            case tuple():
-                pass
+            case Act():
+                self._act(f"r{act.i}", act)
+            case GoodDraft():
+                self._draft(f"r{act.i}", act)
             case _:
-                book.receive(act, now_s)
-        plan = book.plan(rows, now_s)
-        assert plan.drafts.keys() | plan.holds.keys() <= views.keys()
+                for frame in self.book.receive(act, self.now_s):
+                    assert isinstance(frame, Close)
+        self.look()
+
+    def look(self) -> None:
+        """Plan, and see that all of it may be done."""
+        had_a_draft = {id_: self.book._requests[id_].tree.num_nodes > 0 for id_ in self.views}
+        self.plan = plan = self.book.plan([Row(f"r{i}", self.limit) for i in range(3)], self.now_s)
+        assert plan.drafts.keys() | plan.holds.keys() <= self.views.keys()
         assert not plan.drafts.keys() & plan.holds.keys()
-        for draft in plan.drafts.values():
-            assert 0 < len(draft) <= min(limit, MAX_DRAFT)
+        for id_, draft in plan.drafts.items():
+            assert 0 < len(draft) <= min(self.limit, MAX_DRAFT)
             assert all(0 <= token < VOCAB_SIZE for token in draft)
-        assert all(now_s < until_s <= now_s + 0.1 for until_s in plan.holds.values())
-    assert len(book) == len(views)
+            assert had_a_draft[id_] != self.book._requests[id_].is_suggestion
+        assert all(self.now_s < until_s <= self.now_s + 0.1 for until_s in plan.holds.values())
+
+    def _act(self, id_: str, act: Act) -> None:
+        view = self.views.get(id_)
+        if act.kind == "open" and view is None:
+            self.views[id_], self._held[id_] = [0, *act.tokens], 0
+            self.book.open(id_, self.views[id_], "")
+        elif act.kind == "close":
+            self._close(id_)
+        elif act.kind == "suggest":
+            self.book.suggest(id_, act.tokens)
+        elif act.kind == "step" and view is not None:
+            self._step(id_, view, act.tokens)
+
+    def _step(self, id_: str, view: list[int], chosen: list[int]) -> None:
+        """The target chooses these tokens, one after the other, as long as the draft foresees them."""
+        draft = self.plan.drafts.get(id_, [])
+        num_right = next(
+            (i for i, pair in enumerate(zip(draft, chosen, strict=False)) if pair[0] != pair[1]), len(draft)
+        )
+        tokens = chosen[: num_right + 1]
+        node = self.book._requests[id_].tree._root
+        for token in tokens:
+            if token not in node.children:
+                break
+            node = node.children[token]
+            self._held[id_] += 1
+        view += tokens
+        for frame in self.book.commit(id_, len(draft), self.now_s):
+            assert isinstance(frame, Open | Commit)
+
+    def _draft(self, id_: str, draft: GoodDraft) -> None:
+        if id_ in self.views:
+            base = max(0, len(self.views[id_]) - 1 - draft.back)
+            tokens = (*self.views[id_][base:], *draft.tokens)
+            forks = tuple(number for fork in draft.branches for number in fork)
+            self.book.receive(Propose(self.book._requests[id_].number, base, tokens, forks), self.now_s)
+
+    def _close(self, id_: str) -> None:
+        request = self.book._requests.get(id_)
+        frames = self.book.close(id_)
+        if self.views.pop(id_, None) is None or request is None:
+            assert frames == []
+            return
+        assert frames in ([], [Report(request.number, request_values(request.counters)), Close(request.number, 0)])
+        assert request.counters.keys() <= {name for name, _ in REQUEST_COUNTERS}
+        self.counted.append({**request.counters, "held": self._held.pop(id_)})
+
+    def end(self) -> None:
+        for id_ in list(self.views):
+            self._close(id_)
+        assert len(self.book) == 0
+
+
+@given(st.lists(acts, max_size=40), st.integers(0, 6))
+def test_whatever_a_hostile_gateway_sends_only_legal_drafts_are_offered(
+    acts: list["Act | GoodDraft | Frame"], limit: int
+) -> None:
+    engine = Engine(limit)
+    for act in acts:
+        engine.do(act)
+    assert len(engine.book) == len(engine.views)
+
+
+@given(st.lists(acts, max_size=40), st.integers(0, 6))
+def test_every_proposed_and_every_committed_token_is_accounted_for(
+    acts: list["Act | GoodDraft | Frame"], limit: int
+) -> None:
+    engine = Engine(limit)
+    for act in (Edges(1), Act("open", 0, [0]), Act("open", 1, [1]), Assign(0, True), *acts):
+        engine.do(act)
+    engine.end()
+    for counters in engine.counted:
+        said = {name: counters.get(name, 0) for name, _ in REQUEST_COUNTERS}
+        discarded = sum(number for name, number in said.items() if name.startswith("discarded_"))
+        assert said["proposed_tokens"] == said["repeated_tokens"] + discarded + counters["held"]
+        accepted = said["accepted_tokens"] + said["ngram_accepted_tokens"]
+        assert said["committed_tokens"] == said["steps"] + accepted
+        assert said["ngram_accepted_tokens"] <= said["ngram_verified_tokens"]
+        assert said["accepted_tokens"] <= min(said["verified_tokens"], counters["held"])
+        assert said["tree_hits"] <= said["round_trips_saved"] <= said["steps"]
+    for name, _ in REQUEST_COUNTERS:
+        assert engine.book.counters[name] == sum(counters.get(name, 0) for counters in engine.counted)

@@ -43,6 +43,9 @@ def test_an_unknown_option_is_named_beside_those_there_are() -> None:
         ("listen", 8100),
         ("mode", "sometimes"),
         ("tls_cert", None),
+        ("ngram", "no"),
+        ("prompt_lookup_min", 0),
+        ("prompt_lookup_max", 2.0),
     ],
 )
 def test_a_value_out_of_bounds_is_named(name: str, value: object) -> None:
@@ -88,6 +91,24 @@ def test_a_gateway_that_runs_elsewhere_is_an_endpoint() -> None:
     for endpoint in ("ipc:///run/x.sock", "tcp://127.0.0.1:8101"):
         # What this engine would listen on does not matter then.
         assert parse_options({"gateway": endpoint, "listen": "0.0.0.0:8100"}).gateway == endpoint
+
+
+@pytest.mark.parametrize(
+    ("values", "window"),
+    [
+        ({}, (5, 5)),
+        ({"prompt_lookup_max": 4}, (4, 4)),
+        ({"prompt_lookup_min": 7}, (7, 7)),
+        ({"prompt_lookup_min": 2, "prompt_lookup_max": 4}, (2, 4)),
+    ],
+)
+def test_the_lookup_window_is_as_in_vllm_s_ngram_method(values: dict[str, int], window: tuple[int, int]) -> None:
+    options = parse_options(values)
+    assert (options.prompt_lookup_min, options.prompt_lookup_max) == window
+
+
+def test_the_lookup_window_is_not_upside_down() -> None:
+    assert "prompt_lookup_max" in refusal_of(prompt_lookup_min=4, prompt_lookup_max=2)
 
 
 def test_all_faults_are_told_at_once() -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import tracemalloc
+from typing import Any
 
 import msgpack
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from tests.helpers import FRAME_TYPES, any_frame, example_of, frames_of, refused
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.frames import (
+    MAX_BRANCHES,
     MAX_FRAME_BYTES,
     MAX_TEXT_BYTES,
     MAX_TOKENS_PER_FRAME,
@@ -22,14 +24,18 @@ from vllm_specedge.frames import (
     commits,
     decode,
     encode,
+    pack_tokens,
+    unpack_tokens,
 )
 
-LARGEST = {
+LARGEST: dict[object, object] = {
     int: MAX_UINT32,
     str: "x" * MAX_TEXT_BYTES,
     bool: True,
     tuple[int, ...]: (MAX_UINT32,) * MAX_TOKENS_PER_FRAME,
+    "branches": (MAX_UINT32,) * (2 * MAX_BRANCHES),
 }
+"""By a field's type, or its name where that says more."""
 OUT_OF_BOUNDS: dict[object, list[object]] = {
     int: [-1, MAX_UINT32 + 1, 1.0, True, None, "1", b"1", (1,)],
     str: ["x" * (MAX_TEXT_BYTES + 1), "é" * (MAX_TEXT_BYTES // 2 + 1), b"x", 1, None, ("x",)],
@@ -47,8 +53,42 @@ OUT_OF_BOUNDS: dict[object, list[object]] = {
         1,
         None,
     ],
+    "branches": [(0,) * (2 * MAX_BRANCHES + 1)],
 }
+NO_PACKED_TOKENS = [
+    (1, 2),
+    "\1\2",
+    b"\1",
+    b"\0",
+    b"\0\1",
+    b"\5\1\1\1\1\1",
+    b"\2\1\1\1",
+    b"\2\1\0",
+    b"\4\1\1\1\0\2\2\2\0",
+    b"\1" + bytes(MAX_TOKENS_PER_FRAME + 1),
+    b"\4" + b"\1" * 4 * (MAX_TOKENS_PER_FRAME + 1),
+]
 FIELDS = [(cls, field) for cls in FRAME_TYPES for field in dataclasses.fields(cls)]
+UINTS = st.integers(0, 32).flatmap(lambda num_bits: st.integers(0, 2**num_bits - 1))
+
+
+def wire_values(frame: Frame) -> list[Any]:
+    """What a frame's body is made of."""
+    fields = [(field.name, getattr(frame, field.name)) for field in dataclasses.fields(frame)]
+    return [frame.CODE, *(pack_tokens(value) if name == "tokens" else value for name, value in fields)]
+
+
+def decoded(body: bytes) -> Frame | None:
+    """The frame in these bytes, which are all that it says; None if there is none."""
+    try:
+        frame = decode(body)
+    except RemoteProtocolError:
+        return None
+    # msgpack leaves the width of a number or a length free; in the shortest form these are the same bytes.
+    assert encode(frame)[2:] == msgpack.packb(msgpack.unpackb(body))
+    assert len(encode(frame)[2:]) <= len(body)
+    assert decode(encode(frame)[2:]) == frame
+    return frame
 
 
 @settings(max_examples=20)
@@ -61,7 +101,8 @@ def test_every_frame_comes_back_as_it_was(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("cls", FRAME_TYPES)
 def test_a_frame_with_every_field_at_its_largest_fits(cls: type[Frame]) -> None:
-    frame = cls(*(LARGEST[field.type] for field in dataclasses.fields(cls)))  # type: ignore[arg-type, index]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    frame = cls(*(LARGEST.get(field.name) or LARGEST[field.type] for field in fields))
     data = encode(frame)
     assert len(data) <= 2 + MAX_FRAME_BYTES
     assert FrameReader().feed(data) == [frame]
@@ -72,7 +113,65 @@ def test_frame_codes_are_all_different() -> None:
 
 
 def test_eight_proposed_tokens_stay_small() -> None:
-    assert len(encode(Propose(70000, 70000, tuple(range(40000, 40008))))) <= 42
+    assert len(encode(Propose(70000, 70000, tuple(range(40000, 40008))))) <= 34
+
+
+@given(st.lists(UINTS, max_size=60))
+@example([0])
+@example([MAX_UINT32])
+def test_packed_tokens_come_back_and_take_no_more_bytes_than_the_largest_needs(tokens: list[int]) -> None:
+    packed = pack_tokens(tokens)
+    assert unpack_tokens(packed) == tuple(tokens)
+    num_bytes = next(num for num in range(1, 5) if max(tokens, default=0) < 256**num)
+    assert len(packed) == (1 + num_bytes * len(tokens) if tokens else 0)
+
+
+@given(st.binary(max_size=20) | st.builds(lambda width, rest: bytes([width]) + rest, st.integers(0, 5), st.binary()))
+def test_tokens_are_packed_in_one_way_only(data: bytes) -> None:
+    try:
+        tokens = unpack_tokens(data)
+    except RemoteProtocolError:
+        return
+    assert pack_tokens(tokens) == data
+
+
+def test_tokens_that_are_packed_in_another_way_are_refused() -> None:
+    for value in NO_PACKED_TOKENS:
+        refused(lambda value=value: decode(msgpack.packb([Commit.CODE, 1, 1, value])))  # type: ignore[misc]
+
+
+@given(UINTS, st.lists(UINTS, min_size=1, max_size=9), st.data())
+def test_branches_are_split_from_the_trunk_as_they_were_joined(
+    base: int, trunk: list[int], data: st.DataObject
+) -> None:
+    end = base + len(trunk)
+    branches = data.draw(st.lists(st.tuples(st.integers(0, min(end, 20)), st.lists(UINTS, max_size=4)), max_size=5))
+    tokens = [*trunk, *(token for _, own in branches for token in own)]
+    proposal = Propose(1, base, tuple(tokens), tuple(n for back, own in branches for n in (back, len(own))))
+    assert decode(encode(proposal)[2:]) == proposal
+    assert proposal.runs == [(base, tuple(trunk)), *((end - back, tuple(own)) for back, own in branches)]
+
+
+small = st.integers(0, 6) | UINTS
+
+
+@given(small, st.lists(small, max_size=8), st.lists(small, max_size=7))
+@example(0, [1], [1, 1])
+@example(0, [1, 2], [0])
+@example(0, [1], [2, 0])
+@example(0, [], [0, 0])
+@example(5, [1, 2], [MAX_UINT32, MAX_UINT32])
+def test_branches_add_up_or_are_refused(base: int, tokens: list[int], branches: list[int]) -> None:
+    """Each token belongs to one run, the first to the trunk, and no branch leaves before the first position."""
+    proposal = Propose(1, base, tuple(tokens), tuple(branches))
+    num_trunk = len(tokens) - sum(branches[1::2])
+    end = base + num_trunk
+    if len(branches) % 2 or num_trunk < bool(branches) or max(branches[::2], default=0) > end:
+        refused(lambda: proposal.runs)
+        return
+    assert [token for _, run in proposal.runs for token in run] == tokens
+    assert [end - start for start, _ in proposal.runs[1:]] == branches[::2]
+    assert [len(run) for _, run in proposal.runs] == [num_trunk, *branches[1::2]]
 
 
 @given(st.lists(any_frame(), min_size=1, max_size=3))
@@ -95,13 +194,11 @@ def test_frames_survive_being_cut_at_every_byte_and_merged(frames: list[Frame]) 
 @example(b"\x90")
 @example(b"\xdc\x00")
 @example(b"\xdd\xff\xff\xff\xff")
+@example(b"\x92\x08\xcb\x3f\xf0\x00\x00\x00\x00\x00\x00")
+@example(b"\x94\x05\x01\x01\xc4\x05\x02\x01\x00\x00\x00")
 @example(b"")
-def test_random_bytes_are_refused_or_are_a_frame(body: bytes) -> None:
-    try:
-        frame = decode(body)
-    except RemoteProtocolError:
-        return
-    assert decode(encode(frame)[2:]) == frame
+def test_bytes_are_refused_or_say_what_their_frame_says(body: bytes) -> None:
+    decoded(body)
 
 
 @given(any_frame(), st.data())
@@ -111,11 +208,55 @@ def test_mutated_frames_are_refused_or_are_another_frame(frame: Frame, data: st.
         at = data.draw(st.integers(0, len(body) - 1))
         body[at : at + data.draw(st.integers(0, 1))] = data.draw(st.binary(max_size=2))
         body = body or bytearray(b"\0")
-    try:
-        other = decode(bytes(body))
-    except RemoteProtocolError:
-        return
-    assert decode(encode(other)[2:]) == other
+    decoded(bytes(body))
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**64 - 1) | st.floats() | st.text(max_size=3) | st.binary(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=1), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(any_frame(), st.data())
+def test_a_frame_with_other_values_is_refused_or_is_another_frame(frame: Frame, data: st.DataObject) -> None:
+    body = wire_values(frame)
+    for _ in range(data.draw(st.integers(1, 2))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(values)
+    decoded(msgpack.packb(body))
+
+
+UNSIGNED = [(0xCC, 1, 2**8), (0xCD, 2, 2**16), (0xCE, 4, 2**32), (0xCF, 8, 2**64)]
+SIGNED = [(0xD0, 1, 2**7), (0xD1, 2, 2**15), (0xD2, 4, 2**31), (0xD3, 8, 2**63)]
+FORMS: dict[type, list[tuple[int, int, int]]] = {
+    int: [*UNSIGNED, *SIGNED],
+    str: [(0xD9, 1, 2**8), (0xDA, 2, 2**16), (0xDB, 4, 2**32)],
+    bytes: [(0xC4, 1, 2**8), (0xC5, 2, 2**16), (0xC6, 4, 2**32)],
+    tuple: [(0xDC, 2, 2**16)],
+}
+"""msgpack's longer forms of each type: the code, how many bytes the number or length has, and below what it must be."""
+
+
+@st.composite
+def wide(draw: st.DrawFn, value: Any) -> bytes:
+    """A value in one of msgpack's longer forms for it."""
+    content = value.encode() if type(value) is str else value
+    number = content if type(value) is int else len(content)
+    code, num_bytes, _ = draw(st.sampled_from([form for form in FORMS[type(value)] if number < form[2]]))
+    header = bytes([code]) + number.to_bytes(num_bytes, "big")
+    if type(value) is tuple:
+        return header + b"".join(draw(wide(item)) for item in value)
+    return header + (b"" if type(value) is int else content)
+
+
+@given(any_frame(), st.data())
+def test_a_receiver_takes_numbers_and_lengths_of_any_width(frame: Frame, data: st.DataObject) -> None:
+    """Packers in other languages choose other widths."""
+    values = wire_values(frame)
+    parts = [msgpack.packb(value) if type(value) is bool else data.draw(wide(value)) for value in values]
+    assert decoded(bytes([0x90 + len(values)]) + b"".join(parts)) == frame
+    assert decoded(b"\xdc" + len(values).to_bytes(2, "big") + b"".join(parts)) == frame
+    refused(lambda: decode(b"\xdd" + len(values).to_bytes(4, "big") + b"".join(parts)))
 
 
 @given(any_frame())
@@ -147,6 +288,10 @@ def test_a_whole_body_over_the_limit_is_refused() -> None:
         b"\x92\x08\xdb\xff\xff\xff\xff",
         b"\x92\x08" + b"\xdf\xff\xff\xff\xff" * 1000,
         b"\x92\x08" + b"\xc9\xff\xff\xff\xff\x01" * 1000,
+        b"\x94\x05\x01\x02\xc6\xff\xff\xff\xff" + b"\1" * 8000,
+        b"\x94\x05\x01\x02\xc5\x10\x02\x01" + b"\1" * 4097,
+        b"\x94\x05\x01\x02\xc5\x10\x01\x01" + b"\1" * 4096,
+        b"\x95\x07\x01\x02\xc4\x00\xdc\xff\xff" + b"\1" * 8000,
     ],
 )
 def test_lengths_that_a_few_bytes_claim_are_not_believed(body: bytes) -> None:
@@ -176,7 +321,7 @@ def test_a_reader_holds_no_more_than_one_unfinished_frame() -> None:
 @pytest.mark.parametrize(("cls", "field"), FIELDS)
 def test_a_field_out_of_bounds_is_refused_by_both_sides(cls: type[Frame], field: "dataclasses.Field[object]") -> None:
     good = example_of(cls)
-    for bad in OUT_OF_BOUNDS[field.type]:
+    for bad in [*OUT_OF_BOUNDS[field.type], *OUT_OF_BOUNDS.get(field.name, [])]:
         broken = dataclasses.replace(good, **{field.name: bad})  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=f"{cls.__name__}.{field.name}"):
             encode(broken)

@@ -1,6 +1,6 @@
 """The test to read first: whatever edges and links do, what is generated is what the target alone would generate."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from zlib import crc32
 
@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import HostileEdge, Trouble, VirtualEdge, World
+from edge_client.drafters import Candidate
+from tests.helpers import Guess, HostileEdge, Trouble, VirtualEdge, World
 from vllm_specedge.errors import ByeCode
-from vllm_specedge.policy import HoldLimits
+from vllm_specedge.policy import MODES, HoldLimits
+from vllm_specedge.router import Router, RouterLimits
 
 VOCAB_SIZE = 6
 K = 5
@@ -28,19 +30,37 @@ def plain(prompt: Sequence[int], num_tokens: int) -> list[int]:
     return tokens
 
 
-def guesser(quality: float, seed: int) -> Callable[[Sequence[int]], int | None]:
+def guesser(quality: float, seed: int, second: float = 0.5) -> Guess:
+    """Right with probability `quality`; where it is not, its second candidate is with probability `second`."""
     random = Random(seed)
 
-    def guess(tokens: Sequence[int]) -> int | None:
+    def guess(tokens: Sequence[int]) -> list[Candidate]:
+        right, others = choose(tokens), [token for token in range(VOCAB_SIZE) if token != choose(tokens)]
+        random.shuffle(others)
         if random.random() < quality:
-            return choose(tokens)
-        return random.randrange(VOCAB_SIZE) if random.random() < 0.9 else None
+            ranked = [right, *others]
+        elif random.random() < second:
+            ranked = [others[0], right, *others[1:]]
+        else:
+            ranked = others
+        claims = (quality, (1 - quality) * second, 0.01)
+        said = [Candidate(token, claim) for token, claim in zip(ranked, claims, strict=False)]
+        return said if quality == 1.0 or random.random() < 0.95 else []
 
     return guess
 
 
-def edge_for(world: World, quality: float, seed: int = 0, max_context_tokens: int = 1000) -> VirtualEdge:
-    return VirtualEdge(world.time, guesser(quality, seed), pass_s=0.001, max_context_tokens=max_context_tokens)
+def edge_for(
+    world: World,
+    quality: float,
+    seed: int = 0,
+    max_context_tokens: int = 1000,
+    max_width: int = 4,
+    second: float = 0.5,
+) -> VirtualEdge:
+    guess = guesser(quality, seed, second)
+    rtt_s = 2 * world.edge_trouble.delay_s
+    return VirtualEdge(world.time, guess, 0.001, max_context_tokens, max_width, rtt_s)
 
 
 def serve(world: World, prompts: Mapping[str, Sequence[int]], num_tokens: int) -> None:
@@ -76,7 +96,10 @@ EDGES = ["perfect", "good", "random", "hostile", "rude"]
     engine_trouble=troubles,
     edge_trouble=troubles,
     edges=st.lists(st.sampled_from(EDGES), min_size=1, max_size=3),
-    hold_limit_s=st.sampled_from([0.0, 0.1, 1.0]),
+    hold_limits=st.builds(HoldLimits, st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from(MODES)),
+    max_width=st.sampled_from([1, 2, 8]),
+    credit_tokens=st.sampled_from([1, K, 32]),
+    has_ngram=st.booleans(),
     joins_and_leaves=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), max_size=4),
 )
 def test_the_output_is_that_of_plain_decoding_whatever_happens(
@@ -84,7 +107,10 @@ def test_the_output_is_that_of_plain_decoding_whatever_happens(
     engine_trouble: Trouble,
     edge_trouble: Trouble,
     edges: list[str],
-    hold_limit_s: float,
+    hold_limits: HoldLimits,
+    max_width: int,
+    credit_tokens: int,
+    has_ngram: bool,
     joins_and_leaves: list[tuple[int, int]],
 ) -> None:
     random = Random(seed)
@@ -95,7 +121,9 @@ def test_the_output_is_that_of_plain_decoding_whatever_happens(
         seed=seed,
         engine_trouble=engine_trouble,
         edge_trouble=edge_trouble,
-        hold_limits=HoldLimits(hold_limit_s),
+        hold_limits=hold_limits,
+        router=Router(RouterLimits(credit_tokens=credit_tokens)),
+        suggest=lambda tokens: [random.choice([choose(tokens), 0]), *tokens[-2:]] if has_ngram else [],
     )
 
     def join(id_: int, kind: str) -> None:
@@ -103,7 +131,7 @@ def test_the_output_is_that_of_plain_decoding_whatever_happens(
             world.join(id_, HostileEdge(random, VOCAB_SIZE, is_rude=kind == "rude"))
         else:
             quality = {"perfect": 1.0, "good": 0.8, "random": 0.0}[kind]
-            world.join(id_, edge_for(world, quality, seed + id_, max_context_tokens=60))
+            world.join(id_, edge_for(world, quality, seed + id_, max_context_tokens=80, max_width=max_width))
 
     def rejoin(at: int, index: int) -> None:
         world.leave(index)
@@ -184,3 +212,32 @@ def test_an_edge_that_lies_about_tokens_is_sent_away_and_nothing_else_happens() 
     serve(world, {"r": [1, 2, 3]}, 60)
     assert [bye.code for bye in world.byes] == [ByeCode.TOKEN_ID]
     assert world.router.edges == {}
+
+
+def num_steps(max_width: int = 4, second: float = 0.8, credit_tokens: int = 32, delay_s: float = 0.004) -> int:
+    """Of five requests one after the other, with an edge that is right three times of four."""
+    world = World(
+        choose, VOCAB_SIZE, K, edge_trouble=Trouble(delay_s=delay_s), hold_limits=HoldLimits(mode="never-wait")
+    )
+    world.max_running = 1
+    world.router.limits = RouterLimits(credit_tokens=credit_tokens)
+    world.join(0, edge_for(world, quality=0.75, max_width=max_width, second=second))
+    serve(world, {f"r{i}": [i, 1, 2] for i in range(5)}, 150)
+    return sum(served.num_steps for served in world.finished.values())
+
+
+def test_a_branch_that_is_often_right_saves_steps() -> None:
+    assert num_steps(max_width=4) < 0.9 * num_steps(max_width=1)
+    assert num_steps(second=0.8) < num_steps(second=0.0)
+
+
+def test_an_edge_that_may_draft_further_ahead_saves_steps_where_the_way_is_long() -> None:
+    assert num_steps(credit_tokens=32, delay_s=0.01) < 0.95 * num_steps(credit_tokens=K, delay_s=0.01)
+
+
+def test_a_draft_that_loses_overtakes_and_doubles_by_a_fifth_of_a_second_changes_nothing() -> None:
+    for seed in range(10):
+        trouble = Trouble(delay_s=0.01, jitter_s=0.2, loss=0.1, doubling=0.1)
+        world = World(choose, VOCAB_SIZE, K, seed=seed, edge_trouble=trouble)
+        world.join(0, edge_for(world, quality=0.9, seed=seed))
+        serve(world, {"a": [1, 2], "b": [3]}, 100)

@@ -8,10 +8,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_specedge import book, router
-from vllm_specedge.frames import MAX_UINT32, PROTOCOL_VERSION, EngineHello, Hello, Open, Stats, encode
-from vllm_specedge.metrics import ENGINE_COUNTERS, GATEWAY_COUNTERS, RouterCollector, engine_values
+from vllm_specedge.counters import ENGINE_COUNTERS, REQUEST_COUNTERS, engine_values, request_values
+from vllm_specedge.frames import MAX_UINT32, PROTOCOL_VERSION, EngineHello, Hello, Open, Report, Stats, encode
+from vllm_specedge.metrics import GATEWAY_COUNTERS, RequestHistograms, RouterCollector, report_row
 from vllm_specedge.proposals import Fate
-from vllm_specedge.router import ROLES, Router, RouterLimits
+from vllm_specedge.router import ROLES, RequestReport, Router, RouterLimits
 
 
 def exposed(router: Router) -> dict[str, float]:
@@ -38,7 +39,7 @@ def test_every_metric_is_there_from_the_start_under_its_own_name() -> None:
 
 
 def test_names_are_given_once() -> None:
-    for table in (ENGINE_COUNTERS, GATEWAY_COUNTERS):
+    for table in (REQUEST_COUNTERS, ENGINE_COUNTERS, GATEWAY_COUNTERS):
         assert len({name for name, _ in table}) == len(table)
 
 
@@ -73,21 +74,62 @@ def test_engine_values_fit_a_frame_and_keep_the_table_s_order() -> None:
     assert (values[0], values[-1], len(values)) == (2, 4, len(ENGINE_COUNTERS))
 
 
-def counted_in(module: ModuleType) -> set[str]:
-    """The literal names in `counters[...]` of a module."""
-    subscripts = (node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Subscript))
-    return {
-        node.slice.value
-        for node in subscripts
-        if isinstance(node.value, ast.Attribute)
-        and node.value.attr == "counters"
-        and isinstance(node.slice, ast.Constant)
-        and isinstance(node.slice.value, str)
-    }
+def test_request_values_fit_a_frame_and_keep_the_table_s_order() -> None:
+    counters = Counter({"steps": MAX_UINT32 + 3, "ahead_tokens": 4, "of another table": 5})
+    values = request_values(counters)
+    encode(Report(0, values))
+    assert (values[0], values[-1], len(values)) == (MAX_UINT32, 4, len(REQUEST_COUNTERS))
+    assert sum(values[1:-1]) == 0
+
+
+@pytest.mark.parametrize("values", [(), (5, 6), tuple(range(5, len(REQUEST_COUNTERS) + 30))])
+def test_a_report_of_another_release_is_padded_and_cut(values: tuple[int, ...]) -> None:
+    row = report_row(RequestReport(3, values))
+    assert list(row) == ["engine", *(name for name, _ in REQUEST_COUNTERS)]
+    assert list(row.values()) == [3, *[*values, *[0] * 99][: len(REQUEST_COUNTERS)]]
+    RequestHistograms(CollectorRegistry()).observe(RequestReport(3, values))
+
+
+def test_histograms_are_of_finished_requests_and_have_no_labels_of_ours() -> None:
+    registry = CollectorRegistry()
+    histograms = RequestHistograms(registry)
+    before = {sample.name + str(sample.labels) for family in registry.collect() for sample in family.samples}
+    for steps, committed, verified, accepted in ((10, 25, 20, 16), (4, 4, 0, 0), (0, 0, 0, 0), (0, 9, 3, MAX_UINT32)):
+        counters = {
+            "steps": steps,
+            "committed_tokens": committed,
+            "verified_tokens": verified,
+            "accepted_tokens": accepted,
+        }
+        histograms.observe(RequestReport(0, request_values(Counter(counters))))
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    assert {sample.name + str(sample.labels) for sample in samples} == before
+    assert {label for sample in samples for label in sample.labels} == {"le"}
+    for name, num_requests in (("acceptance_ratio", 2), ("tokens_per_step", 2)):
+        assert registry.get_sample_value(f"specedge_request_{name}_count") == num_requests
+    assert [
+        registry.get_sample_value("specedge_request_acceptance_ratio_bucket", {"le": bound})
+        for bound in ("0.7", "0.8", "+Inf")
+    ] == [0, 1, 2]
+    assert registry.get_sample_value("specedge_request_tokens_per_step_sum") == 3.5
+
+
+def counted_in(module: ModuleType) -> tuple[set[str], set[str]]:
+    """The literal names in `counters[...]` of a module, and those in `_add(request, ...)`."""
+    in_total, of_requests = set[str](), set[str]()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        match node:
+            case ast.Subscript(value=ast.Attribute(attr="counters"), slice=ast.Constant(value=str(name))):
+                in_total.add(name)
+            case ast.Call(func=ast.Attribute(attr="_add"), args=[_, ast.Constant(value=str(name)), _]):
+                of_requests.add(name)
+    return in_total, of_requests
 
 
 def test_every_counter_of_the_core_has_a_name_and_a_meaning() -> None:
     """A counter that is in no table is counted for nobody."""
-    assert counted_in(router) <= {name for name, _ in GATEWAY_COUNTERS}
+    assert counted_in(router)[0] <= {name for name, _ in GATEWAY_COUNTERS}
+    in_total, of_requests = counted_in(book)
     fates = {f"proposals_{fate.value}" for fate in Fate}
-    assert counted_in(book) | fates <= {name for name, _ in ENGINE_COUNTERS}
+    assert in_total | fates <= {name for name, _ in ENGINE_COUNTERS}
+    assert of_requests | set(book._DISCARDED.values()) <= {name for name, _ in REQUEST_COUNTERS}

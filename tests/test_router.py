@@ -1,14 +1,17 @@
+from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.helpers import refused
 from vllm_specedge.errors import ByeCode
 from vllm_specedge.frames import (
+    MAX_UINT32,
     PROTOCOL_VERSION,
     Assign,
     Bye,
@@ -24,16 +27,22 @@ from vllm_specedge.frames import (
     Ping,
     Pong,
     Propose,
+    Report,
     Stats,
     Welcome,
     commits,
 )
 from vllm_specedge.router import (
+    MAX_EXTRA_LOAD,
     MAX_GAPS,
+    MAX_REPORT_VALUES,
+    MAX_REPORTS,
     MAX_UNREAD_TOKENS,
     PRIVATE,
     ROLES,
     Effect,
+    PrefixMemory,
+    RequestReport,
     Router,
     RouterLimits,
     ToEdge,
@@ -61,7 +70,7 @@ def refusal_of(effects: list[Effect]) -> Bye:
 
 
 def ready_router(**limits: int) -> Router:
-    router = Router(RouterLimits(**limits))
+    router = Router(RouterLimits(**{"credit_tokens": 5, **limits}))
     router.from_engine(ENGINE, ENGINE_HELLO)
     return router
 
@@ -91,7 +100,7 @@ def test_an_engine_of_another_version_is_turned_away() -> None:
 
 def test_an_engine_that_has_not_said_hello_is_told_to() -> None:
     router = Router(RouterLimits())
-    frames: list[Frame] = [Open(0, 1, 5, 5, ""), Ping(1), Stats((1,))]
+    frames: list[Frame] = [Open(0, 1, 5, 5, ""), Ping(1), Stats((1,)), Report(0, (1,))]
     for frame in frames:
         [effect] = router.from_engine(ENGINE, frame)
         assert isinstance(effect.frame, Bye)
@@ -136,6 +145,39 @@ def test_an_engine_that_leaves_takes_its_waiting_requests_along() -> None:
         ToEngine(b"other", Assign(0, True)),
     ]
     assert router.engine_left(ENGINE) == []
+
+
+def test_the_counters_of_the_requests_that_closed_last_are_kept_by_engine() -> None:
+    router = ready_router()
+    router.from_engine(b"other", ENGINE_HELLO)
+    for number, engine in enumerate((ENGINE, b"other", ENGINE)):
+        router.from_engine(engine, Open(number, 1, 5, 5, ""))
+        assert router.from_engine(engine, Report(number, (number, 7))) == []
+        router.from_engine(engine, Close(number, CloseReason.FINISHED))
+    assert list(router.reports) == [RequestReport(0, (0, 7)), RequestReport(1, (1, 7)), RequestReport(0, (2, 7))]
+    router.from_engine(ENGINE, ENGINE_HELLO)
+    router.from_engine(ENGINE, Open(0, 1, 5, 5, ""))
+    router.from_engine(ENGINE, Report(0, ()))
+    assert router.reports[-1] == RequestReport(2, ())
+
+
+def test_a_request_counts_once_and_only_if_it_is_known() -> None:
+    router = ready_router()
+    open_request(router, 0)
+    for number in (0, 0, 1):
+        assert router.from_engine(ENGINE, Report(number, (1,))) == []
+    assert len(router.reports) == 1
+    assert (router.counters["reports"], router.counters["dropped_reports"]) == (1, 2)
+
+
+def test_reports_are_bounded_in_number_and_length() -> None:
+    router = ready_router()
+    for number in range(MAX_REPORTS + 2):
+        router.from_engine(ENGINE, Open(number, 1, 5, 5, ""))
+        router.from_engine(ENGINE, Report(number, (number,) * 1024))
+        router.from_engine(ENGINE, Close(number, CloseReason.FINISHED))
+    assert len(router.reports) == MAX_REPORTS
+    assert router.reports[0].values == (2,) * MAX_REPORT_VALUES
 
 
 # -- edges --------------------------------------------------------------------------------------------------------
@@ -204,7 +246,8 @@ def test_a_request_goes_to_an_edge_when_its_prompt_is_whole() -> None:
         ToEngine(ENGINE, Assign(7, True)),
     ]
     assert router.from_engine(ENGINE, Commit(7, 3, (4, 5))) == [ToEdge(1, Commit(0, 3, (4, 5)))]
-    assert router.from_edge(1, Propose(0, 5, (8, 9), True)) == [ToEngine(ENGINE, Propose(7, 5, (8, 9), True))]
+    proposal = Propose(0, 5, (8, 9, 7), (1, 1))
+    assert router.from_edge(1, proposal) == [ToEngine(ENGINE, replace(proposal, request=7))]
     assert router.from_engine(ENGINE, Close(7, CloseReason.FINISHED)) == [ToEdge(1, Close(0, CloseReason.FINISHED))]
     assert router.from_engine(ENGINE, Close(7, CloseReason.FINISHED)) == []
     assert router.from_engine(ENGINE, Commit(7, 5, (1,))) == []
@@ -359,6 +402,249 @@ def test_requests_over_a_limit_are_not_drafted_for() -> None:
     assert ToEdge(1, Close(0, CloseReason.GAP)) in router.from_engine(ENGINE, Commit(1, 3, (4, 5)))
 
 
+# -- prefixes -----------------------------------------------------------------------------------------------------
+
+FIRST, SECOND = tuple(range(300)), tuple(range(500, 800))
+
+
+def edge_of(router: Router, number: int) -> int | None:
+    """The edge that drafts for a request of ENGINE's."""
+    edges = [id_ for id_, info in router.edges.items() if (ENGINE, number) in info.requests.values()]
+    assert len(edges) <= 1
+    return edges[0] if edges else None
+
+
+def close_request(router: Router, number: int) -> None:
+    router.from_engine(ENGINE, Close(number, CloseReason.FINISHED))
+
+
+def router_with_pool(*edges: int, max_requests: int = 8) -> Router:
+    router = ready_router()
+    for edge in edges:
+        router.edge_hello(edge, edge_hello(max_requests=max_requests), f"s{edge}", ALL_ROLES)
+    return router
+
+
+def test_a_follow_up_goes_to_the_edge_that_knows_its_conversation() -> None:
+    router = router_with_pool(1, 2)
+    open_request(router, 0, FIRST)
+    open_request(router, 1, SECOND)
+    assert (edge_of(router, 0), edge_of(router, 1)) == (1, 2)
+    answer = tuple(range(900, 999))
+    router.from_engine(ENGINE, Commit(1, len(SECOND), answer))
+    close_request(router, 0)
+    close_request(router, 1)
+    open_request(router, 2, (*SECOND, *answer, 1, 2, 3))
+    assert edge_of(router, 2) == 2
+    assert router.counters["assigned_by_prefix"] == 1
+    open_request(router, 3, SECOND)
+    assert edge_of(router, 3) == 2
+
+
+def test_what_was_generated_is_known_too() -> None:
+    """The prompt is shorter than a block: only what followed can be recognized."""
+    router = router_with_pool(1, 2)
+    open_request(router, 0, [9])
+    open_request(router, 1, [8])
+    router.from_engine(ENGINE, Commit(1, 1, FIRST))
+    close_request(router, 0)
+    close_request(router, 1)
+    open_request(router, 2, (8, *FIRST, 1))
+    assert edge_of(router, 2) == 2
+
+
+def test_an_unrelated_request_goes_to_the_least_loaded_edge() -> None:
+    router = router_with_pool(1, 2, 3)
+    open_request(router, 0, FIRST)
+    open_request(router, 1, FIRST)
+    assert [len(info.requests) for info in router.edges.values()] == [2, 0, 0]
+    open_request(router, 2, SECOND)
+    # Blocks count from the start: what is only the same later on is no prefix.
+    open_request(router, 3, (5, *FIRST))
+    assert (edge_of(router, 2), edge_of(router, 3)) == (2, 3)
+    assert router.counters["assigned_by_prefix"] == 1
+
+
+def test_an_edge_that_is_clearly_busier_does_not_get_a_follow_up() -> None:
+    router = router_with_pool(1, 2)
+    for number in range(1 + MAX_EXTRA_LOAD):
+        open_request(router, number, FIRST)
+        assert edge_of(router, number) == 1
+    open_request(router, 9, FIRST)
+    assert edge_of(router, 9) == 2
+    # Both know it now, and the one that read it last is asked first.
+    open_request(router, 10, FIRST)
+    assert edge_of(router, 10) == 2
+
+
+def test_a_common_beginning_that_is_not_most_of_a_context_only_settles_ties() -> None:
+    router = router_with_pool(1, 2)
+    system = FIRST[:128]
+    open_request(router, 0, SECOND)
+    open_request(router, 1, (*system, *SECOND))
+    assert edge_of(router, 1) == 2
+    open_request(router, 2, (*system, *range(900, 999), *SECOND))
+    assert edge_of(router, 2) == 2  # as loaded as edge 1
+    open_request(router, 3, (*system, *range(800, 900), *SECOND))
+    assert edge_of(router, 3) == 1
+
+
+def test_a_full_edge_does_not_get_a_follow_up() -> None:
+    router = router_with_pool(1, 2, max_requests=1)
+    open_request(router, 0, FIRST)
+    open_request(router, 1, FIRST)
+    assert edge_of(router, 1) == 2
+
+
+def test_a_request_that_was_declined_does_not_go_back_for_its_prefix() -> None:
+    router = router_with_pool(1, 2)
+    open_request(router, 0, FIRST)
+    router.from_edge(1, Close(0, CloseReason.DECLINED))
+    assert edge_of(router, 0) == 2
+    open_request(router, 1, FIRST)
+    assert edge_of(router, 1) == 2  # which was given it last
+
+
+def test_an_edge_that_left_is_forgotten_even_if_its_number_comes_back() -> None:
+    memory = PrefixMemory()
+    router = Router(RouterLimits(), memory)
+    router.from_engine(ENGINE, ENGINE_HELLO)
+    for edge in (1, 2):
+        router.edge_hello(edge, edge_hello(), f"s{edge}", ALL_ROLES)
+    open_request(router, 0, SECOND)
+    open_request(router, 1, FIRST)
+    assert edge_of(router, 1) == 2
+    close_request(router, 1)
+    assert len(memory) == len(FIRST) // 64 + len(SECOND) // 64
+    router.edge_left(2)
+    assert len(memory) == len(SECOND) // 64
+    router.edge_hello(2, edge_hello(), "s2", ALL_ROLES)
+    close_request(router, 0)
+    open_request(router, 2, FIRST)
+    assert edge_of(router, 2) == 1
+    assert router.counters["assigned_by_prefix"] == 0
+
+
+def test_a_request_that_names_a_session_neither_follows_a_prefix_nor_leaves_one() -> None:
+    router = router_with_pool(1, 2)
+    router.edge_hello(3, edge_hello(PRIVATE), "mine", ALL_ROLES)
+    open_request(router, 0, SECOND)
+    open_request(router, 1, FIRST)
+    assert edge_of(router, 1) == 2
+    for number, session, edge in ((2, "s2", 2), (3, "mine", 3), (4, "s1", 1)):
+        open_request(router, number, FIRST, session)
+        assert edge_of(router, number) == edge
+        close_request(router, number)
+    assert router.counters["assigned_by_prefix"] == 0
+    open_request(router, 5, FIRST)
+    assert edge_of(router, 5) == 2
+
+
+def test_what_is_remembered_of_prefixes_is_bounded() -> None:
+    memory = PrefixMemory()
+    for first in range(300):
+        memory.remember(array("I", [first, *range(10_000)]), first)
+        assert len(memory) <= 4096
+    assert len(memory) == 4096
+    assert list(memory.holders(array("I", [0, *range(10_000)]))) == []
+    assert next(memory.holders(array("I", [299, *range(10_000)]))) == (1.0, 299)
+
+
+_contexts = st.lists(st.integers(0, 1), max_size=12)
+
+
+@given(st.lists(st.tuples(_contexts, st.integers(0, 3), st.booleans()), max_size=12), _contexts, st.integers(1, 8))
+@example([([0, 0], 0, False), ([1, 1], 1, False), ([0, 0], 0, False), ([0, 1], 2, False)], [0, 0], 2)
+def test_the_longest_beginnings_that_were_used_last_are_known(
+    events: list[tuple[list[int], int, bool]], wanted: list[int], max_kept: int
+) -> None:
+    """Against a list of all beginnings of whole blocks (2 tokens, at most 4 blocks), used last at the end."""
+    memory = PrefixMemory(block_tokens=2, max_blocks=4, max_kept=max_kept)
+    known: dict[tuple[int, ...], int] = {}
+    for tokens, edge, leaves in events:
+        if leaves:
+            memory.forget(edge)
+            known = {beginning: holder for beginning, holder in known.items() if holder != edge}
+        else:
+            memory.remember(array("I", tokens), edge)
+            for beginning in beginnings(tokens):
+                known.pop(beginning, None)
+                known[beginning] = edge
+            known = dict(list(known.items())[-max_kept:])
+        assert len(memory) == len(known)
+    parts = [(beginning, known[beginning]) for beginning in reversed(beginnings(wanted)) if beginning in known]
+    assert list(memory.holders(array("I", wanted))) == [
+        (len(beginning) / min(len(wanted), 8), edge) for beginning, edge in parts
+    ]
+
+
+def beginnings(tokens: list[int]) -> list[tuple[int, ...]]:
+    return [tuple(tokens[:end]) for end in range(2, min(len(tokens), 8) + 1, 2)]
+
+
+class FewConversations:
+    """A router whose edges know most contexts that come, fit for them or not."""
+
+    def __init__(self, hellos: list[Hello]) -> None:
+        self.router = Router(RouterLimits(), PrefixMemory(block_tokens=1))
+        self.router.from_engine(ENGINE, ENGINE_HELLO)
+        for id_, hello in enumerate(hellos):
+            self.router.edge_hello(id_, hello, f"s{id_}", ALL_ROLES)
+        self.sessions: dict[int, str] = {}
+        """Of each live request."""
+        self.declined: set[tuple[int, int]] = set()
+        self.num_opened = 0
+
+    def may(self, edge: int, number: int) -> bool:
+        session, info = self.sessions[number], self.router.edges[edge]
+        is_asked = session == info.session if session else info.hello.role == "pool"
+        return is_asked and (edge, number) not in self.declined
+
+    def open(self, conversation: int, session: str) -> None:
+        number = self.num_opened
+        self.num_opened += 1
+        self.sessions[number] = session
+        infos = self.router.edges.items()
+        loads = {edge: len(info.requests) for edge, info in infos if info.has_room and self.may(edge, number)}
+        open_request(self.router, number, [conversation, conversation, 100 + number], session)
+        edge = edge_of(self.router, number)
+        assert edge in loads if loads else edge is None
+        assert edge is None or loads[edge] <= min(loads.values()) + MAX_EXTRA_LOAD
+
+    def close(self, number: int) -> None:
+        del self.sessions[number]
+        close_request(self.router, number)
+
+    def decline(self, number: int) -> None:
+        edge = edge_of(self.router, number)
+        if edge is not None:
+            self.declined.add((edge, number))
+            [its_number] = [n for n, key in self.router.edges[edge].requests.items() if key[1] == number]
+            self.router.from_edge(edge, Close(its_number, CloseReason.DECLINED))
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.builds(edge_hello, st.sampled_from(["pool", "pool", "private"]), max_requests=st.integers(1, 3))),
+    st.lists(st.tuples(st.sampled_from(["open", "open", "close", "decline"]), st.integers(0, 9), st.integers(0, 2))),
+)
+def test_prefixes_only_choose_among_edges_that_may_and_can(
+    hellos: list[Hello], events: list[tuple[str, int, int]]
+) -> None:
+    world = FewConversations(hellos)
+    for event, pick, conversation in events:
+        numbers = list(world.sessions)
+        if event == "open" or not numbers:
+            world.open(conversation, session=f"s{pick}" if pick < 3 else "")
+        elif event == "close":
+            world.close(numbers[pick % len(numbers)])
+        else:
+            world.decline(numbers[pick % len(numbers)])
+        owners = {number: edge_of(world.router, number) for number in world.sessions}
+        assert all(edge is None or world.may(edge, number) for number, edge in owners.items())
+        assert all(len(info.requests) <= info.hello.max_requests for info in world.router.edges.values())
+
+
 # -- proposals ----------------------------------------------------------------------------------------------------
 
 
@@ -366,28 +652,50 @@ def test_proposals_that_cannot_come_true_are_dropped_and_counted() -> None:
     router = ready_router()
     router.edge_hello(1, edge_hello(), "s", ALL_ROLES)
     open_request(router, 0)
-    assert router.from_edge(1, Propose(9, 3, (1,))) == []
+    assert router.from_edge(1, Propose(9, 2, (3, 1))) == []
     assert router.from_edge(1, Propose(0, 0, (1, 2, 3))) == []
-    assert router.from_edge(1, Propose(0, 3, (1,) * 6)) == []
+    assert router.from_edge(1, Propose(0, 0, (1, 2, 3, 3), (1, 1))) == []
+    assert router.from_edge(1, Propose(0, 2, ())) == []
+    assert router.from_edge(1, Propose(0, 2, (3, *[1] * 6))) == []
+    assert router.from_edge(1, Propose(0, 2, (3, 1, *[1] * 6), (1, 6))) == []
     assert router.from_edge(1, Propose(0, 9, ())) == []
-    assert router.counters == {"assigned": 1, "dropped_closed": 1, "dropped_late": 1, "dropped_ahead": 2}
+    assert router.counters == {"assigned": 1, "dropped_closed": 1, "dropped_late": 3, "dropped_ahead": 3}
+
+
+@pytest.mark.parametrize("branches", [(1,), (0, 3), (0, 2), (6, 1), (0, MAX_UINT32, 0, MAX_UINT32)])
+def test_branches_that_do_not_add_up_end_the_connection_of_that_edge_only(branches: tuple[int, ...]) -> None:
+    router = ready_router()
+    for edge, session in ((1, "s"), (2, "t")):
+        router.edge_hello(edge, edge_hello(), session, ALL_ROLES)
+        open_request(router, edge)
+    effects = router.from_edge(1, Propose(0, 2, (3, 1), branches))
+    assert effects == [ToEdge(1, refusal_of(effects))]
+    assert refusal_of(effects).code == ByeCode.PROTOCOL
+    assert router.edge_left(1)[0] == ToEdge(2, Open(1, 3, 5, 5, ""))
+    for request, edges_number in ((1, 1), (2, 0)):
+        good = Propose(edges_number, 2, (3, 8, 9, 7), (1, 1))
+        assert router.from_edge(2, good) == [ToEngine(ENGINE, replace(good, request=request))]
 
 
 def test_a_late_proposal_whose_tail_is_ahead_and_a_pass_go_through() -> None:
     router = ready_router()
     router.edge_hello(1, edge_hello(), "s", ALL_ROLES)
     open_request(router, 4)
-    for proposal in (Propose(0, 1, (2, 3, 4)), Propose(0, 3, (1,) * 5), Propose(0, 3, ())):
-        [effect] = router.from_edge(1, proposal)
-        assert effect == ToEngine(ENGINE, Propose(4, proposal.base, proposal.tokens))
+    late = Propose(0, 1, (2, 3, 4))
+    late_but_for_a_branch = Propose(0, 1, (2, 9, 3, 4), (1, 2))
+    up_to_the_credit = Propose(0, 2, (3, *[1] * 5, *[5] * 5), (5, 5))
+    for proposal in (late, late_but_for_a_branch, up_to_the_credit, Propose(0, 3, ())):
+        assert router.from_edge(1, proposal) == [ToEngine(ENGINE, replace(proposal, request=4))]
+    assert router.counters["proposed_tokens"] == router.edges[1].num_proposed_tokens == 3 + 4 + 11
 
 
-def test_the_operator_s_credit_goes_before_the_engine_s() -> None:
-    router = ready_router(credit_tokens=8)
+@pytest.mark.parametrize("credit", [1, 8, 32])
+def test_the_operator_s_credit_goes_before_the_engine_s(credit: int) -> None:
+    router = ready_router(credit_tokens=credit)
     router.edge_hello(1, edge_hello(), "s", ALL_ROLES)
-    assert open_request(router, 0)[0] == ToEdge(1, Open(0, 3, 5, 8, ""))
-    assert len(router.from_edge(1, Propose(0, 3, (1,) * 8))) == 1
-    assert router.from_edge(1, Propose(0, 3, (1,) * 9)) == []
+    assert open_request(router, 0)[0] == ToEdge(1, Open(0, 3, 5, credit, ""))
+    assert len(router.from_edge(1, Propose(0, 2, (3, *[1] * credit)))) == 1
+    assert router.from_edge(1, Propose(0, 2, (3, *[1] * (credit + 1)))) == []
 
 
 def test_a_token_id_outside_of_the_vocabulary_ends_the_connection() -> None:
@@ -401,9 +709,11 @@ def test_a_token_id_outside_of_the_vocabulary_ends_the_connection() -> None:
 
 # -- everything at once -------------------------------------------------------------------------------------------
 
-LIMITS = RouterLimits(max_edges=4, max_requests_per_edge=3, max_requests=6, max_context_tokens=60)
-ENGINES = {b"a": EngineHello(PROTOCOL_VERSION, "A", "fa", 500), b"b": EngineHello(PROTOCOL_VERSION, "B", "fb", 400)}
 CREDIT = 4
+LIMITS = RouterLimits(max_edges=4, max_requests_per_edge=3, max_requests=6, max_context_tokens=60, credit_tokens=CREDIT)
+ENGINES = {b"a": EngineHello(PROTOCOL_VERSION, "A", "fa", 500), b"b": EngineHello(PROTOCOL_VERSION, "B", "fb", 400)}
+NUM_COMMON = 2
+"""Every prompt starts with so many tokens of two kinds: contexts share prefixes."""
 SESSIONS = [f"session {edge}" for edge in range(6)]
 
 
@@ -438,11 +748,11 @@ Key = tuple[bytes, int]
 
 
 class Routing(RuleBasedStateMachine):
-    """Each request's first token is unique, so that what an edge sees says which request it is."""
+    """One token of each prompt is unique, so that what an edge sees says which request it is."""
 
     @initialize()
     def begin(self) -> None:
-        self.router = Router(LIMITS)
+        self.router = Router(LIMITS, PrefixMemory(block_tokens=1, max_blocks=5, max_kept=12))
         self.engines: dict[bytes, int] = {}
         """How many edges each was told of."""
         self.requests: dict[Key, Request] = {}
@@ -472,8 +782,9 @@ class Routing(RuleBasedStateMachine):
                 request = self.requests[engine, frame.request]
                 assert request.is_assigned
                 assert all(token < ENGINES[engine].vocab_size for token in frame.tokens)
-                assert frame.base + len(frame.tokens) <= len(request.tokens) + CREDIT
-                assert not frame.tokens or frame.base + len(frame.tokens) > len(request.tokens)
+                end = max(base + len(tokens) for base, tokens in frame.runs)
+                assert end <= len(request.tokens) + CREDIT
+                assert not frame.tokens or end > len(request.tokens)
             case _:
                 assert isinstance(frame, EngineWelcome)
 
@@ -484,6 +795,9 @@ class Routing(RuleBasedStateMachine):
                 assert frame.request not in edge.seen
                 assert frame.credit == CREDIT
                 edge.seen[frame.request] = (frame, [])
+            case Commit() if not edge.seen[frame.request][1]:
+                edge.seen[frame.request][1].extend(frame.tokens)
+                self.was_given(edge, self.key_of(list(frame.tokens)))
             case Commit():
                 tokens = edge.seen[frame.request][1]
                 assert frame.base <= len(tokens)
@@ -501,8 +815,18 @@ class Routing(RuleBasedStateMachine):
                 assert isinstance(frame, Welcome)
                 assert frame.session == edge.session
 
+    def was_given(self, edge: Edge, key: Key) -> None:
+        """To an edge about as loaded as any that could have had it, whatever prefixes it knows."""
+        loads = [
+            len(other.seen)
+            for id_, other in self.edges.items()
+            if other.has_room and self.suits(other, key) and id_ not in self.requests[key].declined
+        ]
+        assert len(edge.seen) - 1 <= min(loads, default=MAX_UINT32) + MAX_EXTRA_LOAD
+
     def key_of(self, tokens: list[int]) -> Key:
-        [key] = [key for key, request in self.requests.items() if request.tokens[:1] == tokens[:1]]
+        unique = tokens[NUM_COMMON]
+        [key] = [key for key, request in self.requests.items() if unique in request.tokens]
         return key
 
     def suits(self, edge: Edge, key: Key) -> bool:
@@ -582,14 +906,14 @@ class Routing(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         number=st.integers(0, 5),
-        num_tokens=st.integers(1, 4),
+        num_tokens=st.integers(NUM_COMMON + 1, NUM_COMMON + 4),
         num_missing=st.just(0) | st.integers(0, 2),
         session=st.just("") | st.sampled_from(SESSIONS),
     )
     def request_opens(self, data: st.DataObject, number: int, num_tokens: int, num_missing: int, session: str) -> None:
         engine = data.draw(st.sampled_from(list(self.engines)))
         self.requests.pop((engine, number), None)
-        opening = Open(number, num_tokens, CREDIT, CREDIT, session)
+        opening = Open(number, num_tokens, 5, 5, session)
         if len(self.requests) < LIMITS.max_requests:
             self.requests[engine, number] = Request(opening)
         self.carry_out(self.router.from_engine(engine, opening))
@@ -605,9 +929,12 @@ class Routing(RuleBasedStateMachine):
         if request is None:
             return
         tokens = data.draw(st.lists(st.integers(0, 9), min_size=num_tokens, max_size=num_tokens))
-        if not request.tokens and tokens:
-            self.num_serials += 1
-            tokens[0] = 100 + self.num_serials
+        for index, position in enumerate(range(len(request.tokens), len(request.tokens) + num_tokens)):
+            if position < NUM_COMMON:
+                tokens[index] %= 2
+            elif position == NUM_COMMON:
+                self.num_serials += 1
+                tokens[index] = 100 + self.num_serials
         base = max(0, len(request.tokens) - overlap)
         frame = Commit(key[1], base, (*request.tokens[base:], *tokens))
         request.tokens += tokens
@@ -647,10 +974,18 @@ class Routing(RuleBasedStateMachine):
         offset=st.integers(-3, 6),
         tokens=st.lists(st.integers(0, 9), max_size=6),
         is_rude=st.integers(0, 9),
-        branch=st.booleans(),
+        branches=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=2),
+        is_odd=st.integers(0, 9),
     )
     def edge_proposes_anything(
-        self, data: st.DataObject, number: int, offset: int, tokens: list[int], is_rude: int, branch: bool
+        self,
+        data: st.DataObject,
+        number: int,
+        offset: int,
+        tokens: list[int],
+        is_rude: int,
+        branches: list[tuple[int, int]],
+        is_odd: int,
     ) -> None:
         id_ = data.draw(st.sampled_from(list(self.edges)))
         edge = self.edges[id_]
@@ -659,11 +994,14 @@ class Routing(RuleBasedStateMachine):
         number = data.draw(st.sampled_from([*edge.seen, number]))
         known = edge.seen[number][1] if number in edge.seen else []
         base = max(0, len(known) + offset)
-        effects = self.router.from_edge(id_, Propose(number, base, tuple(tokens), branch))
-        assert effects == self.expected(id_, number, base, tokens, branch)
+        forks = [value for fork in branches for value in fork]
+        proposal = Propose(number, base, tuple(tokens), tuple(forks[is_odd == 0 :]))
+        effects = self.router.from_edge(id_, proposal)
+        assert effects == self.expected(id_, proposal)
         self.carry_out(effects)
 
-    def expected(self, id_: int, number: int, base: int, tokens: list[int], branch: bool) -> list[Effect]:
+    def expected(self, id_: int, proposal: Propose) -> list[Effect]:
+        number, tokens = proposal.request, proposal.tokens
         if number not in self.edges[id_].seen:
             return []
         known = self.edges[id_].seen[number][1]
@@ -673,11 +1011,16 @@ class Routing(RuleBasedStateMachine):
         if bad:
             text = f"Token id {bad[0]} is outside of the model's vocabulary of {vocab_size}."
             return [ToEdge(id_, Bye(ByeCode.TOKEN_ID, text))]
-        end = base + len(tokens)
+        backs, lengths = proposal.branches[::2], proposal.branches[1::2]
+        num_trunk = len(tokens) - sum(lengths)
+        trunk_end = proposal.base + num_trunk
+        if len(backs) != len(lengths) or num_trunk < bool(backs) or any(back > trunk_end for back in backs):
+            return [ToEdge(id_, Bye(ByeCode.PROTOCOL, str(refused(lambda: proposal.runs))))]
+        end = max([trunk_end, *(trunk_end - back + length for back, length in zip(backs, lengths, strict=True))])
         is_late = end <= len(known) if tokens else end != len(known)
         if end > len(known) + CREDIT or is_late:
             return []
-        return [ToEngine(engine, Propose(request, base, tuple(tokens), branch))]
+        return [ToEngine(engine, replace(proposal, request=request))]
 
 
 Routing.TestCase.settings = settings(max_examples=50, stateful_step_count=40)

@@ -1,5 +1,8 @@
+import re
+from ast import literal_eval
 from contextlib import suppress
 from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -7,7 +10,22 @@ from hypothesis import strategies as st
 
 from tests.helpers import FRAME_TYPES, ConnectionPair, any_frame, example_of, refused
 from vllm_specedge.errors import ByeCode, LocalProtocolError, RemoteProtocolError
-from vllm_specedge.frames import Bye, Close, Commit, Frame, Greet, Hello, Open, Ping, Pong, Propose, Welcome, encode
+from vllm_specedge.frames import (
+    Bye,
+    Close,
+    Commit,
+    Frame,
+    FrameReader,
+    Greet,
+    Hello,
+    Open,
+    Ping,
+    Pong,
+    Propose,
+    Welcome,
+    encode,
+)
+from vllm_specedge.proposals import ProposalTree
 from vllm_specedge.session import TRANSITIONS, Role, Session, State
 
 TO_LIVE: list[tuple[Role, type[Frame]]] = [(Role.GATEWAY, Greet), (Role.EDGE, Hello), (Role.GATEWAY, Welcome)]
@@ -18,6 +36,20 @@ PATHS: dict[State, list[tuple[Role, type[Frame]]]] = {
     State.LIVE: TO_LIVE,
     State.CLOSED: [(Role.EDGE, Bye)],
 }
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
+_SENDERS = {"E": Role.EDGE, "G": Role.GATEWAY}
+_EXAMPLE = re.compile(r"^    ([EG])  (\w+)\((.*?)\)(?:    .*)?\n {7}([0-9a-f ]+)$", re.MULTILINE)
+
+
+def examples_in(text: str) -> list[tuple[Role, Frame, bytes]]:
+    """Who sends, the frame, and its bytes, of all that the protocol document spells out like `E  Ping(1)`."""
+    by_name = {cls.__name__: cls for cls in FRAME_TYPES}
+    examples = []
+    for sender, name, values, data in _EXAMPLE.findall(text):
+        fields = (tuple(value) if isinstance(value, list) else value for value in literal_eval(f"({values},)"))
+        examples.append((_SENDERS[sender], by_name[name](*fields), bytes.fromhex(data)))
+    return examples
 
 
 def pair_in(state: State) -> ConnectionPair:
@@ -64,6 +96,35 @@ def test_the_table_says_what_the_protocol_document_says() -> None:
     }
     for state, role in product(State, Role):
         assert {cls for sender, cls in TRANSITIONS[state] if sender is role} == legal[state, role]
+
+
+def test_the_bytes_in_the_protocol_document_are_the_frames_that_it_says() -> None:
+    examples = examples_in(DOCUMENT)
+    assert len(examples) == len(re.findall(r"^    [EG]  \w", DOCUMENT, re.MULTILINE))
+    assert {type(frame) for _, frame, _ in examples} >= {Commit, Propose}
+    assert any(isinstance(frame, Propose) and frame.branches for _, frame, _ in examples)
+    for _, frame, data in examples:
+        assert encode(frame) == data
+        assert FrameReader().feed(data) == [frame]
+
+
+def test_the_connection_in_the_protocol_document_is_legal_and_drafts_what_it_says() -> None:
+    pair, tree = ConnectionPair(), ProposalTree(0)
+    committed: list[int] = []
+    drafts = []
+    for role, frame, _ in examples_in(DOCUMENT[DOCUMENT.index("\n## 14. Example") :]):
+        pair.send(role, frame)
+        if isinstance(frame, Commit):
+            assert frame.base == len(committed)
+            committed += frame.tokens
+            tree.advance(frame.tokens)
+        elif isinstance(frame, Propose) and frame.tokens:
+            assert {done.discarded for done in tree.insert(frame.runs, committed)} == {0}
+        else:
+            continue
+        drafts.append(tree.chain(5))
+    assert pair.state is State.CLOSED
+    assert drafts == [[], [100, 7, 100, 7], [9], [9, 20], [], []]
 
 
 def test_only_bye_closes_and_bye_always_does() -> None:

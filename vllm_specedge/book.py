@@ -9,6 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from vllm_specedge.counters import request_values
+from vllm_specedge.errors import RemoteProtocolError
+from vllm_specedge.estimates import Line, Smoothed
 from vllm_specedge.frames import (
     MAX_UINT32,
     Assign,
@@ -19,12 +22,19 @@ from vllm_specedge.frames import (
     Frame,
     Open,
     Propose,
+    Report,
     commits,
 )
-from vllm_specedge.policy import EdgeRecord, HoldLimits, Smoothed, hold_until
-from vllm_specedge.proposals import Fate, ProposalTree
+from vllm_specedge.policy import PRIOR_ACCEPTED, EdgeRecord, HoldLimits, hold_until, is_worth_verifying
+from vllm_specedge.proposals import Fate, Insertion, ProposalTree
 
-_MAX_COMMIT_TIMES = 32
+_MAX_EMPTIED = 32
+_DISCARDED = {
+    Fate.LATE: "discarded_late",
+    Fate.MISMATCH: "discarded_mismatch",
+    Fate.GAP: "discarded_gap",
+    Fate.FULL: "discarded_over_budget",
+}
 MAX_OPENED_TOKENS = 16_384
 
 
@@ -60,9 +70,16 @@ class _Request:
     """The edge has said that it has nothing for this position."""
     is_awaited: bool = False
     """It was held at this position; if no proposal comes, that is a miss."""
-    commit_times_s: dict[int, float] = field(default_factory=dict)
-    """When the request came to have so many tokens, for its last few lengths: the base of a proposal is one of them."""
+    emptied_s: dict[int, float] = field(default_factory=dict)
+    """When the request came to have so many tokens and no draft: its last few lengths that wait for an answer."""
+    suggestion: tuple[int, ...] = ()
+    """What vLLM's own n-gram lookup found for this position."""
+    is_suggestion: bool = False
+    """The step under way verifies the suggestion, not a draft of an edge's."""
     record: EdgeRecord = field(default_factory=EdgeRecord)
+    ngram_accepted: Smoothed = field(default_factory=lambda: Smoothed(mean=PRIOR_ACCEPTED))
+    counters: Counter[str] = field(default_factory=Counter)
+    """Its own, in the names of metrics.REQUEST_COUNTERS."""
 
 
 class DraftBook:
@@ -70,7 +87,7 @@ class DraftBook:
 
     def __init__(self, vocab_size: int, max_draft: int, limits: HoldLimits) -> None:
         self.counters: Counter[str] = Counter()
-        self.step_s = Smoothed()
+        self.step_s = Line()
         self.num_edges = 0
         self._vocab_size = vocab_size
         self._max_draft = max_draft
@@ -95,6 +112,7 @@ class DraftBook:
                 if request is not None:
                     request.is_assigned, request.has_answered = frame.active, False
                     request.record = EdgeRecord()
+                    request.emptied_s.clear()
             case Edges():
                 return self._edges(frame.num_edges)
             case EngineWelcome():
@@ -127,32 +145,59 @@ class DraftBook:
         if any(token >= self._vocab_size for token in frame.tokens):
             self.counters["dropped_token_id"] += 1
             return
-        self.counters["proposed_tokens"] += len(frame.tokens)
         if not frame.tokens:
             request.has_passed = request.has_passed or frame.base == request.tree.length
             return
-        self._learn_from_late(request, frame)
-        fate = request.tree.insert(frame.base, frame.tokens, request.tokens, frame.branch)
-        self.counters[f"proposals_{fate.value}"] += 1
-        committed_s = request.commit_times_s.pop(frame.base, None)
-        if committed_s is not None and not request.has_answered:
-            request.has_answered = True  # the first answer has the edge's prefill in it
-        elif committed_s is not None:
-            request.record.answered(now_s - committed_s, in_time=frame.base == request.tree.length)
-        if fate in (Fate.KEPT, Fate.FULL):
+        try:
+            runs = frame.runs
+        except RemoteProtocolError:
+            self.counters["unexpected_frames"] += 1
+            return
+        base, draft = frame.base + 1, runs[0][1][1:]  # the first token is a known one
+        if base in request.emptied_s and request.tokens[frame.base] == frame.tokens[0]:
+            self._learn_from_late(request, base, draft)
+        insertions = request.tree.insert(runs, request.tokens)
+        self.counters[f"proposals_{insertions[0].fate.value}"] += 1
+        for (_, tokens), done in zip(runs, insertions, strict=True):
+            self._count_insertion(request, len(tokens), done)
+        if insertions[0].fate not in (Fate.MISMATCH, Fate.GAP):
+            self._learn_answer(request, base, len(draft), now_s)
+        if request.tree.num_ahead:
             request.is_awaited = False
 
-    def _learn_from_late(self, request: _Request, frame: Propose) -> None:
+    def _count_insertion(self, request: _Request, num_tokens: int, done: Insertion) -> None:
+        self._add(request, "proposed_tokens", num_tokens)
+        self._add(request, "repeated_tokens", done.repeated)
+        self._add(request, "discarded_late", done.late)
+        if done.discarded:
+            self._add(request, _DISCARDED[done.fate], done.discarded)
+
+    def _add(self, request: _Request, name: str, number: int) -> None:
+        """Count for the request and in total."""
+        if number:
+            request.counters[name] += number
+            self.counters[name] += number
+
+    def _learn_answer(self, request: _Request, base: int, num_tokens: int, now_s: float) -> None:
+        """How long the edge took to answer a commit that left the request without a draft.
+
+        A proposal answers each of those lengths that it covers, for its past is that of the request.
+        """
+        for length in [length for length in request.emptied_s if base <= length < base + num_tokens]:
+            emptied_s = request.emptied_s.pop(length)
+            if request.has_answered:
+                request.record.answered(now_s - emptied_s, in_time=length == request.tree.length)
+            request.has_answered = True  # the first answer has the edge's prefill in it
+
+    def _learn_from_late(self, request: _Request, base: int, tokens: Sequence[int]) -> None:
         """How right a proposal was can be seen without verifying it, once its positions are decided.
 
         Without this an edge that was wrong a few times, and so is not waited for and comes late, would stay so.
         """
-        decided = request.tokens[frame.base : request.tree.length]
-        num_right = next(
-            (i for i, pair in enumerate(zip(frame.tokens, decided, strict=False)) if pair[0] != pair[1]), None
-        )
-        if num_right is not None or 0 < len(frame.tokens) <= len(decided):
-            request.record.accepted.observe(len(frame.tokens) if num_right is None else num_right)
+        decided = request.tokens[base : request.tree.length]
+        num_right = _num_equal(tokens, decided)
+        if num_right < min(len(tokens), len(decided)) or 0 < len(tokens) <= len(decided):
+            request.record.verified(num_right)
 
     # -- from the engine -------------------------------------------------------------------------------------------
 
@@ -185,27 +230,58 @@ class DraftBook:
         if num_tokens <= 0:
             return []
         self._count(request, num_tokens, num_verified)
-        if not self.num_edges:
-            request.tree = ProposalTree(base + num_tokens) if request.tree.num_nodes else request.tree
-            request.tree.length = base + num_tokens
-            return []
-        tokens = tuple(request.tokens[base:])
-        request.tree.advance(tokens)
+        is_drafted = num_verified > 0 and not request.is_suggestion
+        request.suggestion, request.is_suggestion = (), False
         request.has_passed = request.is_awaited = False
-        request.commit_times_s[request.tree.length] = now_s
-        if len(request.commit_times_s) > _MAX_COMMIT_TIMES:
-            del request.commit_times_s[next(iter(request.commit_times_s))]
+        tokens = tuple(request.tokens[base:])
+        self._advance(request, tokens, is_drafted)
+        if not self.num_edges:
+            return []
+        if not request.tree.num_ahead:
+            request.emptied_s[request.tree.length] = now_s
+            if len(request.emptied_s) > _MAX_EMPTIED:
+                del request.emptied_s[next(iter(request.emptied_s))]
         return list(commits(request.number, base, tokens)) if request.is_open else self._opening(request)
 
+    def _advance(self, request: _Request, tokens: tuple[int, ...], is_drafted: bool) -> None:
+        done = request.tree.advance(tokens)
+        self._add(request, "discarded_mismatch", done.pruned)
+        self._add(request, "tree_hits", done.is_hit)
+        if is_drafted and not done.is_on_trunk:
+            request.record.hit.observe(float(done.is_hit))
+        self._add(request, "round_trips_saved", request.tree.num_ahead > 0)
+
     def _count(self, request: _Request, num_tokens: int, num_verified: int) -> None:
-        self.counters["committed_tokens"] += num_tokens
-        self.counters["steps"] += 1
-        if num_verified:
-            num_accepted = min(num_tokens - 1, num_verified)
-            self.counters["verified_tokens"] += num_verified
-            self.counters["accepted_tokens"] += num_accepted
+        self._add(request, "committed_tokens", num_tokens)
+        self._add(request, "ahead_tokens", request.tree.num_ahead)
+        self._add(request, "steps", 1)
+        self._learn_from_suggestion(request)
+        if not num_verified:
+            return
+        num_accepted = min(num_tokens - 1, num_verified)
+        kind = "ngram_" if request.is_suggestion else ""
+        self._add(request, f"{kind}verified_tokens", num_verified)
+        self._add(request, f"{kind}accepted_tokens", num_accepted)
+        if not request.is_suggestion:
             self.counters["verified_drafts"] += 1
-            request.record.accepted.observe(num_accepted)
+            request.record.verified(num_accepted)
+
+    def _learn_from_suggestion(self, request: _Request) -> None:
+        """How many of its tokens were right, whether they were verified or not: so it can pay again."""
+        if request.suggestion:
+            decided = request.tokens[request.tree.length :]
+            request.ngram_accepted.observe(_num_equal(request.suggestion, decided))
+
+    def _is_suggestion_worth_it(self, request: _Request, limit: int) -> bool:
+        num_tokens = min(limit, len(request.suggestion))
+        accepted = min(request.ngram_accepted.mean or 0.0, num_tokens)
+        return num_tokens > 0 and is_worth_verifying(accepted, num_tokens, self.step_s)
+
+    def suggest(self, request_id: str, tokens: Sequence[int]) -> None:
+        """vLLM's own n-gram draft for what follows the request's tokens as they are now; forgotten with its commit."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.suggestion = tuple(tokens)
 
     def close(self, request_id: str) -> list[Frame]:
         """A request finished or was aborted."""
@@ -213,7 +289,9 @@ class DraftBook:
         if request is None:
             return []
         del self._ids[request.number]
-        return self._closing(request)
+        self._add(request, "discarded_unused", request.tree.num_nodes)
+        report = Report(request.number, request_values(request.counters))
+        return [report, *self._closing(request)] if request.is_open else []
 
     def _closing(self, request: _Request) -> list[Frame]:
         was_open, request.is_open, request.is_assigned = request.is_open, False, False
@@ -227,18 +305,22 @@ class DraftBook:
             request = self._requests.get(row.request_id)
             if request is None or row.limit <= 0:
                 continue
-            draft = request.tree.chain(min(row.limit, self._max_draft))
+            limit = min(row.limit, self._max_draft)
+            draft = request.tree.chain(limit)
+            request.is_suggestion = not draft and self._is_suggestion_worth_it(request, limit)
             if draft:
                 plan.drafts[row.request_id] = draft
+            elif request.is_suggestion:
+                plan.drafts[row.request_id] = list(request.suggestion[:limit])
             elif request.is_assigned and not request.has_passed:
                 self._plan_hold(row.request_id, request, now_s, plan)
         return plan
 
     def _plan_hold(self, request_id: str, request: _Request, now_s: float, plan: Plan) -> None:
-        committed_s = request.commit_times_s.get(request.tree.length)
-        if committed_s is None:
+        emptied_s = request.emptied_s.get(request.tree.length)
+        if emptied_s is None:
             return  # nothing was published for an edge to answer
-        until_s = hold_until(request.record, committed_s, now_s, self.step_s.mean or 0.0, self._limits)
+        until_s = hold_until(request.record, emptied_s, now_s, self.step_s(1), self._limits)
         if until_s is not None:
             self.counters["holds"] += not request.is_awaited
             request.is_awaited = True
@@ -247,3 +329,9 @@ class DraftBook:
             self.counters["missed_holds"] += 1
             request.is_awaited = False
             request.record.missed()
+
+
+def _num_equal(draft: Sequence[int], decided: Sequence[int]) -> int:
+    """How many first tokens of a draft are right."""
+    pairs = zip(draft, decided, strict=False)
+    return next((i for i, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(draft), len(decided)))

@@ -37,7 +37,7 @@ def gateway(
     tls_cert: Annotated[str, typer.Option(help="PEM certificate chain.")] = "",
     tls_key: Annotated[str, typer.Option(help="PEM private key, PKCS#8.")] = "",
     insecure: Annotated[bool, typer.Option("--insecure", help="Beyond loopback without TLS or tokens.")] = False,
-    credit_tokens: Annotated[int, typer.Option(help="How far ahead edges may draft; 0: one step.")] = 0,
+    credit_tokens: Annotated[int, typer.Option(help="How far past the last commit edges may draft.")] = 32,
     max_edges: Annotated[int, typer.Option(help="Edges at once.")] = 256,
     max_requests_per_edge: Annotated[int, typer.Option(help="Requests an edge at once.")] = 32,
     ends_with_stdin: Annotated[bool, typer.Option("--ends-with-stdin", hidden=True)] = False,

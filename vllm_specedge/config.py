@@ -34,14 +34,32 @@ class EdgeOptions(BaseModel):
     """Never hold a request for its draft longer than this; 0: never hold."""
     mode: Literal["auto", "wait", "never-wait"] = "auto"
     """When requests are held: while it pays, always (up to the limit; for comparisons), never."""
-    credit_tokens: int = Field(0, ge=0, le=64)
-    """How far past the last commit an edge may draft; 0: as far as one step verifies."""
+    credit_tokens: int = Field(32, ge=1, le=64)
+    """How far past the last commit an edge may draft."""
+    ngram: bool = True
+    """Where no edge has anything to say, verify what vLLM's own n-gram lookup finds, when that pays."""
+    prompt_lookup_min: int = Field(5, ge=1)
+    """The shortest run of tokens that the lookup looks for, as in vLLM's `ngram` method."""
+    prompt_lookup_max: int = Field(5, ge=1)
+    """The longest. Of the two, one that is given alone stands for both."""
     max_edges: int = Field(256, ge=1, le=100_000)
     max_requests_per_edge: int = Field(32, ge=1, le=4096)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lookup(cls, values: dict[str, object]) -> dict[str, object]:
+        """As vLLM does it for its `ngram` method (config/speculative.py)."""
+        given = {name: values[name] for name in ("prompt_lookup_min", "prompt_lookup_max") if name in values}
+        if len(given) != 1:
+            return values
+        (size,) = given.values()
+        return {**values, "prompt_lookup_min": size, "prompt_lookup_max": size}
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         host, _ = split_address(self.listen)
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError("prompt_lookup_min must not be above prompt_lookup_max")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key go together: give both or neither")
         if (

@@ -7,6 +7,7 @@ Invariant: no input makes a reader hold more than `MAX_FRAME_BYTES` or allocate 
 """
 
 import dataclasses
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,9 +24,11 @@ MAX_TOKENS_PER_FRAME = 1024
 """A longer run of tokens (a prompt) travels as several Commit frames, so that no frame holds up those behind it."""
 MAX_FRAME_BYTES = 8192
 """Holds MAX_TOKENS_PER_FRAME ids of 5 bytes and every other field at its largest."""
+MAX_BRANCHES = 64
 MAX_TEXT_BYTES = 512
 MAX_UINT32 = 2**32 - 1
 _LENGTH_BYTES = 2
+_WORD_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +113,30 @@ class CloseReason:
 class Propose:
     """Draft tokens for positions base, base + 1, ...; no tokens: nothing to say for `base`, do not wait.
 
-    A trunk (`branch` false) replaces what this edge proposed from `base` on; a branch leaves the trunk at `base`.
+    `tokens` is a run of the trunk, and behind it the tokens of branches. `branches` holds two numbers for each branch:
+    how many positions before the end of the run it leaves the trunk, and how many of the tokens are its own.
     """
 
     CODE: ClassVar[int] = 7
     request: int
     base: int
     tokens: tuple[int, ...]
-    branch: bool = False
+    branches: tuple[int, ...] = ()
+
+    @property
+    def runs(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Base and tokens of the trunk's run and of each branch. Raises RemoteProtocolError if they do not add up."""
+        num_trunk = len(self.tokens) - sum(self.branches[1::2])
+        end = self.base + num_trunk
+        if num_trunk < 0 or len(self.branches) % 2 or any(back > end for back in self.branches[::2]):
+            raise RemoteProtocolError("a proposal's branches do not add up to its tokens")
+        if self.branches and not num_trunk:
+            raise RemoteProtocolError("a proposal of branches has a token of their trunk in front")
+        runs, at = [(self.base, self.tokens[:num_trunk])], num_trunk
+        for back, length in zip(self.branches[::2], self.branches[1::2], strict=True):
+            runs.append((end - back, self.tokens[at : at + length]))
+            at += length
+        return runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +202,21 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Engine to gateway, now and then: its counters since it started, in the order of metrics.ENGINE_COUNTERS."""
+    """Engine to gateway, now and then: its counters since it started, in the order of counters.ENGINE_COUNTERS."""
 
     CODE: ClassVar[int] = 36
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Engine to gateway: a request that is about to close; its own counters, in the order of counters.REQUEST_COUNTERS.
+
+    A counter that no longer fits says MAX_UINT32.
+    """
+
+    CODE: ClassVar[int] = 37
+    request: int
     values: tuple[int, ...]
 
 
@@ -205,6 +236,7 @@ Frame: TypeAlias = (
     | Edges
     | Assign
     | Stats
+    | Report
 )
 
 
@@ -232,16 +264,57 @@ def _is_uints(value: object) -> bool:
     return not value or (set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= MAX_UINT32)
 
 
+def _is_tokens(value: object) -> bool:
+    """The same, by another name: token ids travel packed."""
+    return _is_uints(value)
+
+
+def _is_branches(value: object) -> bool:
+    return _is_uints(value) and len(value) <= 2 * MAX_BRANCHES  # type: ignore[arg-type]
+
+
 _CHECKS: dict[object, Callable[[object], bool]] = {
     int: _is_uint,
     str: is_text,
     bool: _is_bool,
     tuple[int, ...]: _is_uints,
 }
+_BY_NAME: dict[str, Callable[[object], bool]] = {"tokens": _is_tokens, "branches": _is_branches}
 _BY_CODE: dict[int, type[Frame]] = {cls.CODE: cls for cls in Frame.__args__}
 _FIELDS: dict[type[Frame], list[tuple[str, Callable[[object], bool]]]] = {
-    cls: [(field.name, _CHECKS[field.type]) for field in dataclasses.fields(cls)] for cls in _BY_CODE.values()
+    cls: [(field.name, _BY_NAME.get(field.name) or _CHECKS[field.type]) for field in dataclasses.fields(cls)]
+    for cls in _BY_CODE.values()
 }
+
+
+def pack_tokens(tokens: Sequence[int]) -> bytes:
+    """Token ids as one byte that says how many bytes each takes, and each in so many, little-endian; nothing for none.
+
+    A vocabulary needs two or three bytes an id, for which msgpack's integers take three or five.
+    """
+    if not tokens:
+        return b""
+    width = (max(tokens).bit_length() + 7) // 8 or 1
+    wide = struct.pack(f"<{len(tokens)}I", *tokens)
+    packed = bytearray(len(tokens) * width)
+    for index in range(width):
+        packed[index::width] = wide[index::_WORD_BYTES]
+    return bytes((width,)) + packed
+
+
+def unpack_tokens(data: bytes) -> tuple[int, ...]:
+    """Raises RemoteProtocolError for what `pack_tokens` does not make."""
+    if not data:
+        return ()
+    width, packed = data[0], data[1:]
+    if not 1 <= width <= _WORD_BYTES or not packed or len(packed) % width:
+        raise RemoteProtocolError(f"{len(packed)} bytes are no token ids of {width} bytes")
+    wide = bytearray(len(packed) // width * _WORD_BYTES)
+    for index in range(width):
+        wide[index::_WORD_BYTES] = packed[index::width]
+    if width > 1 and not any(packed[width - 1 :: width]):
+        raise RemoteProtocolError(f"token ids that fit fewer bytes came in {width}")
+    return struct.unpack(f"<{len(wide) // _WORD_BYTES}I", wide)
 
 
 def encode(frame: Frame) -> bytes:
@@ -252,7 +325,7 @@ def encode(frame: Frame) -> bytes:
         value = getattr(frame, name)
         if not is_valid(value):
             raise ValueError(f"{type(frame).__name__}.{name} cannot be {value!r:.100}")
-        body.append(value)
+        body.append(pack_tokens(value) if is_valid is _is_tokens else value)
     packed: bytes = msgpack.packb(body, unicode_errors="strict")
     return len(packed).to_bytes(_LENGTH_BYTES, "big") + packed
 
@@ -275,7 +348,7 @@ class _Body:
             max_buffer_size=MAX_FRAME_BYTES,
             max_str_len=MAX_TEXT_BYTES,
             max_array_len=0,
-            max_bin_len=0,
+            max_bin_len=1 + _WORD_BYTES * MAX_TOKENS_PER_FRAME,
             max_map_len=0,
             max_ext_len=0,
         )
@@ -292,13 +365,21 @@ class _Body:
             raise RemoteProtocolError(f"{cls.__name__} has {len(fields)} fields, not {num_fields}")
         values: list[Any] = []
         for name, is_valid in fields:
-            value = self._uints() if is_valid is _is_uints else self._unpacker.unpack()
+            value = self._value(is_valid)
             if not is_valid(value):
                 raise RemoteProtocolError(f"{cls.__name__}.{name} is out of bounds or of the wrong type")
             values.append(value)
         if self._unpacker.tell() != len(self._body):
             raise RemoteProtocolError("bytes follow the frame's last field")
         return cls(*values)
+
+    def _value(self, is_valid: Callable[[object], bool]) -> object:
+        if is_valid in (_is_uints, _is_branches):
+            return self._uints()
+        value = self._unpacker.unpack()
+        if is_valid is _is_tokens:
+            return unpack_tokens(value) if type(value) is bytes else None
+        return value
 
     def _array(self) -> int:
         """The length in an array's header, which is passed over."""

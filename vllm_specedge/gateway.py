@@ -40,7 +40,7 @@ from vllm_specedge.frames import (
     bye,
     encode,
 )
-from vllm_specedge.metrics import RouterCollector
+from vllm_specedge.metrics import RequestHistograms, RouterCollector, report_row
 from vllm_specedge.preflight import check_start
 from vllm_specedge.router import ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.session import Role, Session, State
@@ -91,6 +91,9 @@ class Gateway:
             credit_tokens=options.credit_tokens,
         )
         self.router = Router(limits)
+        self.registry = CollectorRegistry()
+        self.registry.register(RouterCollector(self.router))
+        self._histograms = RequestHistograms(self.registry)
         self._heartbeat_s = limits.heartbeat_ms / 1000
         self._tokens = TokenFile(Path(options.tokens_file)) if options.tokens_file else None
         self._connections: dict[int, Connection] = {}
@@ -268,12 +271,18 @@ class Gateway:
             self._engine_heard_s[engine] = time.monotonic()
             try:
                 for frame in FrameReader().feed(data):
-                    self._carry_out(self.router.from_engine(engine, frame))
+                    self._from_engine(engine, frame)
             except RemoteProtocolError as error:
                 self._carry_out(self.router.engine_left(engine))
                 logger.warning("An engine was dropped: %s", error)
             except Exception:  # noqa: BLE001 - the outermost edge of this task
                 self._failed("A message of an engine's failed")
+
+    def _from_engine(self, engine: bytes, frame: Frame) -> None:
+        num_reports = self.router.counters["reports"]
+        self._carry_out(self.router.from_engine(engine, frame))
+        if self.router.counters["reports"] > num_reports:
+            self._histograms.observe(self.router.reports[-1])
 
     async def watch(self) -> None:
         """Close what has been silent for too long, for ever."""
@@ -308,8 +317,6 @@ class Gateway:
 def make_app(gateway: Gateway) -> FastAPI:
     """The gateway's HTTP side."""
     app = FastAPI(title="vLLM-SpecEdge gateway", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    registry = CollectorRegistry()
-    registry.register(RouterCollector(gateway.router))
 
     def authorized(request: Request) -> frozenset[str]:
         roles = gateway.authorize(request.headers.get("authorization"))
@@ -338,7 +345,16 @@ def make_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(gateway.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/requests")
+    async def requests() -> JSONResponse:
+        """What each of the requests that closed last came to, newest first.
+
+        Open to whoever reaches the gateway, as /metrics is, whose totals give the same away to who reads them often:
+        how long answers are and how well drafts do, in numbers, but no token, no text and no name of a request.
+        """
+        return JSONResponse({"requests": [report_row(report) for report in reversed(gateway.router.reports)]})
 
     return app
 

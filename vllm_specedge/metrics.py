@@ -1,38 +1,18 @@
 """Every metric's name, unit and meaning, in one table each; values are read from the counters the core keeps."""
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_specedge.router import Router
-
-ENGINE_COUNTERS = (
-    ("steps", "Decode steps of requests, with a draft or without."),
-    ("committed_tokens", "Tokens chosen by the target."),
-    ("verified_drafts", "Drafts that the target verified."),
-    ("verified_tokens", "Draft tokens that the target verified."),
-    ("accepted_tokens", "Draft tokens that the target accepted."),
-    ("proposed_tokens", "Draft tokens that reached the engine."),
-    ("proposals_kept", "Proposals kept in a proposal tree."),
-    ("proposals_late", "Proposals for positions that were decided already."),
-    ("proposals_mismatch", "Proposals that contradicted what was decided meanwhile."),
-    ("proposals_gap", "Proposals that continue something the engine does not have."),
-    ("proposals_full", "Proposals cut because the request's tree was full."),
-    ("holds", "Times a request was held for its draft."),
-    ("missed_holds", "Holds that ended without a draft."),
-    ("wakes", "Times a draft woke a parked engine."),
-    ("wake_us", "Microseconds from a draft's arrival to the parked engine's looking at it, in total."),
-    ("dropped_closed", "Proposals for requests that were over."),
-    ("dropped_token_id", "Proposals with a token id outside of the vocabulary."),
-    ("unexpected_frames", "Frames a gateway should not send."),
-)
-"""What an engine reports in Stats, in this order."""
+from vllm_specedge.counters import ENGINE_COUNTERS, REQUEST_COUNTERS
+from vllm_specedge.router import RequestReport, Router
 
 GATEWAY_COUNTERS = (
     ("proposed_tokens", "Draft tokens that edges sent and the gateway passed on."),
     ("assigned", "Requests given to an edge."),
+    ("assigned_by_prefix", "Requests given to an edge because it drafted for a context that begins as theirs does."),
     ("declined", "Requests that an edge gave back."),
     ("dropped_closed", "Proposals for requests that were over."),
     ("dropped_late", "Proposals for positions that were decided already."),
@@ -41,6 +21,8 @@ GATEWAY_COUNTERS = (
     ("floods", "Edges closed because they sent too many frames."),
     ("commit_gaps", "Requests dropped because commits were missing."),
     ("requests_over_limit", "Requests not drafted for because of a bound."),
+    ("reports", "Requests whose counters came in before they closed."),
+    ("dropped_reports", "Counters of requests that the gateway does not know or has them of."),
     ("unexpected_engine_frames", "Frames an engine should not send."),
     ("refused", "Edges refused or closed with a Bye."),
     ("slow_edges", "Edges closed because they did not read."),
@@ -49,9 +31,43 @@ GATEWAY_COUNTERS = (
 )
 
 
-def engine_values(counters: Counter[str]) -> tuple[int, ...]:
-    """An engine's counters as Stats carries them; they wrap at 2**32, as a restart would reset them."""
-    return tuple(counters[name] % 2**32 for name, _ in ENGINE_COUNTERS)
+def report_row(report: RequestReport) -> dict[str, int]:
+    """A report's counters by name, and the engine's number.
+
+    An engine of another release may send fewer values (the rest are 0) or more (they have no name here).
+    """
+    return {"engine": report.engine, **_by_name(report.values)}
+
+
+def _by_name(values: Sequence[int]) -> dict[str, int]:
+    padded = (*values, *[0] * len(REQUEST_COUNTERS))
+    return {name: value for (name, _), value in zip(REQUEST_COUNTERS, padded, strict=False)}
+
+
+class RequestHistograms:
+    """How requests did that have finished. Without labels, so that there are ever so many series and no more."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._acceptance_ratio = Histogram(
+            "specedge_request_acceptance_ratio",
+            "Of the tokens of edges verified for a finished request, the part that the target accepted.",
+            registry=registry,
+            buckets=[tenths / 10 for tenths in range(11)],
+        )
+        self._tokens_per_step = Histogram(
+            "specedge_request_tokens_per_step",
+            "Tokens that a finished request got from a decode step, on average; 1 is plain decoding.",
+            registry=registry,
+            buckets=(1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 32),
+        )
+
+    def observe(self, report: RequestReport) -> None:
+        """Take in one request. What was never verified, or had no step, has no ratio."""
+        counters = _by_name(report.values)
+        if counters["verified_tokens"]:
+            self._acceptance_ratio.observe(counters["accepted_tokens"] / counters["verified_tokens"])
+        if counters["steps"]:
+            self._tokens_per_step.observe(counters["committed_tokens"] / counters["steps"])
 
 
 class RouterCollector(Collector):

@@ -5,10 +5,10 @@ Rule: a request is held only while what the draft is expected to bring beats dec
 
 from dataclasses import dataclass, field
 
-_GAIN = 0.125
-_DEVIATION_GAIN = 0.25
+from vllm_specedge.estimates import Line, Smoothed
+
 _DEVIATIONS = 4.0
-"""Smoothing and margin as TCP's retransmission timer has them (RFC 6298): the problem is the same, an answer's time."""
+"""After so many mean deviations an answer is late, as for TCP's retransmission timer (RFC 6298)."""
 
 
 MODES = ("auto", "wait", "never-wait")
@@ -25,21 +25,7 @@ class HoldLimits:
     """After so many late answers in a row an edge is not waited for until it is in time again."""
 
 
-@dataclass(slots=True)
-class Smoothed:
-    """A running mean and mean deviation of a quantity; `mean` is None before the first observation."""
-
-    mean: float | None = None
-    deviation: float = 0.0
-
-    def observe(self, value: float) -> None:
-        if self.mean is None:
-            self.mean, self.deviation = value, value / 2
-            return
-        self.deviation += _DEVIATION_GAIN * (abs(value - self.mean) - self.deviation)
-        self.mean += _GAIN * (value - self.mean)
-
-
+PRIOR_FIRST = 0.5
 PRIOR_ACCEPTED = 1.0
 """Accepted tokens of a draft, before anything is known: enough to wait for an edge a few times and see."""
 
@@ -52,6 +38,10 @@ class EdgeRecord:
     """From a commit's publication to the proposal that follows it."""
     accepted: Smoothed = field(default_factory=lambda: Smoothed(mean=PRIOR_ACCEPTED))
     """Draft tokens of a proposal that were right, whether it was verified or came too late to be."""
+    first: Smoothed = field(default_factory=lambda: Smoothed(mean=PRIOR_FIRST))
+    """How often the first of them was."""
+    hit: Smoothed = field(default_factory=lambda: Smoothed(mean=0.0))
+    """How often, when a draft was rejected, a branch held the next one."""
     num_misses: int = 0
 
     def answered(self, after_s: float, in_time: bool) -> None:
@@ -60,6 +50,17 @@ class EdgeRecord:
         self.answer_s.observe(after_s)
         if in_time or is_punctual:
             self.num_misses = 0
+
+    def verified(self, num_right: int) -> None:
+        """It is known how many first tokens of a draft were right."""
+        self.accepted.observe(num_right)
+        self.first.observe(float(num_right > 0))
+
+    @property
+    def survival(self) -> float:
+        """The chance that what the edge sends is of use although the request decoded one more token meanwhile."""
+        first = self.first.mean or 0.0
+        return first + (1.0 - first) * (self.hit.mean or 0.0)
 
     @property
     def late_after_s(self) -> float:
@@ -73,8 +74,10 @@ class EdgeRecord:
 def hold_until(record: EdgeRecord, committed_s: float, now_s: float, step_s: float, limits: HoldLimits) -> float | None:
     """Until when to hold a request that has no draft, or None to decode now.
 
-    `committed_s` is when its last tokens were published, `step_s` how long a decode step takes. Waiting w seconds for
-    a draft of which m tokens are accepted beats decoding at once while w < m * step_s.
+    `committed_s` is when its last tokens were published, `step_s` how long a decode step takes. Decoding now takes a
+    step for one token, and leaves the draft, of which m tokens are right, of use with probability r only. Holding for
+    w seconds instead saves step_s - w, which is worth so many tokens at the rate the request runs at. So hold while
+    (step_s - w) * rate + m * (1 - r) > 1.
     """
     if limits.mode == "never-wait":
         return None
@@ -85,7 +88,17 @@ def hold_until(record: EdgeRecord, committed_s: float, now_s: float, step_s: flo
         return None
     expected_at_s = committed_s + record.answer_s.mean
     accepted = record.accepted.mean or 0.0
-    if max(0.0, expected_at_s - now_s) >= accepted * step_s:  # also where nothing can be gained, however short the wait
+    wait_s = max(0.0, expected_at_s - now_s)
+    rate = (1.0 + accepted) / max(step_s, wait_s, 1e-6)
+    if not accepted or (step_s - wait_s) * rate + accepted * (1.0 - record.survival) <= 1.0:
         return None
     deadline_s = min(committed_s + record.late_after_s, limit_s)
     return deadline_s if now_s < deadline_s else None
+
+
+def is_worth_verifying(accepted: float, num_tokens: int, step_s: Line) -> bool:
+    """Whether `num_tokens` draft tokens of which so many are expected to be accepted save more time than they take.
+
+    An accepted token saves a decode step; each verified one makes this step longer.
+    """
+    return accepted * step_s(1) >= num_tokens * step_s.slope_s

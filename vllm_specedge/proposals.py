@@ -3,10 +3,12 @@
 Rule 1: a proposal is advice. One that is late, doubled, overlapping, contradicting or ahead of what is known is
 ordinary input: keep what can still come true, say why the rest cannot, and never raise.
 Rule 2: the tree starts after the last committed token. `advance` moves its root; what no longer matches is gone.
+Rule 3: a proposal starts with a known token, committed or of the trunk: it shows what past it was drafted for.
 Invariant: at most `max_nodes` nodes, none deeper than `max_depth`; work is constant per token proposed.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -18,6 +20,32 @@ class Fate(Enum):
     MISMATCH = "mismatch"
     GAP = "gap"
     FULL = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Insertion:
+    """What became of a proposal's tokens: each is new in the tree, there already, decided already, or discarded."""
+
+    fate: Fate
+    new: int = 0
+    repeated: int = 0
+    late: int = 0
+    discarded: int = 0
+    """Because of `fate`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What a commit did to a tree."""
+
+    held: int
+    """So many of its tokens, from the first, the tree held."""
+    pruned: int
+    """Draft tokens that cannot come true any more."""
+    is_on_trunk: bool
+    """The trunk had all of them; False too where there was none."""
+    is_hit: bool
+    """It had not, and what follows the commit is in the tree all the same."""
 
 
 class _Node:
@@ -51,46 +79,68 @@ class ProposalTree:
     def __repr__(self) -> str:
         return f"ProposalTree(length={self.length}, nodes={self.num_nodes}, trunk={self._trunk_tokens})"
 
-    def insert(self, base: int, tokens: Sequence[int], committed: Sequence[int], branch: bool = False) -> Fate:
-        """Add `tokens` for positions base, base + 1, ...
+    @property
+    def num_ahead(self) -> int:
+        """Tokens of the trunk."""
+        return len(self._trunk_tokens)
+
+    def insert(self, runs: Sequence[tuple[int, Sequence[int]]], committed: Sequence[int]) -> list[Insertion]:
+        """Add a proposal: a run of the trunk, then branches, each with its base, the position of its first token.
 
         `committed` is the request so far: `length` token ids. Tokens that overlap it must equal it, or the rest cannot
-        come true. A trunk replaces the trunk from `base` on, a branch leaves it there.
+        come true. The run replaces the trunk from its base on; the branches leave it there.
         """
-        if base < self.length:
-            overlap = self.length - base
-            if len(tokens) <= overlap:
-                return Fate.LATE
-            if any(committed[base + i] != tokens[i] for i in range(overlap)):
-                return Fate.MISMATCH
-            base, tokens = self.length, tokens[overlap:]
-        depth = base - self.length
-        if depth > len(self._trunk_tokens):
-            return Fate.GAP
-        return self._attach(depth, tokens, branch)
+        (base, tokens), *branches = runs
+        done = [self._insert(base, tokens, committed, is_branch=False)]
+        has_trunk = done[0].fate in (Fate.KEPT, Fate.FULL)
+        for base, tokens in branches:
+            if has_trunk or base < self.length:
+                done.append(self._insert(base, tokens, committed, is_branch=True))
+            else:
+                done.append(Insertion(done[0].fate, discarded=len(tokens)))
+        if not self._trunk_tokens:
+            self._follow_branch()
+        return done
 
-    def _attach(self, depth: int, tokens: Sequence[int], branch: bool) -> Fate:
+    def _insert(self, base: int, tokens: Sequence[int], committed: Sequence[int], is_branch: bool) -> Insertion:
+        late = max(0, self.length - base)
+        if late and late >= len(tokens):
+            return Insertion(Fate.LATE, late=len(tokens))
+        if any(committed[base + i] != tokens[i] for i in range(late)):
+            return Insertion(Fate.MISMATCH, discarded=len(tokens))
+        depth, tokens = base + late - self.length, tokens[late:]
+        if depth > len(self._trunk_tokens) or not (late or is_branch or self._is_on_trunk(depth, tokens)):
+            return Insertion(Fate.GAP, discarded=len(tokens))
+        return self._attach(depth, tokens, is_branch, late)
+
+    def _is_on_trunk(self, depth: int, tokens: Sequence[int]) -> bool:
+        return depth < len(self._trunk_tokens) and len(tokens) > 0 and tokens[0] == self._trunk_tokens[depth]
+
+    def _attach(self, depth: int, tokens: Sequence[int], is_branch: bool, late: int) -> Insertion:
         trunk = self._trunk[: depth + 1]
         trunk_tokens = self._trunk_tokens[:depth]
-        node, fate = trunk[depth], Fate.KEPT
+        node, num_new, num_done = trunk[depth], 0, 0
         for token in tokens:
             child = node.children.get(token)
             if child is None:
                 if self.num_nodes >= self._max_nodes or len(trunk_tokens) >= self._max_depth:
-                    fate = Fate.FULL
                     break
                 child = node.children[token] = _Node()
                 self.num_nodes += 1
+                num_new += 1
             node = child
+            num_done += 1
             trunk.append(node)
             trunk_tokens.append(token)
-        if not branch:
+        # A trunk that only repeats the beginning of the one there leaves the rest of that in place.
+        if not is_branch and trunk_tokens != self._trunk_tokens[: len(trunk_tokens)]:
             self._trunk, self._trunk_tokens = trunk, trunk_tokens
-        return fate
+        fate = Fate.KEPT if num_done == len(tokens) else Fate.FULL
+        return Insertion(fate, num_new, num_done - num_new, late, len(tokens) - num_done)
 
-    def advance(self, tokens: Sequence[int]) -> int:
-        """The request grew by `tokens`. Returns how many of them, from the first, the tree held."""
-        num_held, node = 0, self._root
+    def advance(self, tokens: Sequence[int]) -> Advance:
+        """The request grew by `tokens`."""
+        num_before, num_held, node = self.num_nodes, 0, self._root
         for token in tokens:
             child = node.children.pop(token, None)
             self.num_nodes -= node.count()  # the child's siblings go: each node is counted once in its life
@@ -101,11 +151,23 @@ class ProposalTree:
             node = child
             num_held += 1
         self.length += len(tokens)
-        is_on_trunk = list(tokens) == self._trunk_tokens[: len(tokens)]
         self._root = node
-        self._trunk = self._trunk[len(tokens) :] if is_on_trunk else [node]
-        self._trunk_tokens = self._trunk_tokens[len(tokens) :] if is_on_trunk else []
-        return num_held
+        is_on_trunk = list(tokens) == self._trunk_tokens[: len(tokens)]
+        if is_on_trunk:
+            self._trunk, self._trunk_tokens = self._trunk[len(tokens) :], self._trunk_tokens[len(tokens) :]
+        if not (is_on_trunk and self._trunk_tokens):
+            self._follow_branch()
+        return Advance(
+            num_held, num_before - self.num_nodes - num_held, is_on_trunk, not is_on_trunk and bool(node.children)
+        )
+
+    def _follow_branch(self) -> None:
+        """The trunk is what was proposed first behind the root."""
+        self._trunk, self._trunk_tokens = [self._root], []
+        while self._trunk[-1].children:
+            token, node = next(iter(self._trunk[-1].children.items()))
+            self._trunk.append(node)
+            self._trunk_tokens.append(token)
 
     def chain(self, limit: int) -> list[int]:
         """The draft to verify next, at most `limit` tokens: the trunk, or what came first where it has nothing."""

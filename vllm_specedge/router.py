@@ -4,15 +4,17 @@ Rule 1: an edge sees the tokens of the requests it drafts for and of no other. A
 goes to that session's edge only; a request that names none goes to pool edges only.
 Rule 2: an edge's fault costs that edge its connection, never a request: the request goes to another edge or to none.
 Rule 3: everything is bounded: requests an edge, tokens a request, tokens ahead, and what is kept for whom.
+Rule 4: what is remembered of earlier requests only chooses among edges that may and can draft for this one.
 """
 
+import hashlib
 from array import array
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from vllm_specedge.errors import ByeCode
+from vllm_specedge.errors import ByeCode, RemoteProtocolError
 from vllm_specedge.frames import (
     PROTOCOL_VERSION,
     Assign,
@@ -29,6 +31,7 @@ from vllm_specedge.frames import (
     Ping,
     Pong,
     Propose,
+    Report,
     Stats,
     Welcome,
     bye,
@@ -41,6 +44,12 @@ ROLES = (POOL, PRIVATE)
 MAX_UNREAD_TOKENS = 1 << 16
 MAX_GAPS = 2
 """An edge that misses commits of a request more often does not get it again: a context is a lot to send for a frame."""
+MAX_EXTRA_LOAD = 1
+"""How many requests more than the least loaded edge an edge may have that knows most of a context. With 0, two edges
+that take turns at being one ahead would swap their conversations; with more, conversations would pile up on an edge,
+and sharing it for a whole answer costs more than reading a context once."""
+MAX_REPORTS = 256
+MAX_REPORT_VALUES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +62,8 @@ class RouterLimits:
     max_context_tokens: int = 1 << 19
     max_total_tokens: int = 1 << 25
     """Of all contexts together, at 4 bytes a token."""
-    credit_tokens: int = 0
-    """How far past the last commit an edge may propose; 0: as far as one step verifies."""
+    credit_tokens: int = 32
+    """How far past the last commit an edge may propose."""
     heartbeat_ms: int = 2000
 
 
@@ -76,9 +85,20 @@ Effect: TypeAlias = ToEdge | ToEngine
 _Key: TypeAlias = tuple[bytes, int]
 
 
+@dataclass(frozen=True, slots=True)
+class RequestReport:
+    """What one request came to, when it closed."""
+
+    engine: int
+    """Engines are numbered as they come; one that comes back has a new number."""
+    values: tuple[int, ...]
+    """In the order of counters.REQUEST_COUNTERS; of an engine of another release, fewer or more."""
+
+
 @dataclass(slots=True)
 class _Engine:
     hello: EngineHello
+    number: int
     counters: tuple[int, ...] = ()
 
 
@@ -111,6 +131,7 @@ class _Request:
     """What its edge calls it."""
     declined: set[int] = field(default_factory=set)
     num_gaps: int = 0
+    has_report: bool = False
 
     @property
     def is_known(self) -> bool:
@@ -118,14 +139,69 @@ class _Request:
         return len(self.tokens) >= self.opening.num_tokens
 
 
+class PrefixMemory:
+    """Which edge last drafted for a context that begins so: it may still have that part in its cache.
+
+    Keeps `max_kept` hashes of 8 bytes, those used last, and looks at the first `max_blocks` whole blocks of
+    `block_tokens` tokens of a context: some 60 microseconds at most, for a context that costs more to send. No clock:
+    an edge may have dropped its cache meanwhile. What is wrong here (that, a collision, or users who fill this with
+    contexts of their own) costs the edge a cold prefill and nothing else, for only edges that may have the request
+    anyway are chosen among.
+    """
+
+    def __init__(self, block_tokens: int = 64, max_blocks: int = 64, max_kept: int = 4096) -> None:
+        self._block_tokens = block_tokens
+        self._max_blocks = max_blocks
+        self._max_kept = max_kept
+        self._edges: OrderedDict[bytes, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._edges)
+
+    def remember(self, tokens: "array[int]", edge: int) -> None:
+        """This edge has all these tokens now."""
+        for digest in self._digests(tokens):
+            self._edges[digest] = edge
+            self._edges.move_to_end(digest)
+        while len(self._edges) > self._max_kept:
+            self._edges.popitem(last=False)
+
+    def holders(self, tokens: "array[int]") -> Iterator[tuple[float, int]]:
+        """Edges that know a beginning of a context, longest first, with the part that it is of what is looked at."""
+        num_looked_at = min(len(tokens), self._max_blocks * self._block_tokens)
+        digests = self._digests(tokens)
+        for num_blocks in range(len(digests), 0, -1):
+            edge = self._edges.get(digests[num_blocks - 1])
+            if edge is not None:
+                yield num_blocks * self._block_tokens / num_looked_at, edge
+
+    def forget(self, edge: int) -> None:
+        """This edge is gone. Looks at all that is kept."""
+        self._edges = OrderedDict((digest, other) for digest, other in self._edges.items() if other != edge)
+
+    def _digests(self, tokens: "array[int]") -> list[bytes]:
+        """Of the first block, of the first two, and so on: each stands for all tokens up to its block's end."""
+        # Not Python's `hash`: users choose the tokens, and nobody finds a second context for one of these on purpose.
+        state = hashlib.blake2b(digest_size=8)
+        digests: list[bytes] = []
+        for index in range(min(len(tokens) // self._block_tokens, self._max_blocks)):
+            state.update(tokens[index * self._block_tokens : (index + 1) * self._block_tokens])
+            digests.append(state.digest())
+        return digests
+
+
 class Router:
     """Engines, edges, live requests, and who drafts for whom."""
 
-    def __init__(self, limits: RouterLimits) -> None:
+    def __init__(self, limits: RouterLimits, prefixes: PrefixMemory | None = None) -> None:
         self.limits = limits
         self.counters: Counter[str] = Counter()
         self.edges: dict[int, EdgeInfo] = {}
         self.engines: dict[bytes, _Engine] = {}
+        self.reports: deque[RequestReport] = deque(maxlen=MAX_REPORTS)
+        """Of the requests that closed last, oldest first. A frame of an engine's adds one at most."""
+        self._prefixes = PrefixMemory() if prefixes is None else prefixes
+        self._num_engines = 0
         self._requests: dict[_Key, _Request] = {}
         self._num_tokens = 0
 
@@ -134,7 +210,7 @@ class Router:
         return len(self._requests)
 
     def engine_counters(self) -> list[tuple[int, ...]]:
-        """Of each engine that has sent any, in the order of metrics.ENGINE_COUNTERS."""
+        """Of each engine that has sent any, in the order of counters.ENGINE_COUNTERS."""
         return [engine.counters for engine in self.engines.values() if engine.counters]
 
     # -- engines ---------------------------------------------------------------------------------------------------
@@ -157,6 +233,8 @@ class Router:
                 return [ToEngine(engine, Pong(frame.stamp))]
             case Stats():
                 known.counters = frame.values
+            case Report():
+                self._report(engine, known, frame)
             case _:
                 self.counters["unexpected_engine_frames"] += 1
         return []
@@ -166,7 +244,8 @@ class Router:
             text = f"this gateway speaks version {PROTOCOL_VERSION}, not {hello.version}"
             return [ToEngine(engine, Bye(ByeCode.VERSION, text))]
         effects = self.engine_left(engine)
-        self.engines[engine] = _Engine(hello)
+        self.engines[engine] = _Engine(hello, self._num_engines)
+        self._num_engines += 1
         return [
             *effects,
             ToEngine(engine, EngineWelcome(PROTOCOL_VERSION)),
@@ -208,6 +287,15 @@ class Router:
             return [ToEdge(request.edge, Commit(request.number, commit.base, commit.tokens))]
         return self._assign(key, request) if request.is_known and not was_known else []
 
+    def _report(self, id_: bytes, engine: _Engine, report: Report) -> None:
+        request = self._requests.get((id_, report.request))
+        if request is None or request.has_report:
+            self.counters["dropped_reports"] += 1
+            return
+        request.has_report = True
+        self.counters["reports"] += 1
+        self.reports.append(RequestReport(engine.number, report.values[:MAX_REPORT_VALUES]))
+
     def _close(self, key: _Key, reason: int) -> list[Effect]:
         effects = self._drop(key, reason)
         return [*effects, *self._assign_waiting()] if effects else []
@@ -217,6 +305,7 @@ class Router:
         self._num_tokens -= len(request.tokens) if request is not None else 0
         if request is None or request.edge is None:
             return []
+        self._remember(request, request.edge)
         del self.edges[request.edge].requests[request.number]
         return [ToEdge(request.edge, Close(request.number, reason))]
 
@@ -257,6 +346,7 @@ class Router:
         info = self.edges.pop(edge, None)
         if info is None:
             return []
+        self._prefixes.forget(edge)
         effects: list[Effect] = []
         for key in info.requests.values():
             request = self._requests[key]
@@ -291,8 +381,12 @@ class Router:
             self.counters["dropped_token_id"] += 1
             text = f"Token id {bad} is outside of the model's vocabulary of {vocab_size}."
             return [ToEdge(edge, bye(ByeCode.TOKEN_ID, text))]
-        end, known = frame.base + len(frame.tokens), len(request.tokens)
-        if end > known + self._credit(request):
+        try:
+            end = max(base + len(tokens) for base, tokens in frame.runs)
+        except RemoteProtocolError as error:
+            return [ToEdge(edge, bye(error.code, str(error)))]
+        known = len(request.tokens)
+        if end > known + self.limits.credit_tokens:
             self.counters["dropped_ahead"] += 1
             return []
         if end <= known if frame.tokens else end != known:
@@ -300,7 +394,7 @@ class Router:
             return []
         info.num_proposed_tokens += len(frame.tokens)
         self.counters["proposed_tokens"] += len(frame.tokens)
-        return [ToEngine(key[0], Propose(key[1], frame.base, frame.tokens, frame.branch))]
+        return [ToEngine(key[0], Propose(key[1], frame.base, frame.tokens, frame.branches))]
 
     def _pong(self, info: EdgeInfo, frame: Pong) -> list[Effect]:
         if frame.stamp != info.num_pings or not info.unread_tokens:
@@ -323,9 +417,6 @@ class Router:
 
     # -- who drafts for whom ---------------------------------------------------------------------------------------
 
-    def _credit(self, request: _Request) -> int:
-        return self.limits.credit_tokens or request.opening.max_draft
-
     def _tell_edges(self) -> Iterator[Effect]:
         for id_, engine in self.engines.items():
             yield ToEngine(id_, Edges(sum(_suits(edge.hello, engine.hello) for edge in self.edges.values())))
@@ -343,24 +434,45 @@ class Router:
         return [effect for key, request in waiting if request.is_known for effect in self._assign(key, request)]
 
     def _assign(self, key: _Key, request: _Request) -> list[Effect]:
-        """Give a request to the least loaded edge that may and can draft for it; nothing if there is none."""
+        """Give a request to one of the edges that may and can draft for it; nothing if there is none."""
         hello = self.engines[key[0]].hello
-        fitting = [
-            (len(info.requests), edge)
+        loads = {
+            edge: len(info.requests)
             for edge, info in self.edges.items()
             if info.has_room and edge not in request.declined and _may(info, request) and _suits(info.hello, hello)
-        ]
-        if not fitting:
-            return []
-        edge = min(fitting)[1]
+        }
+        return self._give(key, request, self._choose(request, loads)) if loads else []
+
+    def _choose(self, request: _Request, loads: Mapping[int, int]) -> int:
+        """Of edges with so many requests each: the one that knows most of this context, else the least loaded.
+
+        Knowing less than half of it, such as a system prompt, is no reason to take a busier edge.
+        """
+        least = min(loads.values())
+        holders = () if request.opening.session else self._prefixes.holders(request.tokens)
+        for part, edge in holders:
+            extra_load = MAX_EXTRA_LOAD if part >= 0.5 else 0
+            if edge in loads and loads[edge] <= least + extra_load:
+                self.counters["assigned_by_prefix"] += 1
+                return edge
+        return min(loads, key=lambda edge: (loads[edge], edge))
+
+    def _remember(self, request: _Request, edge: int) -> None:
+        # One that names a session has no choice, and would hide who among the others knows a common prefix.
+        if not request.opening.session:
+            self._prefixes.remember(request.tokens, edge)
+
+    def _give(self, key: _Key, request: _Request, edge: int) -> list[Effect]:
+        """The request is this edge's from now on: send it all tokens so far."""
         info = self.edges[edge]
         request.edge, request.number = edge, info.next_number
         info.next_number += 1
         info.requests[request.number] = key
+        self._remember(request, edge)
         self.counters["assigned"] += 1
         opening = request.opening
         session = opening.session if opening.session == info.session else ""
-        opened = Open(request.number, len(request.tokens), opening.max_draft, self._credit(request), session)
+        opened = Open(request.number, len(request.tokens), opening.max_draft, self.limits.credit_tokens, session)
         context = commits(request.number, 0, request.tokens)
         info.unread_tokens += len(request.tokens)
         info.num_pings += 1

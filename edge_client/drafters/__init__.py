@@ -1,20 +1,46 @@
-"""Draft models behind one small protocol: `extend` and `truncate`."""
+"""Draft models behind one small protocol: a cache of entries that grows by a forward pass and is cut back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Candidate(NamedTuple):
+    """A token that may come next, and how probable the draft says it is (0 to 1)."""
+
+    token: int
+    probability: float
 
 
 class DraftSequence(Protocol):
-    """One request's context inside of a drafter. Used from one thread."""
+    """One request's context inside of a drafter: entries 0, 1, ..., each a token and its keys and values.
 
-    def extend(self, tokens: Sequence[int]) -> int | None:
-        """Append tokens (one forward pass); returns the draft's next token, None if it has nothing to say."""
+    Most of the time the entries are a chain, each following the one before. While branches are drafted they are a tree:
+    an entry attends to its ancestors only, and its position is one more than its parent's. Used from one thread.
+    """
+
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
+        """Forget all entries but the first `length` and those in `moved`, which become entries length, length + 1, ...
+
+        `moved` holds entries at or behind `length`, in ascending order; the parent of each is kept too. Afterwards the
+        entries keep their parents, under the new numbers.
+        """
         ...
 
-    def truncate(self, length: int) -> None:
-        """Forget everything from position `length` on."""
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        """Append a chain behind the last entry, in one forward pass. All entries so far must be a chain.
+
+        Returns at most `width` candidates for what follows the last token, most probable first; none if the drafter
+        has nothing to say.
+        """
+        ...
+
+    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        """Append an entry for each token, behind the entry `parents[i]` that was there before, in one forward pass.
+
+        The new entries do not see each other. Returns each one's candidates, as `append` does for the last.
+        """
         ...
 
 
@@ -24,6 +50,8 @@ class Drafter(Protocol):
     fingerprint: str
     """Of its tokenizer's vocabulary; empty if any vocabulary will do."""
     max_context_tokens: int
+    max_width: int
+    """How many entries `branch` takes in one pass at most; 1: chains only, `branch` is never called."""
     description: str
     """What runs where, for the status line."""
 

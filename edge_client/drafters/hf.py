@@ -5,35 +5,76 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
+from edge_client.drafters import Candidate
+from edge_client.drafters.entries import Entries
+from edge_client.drafters.passes import candidates, tree_bias
 from vllm_specedge.errors import UserError
 from vllm_specedge.fingerprint import vocabulary_fingerprint
+
+TREE_WIDTHS = {"cuda": 16, "mps": 16, "cpu": 4}
+"""By device: how many entries a pass takes at most."""
+PROBED = 8
+"""So many of the most probable tokens are compared."""
+PROBE_TOLERANCE = 0.2
+"""Of a probability. Float16's rounding makes less of a difference, a wrong position or mask more."""
 
 
 class HfSequence:
     """One request's KV cache."""
 
-    def __init__(self, model: Any, kept: list[int] | None) -> None:
+    def __init__(self, model: Any, kept: Tensor | None) -> None:
         self._model = model
         self._kept = kept
+        self._entries = Entries()
         self._cache = DynamicCache(config=model.config)
-        self._length = 0
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def extend(self, tokens: Sequence[int]) -> int | None:
-        ids = torch.tensor([list(tokens)], device=self._model.device)
-        output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._length += len(tokens)
-        best = int(output.logits[0, -1].argmax())
-        return best if self._kept is None else self._kept[best]
-
-    def truncate(self, length: int) -> None:
-        if length == 0:
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
+        num_before = len(self._entries)
+        if self._entries.keep(length, moved):
+            self._move(moved, length)
+        num_forgotten = num_before - len(self._entries)
+        if num_forgotten == num_before:
             self._cache = DynamicCache(config=self._model.config)
-        elif length < self._length:
-            self._cache.crop(length - self._length)
-        self._length = min(self._length, length)
+        elif num_forgotten:
+            self._cache.crop(-num_forgotten)
+
+    def _move(self, moved: Sequence[int], start: int) -> None:
+        """Copy keys and values, [1, kv heads, entries, head dim] each, of the entries `moved` to `start` and on."""
+        sources = torch.tensor(moved, device=self._model.device)
+        for layer in self._cache.layers:
+            for held in (layer.keys, layer.values):
+                held[..., start : start + len(moved), :] = held.index_select(-2, sources)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        self._entries.append(len(tokens))
+        return self._forward(tokens, width, logits_to_keep=1)[0]
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        start = len(self._entries)
+        self._entries.branch(parents)
+        positions = [self._entries.position(entry) for entry in range(start, len(self._entries))]
+        # A mask of four dimensions, [1, 1, new, all], goes to the attention as it is: a bias, in the model's own number
+        # format, which both of transformers' implementations take (truth values only the fused one would).
+        bias = tree_bias(self._entries, start, self._model.dtype)
+        return self._forward(
+            tokens,
+            width,
+            position_ids=torch.tensor([positions], device=self._model.device),
+            attention_mask=None if bias is None else bias[None, None].to(self._model.device),
+        )
+
+    def _forward(self, tokens: Sequence[int], width: int, **options: Any) -> list[list[Candidate]]:
+        """Run the last entries' tokens, keys and values into the cache; candidates by each row of logits."""
+        ids = torch.tensor([list(tokens)], device=self._model.device)
+        output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **options)
+        return candidates(output.logits[0].float(), width, self._kept)
 
 
 class HfDrafter:
@@ -41,19 +82,44 @@ class HfDrafter:
 
     def __init__(self, model: Any, fingerprint: str, name: str, kept: list[int] | None) -> None:
         self._model = model
-        self._kept = kept
+        self._kept = None if kept is None else torch.tensor(kept, device=model.device)
         self.fingerprint = fingerprint
         self.max_context_tokens = int(model.config.max_position_embeddings)
         self.description = f"{name} on {model.device}, {str(model.dtype).removeprefix('torch.')}"
         if kept is not None:
-            rows = model.get_output_embeddings().weight[torch.tensor(kept, device=model.device)]
+            rows = model.get_output_embeddings().weight[self._kept]
             head = torch.nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
             head.weight = torch.nn.Parameter(rows.detach().clone(), requires_grad=False)
             model.set_output_embeddings(head)
             self.description += f", {len(kept)} of {model.config.vocab_size} tokens"
+        self.max_width = TREE_WIDTHS[model.device.type] if self._can_branch() else 1
 
     def open(self) -> HfSequence:
         return HfSequence(self._model, self._kept)
+
+    def _can_branch(self) -> bool:
+        """Whether the model takes branches: not every attention has a mask or positions, nor every cache all entries.
+
+        No property of a model tells, so it is tried: at both leaves of a small tree it has to say what it says to the
+        paths that lead there.
+        """
+        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=self._model.config).layers):
+            return False  # a sliding window or a state: no entries to hide or to move
+        size = self._model.get_input_embeddings().num_embeddings
+        first, second, third, left, right = (size * part // 6 for part in range(1, 6))
+        tree = self.open()
+        tree.append([first, second, third], PROBED)
+        try:
+            tree.branch([left, right], [1, 2], PROBED)
+            leaves = tree.branch([right, left], [3, 4], PROBED)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        paths = [[first, second, left, right], [first, second, third, right, left]]
+        return all(
+            abs(ours.probability - theirs.probability) <= PROBE_TOLERANCE * theirs.probability
+            for said, path in zip(leaves, paths, strict=True)
+            for ours, theirs in zip(said, self.open().append(path, PROBED), strict=True)
+        )
 
 
 def choose_device(wanted: str) -> str:

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edge_client.drafters import Candidate
+from edge_client.drafters.entries import Entries
 from edge_client.drafters.llama_weights import Layer, Llama, Shape, load_llama, read_config, rope_tables
+from edge_client.drafters.passes import candidates, tree_bias
 
 Format = Literal["float32", "int8"]
 Matrix = Callable[[Tensor], Tensor]
@@ -97,62 +100,86 @@ class FastLlama:
         """A new, empty context."""
         return FastSequence(self)
 
-    def next_id(self, hidden: Tensor) -> int:
-        """The greedy next token, in the target's vocabulary, of one final (not yet normed) hidden state [1, width]."""
+    def candidates(self, hidden: Tensor, width: int) -> list[list[Candidate]]:
+        """The `width` most probable next tokens, in the target's vocabulary, after each final hidden state.
+
+        `hidden` [rows, model width] is not yet normed.
+        """
         shape = self.shape
-        index = int(self.head(functional.rms_norm(hidden, (shape.width,), None, shape.eps)).argmax())
-        return index if self.kept is None else int(self.kept[index])
+        return candidates(self.head(functional.rms_norm(hidden, (shape.width,), None, shape.eps)), width, self.kept)
 
 
 class FastSequence:
-    """One request's context: its tokens' keys and values, extended and cut back as drafts are taken or refused."""
+    """One request's context: its entries' keys and values, grown and cut back as drafts are taken or refused."""
 
     def __init__(self, model: FastLlama) -> None:
         self._model = model
+        self._entries = Entries()
         self._cache: list[Tensor] = []
+        """A block's keys, then values: [2 * kv_heads, room, head_dim]."""
         self._room = 0
-        self.length = 0
 
-    def extend(self, tokens: Sequence[int]) -> int:
-        """Append tokens (in one pass, or in chunks where they are many) and return the greedy next token."""
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
+        if self._entries.keep(length, moved):
+            sources = torch.tensor(moved)
+            for cache in self._cache:
+                cache[:, length : length + len(moved)] = cache[:, sources]
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        """In one pass, or in chunks where the tokens are many."""
         if not tokens:
-            raise ValueError("a context is extended by one token at least")
-        if self.length + len(tokens) > self._model.context:
-            raise ValueError(f"{self.length + len(tokens)} tokens do not fit a context of {self._model.context}")
-        self._reserve(self.length + len(tokens))
-        with torch.inference_mode():
-            for at in range(0, len(tokens), CHUNK):
-                hidden = self._forward(torch.tensor(tokens[at : at + CHUNK]))
-            return self._model.next_id(hidden[-1:])
+            raise ValueError("a context grows by one token at least")
+        self._check_fits(len(self) + len(tokens))
+        for at in range(0, len(tokens), CHUNK):
+            chunk = tokens[at : at + CHUNK]
+            start = len(self)
+            self._entries.append(len(chunk))
+            turns = self._model.turns[start : len(self)]
+            hidden = self._forward(torch.tensor(chunk), turns, _causal_bias(len(chunk), len(self)))
+        return self._model.candidates(hidden[-1:], width)[0]
 
-    def truncate(self, length: int) -> None:
-        """Forget everything from position `length` on."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot cut a context of {self.length} tokens to {length}")
-        self.length = length
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        start = len(self)
+        self._check_fits(2 + max(map(self._entries.position, parents)))
+        self._entries.branch(parents)
+        turns = self._model.turns[[self._entries.position(entry) for entry in range(start, len(self))]]
+        hidden = self._forward(torch.tensor(tokens), turns, tree_bias(self._entries, start, torch.float32))
+        return self._model.candidates(hidden, width)
+
+    def _check_fits(self, length: int) -> None:
+        if length > self._model.context:
+            raise ValueError(f"{length} tokens do not fit a context of {self._model.context}")
 
     def _reserve(self, length: int) -> None:
         """Grow the cache in steps: most requests never come near the longest context."""
         if length <= self._room:
             return
         shape = self._model.shape
-        room = min(-(-length // CACHE_STEP) * CACHE_STEP, self._model.context)
+        room = -(-length // CACHE_STEP) * CACHE_STEP
         grown = [torch.zeros(2 * shape.kv_heads, room, shape.head_dim) for _ in self._model.blocks]
         for new, old in zip(grown, self._cache, strict=False):
-            new[:, : self.length] = old[:, : self.length]
+            new[:, : self._room] = old
         self._cache, self._room = grown, room
 
-    def _forward(self, tokens: Tensor) -> Tensor:
-        """Run tokens through the blocks, keys and values into the cache; hidden states before the last norm."""
+    def _forward(self, tokens: Tensor, turns: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the last entries' tokens [count] through the blocks, keys and values into the cache.
+
+        `turns` [count, 1, head_dim / 2] are their positions' rotations, `bias` [count, all entries] is added to the
+        attention scores. Returns the hidden states before the last norm, [count, model width].
+        """
         model, shape = self._model, self._model.shape
-        count, start = len(tokens), self.length
-        end = start + count
+        count, end = len(tokens), len(self)
+        start = end - count
         heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
-        turns = model.turns[start:end]
-        bias = None
-        if count > 1:
-            seen = torch.ones(count, end, dtype=torch.bool).tril(start)
-            bias = torch.zeros(count, end).masked_fill_(~seen, float("-inf")).repeat(heads // kv_heads, 1)
+        self._reserve(end)
+        if bias is not None:
+            bias = bias.repeat(heads // kv_heads, 1)
         x = model.embed[tokens]
         for block, cache in zip(model.blocks, self._cache, strict=True):
             qkv = block.qkv(functional.rms_norm(x, (shape.width,), None, shape.eps)).view(
@@ -167,12 +194,21 @@ class FastSequence:
             x = x + block.out(attended.view(heads, count, dim).transpose(0, 1).reshape(count, -1))
             gate, up = block.gate_up(functional.rms_norm(x, (shape.width,), None, shape.eps)).chunk(2, dim=-1)
             x = x + block.down(functional.silu(gate) * up)
-        self.length = end
         return x
+
+
+def _causal_bias(count: int, length: int) -> Tensor | None:
+    """What hides from each of the last `count` entries of a chain those behind it: [count, length]."""
+    if count == 1:
+        return None
+    seen = torch.ones(count, length, dtype=torch.bool).tril(length - count)
+    return torch.zeros(count, length).masked_fill_(~seen, float("-inf"))
 
 
 class LlamaDrafter:
     """A plain Llama checkpoint on the CPU."""
+
+    max_width = 8
 
     def __init__(self, directory: Path, kept: list[int] | None, fingerprint: str) -> None:
         self._model = FastLlama(load_llama(directory), kept=None if kept is None else torch.tensor(kept))

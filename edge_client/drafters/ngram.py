@@ -1,9 +1,14 @@
 """Prompt lookup: the draft is what followed the same few tokens earlier in the request. No weights, any vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from edge_client.drafters import Candidate
 
 MIN_NGRAM = 2
 MAX_NGRAM = 4
+MAX_PLACES = 12
+"""Looked at; what follows the next one would have a probability below 0.0002."""
 
 
 class NgramSequence:
@@ -13,15 +18,9 @@ class NgramSequence:
         self._tokens: list[int] = []
         self._ends: dict[tuple[int, ...], list[int]] = {}
 
-    def extend(self, tokens: Sequence[int]) -> int | None:
-        for token in tokens:
-            self._tokens.append(token)
-            for ngram in self._ngrams():
-                self._ends.setdefault(ngram, []).append(len(self._tokens))
-        return self._next()
-
-    def truncate(self, length: int) -> None:
-        while len(self._tokens) > length:
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
+        """In a chain, entries in `moved` whose parents are kept have their places already."""
+        while len(self._tokens) > length + len(moved):
             for ngram in self._ngrams():
                 ends = self._ends[ngram]
                 ends.pop()
@@ -29,17 +28,40 @@ class NgramSequence:
                     del self._ends[ngram]
             self._tokens.pop()
 
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        for token in tokens:
+            self._tokens.append(token)
+            for ngram in self._ngrams():
+                self._ends.setdefault(ngram, []).append(len(self._tokens))
+        return self._candidates()[:width]
+
+    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        raise NotImplementedError
+
     def _ngrams(self) -> list[tuple[int, ...]]:
         """The n-grams that end the context, longest first."""
         longest = min(MAX_NGRAM, len(self._tokens))
         return [tuple(self._tokens[-n:]) for n in range(longest, MIN_NGRAM - 1, -1)]
 
-    def _next(self) -> int | None:
+    def _candidates(self) -> list[Candidate]:
+        """What followed, the longest match first and in it the latest: each place takes half of what is left of 1.
+
+        So a follower that is found first stays the most probable, and one found again, there or as part of a longer
+        match, is more probable than one found once.
+        """
+        shares: dict[int, float] = {}
+        left = 1.0
+        for end in islice(self._places(), MAX_PLACES):
+            left /= 2
+            follower = self._tokens[end]
+            shares[follower] = shares.get(follower, 0.0) + left
+        return [Candidate(follower, share) for follower, share in shares.items()]
+
+    def _places(self) -> Iterator[int]:
+        """Earlier positions after the n-grams that end the context; one that matches long comes for each length."""
         for ngram in self._ngrams():
             ends = self._ends[ngram]
-            if len(ends) > 1:
-                return self._tokens[ends[-2]]
-        return None
+            yield from islice(reversed(ends), 1, None)  # the last is the end of the context itself
 
 
 class NgramDrafter:
@@ -47,6 +69,7 @@ class NgramDrafter:
 
     fingerprint = ""
     max_context_tokens = 1 << 20
+    max_width = 1
     description = "prompt lookup (no model)"
 
     def open(self) -> NgramSequence:

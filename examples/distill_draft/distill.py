@@ -288,12 +288,12 @@ def evaluate(
     with _bar("answers") as bar:
         for line in bar.track(lines, description="evaluate"):
             sequence = model.open()
-            said = [sequence.extend(line["prompt_ids"])]
+            said = sequence.append(line["prompt_ids"], 1)
             for token in line["answer_ids"][:-1]:
                 began = time.perf_counter()
-                said.append(sequence.extend([token]))
+                said += sequence.append([token], 1)
                 times.append(time.perf_counter() - began)
-            hits = sum(ours == theirs for ours, theirs in zip(said, line["answer_ids"], strict=True))
+            hits = sum(ours.token == theirs for ours, theirs in zip(said, line["answer_ids"], strict=True))
             right, total = right + hits, total + len(said)
             shares.append(hits / len(said))
     result = {

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import random
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import httpx2 as httpx
 import pytest
 from stack import MODEL_NAME, Server, start_server, wait_for
 
+from benchmarks.replay import Accuracy, Recording, ReplayDrafter
 from edge_client.client import EdgeClient
 from edge_client.link import Gateway
 
@@ -125,42 +125,10 @@ def expected(plain: Target, prompts: list[str]) -> list[Completion]:
     return plain.greedy_all(prompts)
 
 
-@dataclass
-class ReplaySequence:
-    """Knows what comes: each token is right with probability `accuracy`, otherwise random."""
-
-    book: dict[tuple[int, ...], tuple[int, ...]]
-    accuracy: float
-    chance: random.Random
-    tokens: list[int] = field(default_factory=list)
-
-    def extend(self, tokens: Sequence[int]) -> int | None:
-        self.tokens += tokens
-        if self.chance.random() >= self.accuracy:
-            return self.chance.randrange(VOCAB_SIZE)
-        for prompt, answer in self.book.items():
-            if tuple(self.tokens[: len(prompt)]) == prompt and len(self.tokens) < len(prompt) + len(answer):
-                return answer[len(self.tokens) - len(prompt)]
-        return None
-
-    def truncate(self, length: int) -> None:
-        del self.tokens[length:]
-
-
-@dataclass
-class ReplayDrafter:
-    """Drafts from recorded answers, for any request whose prompt it knows."""
-
-    completions: Sequence[Completion]
-    accuracy: float = 1.0
-    fingerprint: str = ""
-    max_context_tokens: int = 1 << 20
-    description: str = "replay"
-    chance: random.Random = field(default_factory=lambda: random.Random(0))
-
-    def open(self) -> ReplaySequence:
-        book = {completion.prompt_ids: completion.token_ids for completion in self.completions}
-        return ReplaySequence(book, self.accuracy, self.chance)
+def replay(completions: Sequence[Completion], accuracy: float = 1.0, max_width: int = 8) -> ReplayDrafter:
+    """A drafter that knows these answers: each token is right with probability `accuracy`, else a second one may be."""
+    recordings = [Recording(completion.prompt_ids, completion.token_ids) for completion in completions]
+    return ReplayDrafter(recordings, Accuracy(first=accuracy), max_width=max_width, vocab_size=VOCAB_SIZE)
 
 
 @contextmanager

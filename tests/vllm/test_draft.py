@@ -41,9 +41,10 @@ def test_it_agrees_with_the_target_as_often_as_stated(draft: LlamaDrafter) -> No
     for line in HELD_OUT.read_text().splitlines()[:: 72 // NUM_ANSWERS]:
         answer = json.loads(line)
         sequence = draft.open()
-        said = [sequence.extend(answer["prompt_ids"])]
-        said += [sequence.extend([token]) for token in answer["answer_ids"][:-1]]
-        num_right += sum(ours == theirs for ours, theirs in zip(said, answer["answer_ids"], strict=True))
+        said = sequence.append(answer["prompt_ids"], 1)
+        for token in answer["answer_ids"][:-1]:
+            said += sequence.append([token], 1)
+        num_right += sum(ours.token == theirs for ours, theirs in zip(said, answer["answer_ids"], strict=True))
         num_tokens += len(said)
     print(f"agreement {num_right / num_tokens:.3f} on {num_tokens} tokens; stated {stated}")
     assert stated >= 0.5

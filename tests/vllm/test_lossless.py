@@ -2,8 +2,10 @@
 
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from stack import edge_client
 
 from edge_client.drafters.ngram import NgramDrafter
@@ -12,10 +14,10 @@ from .conftest import (
     NUM_PROMPTS,
     NUM_TOKENS,
     Completion,
-    ReplayDrafter,
     Target,
     assert_same,
     counting,
+    replay,
     running_edge,
 )
 
@@ -29,12 +31,15 @@ def test_without_an_edge(edge_target: Target, prompts: list[str], expected: list
         assert counted["verified_tokens"] == 0
 
 
-def test_honest_edge(edge_target: Target, prompts: list[str], expected: list[Completion]) -> None:
-    with running_edge(edge_target, ReplayDrafter(expected, accuracy=0.8)), counting(edge_target) as counted:
+@pytest.mark.parametrize("max_width", [1, 8])
+def test_honest_edge(edge_target: Target, prompts: list[str], expected: list[Completion], max_width: int) -> None:
+    """Without branches, and with."""
+    with running_edge(edge_target, replay(expected, 0.8, max_width)), counting(edge_target) as counted:
         assert_same(expected, edge_target.greedy_all(prompts))
         counted.settle(NUM_COMMITTED)
         assert counted["accepted_tokens"] > 0.2 * NUM_COMMITTED
         assert counted["verified_tokens"] > counted["accepted_tokens"]
+        assert (counted["tree_hits"] > 0) == (max_width > 1)
 
 
 def test_prompt_lookup_edge(edge_target: Target, prompts: list[str], expected: list[Completion]) -> None:
@@ -44,10 +49,12 @@ def test_prompt_lookup_edge(edge_target: Target, prompts: list[str], expected: l
 
 
 def test_garbage_edge(edge_target: Target, prompts: list[str], expected: list[Completion]) -> None:
-    with running_edge(edge_target, ReplayDrafter((), accuracy=0.0)), counting(edge_target) as counted:
+    """It is sure of everything and right about nothing."""
+    garbage = [replace(completion, token_ids=completion.token_ids[::-1]) for completion in expected]
+    with running_edge(edge_target, replay(garbage)), counting(edge_target) as counted:
         assert_same(expected, edge_target.greedy_all(prompts))
         counted.settle(NUM_COMMITTED)
-        assert counted["verified_tokens"] > 100
+        assert counted["verified_tokens"] > 50
         assert counted["accepted_tokens"] < 0.02 * counted["verified_tokens"]
 
 

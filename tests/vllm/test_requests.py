@@ -12,7 +12,7 @@ from openai import OpenAI
 from scipy.stats import chi2_contingency
 from stack import MODEL_NAME
 
-from .conftest import Completion, ReplayDrafter, Target, assert_same, counting, running_edge
+from .conftest import Completion, Target, assert_same, counting, replay, running_edge
 
 SCHEMA = {
     "type": "object",
@@ -28,7 +28,7 @@ SCHEMA = {
 @pytest.fixture(scope="module")
 def target(edge_target: Target, expected: list[Completion]) -> Iterator[Target]:
     """The server with an edge that drafts well for the known prompts and has nothing for others, or noise."""
-    with running_edge(edge_target, ReplayDrafter(expected, accuracy=0.9)):
+    with running_edge(edge_target, replay(expected, accuracy=0.9)):
         yield edge_target
 
 
@@ -111,10 +111,10 @@ def test_sampled_tokens_have_the_target_s_distribution(edge_target: Target, plai
 
         return Counter(ids for _ in range(num_requests) for ids in one())
 
-    without = sample(plain, 30, 16)
-    with running_edge(edge_target, ReplayDrafter([likely])), counting(edge_target) as counted:
-        with_edge = sample(edge_target, 30, 16)
-        counted.settle(30 * 16 * 11)
+    without = sample(plain, 16, 16)
+    with running_edge(edge_target, replay([likely])), counting(edge_target) as counted:
+        with_edge = sample(edge_target, 16, 16)
+        counted.settle(16 * 16 * 11)
         assert counted["accepted_tokens"] > 50
         assert counted["verified_tokens"] - counted["accepted_tokens"] > 50
     cells = [ids for ids in without.keys() | with_edge.keys() if without[ids] + with_edge[ids] >= 10]
@@ -142,7 +142,7 @@ def test_chunked_prefill_and_prefix_hits(target: Target, plain: Target) -> None:
     prompt = list(plain.greedy(words, 1).prompt_ids[:1500])
     assert len(prompt) == 1500
     want = plain.greedy(prompt, 32)
-    with running_edge(target, ReplayDrafter([want], accuracy=0.8)):
+    with running_edge(target, replay([want], accuracy=0.8)):
         assert_same([want, want], [target.greedy(prompt, 32), target.greedy(prompt, 32)])
         # A prompt that is cached whole but for its last token: the case that vLLM pads with -1 drafts.
         cached = prompt[:1281]
@@ -151,13 +151,13 @@ def test_chunked_prefill_and_prefix_hits(target: Target, plain: Target) -> None:
 
 
 def test_preemption(edge_target: Target, plain: Target) -> None:
-    """Eight contexts of 650 tokens do not fit the KV memory together: some are preempted and resumed."""
+    """Eight contexts of 560 tokens do not fit the KV memory together: some are preempted and resumed."""
     ids = plain.greedy(" ".join(f"item {number}," for number in range(300)), 1).prompt_ids
     prompts = [list(ids[start : start + 500]) for start in range(0, 80, 10)]
-    want = plain.greedy_all(prompts, 140)
-    with running_edge(edge_target, ReplayDrafter(want, accuracy=0.8)):
+    want = plain.greedy_all(prompts, 60)
+    with running_edge(edge_target, replay(want, accuracy=0.8)):
         before = preemptions(edge_target)
-        got = edge_target.greedy_all(prompts, 140)
+        got = edge_target.greedy_all(prompts, 60)
         assert preemptions(edge_target) > before
     assert_same(want, got)
 

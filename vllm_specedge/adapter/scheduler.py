@@ -22,8 +22,8 @@ from zmq import ZMQError
 from vllm_specedge.adapter import hooks
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.book import DraftBook, Plan, Row
+from vllm_specedge.counters import engine_values
 from vllm_specedge.frames import Bye, Frame, is_text
-from vllm_specedge.metrics import engine_values
 from vllm_specedge.policy import HoldLimits
 
 logger = init_logger("vllm.specedge.scheduler")
@@ -42,7 +42,8 @@ class EdgeScheduler(Scheduler):
         self._arrived = threading.Event()
         self._step_started_s = 0.0
         self._verifying: dict[str, list[int]] = {}
-        self._is_drafting = False
+        self._is_drafting = self._has_ngram = False
+        self._suggested: set[str] = set()
         self._link = None
         self._process = None
         problems = hooks.problems()
@@ -62,15 +63,16 @@ class EdgeScheduler(Scheduler):
             )
         except (OSError, ZMQError):
             logger.exception("Serving without edge drafts: the gateway cannot be started")
-        self._is_drafting = self._link is not None
+        self._has_ngram = options.ngram
+        self._is_drafting = options.ngram or self._link is not None
 
     # -- what vLLM calls -------------------------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._step_started_s = time.monotonic()
         self._is_parked = False
-        if self._engine is not None:
-            # Our proposer never has drafts; asking the workers for them costs a round trip a step.
+        if self._engine is not None and not self._has_ngram:
+            # Our proposer has no drafts then; asking the workers for them costs a round trip a step.
             self._engine.check_for_draft_tokens = False
         self._guarded(self._attach)
         # At 0 the waiting loop pads no request with -1 drafts, which vLLM's CPU kernels take for tokens.
@@ -88,7 +90,8 @@ class EdgeScheduler(Scheduler):
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
-        """What the worker's proposer returns is not ours: near max_model_len vLLM makes it zeros."""
+        """The workers' n-gram drafts, a list a request of the step that is done; the plan decides what is verified."""
+        self._guarded(lambda: self._suggest(draft_token_ids))
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
@@ -124,18 +127,22 @@ class EdgeScheduler(Scheduler):
 
     def _plan(self) -> Plan:
         self._take_in()
-        if not self.book.num_edges:
-            return Plan()
         return self.book.plan(self._rows(), time.monotonic())
 
     def _rows(self) -> Iterator[Row]:
+        """Without edges only those with a suggestion, for a row costs microseconds and there may be hundreds."""
+        has_edges = bool(self.book.num_edges)
         for request in self.running:
+            if not has_edges and request.request_id not in self._suggested:
+                continue
             if request.status != RequestStatus.RUNNING or request.num_computed_tokens != request.num_tokens - 1:
                 continue
             left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens)
             yield Row(request.request_id, left - 1)
 
     def _take_in(self) -> None:
+        if self._link is None:
+            return
         inbox = self._link.inbox
         self._arrived.clear()
         if inbox and self._was_parked:
@@ -152,10 +159,11 @@ class EdgeScheduler(Scheduler):
     # -- after a step ----------------------------------------------------------------------------------------------
 
     def _publish(self, num_scheduled_tokens: dict[str, int]) -> None:
+        self._take_in()  # what came during the step was proposed before its tokens were known
         now_s = time.monotonic()
         max_decode = self.num_spec_tokens + 1
         if num_scheduled_tokens and all(num <= max_decode for num in num_scheduled_tokens.values()):
-            self.book.step_s.observe(now_s - self._step_started_s)
+            self.book.step_s.observe(sum(num_scheduled_tokens.values()), now_s - self._step_started_s)
         frames: list[Frame] = []
         for request_id in num_scheduled_tokens:
             frames += self._commit(request_id, now_s)
@@ -163,6 +171,14 @@ class EdgeScheduler(Scheduler):
 
     def _commit(self, request_id: str, now_s: float) -> list[Frame]:
         return self.book.commit(request_id, len(self._verifying.get(request_id, ())), now_s)
+
+    def _suggest(self, draft_token_ids: Any) -> None:
+        self._suggested.clear()
+        for request_id, tokens in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
+            # Near max_model_len vLLM makes everyone's draft zeros (v1/worker/gpu_model_runner.py, sample_tokens).
+            if any(tokens):
+                self.book.suggest(request_id, tokens)
+                self._suggested.add(request_id)
 
     def _open(self, request: Request) -> None:
         parameters = request.sampling_params
@@ -180,7 +196,7 @@ class EdgeScheduler(Scheduler):
         self._send([*last, *self.book.close(request.request_id)])
 
     def _send(self, frames: list[Frame]) -> None:
-        if frames:
+        if frames and self._link is not None:
             self._link.send(frames)
 
     # -- waiting ---------------------------------------------------------------------------------------------------
@@ -241,9 +257,10 @@ class EdgeScheduler(Scheduler):
         try:
             return act()
         except Exception:
-            logger.exception("Edge drafting failed and is off; serving goes on without it")
-            self._is_drafting = self._is_parked = False
-            self._link.stop()
+            logger.exception("Drafting failed and is off; serving goes on without it")
+            self._is_drafting = self._has_ngram = self._is_parked = False
+            if self._link is not None:
+                self._link.stop()
             for request in self.running:
                 request.next_decode_eligible_step = 0
                 request.spec_token_ids = []

@@ -1,0 +1,90 @@
+"""Which entry of a draft model's cache follows which: a chain, and while branches are drafted, a tree at its end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An entry behind the trunk."""
+
+    parent: int
+    position: int
+    """In the text: one more than the parent's."""
+    seen: int
+    """Bit i: entry trunk + i is an ancestor, or the entry itself."""
+
+
+class Entries:
+    """The parents of entries 0, 1, ...; each parent comes before its children, and entry 0 has none.
+
+    Nearly all of a context is the trunk: a chain that every later entry descends from. Only what is behind the trunk
+    has to be kept in mind entry by entry, or masked in attention.
+    """
+
+    def __init__(self) -> None:
+        self.trunk = 0
+        """So many of the first entries are a chain, and ancestors of all the others."""
+        self._tree: list[_Entry] = []
+
+    def __len__(self) -> int:
+        return self.trunk + len(self._tree)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each entry follows the one before."""
+        return not self._tree
+
+    def append(self, count: int) -> None:
+        """Add a chain of `count` entries behind the last one; all there are must be a chain."""
+        if not self.is_chain:
+            raise ValueError("a chain is appended to a chain only, not to branches")
+        self.trunk += count
+
+    def branch(self, parents: Sequence[int]) -> None:
+        """Add an entry behind each of `parents`, which were there before."""
+        if not all(0 <= parent < len(self) for parent in parents):
+            raise ValueError(f"entries behind {list(parents)}, of {len(self)}")
+        self._set(self.trunk, [*(entry.parent for entry in self._tree), *parents])
+
+    def keep(self, length: int, moved: Sequence[int]) -> bool:
+        """Forget all but the first `length` entries and `moved` (ascending, each with its parent), and close up.
+
+        Returns whether any entry has another number than before.
+        """
+        if not 0 <= length <= len(self):
+            raise ValueError(f"{length} entries to be kept of {len(self)}")
+        start = min(length, self.trunk)
+        kept = [*range(start, length), *moved]
+        numbers = {start - 1: start - 1} | {old: new for new, old in enumerate(kept, start)}
+        try:
+            parents = [numbers[self._parent(old)] for old in kept]
+        except (KeyError, IndexError):
+            raise ValueError(f"{list(moved)} cannot be kept after {length} entries without their parents") from None
+        if kept != sorted(set(kept)):
+            raise ValueError(f"{list(moved)} cannot be kept after {length} entries: not in ascending order")
+        self._set(start, parents)
+        return any(old != new for old, new in numbers.items())
+
+    def position(self, entry: int) -> int:
+        """An entry's position in the text."""
+        return entry if entry < self.trunk else self._tree[entry - self.trunk].position
+
+    def seen(self, entry: int) -> list[bool]:
+        """Of each entry behind the trunk, whether `entry` attends to it: its ancestors and itself."""
+        seen = self._tree[entry - self.trunk].seen if entry >= self.trunk else 0
+        return [bool(seen >> index & 1) for index in range(len(self._tree))]
+
+    def _parent(self, entry: int) -> int:
+        return entry - 1 if entry < self.trunk else self._tree[entry - self.trunk].parent
+
+    def _set(self, start: int, parents: list[int]) -> None:
+        """Make the first `start` entries a chain, and what follows have these parents."""
+        forks = [parent for entry, parent in enumerate(parents, start) if parent != entry - 1]
+        # Who does not follow the entry before it leaves the chain at its parent: the first of these ends the trunk.
+        self.trunk = min(forks) + 1 if forks else start + len(parents)
+        self._tree = []
+        for parent in [*range(self.trunk - 1, start - 1), *parents[max(0, self.trunk - start) :]]:
+            above = self._tree[parent - self.trunk] if parent >= self.trunk else None
+            seen = (above.seen if above else 0) | 1 << len(self._tree)
+            self._tree.append(_Entry(parent, self.position(parent) + 1, seen))

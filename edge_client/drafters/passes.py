@@ -1,0 +1,33 @@
+"""What goes into a pass of a model over branches, and what comes out of any: the attention's bias, and candidates."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from edge_client.drafters import Candidate
+from edge_client.drafters.entries import Entries
+
+
+def tree_bias(entries: Entries, start: int, dtype: torch.dtype) -> Tensor | None:
+    """What to add to the attention scores of the entries from `start` on: [new entries, all entries].
+
+    It hides all but the trunk, an entry's ancestors and itself. None if nothing is to be hidden.
+    """
+    if entries.is_chain and start == len(entries) - 1:
+        return None
+    seen = torch.tensor([entries.seen(entry) for entry in range(start, len(entries))])
+    bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    return functional.pad(bias, (entries.trunk, 0))
+
+
+def candidates(logits: Tensor, width: int, kept: Tensor | None) -> list[list[Candidate]]:
+    """The `width` most probable next tokens (all there are if fewer) by each row of logits [rows, head's rows].
+
+    `kept` [head's rows] are the token ids that a reduced head's rows stand for.
+    """
+    best, ids = logits.topk(min(width, logits.shape[-1]))
+    probabilities = (best - logits.logsumexp(dim=-1, keepdim=True)).exp_()
+    if kept is not None:
+        ids = kept[ids]
+    rows = zip(ids.tolist(), probabilities.tolist(), strict=True)
+    return [[Candidate(*pair) for pair in zip(*row, strict=True)] for row in rows]

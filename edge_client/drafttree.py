@@ -1,0 +1,172 @@
+"""What an edge expects after the committed tokens of one request: a trunk, and branches where the draft is unsure.
+
+Rule 1: the root is the last committed token; every other node is a draft token, and its survival the probability that
+the target says all of its path.
+Rule 2: children are in the order in which the draft prefers them. The trunk follows each node's first child.
+Rule 3: a node is run through the draft model after its parent was; then the drafter holds an entry for it and the node
+has children, or the draft has nothing to say there.
+Rule 4: which entries the drafter holds is known here and nowhere else (edge_client/drafters, DraftSequence).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from edge_client.drafters import Candidate
+
+
+class Node:
+    """One draft token, or the root."""
+
+    __slots__ = ("children", "claimed", "entry", "is_expanded", "is_sent", "parent", "position", "survival", "token")
+
+    def __init__(self, token: int, position: int, parent: "Node | None", survival: float, claimed: float) -> None:
+        self.token = token
+        self.position = position
+        self.parent = parent
+        self.survival = survival
+        self.claimed = claimed
+        """How probable the draft said it is, given its parent."""
+        self.children: list[Node] = []
+        self.entry: int | None = None
+        """Its place in the drafter's cache, once it is run or being run."""
+        self.is_expanded = False
+        self.is_sent = False
+
+    def chain(self) -> Iterator["Node"]:
+        """The nodes that follow it along first children."""
+        node = self
+        while node.children:
+            node = node.children[0]
+            yield node
+
+    def below(self) -> Iterator["Node"]:
+        """All nodes under it, parents first."""
+        stack = [self]
+        while stack:
+            children = stack.pop().children
+            yield from children
+            stack.extend(children)
+
+
+class DraftTree:
+    """The committed tokens of one request, what may follow them, and which of both the drafter holds."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        """Committed."""
+        self.root = Node(-1, -1, None, 1.0, 1.0)
+        self._num_prefix = 0
+        """The drafter's first so many entries are the first committed tokens."""
+        self._path: list[int] = []
+        """The entries of the committed tokens that follow, ascending."""
+        self._num_entries = 0
+        """How many the drafter holds in all."""
+
+    def __len__(self) -> int:
+        """Draft tokens in the tree."""
+        return sum(1 for _ in self.root.below())
+
+    @property
+    def num_held(self) -> int:
+        """So many of the first committed tokens the drafter holds."""
+        return self._num_prefix + len(self._path)
+
+    @property
+    def is_caught_up(self) -> bool:
+        """The drafter holds all committed tokens."""
+        return self.num_held == len(self.tokens)
+
+    def trunk(self) -> list[Node]:
+        return list(self.root.chain())
+
+    def advance(self, tokens: Sequence[int]) -> list[Node]:
+        """These tokens (one at least) are committed now. Returns the nodes that foresaw them, as far as any did."""
+        node, foreseen = self.root, []
+        for token in tokens:
+            child = next((child for child in node.children if child.token == token), None)
+            if child is None:
+                break
+            node = child
+            foreseen.append(node)
+        self._path += [node.entry for node in foreseen if node.entry is not None]
+        self.tokens += tokens
+        is_whole = len(foreseen) == len(tokens)
+        self.root = node if is_whole else Node(tokens[-1], len(self.tokens) - 1, None, 1.0, 1.0)
+        self._rescale()
+        return foreseen
+
+    def _rescale(self) -> None:
+        """Survival counts from the root on."""
+        self.root.parent = None
+        certain = self.root.survival
+        if certain < 1.0:
+            self.root.survival = 1.0
+            for node in self.root.below():
+                node.survival /= certain
+
+    def holds(self, node: Node) -> bool:
+        """Whether it is (still) part of the tree."""
+        above: Node | None = node
+        while above is not None and above is not self.root:
+            above = above.parent
+        return above is not None
+
+    def expand(self, node: Node, candidates: Sequence[Candidate], calibrate: Callable[[float], float]) -> None:
+        """The draft model has said what may follow `node`; `calibrate` knows how often it is right."""
+        node.is_expanded = True
+        node.children = [
+            Node(token, node.position + 1, node, node.survival * calibrate(claimed), claimed)
+            for token, claimed in candidates
+        ]
+
+    # -- the drafter's entries -------------------------------------------------------------------------------------
+
+    def adopt(self, num_entries: int) -> None:
+        """The drafter's cache is another request's, whose first `num_entries` tokens are the same."""
+        self._num_prefix = self._num_entries = num_entries
+
+    @property
+    def num_prefix(self) -> int:
+        return self._num_prefix
+
+    def compact(self) -> tuple[int, tuple[int, ...]]:
+        """What the drafter is to keep before the next pass: its first so many entries, and those of them behind.
+
+        The tree counts in the new numbers from here on.
+        """
+        nodes = sorted((node for node in self.root.below() if node.entry is not None), key=lambda node: node.entry or 0)
+        live = [*self._path, *(node.entry for node in nodes if node.entry is not None)]
+        length = self._num_prefix
+        num_in_place = 0
+        while num_in_place < len(live) and live[num_in_place] == length + num_in_place:
+            num_in_place += 1
+        self._num_prefix += len(self._path)
+        self._path = []
+        for index, node in enumerate(nodes):
+            node.entry = self._num_prefix + index
+        if self.is_caught_up and self.tokens:
+            self.root.entry = self._num_prefix - 1
+        self._num_entries = length + len(live)
+        return length + num_in_place, tuple(live[num_in_place:])
+
+    def hold_committed(self, limit: int) -> list[int]:
+        """The next committed tokens that the drafter lacks, at most `limit`; they count as held."""
+        tokens = self.tokens[self._num_prefix : self._num_prefix + limit]
+        self._num_prefix += len(tokens)
+        self._num_entries = self._num_prefix
+        if self.is_caught_up:
+            self.root.entry = self._num_prefix - 1
+        return tokens
+
+    def hold(self, nodes: Sequence[Node]) -> list[int]:
+        """These nodes are about to be run: their parents' entries, or none where all entries are one chain."""
+        is_chain = len(nodes) == 1 and self._is_chain_to(nodes[0])
+        parents = (
+            [] if is_chain else [node.parent.entry for node in nodes if node.parent and node.parent.entry is not None]
+        )
+        for node in nodes:
+            node.entry = self._num_entries
+            self._num_entries += 1
+        return parents
+
+    def _is_chain_to(self, node: Node) -> bool:
+        return self._num_entries == node.position

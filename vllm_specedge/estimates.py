@@ -1,0 +1,61 @@
+"""Running estimates of what is measured again and again. Pure; engine and edge use the same."""
+
+from dataclasses import dataclass
+
+_GAIN = 0.125
+_DEVIATION_GAIN = 0.25
+"""As TCP's retransmission timer smooths round trips (RFC 6298): the problem is the same, when to expect an answer."""
+
+
+@dataclass(slots=True)
+class Smoothed:
+    """A running mean and mean deviation of a quantity; `mean` is None before the first observation."""
+
+    mean: float | None = None
+    deviation: float = 0.0
+
+    def observe(self, value: float) -> None:
+        if self.mean is None:
+            self.mean, self.deviation = value, value / 2
+            return
+        self.deviation += _DEVIATION_GAIN * (abs(value - self.mean) - self.deviation)
+        self.mean += _GAIN * (value - self.mean)
+
+
+@dataclass(slots=True)
+class Line:
+    """Seconds as a straight line through what was measured at different sizes, old measurements counting less.
+
+    While only one size was seen, more is thought to cost nothing.
+    """
+
+    forgetting: float = 0.98
+    _weight: float = 0.0
+    _size: float = 0.0
+    _s: float = 0.0
+    _size2: float = 0.0
+    _size_s: float = 0.0
+
+    def observe(self, size: float, took_s: float) -> None:
+        keep = self.forgetting
+        self._weight = keep * self._weight + 1.0
+        self._size = keep * self._size + size
+        self._s = keep * self._s + took_s
+        self._size2 = keep * self._size2 + size * size
+        self._size_s = keep * self._size_s + size * took_s
+
+    @property
+    def slope_s(self) -> float:
+        """Seconds for one more; 0 where it is not known."""
+        if not self._weight:
+            return 0.0
+        mean = self._size / self._weight
+        spread = self._size2 / self._weight - mean * mean
+        return max(0.0, (self._size_s - mean * self._s) / self._weight / spread) if spread > 1e-6 else 0.0
+
+    def __call__(self, size: float) -> float:
+        """Seconds; 0 before anything was measured."""
+        if not self._weight:
+            return 0.0
+        mean_s = self._s / self._weight
+        return max(mean_s / 8, mean_s + self.slope_s * (size - self._size / self._weight))
