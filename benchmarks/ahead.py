@@ -2,10 +2,11 @@
 
     PYTHONPATH=examples python benchmarks/ahead.py [--quick] [--rtt 20 --rtt 80] [--arms branches] [--real]
 
-All five servers run at once (15 GiB), each with its model in float32 on the same core; whoever is not asked uses none of
-it. One edge at a time is on another core, behind a relay that adds delay (relay.py) and counts bytes. It drafts from the vanilla
-server's recorded answers (replay.py), or with --real from the shipped draft. Each ratio is to vanilla in the same
-repeat. Prints two tables and writes all runs to a JSON file; status 1 if any answer is not vanilla's, token by token.
+All five servers run at once (15 GiB), each with its model in float32 on the same core; whoever is not asked uses none
+of it. One edge at a time is on another core, behind a relay that adds delay and counts bytes (relay.py). It drafts from
+the vanilla server's recorded answers (replay.py), or with --real from the shipped draft. Each ratio is to vanilla in
+the same repeat. Prints two tables and writes all runs to a JSON file; status 1 if any answer is not vanilla's, token by
+token.
 """
 
 import json
@@ -461,8 +462,9 @@ UP_GOAL, DOWN_GOAL = 24.0, 16.0
 
 
 def goals(plan: Plan, cells: Sequence[Cell]) -> list[str]:
-    """How the last arm, which has everything, does."""
-    last = [cell for cell in cells if cell.arm == plan.chosen()[-1].name and cell.arm != VANILLA]
+    """How the last arm does, if it has branches: the goals are for the whole."""
+    arm = plan.chosen()[-1]
+    last = [cell for cell in cells if cell.arm == arm.name and arm.max_width != 1]
     lines = []
     for cell in last:
         if cell.rtt_ms in RATIO_GOALS and not plan.is_real:

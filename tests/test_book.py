@@ -32,8 +32,8 @@ ANSWER_S = 0.01
 STEP_S = 0.05
 
 
-def new_book(num_edges: int = 1) -> DraftBook:
-    book = DraftBook(VOCAB_SIZE, MAX_DRAFT, HoldLimits(0.1))
+def new_book(num_edges: int = 1, mode: str = "auto") -> DraftBook:
+    book = DraftBook(VOCAB_SIZE, MAX_DRAFT, HoldLimits(0.1, mode))
     book.step_s.observe(1, STEP_S)
     if num_edges:
         assert book.receive(Edges(num_edges), 0.0) == []
@@ -294,6 +294,15 @@ def test_a_new_edge_starts_with_a_clean_record() -> None:
     assert serving.plan() == Plan()
 
 
+def test_a_new_edge_is_not_waited_for_before_there_is_a_commit_that_it_could_answer() -> None:
+    serving = Serving(new_book(mode="wait"))
+    assert serving.plan().holds
+    serving.receive(Assign(0, True))
+    assert serving.plan() == Plan()
+    serving.decode(30)
+    assert serving.plan().holds
+
+
 def test_an_edge_that_passes_is_not_waited_for_at_this_position_only() -> None:
     serving = Serving()
     serving.give_up()
@@ -391,6 +400,49 @@ def test_an_answer_is_measured_from_the_commit_it_answers_even_if_more_were_made
     assert serving.plan().holds["r"] == pytest.approx(serving.now_s + answer_s, abs=1e-3)
 
 
+def test_only_the_answer_to_a_commit_that_left_no_draft_is_measured() -> None:
+    """An edge that runs ahead sends when it has something, not when it is waited for."""
+    serving = Serving()
+    for _ in range(40):
+        serving.propose([1, 2, 3])
+        serving.decode(1)
+        serving.now_s += 5 * ANSWER_S
+        serving.propose([2, 3, 4])
+        serving.decode(2, 3, 4, 9, num_verified=3)
+        serving.now_s += ANSWER_S
+        serving.receive(Propose(0, len(serving.tokens) - 1, (99, 1)))  # for another past: no answer
+        assert serving.plan().holds
+        serving.now_s += ANSWER_S
+        serving.propose([5])
+        serving.decode(5, 6, num_verified=1)
+        serving.now_s += 2 * ANSWER_S
+    serving.decode(7)
+    assert serving.plan().holds["r"] == pytest.approx(serving.now_s + 2 * ANSWER_S, abs=1e-3)
+
+
+def test_how_often_branches_hit_is_learnt_from_drafts_that_were_verified() -> None:
+    serving = Serving()
+    hit = serving.book._requests["r"].record.hit
+    for _ in range(40):
+        serving.propose([1, 2, 3], branches=[(2, [7, 8])])
+        serving.decode(1, 7, num_verified=3)
+        serving.decode(9)
+    assert hit.mean == pytest.approx(1, abs=0.01)
+    for token in range(40):
+        serving.decode(token)
+        serving.book.suggest("r", [1])
+        assert serving.plan().drafts
+        serving.decode(1, 2, num_verified=1)
+    assert hit.mean == pytest.approx(1, abs=0.01)
+
+
+def test_what_is_kept_for_an_edge_that_never_answers_is_bounded() -> None:
+    serving = Serving()
+    for _ in range(100):
+        serving.decode(1)
+    assert len(serving.book._requests["r"].emptied_s) <= 32
+
+
 # -- vLLM's own n-gram drafts -------------------------------------------------------------------------------------
 
 
@@ -412,6 +464,7 @@ def test_a_suggestion_is_verified_where_there_is_no_draft_and_instead_of_waiting
     serving.propose([7])
     assert serving.plan() == Plan(drafts={"r": [7]})
     serving.decode(7, 8, num_verified=1)
+    assert serving.book.counters["ngram_verified_tokens"] == 0
     assert serving.plan().drafts == {}  # forgotten: it was for another position
     serving.book.suggest("r", [])
     assert serving.plan().drafts == {}
@@ -560,10 +613,12 @@ frames = (
 )
 runs = st.lists(few, max_size=6)
 acts = (
-    st.builds(Act, st.sampled_from(["open", "close", "suggest", "step", "step", "plan"]), st.integers(0, 2), runs)
+    st.builds(Act, st.sampled_from(["step", "step", "suggest", "plan"]), st.integers(0, 1), runs)
+    | st.builds(GoodDraft, st.integers(0, 1), st.integers(0, 3), runs, st.lists(st.tuples(near, near), max_size=2))
+    | st.builds(Act, st.sampled_from(["open", "close", "step"]), st.integers(0, 2), runs)
     | frames
-    | st.builds(GoodDraft, st.integers(0, 2), st.integers(0, 3), runs, st.lists(st.tuples(near, near), max_size=2))
 )
+histories = st.lists(acts, min_size=10, max_size=60)
 
 
 class Engine:
@@ -579,7 +634,7 @@ class Engine:
         """Of each request that ended: its counters, and how many of the tokens committed its tree held."""
         self._held: dict[str, int] = {}
 
-    def do(self, act: "Act | GoodDraft | Frame") -> None:
+    def do(self, act: Act | GoodDraft | Frame) -> None:
         self.now_s += 0.01
         match act:
             case Act():
@@ -655,22 +710,25 @@ class Engine:
         assert len(self.book) == 0
 
 
-@given(st.lists(acts, max_size=40), st.integers(0, 6))
+START = [Act("open", 0, [0]), Edges(1), Act("open", 1, [1]), Assign(0, True), Assign(1, True)]
+
+
+@given(histories, st.integers(0, 6))
 def test_whatever_a_hostile_gateway_sends_only_legal_drafts_are_offered(
-    acts: list["Act | GoodDraft | Frame"], limit: int
+    acts: list[Act | GoodDraft | Frame], limit: int
 ) -> None:
     engine = Engine(limit)
-    for act in acts:
+    for act in [*START, *acts]:
         engine.do(act)
     assert len(engine.book) == len(engine.views)
 
 
-@given(st.lists(acts, max_size=40), st.integers(0, 6))
+@given(histories, st.integers(1, 6))
 def test_every_proposed_and_every_committed_token_is_accounted_for(
-    acts: list["Act | GoodDraft | Frame"], limit: int
+    acts: list[Act | GoodDraft | Frame], limit: int
 ) -> None:
     engine = Engine(limit)
-    for act in (Edges(1), Act("open", 0, [0]), Act("open", 1, [1]), Assign(0, True), *acts):
+    for act in [*START, *acts]:
         engine.do(act)
     engine.end()
     for counters in engine.counted:

@@ -1,6 +1,7 @@
 """The tree against a drafter that keeps a plain list, and against a dictionary of what the draft said after what."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import settings
@@ -13,7 +14,7 @@ from tests.helpers import ListSequence
 
 TOKENS = st.integers(0, 3)
 CLAIMS = st.floats(0.05, 1.0)
-SAID = st.lists(st.builds(Candidate, TOKENS, CLAIMS), min_size=1, max_size=3, unique_by=lambda candidate: candidate.token)
+SAID = st.lists(st.builds(Candidate, TOKENS, CLAIMS), min_size=1, max_size=3, unique_by=lambda item: item.token)
 
 
 def calibrate(claimed: float) -> float:
@@ -72,7 +73,7 @@ class Drafting(RuleBasedStateMachine):
         foreseen = self.tree.advance(tokens)
         self.committed += tokens
         assert [node.token for node in foreseen] == tokens[:expected]
-        assert all(one.children.count(other) for one, other in zip(foreseen, foreseen[1:], strict=False))
+        assert all(one.children.count(other) for one, other in pairwise(foreseen))
 
     @precondition(lambda self: self.committed and self.running is None)
     @rule(data=st.data())

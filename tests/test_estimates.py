@@ -1,7 +1,7 @@
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_specedge.estimates import Line, Smoothed
@@ -39,6 +39,7 @@ def test_a_mean_follows_what_stays_the_same(first: float, then: float) -> None:
 
 
 @given(st.lists(st.tuples(sizes, took), max_size=40), st.lists(st.integers(0, 4096), min_size=2, max_size=2))
+@example([(10, 0.0), (20, 1.0)], [0, 1])
 def test_a_line_is_never_negative_and_never_falls(seen: list[tuple[int, float]], at: list[int]) -> None:
     line = Line()
     for size, took_s in seen:

@@ -55,7 +55,9 @@ OUT_OF_BOUNDS: dict[object, list[object]] = {
     ],
     "branches": [(0,) * (2 * MAX_BRANCHES + 1)],
 }
-NO_PACKED_TOKENS = [
+NO_PACKED_TOKENS: list[object] = [
+    (),
+    None,
     (1, 2),
     "\1\2",
     b"\1",
