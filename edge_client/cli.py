@@ -24,6 +24,7 @@ try:
     from edge_client.drafters import DrafterOptions
     from edge_client.drafters.load import load_drafter
     from edge_client.link import Gateway
+    from edge_client.pace import Pace
 except ImportError as error:  # the server's installation has the command, but not all that it needs
     sys.exit(f"edge-client: {error.name} is missing: pip install 'vllm-specedge[edge]'")
 
@@ -83,8 +84,8 @@ def connect(
     gateway = Gateway(url, _token(token_file), ca_file, insecure)
     with console.status(f"Loading {draft} ...") if console.is_terminal and not quiet else nullcontext():
         drafter = load_drafter(DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file))
-    client = EdgeClient(gateway, drafter, name[:100], role, max_requests, max_width, max_tokens_per_s)
-    client.pace.uplink_bytes_per_token = uplink_bytes_per_token
+    pace = Pace(uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
+    client = EdgeClient(gateway, drafter, name[:100], role, max_requests, max_width, pace)
     asyncio.run(_run(client, wait, console, quiet))
 
 

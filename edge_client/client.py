@@ -46,8 +46,6 @@ class EdgeClient:
     max_requests: int = 8
     max_width: int = 0
     """Rows of a forward pass at most; 1: no branches, 0: as many as the drafter can."""
-    max_tokens_per_s: float = 0.0
-    """Draft no faster; 0: as fast as it goes."""
     pace: Pace = field(default_factory=Pace)
     """What was measured; outlives a connection."""
     on_change: Callable[[], None] = lambda: None
@@ -172,13 +170,12 @@ class EdgeClient:
     async def _draft(self) -> None:
         """Run what is to be run, one forward pass after the other, and say what is to be said meanwhile."""
         loop = asyncio.get_running_loop()
-        rest_until_s = 0.0
         while True:
             now_s = time.monotonic()
             self._send(self.speculation.poll(now_s))
-            job = self.speculation.next_job() if now_s >= rest_until_s else None
+            job = self.speculation.next_job() if now_s >= self.pace.rest_until_s else None
             if job is None:
-                await self._rest(now_s, rest_until_s)
+                await self._rest(now_s)
                 continue
             sequence = self._sequence(job)
             try:
@@ -189,12 +186,11 @@ class EdgeClient:
                 continue
             done_s = time.monotonic()
             self._send(self.speculation.drafted(job, said, done_s - now_s, done_s))
-            if self.max_tokens_per_s:
-                rest_until_s = max(rest_until_s, now_s) + len(said) / self.max_tokens_per_s
+            self.pace.drafted(len(said), now_s)
 
-    async def _rest(self, now_s: float, rest_until_s: float) -> None:
+    async def _rest(self, now_s: float) -> None:
         """Until a frame comes, or something is due."""
-        due = [at_s for at_s in (self.speculation.due_s, rest_until_s) if at_s is not None and at_s > now_s]
+        due = [at_s for at_s in (self.speculation.due_s, self.pace.rest_until_s) if at_s is not None and at_s > now_s]
         self._wake.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(min(due) - now_s if due else None):

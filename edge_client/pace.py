@@ -60,10 +60,19 @@ class Pace:
     """A short one: follows shorter ones at once, longer ones slowly."""
     uplink_bytes_per_token: float = 23.0
     """What a generated token may cost on the way up, on average, the HTTP/2 frame headers included."""
+    max_tokens_per_s: float = 0.0
+    """Draft no faster; 0: as fast as it goes."""
     floor: float = 0.05
     """Draft tokens that are less probable are not drafted; follows from what they may cost."""
+    rest_until_s: float = 0.0
+    """No pass before, to keep to `max_tokens_per_s`."""
     _bytes: float = 0.0
     _tokens: float = 0.0
+
+    def drafted(self, num_tokens: int, started_s: float) -> None:
+        """A pass that started then drafted so many tokens: the next one may have to wait, by `rest_until_s`."""
+        if self.max_tokens_per_s:
+            self.rest_until_s = max(self.rest_until_s, started_s) + num_tokens / self.max_tokens_per_s
 
     def round_took(self, seconds: float) -> None:
         """A commit followed the one before it after so long."""

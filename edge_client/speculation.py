@@ -308,7 +308,7 @@ class Speculation:
             return []
         limit = tree.root.position + request.credit
         trunk = [node for node in tree.root.chain() if self._is_of_use(node, limit)]
-        is_over = self._runnable(request) is None
+        is_over = request.running is None and self._runnable(request) is None
         if not trunk:
             return self._pass(number, request) if is_over and tree.root.is_expanded else []
         num_sent = next((i for i, node in enumerate(trunk) if not node.is_sent), len(trunk))

@@ -223,3 +223,20 @@ def test_a_short_round_is_learnt_at_once_and_a_long_one_slowly() -> None:
     assert after_short_s < 0.07
     pace.round_took(0.1)
     assert after_short_s < pace.short_round_s < (after_short_s + 0.1) / 2
+
+
+@given(st.lists(st.tuples(st.integers(1, 8), st.floats(0, 0.5)), min_size=1), st.floats(1, 1000))
+def test_a_capped_edge_drafts_no_faster(passes: list[tuple[int, float]], limit: float) -> None:
+    pace = Pace(max_tokens_per_s=limit)
+    now_s = total = 0.0
+    for num_tokens, pause_s in passes:
+        now_s = max(now_s + pause_s, pace.rest_until_s)
+        assert total <= limit * now_s + 1e-6
+        pace.drafted(num_tokens, now_s)
+        total += num_tokens
+
+
+def test_an_edge_without_a_cap_never_rests() -> None:
+    pace = Pace()
+    pace.drafted(8, 5.0)
+    assert pace.rest_until_s == 0.0

@@ -79,7 +79,7 @@ class _Request:
     record: EdgeRecord = field(default_factory=EdgeRecord)
     ngram_accepted: Smoothed = field(default_factory=lambda: Smoothed(mean=PRIOR_ACCEPTED))
     counters: Counter[str] = field(default_factory=Counter)
-    """Its own, in the names of metrics.REQUEST_COUNTERS."""
+    """Its own, in the names of counters.REQUEST_COUNTERS."""
 
 
 class DraftBook:
@@ -162,8 +162,6 @@ class DraftBook:
             self._count_insertion(request, len(tokens), done)
         if insertions[0].fate not in (Fate.MISMATCH, Fate.GAP):
             self._learn_answer(request, base, len(draft), now_s)
-        if request.tree.num_ahead:
-            request.is_awaited = False
 
     def _count_insertion(self, request: _Request, num_tokens: int, done: Insertion) -> None:
         self._add(request, "proposed_tokens", num_tokens)
@@ -230,11 +228,11 @@ class DraftBook:
         if num_tokens <= 0:
             return []
         self._count(request, num_tokens, num_verified)
-        is_drafted = num_verified > 0 and not request.is_suggestion
+        is_rejected = num_tokens <= num_verified and not request.is_suggestion
         request.suggestion, request.is_suggestion = (), False
         request.has_passed = request.is_awaited = False
         tokens = tuple(request.tokens[base:])
-        self._advance(request, tokens, is_drafted)
+        self._advance(request, tokens, is_rejected)
         if not self.num_edges:
             return []
         if not request.tree.num_ahead:
@@ -243,11 +241,11 @@ class DraftBook:
                 del request.emptied_s[next(iter(request.emptied_s))]
         return list(commits(request.number, base, tokens)) if request.is_open else self._opening(request)
 
-    def _advance(self, request: _Request, tokens: tuple[int, ...], is_drafted: bool) -> None:
+    def _advance(self, request: _Request, tokens: tuple[int, ...], is_rejected: bool) -> None:
         done = request.tree.advance(tokens)
         self._add(request, "discarded_mismatch", done.pruned)
         self._add(request, "tree_hits", done.is_hit)
-        if is_drafted and not done.is_on_trunk:
+        if is_rejected:
             request.record.hit.observe(float(done.is_hit))
         self._add(request, "round_trips_saved", request.tree.num_ahead > 0)
 

@@ -8,7 +8,7 @@ REQUEST_COUNTERS = (
     ("steps", "Decode steps of requests, with a draft or without."),
     ("committed_tokens", "Tokens chosen by the target."),
     ("proposed_tokens", "Draft tokens that reached the engine."),
-    ("repeated_tokens", "Draft tokens that said again what stood already or was committed."),
+    ("repeated_tokens", "Draft tokens that said again what stood in the tree already."),
     ("discarded_late", "Draft tokens dropped because their position was decided already."),
     ("discarded_mismatch", "Draft tokens dropped because they contradicted what the target chose."),
     ("discarded_gap", "Draft tokens dropped because they continue something the engine does not have."),

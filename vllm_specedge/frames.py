@@ -2,7 +2,7 @@
 
 Rule 1: a frame states facts (which tokens, at which position); whatever follows from them is computed by who needs it.
 Rule 2: on the wire a frame is a 16-bit big-endian byte count, then a msgpack array of its code and its fields.
-Rule 3: `decode` takes exactly what `encode` makes; anything else is a RemoteProtocolError, whatever the bytes.
+Rule 3: `decode` takes what `encode` makes, whatever width msgpack's numbers have; all else is a RemoteProtocolError.
 Invariant: no input makes a reader hold more than `MAX_FRAME_BYTES` or allocate more than a small multiple of it.
 """
 

@@ -24,7 +24,7 @@ class DraftSequence(Protocol):
         """Forget all entries but the first `length` and those in `moved`, which become entries length, length + 1, ...
 
         `moved` holds entries at or behind `length`, in ascending order; the parent of each is kept too. Afterwards the
-        entries keep their parents, under the new numbers.
+        entries keep their parents, under the new numbers. Raises ValueError for what is not there.
         """
         ...
 
@@ -37,7 +37,7 @@ class DraftSequence(Protocol):
         ...
 
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
-        """Append an entry for each token, behind the entry `parents[i]` that was there before, in one forward pass.
+        """Append an entry for each token, behind entry `parents[i]` (0 or more, there before), in one forward pass.
 
         The new entries do not see each other. Returns each one's candidates, as `append` does for the last.
         """

@@ -190,7 +190,8 @@ def run_script(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_
 
 
 def test_offline_with_the_method_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = f'speculative_config={{"method": "edge", "listen": "{LISTEN}"}}'
+    options = f'"method": "edge", "listen": "{LISTEN}", "mode": "wait", "ngram": False'
+    arguments = f"speculative_config={{{options}}}"
     between = WITH_EDGE.format(listen=LISTEN, in_process=True)
     script = IN_PROCESS.format(before="", model=str(MODEL), arguments=arguments, between=between)
     out = run_script(script, tmp_path, monkeypatch, in_process=True)
@@ -202,7 +203,7 @@ def test_offline_with_dotted_names_and_no_patch(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("VLLM_PLUGINS", "none")
     arguments = (
         f'speculative_config={{"model": "{PROPOSER}", "num_speculative_tokens": 5}}, scheduler_cls="{SCHEDULER}", '
-        f'additional_config={{"specedge": {{"listen": "{LISTEN}"}}}}'
+        f'additional_config={{"specedge": {{"listen": "{LISTEN}", "mode": "never-wait"}}}}'
     )
     between = WITH_EDGE.format(listen=LISTEN, in_process=False)
     script = IN_PROCESS.format(before="", model=str(MODEL), arguments=arguments, between=between)
