@@ -257,6 +257,7 @@ class HostileEdge:
     def __init__(self, random: Random, vocab_size: int, is_rude: bool) -> None:
         self.send: Callable[[Frame], None] = lambda frame: None
         self._random = random
+        self._is_rude = is_rude
         self._max_token = vocab_size + (2 if is_rude else -1)
         self._known: dict[int, list[int]] = {}
 
@@ -274,11 +275,20 @@ class HostileEdge:
             return Close(number, self._random.randrange(5))
         base = max(0, len(tokens) + self._random.randint(-4, 4))
         true = tokens[base : base + self._random.randrange(4)]
-        lies = (self._random.randint(0, self._max_token) for _ in range(self._random.randrange(4)))
-        tokens = (*true, *lies)
-        if self._random.random() < 0.3:
-            return Propose(number, base, tokens, (self._random.randrange(4), self._random.randrange(3)))
-        return Propose(number, base, tokens)
+        run = [*true, *self._lies()]
+        if self._random.random() < 0.5 or not run:
+            return Propose(number, base, tuple(run))
+        tokens, branches = list(run), list[int]()
+        for _ in range(self._random.randint(1, 4)):
+            branch = self._lies()
+            tokens += branch
+            branches += [self._random.randint(0, base + len(run)), len(branch)]
+        if self._is_rude and self._random.random() < 0.02:
+            branches[-1] += 1
+        return Propose(number, base, tuple(tokens), tuple(branches))
+
+    def _lies(self) -> list[int]:
+        return [self._random.randint(0, self._max_token) for _ in range(self._random.randrange(4))]
 
 
 @dataclass(slots=True)

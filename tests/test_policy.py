@@ -106,10 +106,10 @@ def test_an_edge_that_never_answered_or_was_never_right_is_not_waited_for(
 def test_a_wait_begins_where_the_draft_brings_more_than_the_token_that_it_delays(
     answer_s: float, accepted: float, first: float, hit: float, step_s: float
 ) -> None:
-    """Counted in tokens at the rate that the request runs at while it waits."""
+    """Counted in tokens at the rate of a request that always waits."""
     edge = record(answer_s, 1.0, accepted, first=first, hit=hit)
     lost = accepted * (1 - first) * (1 - hit)
-    gained = (step_s - answer_s) / max(step_s, answer_s) * (1 + accepted) + lost
+    gained = (step_s - answer_s) / (step_s + answer_s) * (1 + accepted) + lost
     if abs(gained - 1) > 1e-6:
         assert (hold_until(edge, 0.0, 0.0, step_s, LIMITS) is not None) == (gained > 1)
 
@@ -129,9 +129,9 @@ def test_a_draft_that_is_worth_it_is_held_for_until_four_deviations_late() -> No
     assert hold_until(record(0.02, 0.005, 3.0), 10.0, 10.001, 0.03, LIMITS) == pytest.approx(10.04)
 
 
-def test_an_edge_of_which_nothing_was_verified_is_waited_for_if_it_answers_within_three_quarters_of_a_step() -> None:
-    assert hold_until(record(0.021), 0.0, 0.0, 0.028001, LIMITS) == pytest.approx(0.021)
-    assert hold_until(record(0.021), 0.0, 0.0, 0.027999, LIMITS) is None
+def test_an_edge_of_which_nothing_was_verified_is_waited_for_if_it_answers_within_three_fifths_of_a_step() -> None:
+    assert hold_until(record(0.021), 0.0, 0.0, 0.035001, LIMITS) == pytest.approx(0.021)
+    assert hold_until(record(0.021), 0.0, 0.0, 0.034999, LIMITS) is None
 
 
 def test_an_edge_s_branches_make_up_for_what_its_trunk_misses() -> None:

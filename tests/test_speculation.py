@@ -871,7 +871,7 @@ class Bench(Edge):
         for which in range(len(self.texts)):
             _, text = self.pick(which)
             self.commit(which, max(1, text.num_prompt - text.sent), 0)
-        for _ in range(200):
+        for _ in range(500):
             self.check_frames(self.finish())
             if self.start() is None:
                 due_s = self.speculation.due_s
@@ -924,8 +924,9 @@ class Bench(Edge):
                 self.close(which)
             case "open":
                 self.begin(self.random.randint(1, 45), self.random.randrange(2), None)
-                if self.texts and self.random.random() < 0.7:
-                    self.commit(-1, 45, 0)
+                _, text = self.pick(-1)
+                if self.random.random() < 0.7:
+                    self.commit(-1, max(0, text.num_prompt - text.sent), 0)
             case "again":
                 self.begin(self.random.randint(1, 45), 0, again=self.random.randint(0, self.next_number))
             case "gap":

@@ -96,6 +96,8 @@ class DraftBook:
         self._ids: dict[int, str] = {}
         self._next_number = 0
         self._opened_tokens = 0
+        self._typical = EdgeRecord()
+        """How right drafts are here, whoever's: what is expected of an edge before it has shown its own."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -111,7 +113,7 @@ class DraftBook:
                 request = self._find(frame.request)
                 if request is not None:
                     request.is_assigned, request.has_answered = frame.active, False
-                    request.record = EdgeRecord()
+                    request.record = self._typical.fresh()
                     request.emptied_s.clear()
             case Edges():
                 return self._edges(frame.num_edges)
@@ -187,6 +189,10 @@ class DraftBook:
                 request.record.answered(now_s - emptied_s, in_time=length == request.tree.length)
             request.has_answered = True  # the first answer has the edge's prefill in it
 
+    def _learn(self, request: _Request, num_right: int) -> None:
+        request.record.verified(num_right)
+        self._typical.verified(num_right)
+
     def _learn_from_late(self, request: _Request, base: int, tokens: Sequence[int]) -> None:
         """How right a proposal was can be seen without verifying it, once its positions are decided.
 
@@ -195,7 +201,7 @@ class DraftBook:
         decided = request.tokens[base : request.tree.length]
         num_right = _num_equal(tokens, decided)
         if num_right < min(len(tokens), len(decided)) or 0 < len(tokens) <= len(decided):
-            request.record.verified(num_right)
+            self._learn(request, num_right)
 
     # -- from the engine -------------------------------------------------------------------------------------------
 
@@ -262,7 +268,7 @@ class DraftBook:
         self._add(request, f"{kind}accepted_tokens", num_accepted)
         if not request.is_suggestion:
             self.counters["verified_drafts"] += 1
-            request.record.verified(num_accepted)
+            self._learn(request, num_accepted)
 
     def _learn_from_suggestion(self, request: _Request) -> None:
         """How many of its tokens were right, whether they were verified or not: so it can pay again."""

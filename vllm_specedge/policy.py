@@ -56,6 +56,10 @@ class EdgeRecord:
         self.accepted.observe(num_right)
         self.first.observe(float(num_right > 0))
 
+    def fresh(self) -> "EdgeRecord":
+        """One that expects what this one has seen of drafts, and knows nothing of answers."""
+        return EdgeRecord(accepted=Smoothed(self.accepted.mean), first=Smoothed(self.first.mean))
+
     @property
     def survival(self) -> float:
         """The chance that what the edge sends is of use although the request decoded one more token meanwhile."""
@@ -76,8 +80,8 @@ def hold_until(record: EdgeRecord, committed_s: float, now_s: float, step_s: flo
 
     `committed_s` is when its last tokens were published, `step_s` how long a decode step takes. Decoding now takes a
     step for one token, and leaves the draft, of which m tokens are right, of use with probability r only. Holding for
-    w seconds instead saves step_s - w, which is worth so many tokens at the rate the request runs at. So hold while
-    (step_s - w) * rate + m * (1 - r) > 1.
+    w seconds instead saves step_s - w, which is worth so many tokens at the rate of holding, (1 + m) / (w + step_s). So
+    hold while (step_s - w) * rate + m * (1 - r) > 1.
     """
     if limits.mode == "never-wait":
         return None
@@ -89,7 +93,7 @@ def hold_until(record: EdgeRecord, committed_s: float, now_s: float, step_s: flo
     expected_at_s = committed_s + record.answer_s.mean
     accepted = record.accepted.mean or 0.0
     wait_s = max(0.0, expected_at_s - now_s)
-    rate = (1.0 + accepted) / max(step_s, wait_s, 1e-6)
+    rate = (1.0 + accepted) / max(step_s + wait_s, 1e-6)
     if not accepted or (step_s - wait_s) * rate + accepted * (1.0 - record.survival) <= 1.0:
         return None
     deadline_s = min(committed_s + record.late_after_s, limit_s)
