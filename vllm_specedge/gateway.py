@@ -54,6 +54,7 @@ MAX_FRAMES_PER_S = 2000
 """An edge that sends more is closed: 32 requests at 30 steps a second need half of it."""
 MAX_HANDSHAKE_S = 10.0
 STOP_S = 1.0
+FLUSH_S = 0.1
 DEAD_HEARTBEATS = 3
 ENGINE_DEAD_S = 15.0
 MAX_UNFINISHED_CONNECTIONS = 64
@@ -261,6 +262,7 @@ class Gateway:
         downlinks = [c.downlink for c in self._connections.values() if c.downlink is not None]
         if downlinks:
             await asyncio.wait(downlinks, timeout=STOP_S)
+            await asyncio.sleep(FLUSH_S)  # an HTTP/2 client loses what it reads together with the server's GOAWAY
 
     # -- engines ---------------------------------------------------------------------------------------------------
 
