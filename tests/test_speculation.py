@@ -447,6 +447,15 @@ def test_a_server_that_has_nothing_is_told_as_soon_as_it_is_enough(monkeypatch: 
     assert edge.draft(2) == [Propose(0, 1, (11, 20, 21))]
 
 
+def test_while_a_pass_is_under_way_more_is_to_come() -> None:
+    edge = opened()
+    edge.draft(2)
+    edge.start()
+    assert edge.receive(Commit(0, 2, (20,))) == []
+    assert edge.finish() == []
+    assert edge.draft() == [Propose(0, 2, (20, 21, 22, 23))]
+
+
 def test_what_is_not_worth_a_frame_waits_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PlainPace, "is_worth_a_frame", lambda self, expected: expected > 1.5)
     edge = opened()
