@@ -742,3 +742,20 @@ def test_every_proposed_and_every_committed_token_is_accounted_for(
         assert said["tree_hits"] <= said["round_trips_saved"] <= said["steps"]
     for name, _ in REQUEST_COUNTERS:
         assert engine.book.counters[name] == sum(counters.get(name, 0) for counters in engine.counted)
+
+
+def test_one_slow_step_does_not_keep_a_lookup_that_is_right_from_being_verified() -> None:
+    book, tokens = new_book(num_edges=0), [1]
+    book.open("r", tokens, "")
+    for _ in range(100):
+        book.step_s.observe(1, STEP_S)
+    book.step_s.observe(5, 3 * STEP_S)
+    verified = 0
+    for token in range(2, 60):
+        book.suggest("r", [token, 0, 0, 0])
+        drafts = book.plan([Row("r", 9)], 1.0).drafts
+        verified += bool(drafts)
+        tokens.append(token)
+        book.commit("r", len(drafts.get("r", ())), 1.0)
+        book.step_s.observe(1 + len(drafts.get("r", ())), STEP_S * 1.1)
+    assert 20 < verified < 58

@@ -195,8 +195,7 @@ def test_what_was_said_behind_a_prompt_that_goes_on_is_ignored() -> None:
 
 
 def test_one_job_of_a_request_is_under_way_at_a_time() -> None:
-    edge = opened()
-    edge.draft(1)
+    edge = opened(prefill_chunk_tokens=1)
     edge.start()
     assert edge.speculation.next_job() is None
 

@@ -36,6 +36,7 @@ _DISCARDED = {
     Fate.FULL: "discarded_over_budget",
 }
 MAX_OPENED_TOKENS = 16_384
+MAX_SKIPPED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ class _Request:
     """What vLLM's own n-gram lookup found for this position."""
     is_suggestion: bool = False
     """The step under way verifies the suggestion, not a draft of an edge's."""
+    num_skipped: int = 0
+    """Suggestions in a row that were not verified because they seemed not to pay."""
     record: EdgeRecord = field(default_factory=EdgeRecord)
     ngram_accepted: Smoothed = field(default_factory=lambda: Smoothed(mean=PRIOR_ACCEPTED))
     counters: Counter[str] = field(default_factory=Counter)
@@ -273,13 +276,18 @@ class DraftBook:
     def _learn_from_suggestion(self, request: _Request) -> None:
         """How many of its tokens were right, whether they were verified or not: so it can pay again."""
         if request.suggestion:
+            request.num_skipped = 0 if request.is_suggestion else request.num_skipped + 1
             decided = request.tokens[request.tree.length :]
             request.ngram_accepted.observe(_num_equal(request.suggestion, decided))
 
     def _is_suggestion_worth_it(self, request: _Request, limit: int) -> bool:
         num_tokens = min(limit, len(request.suggestion))
         accepted = min(request.ngram_accepted.mean or 0.0, num_tokens)
-        return num_tokens > 0 and is_worth_verifying(accepted, num_tokens, self.step_s)
+        if num_tokens == 0:
+            return False
+        # Now and then one that is often right is tried anyway: else one slow step that verified would count for ever.
+        is_tried = request.num_skipped >= MAX_SKIPPED and accepted >= 1.0
+        return is_tried or is_worth_verifying(accepted, num_tokens, self.step_s)
 
     def suggest(self, request_id: str, tokens: Sequence[int]) -> None:
         """vLLM's own n-gram draft for what follows the request's tokens as they are now; forgotten with its commit."""
