@@ -177,9 +177,8 @@ class EdgeClient:
             if job is None:
                 await self._rest(now_s)
                 continue
-            sequence = self._sequence(job)
             try:
-                said = await loop.run_in_executor(self._executor, _run, sequence, job)
+                said = await loop.run_in_executor(self._executor, _run, self._sequence(job), job)
             except Exception:
                 logger.exception("The draft model failed: request %s is given back", job.request)
                 self._send(self.speculation.decline(job.request))
@@ -202,7 +201,9 @@ class EdgeClient:
             self._sequences[job.request] = self._sequences.pop(job.source)
         for number in [number for number in self._sequences if not self.speculation.needs(number)]:
             del self._sequences[number]
-        return self._sequences.setdefault(job.request, self.drafter.open())
+        if job.request not in self._sequences:
+            self._sequences[job.request] = self.drafter.open()
+        return self._sequences[job.request]
 
 
 def _run(sequence: DraftSequence, job: Job) -> list[list[Candidate]]:
