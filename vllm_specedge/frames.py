@@ -23,7 +23,7 @@ MEDIA_TYPE = "application/vnd.specedge.frames"
 MAX_TOKENS_PER_FRAME = 1024
 """A longer run of tokens (a prompt) travels as several Commit frames, so that no frame holds up those behind it."""
 MAX_FRAME_BYTES = 8192
-"""Holds MAX_TOKENS_PER_FRAME ids of 5 bytes and every other field at its largest."""
+"""Holds MAX_TOKENS_PER_FRAME numbers of 5 bytes and every other field at its largest."""
 MAX_BRANCHES = 64
 MAX_TEXT_BYTES = 512
 MAX_UINT32 = 2**32 - 1
@@ -390,13 +390,13 @@ class _Body:
             length: bytes = self._unpacker.read_bytes(2)
             if len(length) == 2:
                 return int.from_bytes(length, "big")
-        raise RemoteProtocolError("a frame is an array that starts with its code; tokens are an array")
+        raise RemoteProtocolError("a frame is an array that starts with its code; so is a list of numbers")
 
     def _uints(self) -> tuple[object, ...]:
         num_values = self._array()
         values = tuple(islice(self._unpacker, num_values))
         if len(values) != num_values:
-            raise RemoteProtocolError("a frame ends within its tokens")
+            raise RemoteProtocolError("a frame ends within its numbers")
         return values
 
 
