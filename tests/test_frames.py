@@ -31,7 +31,6 @@ from vllm_specedge.frames import (
 LARGEST: dict[object, object] = {
     int: MAX_UINT32,
     str: "x" * MAX_TEXT_BYTES,
-    bool: True,
     tuple[int, ...]: (MAX_UINT32,) * MAX_TOKENS_PER_FRAME,
     "branches": (MAX_UINT32,) * (2 * MAX_BRANCHES),
 }
@@ -39,7 +38,6 @@ LARGEST: dict[object, object] = {
 OUT_OF_BOUNDS: dict[object, list[object]] = {
     int: [-1, MAX_UINT32 + 1, 1.0, True, None, "1", b"1", (1,)],
     str: ["x" * (MAX_TEXT_BYTES + 1), "é" * (MAX_TEXT_BYTES // 2 + 1), b"x", 1, None, ("x",)],
-    bool: [0, 1, None, "true", (True,)],
     tuple[int, ...]: [
         (0,) * (MAX_TOKENS_PER_FRAME + 1),
         (-1,),

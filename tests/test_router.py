@@ -142,7 +142,7 @@ def test_an_engine_that_leaves_takes_its_waiting_requests_along() -> None:
         ToEdge(1, Open(1, 1, 5, 5, "")),
         ToEdge(1, Commit(1, 0, (9,))),
         ToEdge(1, Ping(2)),
-        ToEngine(b"other", Assign(0, True)),
+        ToEngine(b"other", Assign(0, 2)),
     ]
     assert router.engine_left(ENGINE) == []
 
@@ -243,7 +243,7 @@ def test_a_request_goes_to_an_edge_when_its_prompt_is_whole() -> None:
         ToEdge(1, Open(0, 3, 5, 5, "")),
         ToEdge(1, Commit(0, 0, (1, 2, 3))),
         ToEdge(1, Ping(1)),
-        ToEngine(ENGINE, Assign(7, True)),
+        ToEngine(ENGINE, Assign(7, 2)),
     ]
     assert router.from_engine(ENGINE, Commit(7, 3, (4, 5))) == [ToEdge(1, Commit(0, 3, (4, 5)))]
     proposal = Propose(0, 5, (8, 9, 7), (1, 1))
@@ -261,7 +261,7 @@ def test_a_request_waits_for_an_edge_and_is_opened_with_all_its_tokens() -> None
         ToEdge(1, Open(0, 4, 5, 5, "")),
         ToEdge(1, Commit(0, 0, (1, 2, 3, 4))),
         ToEdge(1, Ping(1)),
-        ToEngine(ENGINE, Assign(7, True)),
+        ToEngine(ENGINE, Assign(7, 2)),
     ]
 
 
@@ -282,7 +282,7 @@ def test_an_edge_gets_no_more_requests_than_it_asked_for_and_the_operator_allows
         open_request(router, number)
     assert len(router.edges[1].requests) == 2
     effects = router.from_engine(ENGINE, Close(0, CloseReason.FINISHED))
-    assert effects[-1] == ToEngine(ENGINE, Assign(2, True))
+    assert effects[-1] == ToEngine(ENGINE, Assign(2, 2))
 
 
 def test_a_request_that_names_a_session_goes_to_that_edge_alone() -> None:
@@ -292,8 +292,8 @@ def test_a_request_that_names_a_session_goes_to_that_edge_alone() -> None:
     assert open_request(router, 0, session="two")[0] == ToEdge(2, Open(0, 3, 5, 5, "two"))
     assert open_request(router, 1, session="three") == []
     assert open_request(router, 2)[0] == ToEdge(1, Open(0, 3, 5, 5, ""))
-    assert router.edge_left(1) == [ToEngine(ENGINE, Assign(2, False)), ToEngine(ENGINE, Edges(1))]
-    assert router.edge_left(2) == [ToEngine(ENGINE, Assign(0, False)), ToEngine(ENGINE, Edges(0))]
+    assert router.edge_left(1) == [ToEngine(ENGINE, Assign(2, 0)), ToEngine(ENGINE, Edges(1))]
+    assert router.edge_left(2) == [ToEngine(ENGINE, Assign(0, 0)), ToEngine(ENGINE, Edges(0))]
 
 
 def test_when_an_edge_leaves_its_requests_go_to_another() -> None:
@@ -305,19 +305,27 @@ def test_when_an_edge_leaves_its_requests_go_to_another() -> None:
         ToEdge(2, Open(0, 3, 5, 5, "")),
         ToEdge(2, Commit(0, 0, (1, 2, 3))),
         ToEdge(2, Ping(1)),
-        ToEngine(ENGINE, Assign(0, True)),
+        ToEngine(ENGINE, Assign(0, 3)),
         ToEngine(ENGINE, Edges(1)),
     ]
+
+
+@pytest.mark.parametrize("edge", [0, 7])
+def test_the_engine_is_told_the_number_of_the_edge_and_none_has_the_number_zero(edge: int) -> None:
+    router = ready_router()
+    router.edge_hello(edge, edge_hello(), "s", ALL_ROLES)
+    assert open_request(router, 0)[-1] == ToEngine(ENGINE, Assign(0, edge + 1))
+    assert open_request(router, 1)[-1] == ToEngine(ENGINE, Assign(1, edge + 1))
 
 
 def test_a_request_that_is_declined_goes_to_another_edge_and_never_back() -> None:
     router = ready_router()
     router.edge_hello(1, edge_hello(), "s", ALL_ROLES)
     open_request(router, 0)
-    assert router.from_edge(1, Close(0, CloseReason.DECLINED)) == [ToEngine(ENGINE, Assign(0, False))]
+    assert router.from_edge(1, Close(0, CloseReason.DECLINED)) == [ToEngine(ENGINE, Assign(0, 0))]
     assert router.from_edge(1, Close(0, CloseReason.DECLINED)) == []
-    assert router.edge_hello(2, edge_hello(), "t", ALL_ROLES)[-1] == ToEngine(ENGINE, Assign(0, True))
-    assert router.edge_left(2)[0] == ToEngine(ENGINE, Assign(0, False))
+    assert router.edge_hello(2, edge_hello(), "t", ALL_ROLES)[-1] == ToEngine(ENGINE, Assign(0, 3))
+    assert router.edge_left(2)[0] == ToEngine(ENGINE, Assign(0, 0))
 
 
 def test_room_that_a_declined_request_leaves_is_given_to_one_that_waits() -> None:
@@ -326,11 +334,11 @@ def test_room_that_a_declined_request_leaves_is_given_to_one_that_waits() -> Non
     open_request(router, 0)
     open_request(router, 1, tokens=[5])
     assert router.from_edge(1, Close(0, CloseReason.DECLINED)) == [
-        ToEngine(ENGINE, Assign(0, False)),
+        ToEngine(ENGINE, Assign(0, 0)),
         ToEdge(1, Open(1, 1, 5, 5, "")),
         ToEdge(1, Commit(1, 0, (5,))),
         ToEdge(1, Ping(2)),
-        ToEngine(ENGINE, Assign(1, True)),
+        ToEngine(ENGINE, Assign(1, 2)),
     ]
 
 
@@ -342,7 +350,7 @@ def test_an_edge_that_lost_track_gets_its_request_anew() -> None:
         ToEdge(1, Open(1, 3, 5, 5, "")),
         ToEdge(1, Commit(1, 0, (1, 2, 3))),
         ToEdge(1, Ping(2)),
-        ToEngine(ENGINE, Assign(0, True)),
+        ToEngine(ENGINE, Assign(0, 2)),
     ]
 
 
@@ -351,14 +359,14 @@ def test_an_edge_that_loses_track_of_a_request_again_and_again_does_not_get_it_a
     router.edge_hello(1, edge_hello(), "s", ALL_ROLES)
     open_request(router, 0)
     for number in range(MAX_GAPS):
-        assert router.from_edge(1, Close(number, CloseReason.GAP))[-1] == ToEngine(ENGINE, Assign(0, True))
-    assert router.from_edge(1, Close(MAX_GAPS, CloseReason.GAP)) == [ToEngine(ENGINE, Assign(0, False))]
+        assert router.from_edge(1, Close(number, CloseReason.GAP))[-1] == ToEngine(ENGINE, Assign(0, 2))
+    assert router.from_edge(1, Close(MAX_GAPS, CloseReason.GAP)) == [ToEngine(ENGINE, Assign(0, 0))]
 
 
 def test_an_edge_gets_no_more_long_prompts_until_it_has_read_those_it_has() -> None:
     router = ready_router()
     router.edge_hello(1, edge_hello(), "s", ALL_ROLES)
-    assert open_request(router, 0, [1] * MAX_UNREAD_TOKENS)[-1] == ToEngine(ENGINE, Assign(0, True))
+    assert open_request(router, 0, [1] * MAX_UNREAD_TOKENS)[-1] == ToEngine(ENGINE, Assign(0, 2))
     assert open_request(router, 1) == []
     for stamp in (0, 2):
         assert router.from_edge(1, Pong(stamp)) == []
@@ -366,7 +374,7 @@ def test_an_edge_gets_no_more_long_prompts_until_it_has_read_those_it_has() -> N
         ToEdge(1, Open(1, 3, 5, 5, "")),
         ToEdge(1, Commit(1, 0, (1, 2, 3))),
         ToEdge(1, Ping(2)),
-        ToEngine(ENGINE, Assign(1, True)),
+        ToEngine(ENGINE, Assign(1, 2)),
     ]
 
 
@@ -376,7 +384,7 @@ def test_commits_that_went_missing_end_the_drafting_for_a_request() -> None:
     open_request(router, 0)
     assert router.from_engine(ENGINE, Commit(0, 4, (9,))) == [
         ToEdge(1, Close(0, CloseReason.GAP)),
-        ToEngine(ENGINE, Assign(0, False)),
+        ToEngine(ENGINE, Assign(0, 0)),
     ]
     assert router.counters["commit_gaps"] == 1
     assert router.num_requests == 0
@@ -396,7 +404,7 @@ def test_requests_over_a_limit_are_not_drafted_for() -> None:
     router = ready_router(max_requests=1, max_context_tokens=4)
     router.edge_hello(1, edge_hello(), "s", ALL_ROLES)
     assert open_request(router, 0, tokens=range(5)) == []
-    assert open_request(router, 1)[-1] == ToEngine(ENGINE, Assign(1, True))
+    assert open_request(router, 1)[-1] == ToEngine(ENGINE, Assign(1, 2))
     assert open_request(router, 2) == []
     assert router.counters["requests_over_limit"] == 2
     assert ToEdge(1, Close(0, CloseReason.GAP)) in router.from_engine(ENGINE, Commit(1, 3, (4, 5)))
@@ -723,8 +731,8 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     declined: set[int] = field(default_factory=set)
     num_gaps: int = 0
-    is_assigned: bool = False
-    """What the engine was told last."""
+    edge: int = 0
+    """The number that the engine was told last."""
 
     @property
     def is_known(self) -> bool:
@@ -777,10 +785,10 @@ class Routing(RuleBasedStateMachine):
                 self.engines[engine] = frame.num_edges
             case Assign():
                 if (engine, frame.request) in self.requests:
-                    self.requests[engine, frame.request].is_assigned = frame.active
+                    self.requests[engine, frame.request].edge = frame.edge
             case Propose():
                 request = self.requests[engine, frame.request]
-                assert request.is_assigned
+                assert request.edge
                 assert all(token < ENGINES[engine].vocab_size for token in frame.tokens)
                 end = max(base + len(tokens) for base, tokens in frame.runs)
                 assert end <= len(request.tokens) + CREDIT
@@ -848,12 +856,13 @@ class Routing(RuleBasedStateMachine):
                 assert id_ not in self.requests[key].declined
                 assert key not in owners
                 owners[key] = id_
-        assert {key for key, request in self.requests.items() if request.is_assigned} == owners.keys()
+        told = {key: request.edge - 1 for key, request in self.requests.items() if request.edge}
+        assert told == owners
 
     @invariant()
     def no_request_waits_while_an_edge_that_suits_has_room(self) -> None:
         for key, request in self.requests.items():
-            if request.is_known and not request.is_assigned:
+            if request.is_known and not request.edge:
                 for id_, edge in self.edges.items():
                     assert not (edge.has_room and self.suits(edge, key)) or id_ in request.declined
 

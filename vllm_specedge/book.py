@@ -5,13 +5,14 @@ Rule 2: whatever the gateway says may be late, wrong or hostile: it is checked, 
 Rule 3: nothing is published while no edge could use it.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
 
+from vllm_specedge.acceptance import Acceptance
 from vllm_specedge.counters import request_values
 from vllm_specedge.errors import RemoteProtocolError
-from vllm_specedge.estimates import Line, Smoothed
 from vllm_specedge.frames import (
     MAX_UINT32,
     Assign,
@@ -25,8 +26,19 @@ from vllm_specedge.frames import (
     Report,
     commits,
 )
-from vllm_specedge.policy import PRIOR_ACCEPTED, EdgeRecord, HoldLimits, hold_until, is_worth_verifying
+from vllm_specedge.policy import (
+    HOLDING_MODES,
+    Awaited,
+    Candidate,
+    EdgeRecord,
+    HoldLimits,
+    Load,
+    Probe,
+    awaited,
+    decide,
+)
 from vllm_specedge.proposals import Fate, Insertion, ProposalTree
+from vllm_specedge.stepcost import StepCost
 
 _MAX_EMPTIED = 32
 _DISCARDED = {
@@ -36,7 +48,14 @@ _DISCARDED = {
     Fate.FULL: "discarded_over_budget",
 }
 MAX_OPENED_TOKENS = 16_384
-MAX_SKIPPED = 8
+MAX_RECORDS = 4096
+"""Edges whose records are kept, those assigned last."""
+NOTHING_ELSE = Load()
+PROBE_AFTER = 64
+"""Steps in a row in which drafts were there and none was verified; then a little is, to see what it costs now."""
+PLAIN_PROBE_AFTER = 256
+"""Steps in a row that verified something; then one does not, to see what that costs now."""
+SPEEDUP_MEMORY = 0.98
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +64,26 @@ class Row:
 
     request_id: str
     limit: int
+    priority: int = 0
+    """As vLLM's: smaller is more important."""
+    itl_limit_s: float = inf
+    """Its target for inter-token latency."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step that the engine has done."""
+
+    requests: int
+    """That were in it."""
+    tokens: int
+    """Of decoding, draft tokens included, and of prompts."""
+    prefilled: int
+    """Of prompts."""
+    context: int
+    """Tokens that these requests had in the cache before."""
+    started_s: float
+    ended_s: float
 
 
 @dataclass(slots=True)
@@ -53,6 +92,8 @@ class Plan:
 
     drafts: dict[str, list[int]] = field(default_factory=dict)
     holds: dict[str, float] = field(default_factory=dict)
+    wait_until_s: float | None = None
+    """All wait, this long at most: nobody is to run before something arrives."""
 
 
 @dataclass(slots=True)
@@ -69,18 +110,25 @@ class _Request:
     """Its edge has proposed something since it was assigned."""
     has_passed: bool = False
     """The edge has said that it has nothing for this position."""
+    held_since_s: float | None = None
+    """When it was left out first at this position."""
     is_awaited: bool = False
     """It was held at this position; if no proposal comes, that is a miss."""
     emptied_s: dict[int, float] = field(default_factory=dict)
     """When the request came to have so many tokens and no draft: its last few lengths that wait for an answer."""
+    committed_s: float = 0.0
+    """When its last token was decided."""
     suggestion: tuple[int, ...] = ()
     """What vLLM's own n-gram lookup found for this position."""
     is_suggestion: bool = False
     """The step under way verifies the suggestion, not a draft of an edge's."""
-    num_skipped: int = 0
-    """Suggestions in a row that were not verified because they seemed not to pay."""
     record: EdgeRecord = field(default_factory=EdgeRecord)
-    ngram_accepted: Smoothed = field(default_factory=lambda: Smoothed(mean=PRIOR_ACCEPTED))
+    """Its edge's."""
+    gained_s: float = 0.0
+    spent_s: float = 0.0
+    """What its last tokens would have taken without drafts, and what they took; old ones count less."""
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    ngram_acceptance: Acceptance = field(default_factory=Acceptance)
     counters: Counter[str] = field(default_factory=Counter)
     """Its own, in the names of counters.REQUEST_COUNTERS."""
 
@@ -88,9 +136,12 @@ class _Request:
 class DraftBook:
     """The live requests of one engine, their proposal trees and how their edges do."""
 
-    def __init__(self, vocab_size: int, max_draft: int, limits: HoldLimits) -> None:
+    def __init__(
+        self, vocab_size: int, max_draft: int, limits: HoldLimits, profile: Mapping[int, float] | None = None
+    ) -> None:
+        """`profile`: seconds that a step takes by its number of tokens, as tried at start-up."""
         self.counters: Counter[str] = Counter()
-        self.step_s = Line()
+        self.cost = StepCost(profile)
         self.num_edges = 0
         self._vocab_size = vocab_size
         self._max_draft = max_draft
@@ -99,8 +150,22 @@ class DraftBook:
         self._ids: dict[int, str] = {}
         self._next_number = 0
         self._opened_tokens = 0
-        self._typical = EdgeRecord()
+        self._acceptance = Acceptance()
         """How right drafts are here, whoever's: what is expected of an edge before it has shown its own."""
+        self._ngram_acceptance = Acceptance()
+        self._records: OrderedDict[int, EdgeRecord] = OrderedDict()
+        self._num_refused = self._num_verifying = 0
+        self._num_rows = self._row_context = 0
+        """Of the last plan: requests that could decode, and their context."""
+        self._last_end_s: float | None = None
+        self._plain_step_s = 0.0
+        """What the last step would have taken without drafts, and with all that could have been in it."""
+        self._gained_s = self._spent_s = 0.0
+
+    @property
+    def speedup(self) -> float:
+        """Tokens per second of late, over what plain steps are thought to give."""
+        return self._gained_s / self._spent_s if self._spent_s > 0.0 else 1.0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -115,9 +180,7 @@ class DraftBook:
             case Assign():
                 request = self._find(frame.request)
                 if request is not None:
-                    request.is_assigned, request.has_answered = frame.active, False
-                    request.record = self._typical.fresh()
-                    request.emptied_s.clear()
+                    self._assign(request, frame.edge)
             case Edges():
                 return self._edges(frame.num_edges)
             case EngineWelcome():
@@ -126,9 +189,21 @@ class DraftBook:
                 self.counters["unexpected_frames"] += 1
         return []
 
+    def _assign(self, request: _Request, edge: int) -> None:
+        request.is_assigned, request.has_answered = edge != 0, False
+        request.emptied_s.clear()
+        if not edge:
+            return
+        request.record = self._records.setdefault(edge, EdgeRecord(Acceptance(self._acceptance)))
+        self._records.move_to_end(edge)
+        if len(self._records) > MAX_RECORDS:
+            self._records.popitem(last=False)
+        request.acceptance = Acceptance(request.record.acceptance)
+
     def lost_gateway(self) -> None:
         """No edge can be reached: nobody is waited for, nothing is published."""
         self.num_edges = 0
+        self._records.clear()  # a new gateway numbers its edges anew
         for request in self._requests.values():
             request.is_assigned = request.is_open = False
 
@@ -188,13 +263,10 @@ class DraftBook:
         """
         for length in [length for length in request.emptied_s if base <= length < base + num_tokens]:
             emptied_s = request.emptied_s.pop(length)
+            in_time = length == request.tree.length
             if request.has_answered:
-                request.record.answered(now_s - emptied_s, in_time=length == request.tree.length)
+                request.record.answered(now_s - emptied_s, in_time, base + num_tokens - length)
             request.has_answered = True  # the first answer has the edge's prefill in it
-
-    def _learn(self, request: _Request, num_right: int) -> None:
-        request.record.verified(num_right)
-        self._typical.verified(num_right)
 
     def _learn_from_late(self, request: _Request, base: int, tokens: Sequence[int]) -> None:
         """How right a proposal was can be seen without verifying it, once its positions are decided.
@@ -203,8 +275,7 @@ class DraftBook:
         """
         decided = request.tokens[base : request.tree.length]
         num_right = _num_equal(tokens, decided)
-        if num_right < min(len(tokens), len(decided)) or 0 < len(tokens) <= len(decided):
-            self._learn(request, num_right)
+        request.acceptance.observe(num_right, min(len(tokens), len(decided)))
 
     # -- from the engine -------------------------------------------------------------------------------------------
 
@@ -213,6 +284,7 @@ class DraftBook:
         number = self._next_number
         self._next_number = (number + 1) & MAX_UINT32
         request = _Request(number, tokens, session, ProposalTree(len(tokens)))
+        request.ngram_acceptance = Acceptance(self._ngram_acceptance)
         self._requests[request_id] = request
         self._ids[number] = request_id
         return self._opening(request) if self.num_edges else []
@@ -236,10 +308,12 @@ class DraftBook:
         num_tokens = len(request.tokens) - base
         if num_tokens <= 0:
             return []
+        self._pace(request, num_tokens, now_s)
         self._count(request, num_tokens, num_verified)
         is_rejected = num_tokens <= num_verified and not request.is_suggestion
         request.suggestion, request.is_suggestion = (), False
         request.has_passed = request.is_awaited = False
+        request.held_since_s = None
         tokens = tuple(request.tokens[base:])
         self._advance(request, tokens, is_rejected)
         if not self.num_edges:
@@ -249,6 +323,13 @@ class DraftBook:
             if len(request.emptied_s) > _MAX_EMPTIED:
                 del request.emptied_s[next(iter(request.emptied_s))]
         return list(commits(request.number, base, tokens)) if request.is_open else self._opening(request)
+
+    def _pace(self, request: _Request, num_tokens: int, now_s: float) -> None:
+        if self._plain_step_s and request.committed_s:
+            self._gained_s += num_tokens * self._plain_step_s / self._num_rows
+            request.gained_s = SPEEDUP_MEMORY * request.gained_s + num_tokens * self._plain_step_s
+            request.spent_s = SPEEDUP_MEMORY * request.spent_s + now_s - request.committed_s
+        request.committed_s = now_s
 
     def _advance(self, request: _Request, tokens: tuple[int, ...], is_rejected: bool) -> None:
         done = request.tree.advance(tokens)
@@ -262,7 +343,7 @@ class DraftBook:
         self._add(request, "committed_tokens", num_tokens)
         self._add(request, "ahead_tokens", request.tree.num_ahead)
         self._add(request, "steps", 1)
-        self._learn_from_suggestion(request)
+        self._learn_unverified(request, num_tokens, num_verified)
         if not num_verified:
             return
         num_accepted = min(num_tokens - 1, num_verified)
@@ -271,23 +352,17 @@ class DraftBook:
         self._add(request, f"{kind}accepted_tokens", num_accepted)
         if not request.is_suggestion:
             self.counters["verified_drafts"] += 1
-            self._learn(request, num_accepted)
+            request.acceptance.observe(num_accepted, num_verified)
 
-    def _learn_from_suggestion(self, request: _Request) -> None:
-        """How many of its tokens were right, whether they were verified or not: so it can pay again."""
+    def _learn_unverified(self, request: _Request, num_tokens: int, num_verified: int) -> None:
+        """What was there and not verified shows how right it was too: so that it can pay again."""
+        decided = request.tokens[request.tree.length :]
         if request.suggestion:
-            request.num_skipped = 0 if request.is_suggestion else request.num_skipped + 1
-            decided = request.tokens[request.tree.length :]
-            request.ngram_accepted.observe(_num_equal(request.suggestion, decided))
-
-    def _is_suggestion_worth_it(self, request: _Request, limit: int) -> bool:
-        num_tokens = min(limit, len(request.suggestion))
-        accepted = min(request.ngram_accepted.mean or 0.0, num_tokens)
-        if num_tokens == 0:
-            return False
-        # Now and then one that is often right is tried anyway: else one slow step that verified would count for ever.
-        is_tried = request.num_skipped >= MAX_SKIPPED and accepted >= 1.0
-        return is_tried or is_worth_verifying(accepted, num_tokens, self.step_s)
+            num_right = _num_equal(request.suggestion, decided)
+            request.ngram_acceptance.observe(num_right, min(len(request.suggestion), num_tokens))
+        if not num_verified or request.is_suggestion:
+            draft = request.tree.chain(num_tokens)
+            request.acceptance.observe(_num_equal(draft, decided), len(draft))
 
     def suggest(self, request_id: str, tokens: Sequence[int]) -> None:
         """vLLM's own n-gram draft for what follows the request's tokens as they are now; forgotten with its commit."""
@@ -300,6 +375,8 @@ class DraftBook:
         request = self._requests.pop(request_id, None)
         if request is None:
             return []
+        if not self._requests:
+            self._last_end_s = None  # the time until the next request is nobody's
         del self._ids[request.number]
         self._add(request, "discarded_unused", request.tree.num_nodes)
         report = Report(request.number, request_values(request.counters))
@@ -309,38 +386,103 @@ class DraftBook:
         was_open, request.is_open, request.is_assigned = request.is_open, False, False
         return [Close(request.number, CloseReason.FINISHED)] if was_open else []
 
-    def plan(self, rows: Iterable[Row], now_s: float) -> Plan:
+    def stepped(self, step: Step) -> None:
+        """A step is done; what it decided is told by `commit`, next."""
+        self.counters["engine_steps"] += 1
+        self.counters["engine_step_us"] += int((step.ended_s - step.started_s) * 1e6)
+        self.cost.observe(step.requests, step.tokens, step.context, step.ended_s - step.started_s, step.prefilled)
+        self._gained_s *= SPEEDUP_MEMORY
+        self._spent_s *= SPEEDUP_MEMORY
+        since_s = self._last_end_s if self._last_end_s is not None else step.started_s
+        self._last_end_s = step.ended_s
+        self._plain_step_s = 0.0
+        if not step.prefilled and self._num_rows:
+            self._spent_s += step.ended_s - since_s
+            self._plain_step_s = self.cost(self._num_rows, self._num_rows, self._row_context)
+
+    def plan(self, rows: Iterable[Row], now_s: float, load: Load = NOTHING_ELSE) -> Plan:
         """What each row does next: verify a draft, wait for one, or decode plainly."""
-        plan = Plan()
         self._opened_tokens = 0
+        drafts: dict[str, Sequence[int]] = {}
+        candidates, step_limit_s = [], inf
         for row in rows:
             request = self._requests.get(row.request_id)
-            if request is None or row.limit <= 0:
+            if request is None:
                 continue
-            limit = min(row.limit, self._max_draft)
-            draft = request.tree.chain(limit)
-            request.is_suggestion = not draft and self._is_suggestion_worth_it(request, limit)
-            if draft:
-                plan.drafts[row.request_id] = draft
-            elif request.is_suggestion:
-                plan.drafts[row.request_id] = list(request.suggestion[:limit])
-            elif request.is_assigned and not request.has_passed:
-                self._plan_hold(row.request_id, request, now_s, plan)
+            step_limit_s = min(step_limit_s, row.itl_limit_s)
+            candidates.append(self._candidate(row, request, drafts, now_s))
+        load = replace(load, probe=self._probe(), step_limit_s=step_limit_s)
+        self._num_rows, self._row_context = len(candidates) + load.num_others, load.context
+        decision = decide(candidates, load, self.cost, self.speedup, self._limits, now_s)
+        plan = Plan(holds=decision.holds, wait_until_s=decision.wait_until_s)
+        plan.drafts = {key: list(drafts[key][:length]) for key, length in decision.lengths.items()}
+        if plan.wait_until_s is None:
+            self._num_refused = self._num_refused + 1 if drafts and not plan.drafts else 0
+            self._num_verifying = self._num_verifying + 1 if plan.drafts else 0
+        for candidate in candidates:
+            self._note(self._requests[candidate.key], candidate, candidate.key in plan.holds, now_s)
         return plan
 
-    def _plan_hold(self, request_id: str, request: _Request, now_s: float, plan: Plan) -> None:
+    def _probe(self) -> Probe:
+        if self._num_refused >= PROBE_AFTER:
+            return Probe.VERIFY
+        return Probe.PLAIN if self._num_verifying >= PLAIN_PROBE_AFTER else Probe.NONE
+
+    def _candidate(self, row: Row, request: _Request, drafts: dict[str, Sequence[int]], now_s: float) -> Candidate:
+        """What could be verified for a request (its tokens go to `drafts`), or else what is expected for it."""
+        limit = min(row.limit, self._max_draft)
+        request.is_suggestion = False
+        survivals: Sequence[float] = ()
+        if limit > 0:
+            draft: Sequence[int] = request.tree.chain(limit)
+            survivals = request.acceptance.survivals(len(draft))
+            if request.suggestion:
+                suggested = request.ngram_acceptance.survivals(min(limit, len(request.suggestion)))
+                if sum(suggested) > sum(survivals):
+                    request.is_suggestion, draft, survivals = True, request.suggestion, suggested
+            if draft:
+                drafts[row.request_id] = draft
+        expected = None
+        if limit > 0 and (request.is_suggestion or not survivals):
+            expected = self._awaited(request, limit)
+        return Candidate(
+            key=row.request_id,
+            order=request.number,
+            since_s=request.committed_s,
+            priority=row.priority,
+            survivals=survivals,
+            awaited=expected,
+            pace=request.gained_s / request.spent_s if request.spent_s > 0.0 else 1.0,
+            waited_s=now_s - request.held_since_s if request.held_since_s is not None else 0.0,
+        )
+
+    def _awaited(self, request: _Request, limit: int) -> Awaited | None:
+        can_answer = request.is_assigned and request.has_answered and not request.has_passed
+        if not can_answer or self._limits.mode not in HOLDING_MODES:
+            return None
         emptied_s = request.emptied_s.get(request.tree.length)
         if emptied_s is None:
-            return  # nothing was published for an edge to answer
-        until_s = hold_until(request.record, emptied_s, now_s, self.step_s(1), self._limits)
-        if until_s is not None:
+            return None  # nothing was published for an edge to answer
+        return awaited(request.record, request.acceptance, emptied_s, limit, self._limits)
+
+    def _note(self, request: _Request, candidate: Candidate, is_held: bool, now_s: float) -> None:
+        """Whether a request begins to wait for its draft, or has waited in vain."""
+        if is_held and request.held_since_s is None:
+            request.held_since_s = now_s
+        if candidate.survivals and not request.is_suggestion:
+            return  # the draft is there
+        if is_held and candidate.awaited is not None:
             self.counters["holds"] += not request.is_awaited
             request.is_awaited = True
-            plan.holds[request_id] = until_s
-        elif request.is_awaited:
-            self.counters["missed_holds"] += 1
+        elif request.is_awaited and not is_held:
             request.is_awaited = False
-            request.record.missed()
+            emptied_s = request.emptied_s.get(request.tree.length, now_s)
+            late_s = self._limits.hold_limit_s
+            if self._limits.mode != "wait":
+                late_s = min(late_s, request.record.late_after_s)
+            if now_s >= emptied_s + late_s:  # else something else ended the wait
+                self.counters["missed_holds"] += 1
+                request.record.missed()
 
 
 def _num_equal(draft: Sequence[int], decided: Sequence[int]) -> int:

@@ -2,15 +2,28 @@
 
 import ipaddress
 from collections.abc import Mapping
+from math import inf
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_specedge.errors import UserError
+from vllm_specedge.slo import Target, Targets
 
 DEFAULT_SPEC_TOKENS = 5
 MAX_SPEC_TOKENS = 128
 """vLLM's rejection sampler takes no longer draft (v1/sample/rejection_sampler.py, MAX_SPEC_LEN)."""
+
+
+class SloTarget(BaseModel):
+    """What requests of one priority are to get."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    ttft_ms: float = Field(inf, gt=0)
+    """To the first token."""
+    itl_ms: float = Field(inf, gt=0)
+    """From one token to the next."""
 
 
 class EdgeOptions(BaseModel):
@@ -32,8 +45,18 @@ class EdgeOptions(BaseModel):
     """Listen beyond loopback without TLS or without tokens. For closed networks only."""
     hold_limit_ms: int = Field(100, ge=0, le=10_000)
     """Never hold a request for its draft longer than this; 0: never hold."""
-    mode: Literal["auto", "wait", "never-wait"] = "auto"
-    """When requests are held: while it pays, always (up to the limit; for comparisons), never."""
+    mode: Literal["auto", "wait", "never-wait", "budget"] = "auto"
+    """`auto`: verify and hold what pays. For comparisons: `wait` (hold always, up to the limit, and verify all),
+    `never-wait` (verify all that is there), `budget` (verify what pays, never hold)."""
+    max_slowdown: float = Field(1.15, ge=1)
+    """Nobody's tokens come slower than so many times without drafts, of its own or of others; those that get more
+    tokens with each step may have longer ones."""
+    max_stretch: float = Field(inf, ge=1)
+    """A step takes at most so many times what it takes without drafts, waiting included. Bounds the time between two
+    chunks of a stream, whatever is in them; costs throughput where verifying takes long."""
+    slo: dict[str, SloTarget] = Field(default_factory=dict)
+    """Targets by vLLM's priority, as text, and "default". Speculation is shed before a target is missed; with
+    `--middleware vllm_specedge.admission.AdmissionMiddleware` requests that would miss or break one are refused."""
     credit_tokens: int = Field(32, ge=1, le=64)
     """How far past the last commit an edge may draft."""
     ngram: bool = True
@@ -55,11 +78,20 @@ class EdgeOptions(BaseModel):
         (size,) = given.values()
         return {**values, "prompt_lookup_min": size, "prompt_lookup_max": size}
 
+    @property
+    def targets(self) -> Targets:
+        """The targets as the policy takes them."""
+        by_name = {name: Target(each.ttft_ms / 1000, each.itl_ms / 1000) for name, each in self.slo.items()}
+        default = by_name.pop("default", Target())
+        return Targets({int(name): target for name, target in by_name.items()}, default)
+
     @model_validator(mode="after")
     def _together(self) -> Self:
         host, _ = split_address(self.listen)
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError("prompt_lookup_min must not be above prompt_lookup_max")
+        if not all(name == "default" or name.lstrip("-").isdecimal() for name in self.slo):
+            raise ValueError('slo has targets by priority, such as {"default": {"itl_ms": 100}, "5": {}}')
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key go together: give both or neither")
         if (

@@ -32,6 +32,8 @@ ENGINE_COUNTERS = (
     ("proposals_mismatch", "Proposals that contradicted what was decided meanwhile."),
     ("proposals_gap", "Proposals that continue something the engine does not have."),
     ("proposals_full", "Proposals cut because the request's tree was full."),
+    ("engine_steps", "Steps of the engine."),
+    ("engine_step_us", "Microseconds that these took, in total."),
     ("holds", "Times a request was held for its draft."),
     ("missed_holds", "Holds that ended without a draft."),
     ("wakes", "Times a draft woke a parked engine."),

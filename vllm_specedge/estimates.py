@@ -1,6 +1,7 @@
 """Running estimates of what is measured again and again. Pure; engine and edge use the same."""
 
 from dataclasses import dataclass
+from math import exp
 
 _GAIN = 0.125
 _DEVIATION_GAIN = 0.25
@@ -59,3 +60,27 @@ class Line:
             return 0.0
         mean_s = self._s / self._weight
         return max(mean_s / 8, mean_s + self.slope_s * (size - self._size / self._weight))
+
+
+@dataclass(slots=True)
+class Rate:
+    """Events per second, those of the last `memory_s` seconds counting most."""
+
+    memory_s: float = 10.0
+    _count: float = 0.0
+    _weight_s: float = 0.0
+    _last_s: float | None = None
+
+    def observe(self, num_events: int, now_s: float) -> None:
+        """So many events since the last observation."""
+        if self._last_s is not None:
+            passed_s = max(0.0, now_s - self._last_s)
+            keep = exp(-passed_s / self.memory_s)
+            self._count = self._count * keep + num_events
+            self._weight_s = self._weight_s * keep + passed_s
+        self._last_s = now_s
+
+    @property
+    def per_s(self) -> float:
+        """0 before anything was seen."""
+        return self._count / self._weight_s if self._weight_s > 0.0 else 0.0

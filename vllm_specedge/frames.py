@@ -193,11 +193,11 @@ class Edges:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Gateway to engine: an edge drafts for this request (`active`), or none does any more."""
+    """Gateway to engine: the edge of this number, from 1 on, drafts for this request; 0: none does any more."""
 
     CODE: ClassVar[int] = 35
     request: int
-    active: bool
+    edge: int
 
 
 @dataclass(frozen=True, slots=True)

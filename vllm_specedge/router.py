@@ -279,7 +279,7 @@ class Router:
         is_too_much = end > self.limits.max_context_tokens or self._num_tokens + new > self.limits.max_total_tokens
         if commit.base > known or is_too_much:
             self.counters["commit_gaps"] += 1
-            return [*self._close(key, CloseReason.GAP), ToEngine(key[0], Assign(key[1], False))]
+            return [*self._close(key, CloseReason.GAP), ToEngine(key[0], Assign(key[1], 0))]
         was_known = request.is_known
         request.tokens.extend(commit.tokens[known - commit.base :])
         self._num_tokens += new
@@ -351,7 +351,7 @@ class Router:
         for key in info.requests.values():
             request = self._requests[key]
             request.edge = None
-            effects += self._assign(key, request) or [ToEngine(key[0], Assign(key[1], False))]
+            effects += self._assign(key, request) or [ToEngine(key[0], Assign(key[1], 0))]
         return [*effects, *self._tell_edges()]
 
     def from_edge(self, edge: int, frame: Frame) -> list[Effect]:
@@ -412,7 +412,7 @@ class Router:
         if frame.reason != CloseReason.GAP or request.num_gaps > MAX_GAPS:
             request.declined.add(edge)
         self.counters["declined"] += 1
-        effects = self._assign(key, request) or [ToEngine(key[0], Assign(key[1], False))]
+        effects = self._assign(key, request) or [ToEngine(key[0], Assign(key[1], 0))]
         return [*effects, *self._assign_waiting()]
 
     # -- who drafts for whom ---------------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ class Router:
             ToEdge(edge, opened),
             *(ToEdge(edge, commit) for commit in context),
             ToEdge(edge, Ping(info.num_pings)),
-            ToEngine(key[0], Assign(key[1], True)),
+            ToEngine(key[0], Assign(key[1], edge + 1)),
         ]
 
 

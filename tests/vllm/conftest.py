@@ -27,6 +27,9 @@ NEAR_TIE = 1e-3
 """Two of the target's best logits closer than this may come out in either order (docs/design.md, Numerics)."""
 CONCURRENCY = 16
 GATEWAY_PORT = 8110
+IMPATIENT = -7
+"""The priority of requests that no server could please: the others are not to notice that there is such a class."""
+MIDDLEWARE = "vllm_specedge.admission.AdmissionMiddleware"
 KV_BYTES = 200 * 2**20
 """Room for 34 blocks of 128 tokens: one context of 2,048 tokens fits, eight of 650 do not."""
 
@@ -94,8 +97,11 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
     logs = tmp_path_factory.mktemp("servers")
     shared = ("--max-model-len", "2048", "--max-num-seqs", "16")
     # Not the default port: other tests look at what happens with it.
-    config = {"method": "edge", "num_speculative_tokens": 5, "listen": f"127.0.0.1:{GATEWAY_PORT}"}
-    edge = ("--speculative-config", json.dumps(config), "--max-num-batched-tokens", "512")
+    config: dict[str, Any] = {"method": "edge", "num_speculative_tokens": 5, "listen": f"127.0.0.1:{GATEWAY_PORT}"}
+    # All that is there is verified: the default leaves most of it out on a busy CPU.
+    config["mode"] = "never-wait"
+    config["slo"] = {str(IMPATIENT): {"itl_ms": 1}}
+    edge = ("--speculative-config", json.dumps(config), "--max-num-batched-tokens", "512", "--middleware", MIDDLEWARE)
     kv = ("--kv-cache-memory-bytes", str(KV_BYTES))
     with ExitStack() as stack:
         both = []

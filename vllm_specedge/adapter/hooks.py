@@ -26,6 +26,7 @@ HOOKS = (
     Hook(f"{_SCHEDULER}.has_requests"),
     Hook(f"{_SCHEDULER}.shutdown"),
     Hook("vllm.v1.core.sched.interface:PauseState.UNPAUSED"),
+    Hook("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks"),
     Hook("vllm.v1.engine:EngineCoreRequestType.WAKEUP"),
     Hook("vllm.v1.outputs:DraftTokenIds", ("req_ids", "draft_token_ids")),
     Hook("vllm.v1.request:RequestStatus.RUNNING"),
@@ -40,6 +41,9 @@ NGRAM_HOOKS = (
 SOURCES = (
     ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "next_decode_eligible_step"),
     ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "spec_token_ids"),
+    ("vllm.v1.core.sched.scheduler:Scheduler.__init__", "max_num_scheduled_tokens"),
+    ("vllm.v1.core.sched.scheduler:Scheduler.__init__", "max_num_running_reqs"),
+    ("vllm.v1.core.kv_cache_manager:KVCacheManager.__init__", "block_pool"),
     ("vllm.v1.request:Request.__init__", "next_decode_eligible_step"),
     ("vllm.v1.engine.core:EngineCoreProc.__init__", "input_queue"),
 )

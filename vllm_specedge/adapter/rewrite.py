@@ -4,11 +4,13 @@ import atexit
 import multiprocessing
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_specedge.adapter.start import ENDPOINT_VARIABLE, new_endpoint
+from vllm_specedge.admission import LOAD_VARIABLE
 from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, parse_options
 from vllm_specedge.errors import UserError
 from vllm_specedge.preflight import check_start
@@ -65,7 +67,7 @@ def rewrite(args: Any) -> bool:
         args.speculative_config["num_speculative_tokens"] = num_tokens or DEFAULT_SPEC_TOKENS
     args.scheduler_cls = SCHEDULER
     args.additional_config = {**(args.additional_config or {}), "specedge": ours}
-    _prepare_gateway(parse_options(ours))
+    _prepare(parse_options(ours))
     return True
 
 
@@ -85,13 +87,17 @@ def _check_args(args: Any, num_tokens: int | None) -> None:
         raise UserError("Edge drafting needs vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER.")
 
 
-def _prepare_gateway(options: EdgeOptions) -> None:
+def _prepare(options: EdgeOptions) -> None:
     """Once, in the front end's main process: choose the engines' socket, and say early if the port is taken."""
-    if options.gateway or multiprocessing.parent_process() is not None:
+    if multiprocessing.parent_process() is not None:
         return
-    check_start(options)
-    os.environ[ENDPOINT_VARIABLE] = endpoint = new_endpoint()
-    atexit.register(shutil.rmtree, Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+    if options.slo:
+        os.environ[LOAD_VARIABLE] = directory = tempfile.mkdtemp(prefix="specedge-load-")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    if not options.gateway:
+        check_start(options)
+        os.environ[ENDPOINT_VARIABLE] = endpoint = new_endpoint()
+        atexit.register(shutil.rmtree, Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
 
 
 def check_config(config: Any) -> None:

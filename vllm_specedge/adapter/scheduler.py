@@ -8,7 +8,7 @@ Rule 3: while every request waits for a draft, the engine's loop sleeps ("parked
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from vllm.logger import init_logger
@@ -20,11 +20,13 @@ from vllm.v1.request import Request, RequestStatus
 from zmq import ZMQError
 
 from vllm_specedge.adapter import hooks
+from vllm_specedge.adapter.load import LoadReport
+from vllm_specedge.adapter.profile import step_profile
 from vllm_specedge.adapter.start import engine_options, start_link
-from vllm_specedge.book import DraftBook, Plan, Row
+from vllm_specedge.book import DraftBook, Plan, Row, Step
 from vllm_specedge.counters import engine_values
 from vllm_specedge.frames import Bye, Frame, is_text
-from vllm_specedge.policy import HoldLimits
+from vllm_specedge.policy import HoldLimits, Load
 
 logger = init_logger("vllm.specedge.scheduler")
 
@@ -37,10 +39,15 @@ class EdgeScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._engine = _find_engine()
+        engine = _find_engine()
+        self._engine = engine if hasattr(engine, "input_queue") else None
+        """None in a process without a busy loop (LLM without multiprocessing)."""
         self._is_parked = self._was_parked = False
         self._arrived = threading.Event()
         self._step_started_s = 0.0
+        self._context = 0
+        self._plan_ahead: Plan | None = None
+        """What was planned when the engine asked whether there is something to do, while it still holds."""
         self._verifying: dict[str, list[int]] = {}
         self._is_drafting = self._has_ngram = False
         self._suggested: set[str] = set()
@@ -54,8 +61,16 @@ class EdgeScheduler(Scheduler):
         self.book = DraftBook(
             vocab_size=self.vllm_config.model_config.get_vocab_size(),
             max_draft=self.num_spec_tokens,
-            limits=HoldLimits(options.hold_limit_ms / 1000, options.mode),
+            limits=HoldLimits(
+                hold_limit_s=options.hold_limit_ms / 1000,
+                mode=options.mode,
+                max_slowdown=options.max_slowdown,
+                max_stretch=options.max_stretch,
+            ),
+            profile=step_profile(engine, self.max_num_scheduled_tokens),
         )
+        self._targets = options.targets
+        self._load = LoadReport(self.vllm_config, self._targets) if options.slo else None
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
         try:
             self._link, self._process = start_link(
@@ -114,8 +129,9 @@ class EdgeScheduler(Scheduler):
     # -- before a step ---------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
-        plan = self._plan()
-        if plan.holds and not plan.drafts and len(plan.holds) == len(self.running):
+        plan = self._planned()
+        self._plan_ahead = None
+        if plan.wait_until_s is not None:
             plan = self._all_held(plan)
         for request in self.running:
             is_held = request.request_id in plan.holds
@@ -125,20 +141,49 @@ class EdgeScheduler(Scheduler):
             drafts = DraftTokenIds(list(plan.drafts), list(plan.drafts.values()))
             super().update_draft_token_ids(drafts)
 
+    def _planned(self) -> Plan:
+        """The plan for the next step. The engine asks several times for one step whether there is something to do."""
+        if self._plan_ahead is None or (self._link is not None and self._link.inbox):
+            self._plan_ahead = self._plan()
+        return self._plan_ahead
+
     def _plan(self) -> Plan:
         self._take_in()
-        return self.book.plan(self._rows(), time.monotonic())
+        rows, load = self._look()
+        return self.book.plan(rows, time.monotonic(), load)
 
-    def _rows(self) -> Iterator[Row]:
-        """Without edges only those with a suggestion, for a row costs microseconds and there may be hundreds."""
+    def _look(self) -> tuple[list[Row], Load]:
+        """Who could decode in the next step, and what else there is to do.
+
+        Without edges only those with a suggestion are rows, for a row costs microseconds and there may be hundreds.
+        """
         has_edges = bool(self.book.num_edges)
+        rows, prefill, context, num_others = [], 0, 0, 0
         for request in self.running:
-            if not has_edges and request.request_id not in self._suggested:
+            num_left = request.num_tokens - request.num_computed_tokens
+            if request.status != RequestStatus.RUNNING or num_left != 1:
+                prefill += num_left
                 continue
-            if request.status != RequestStatus.RUNNING or request.num_computed_tokens != request.num_tokens - 1:
+            context += request.num_tokens
+            if not has_edges and request.request_id not in self._suggested:
+                num_others += 1
                 continue
             left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens)
-            yield Row(request.request_id, left - 1)
+            itl_limit_s = self._targets.of(request.priority).itl_s
+            rows.append(Row(request.request_id, left - 1, request.priority, itl_limit_s))
+        self._context = context
+        is_pressed = bool(self.waiting or self.kv_holding_waiting or self.deferred_waiting)
+        if is_pressed and len(self.running) < self.max_num_running_reqs:
+            prefill += next((request.num_tokens for request in self.waiting), 0)
+        load = Load(
+            context=context,
+            num_others=num_others,
+            prefill=min(prefill, self.max_num_scheduled_tokens),
+            is_pressed=is_pressed,
+            room=self.max_num_scheduled_tokens,
+            free_rows=self.kv_cache_manager.block_pool.get_num_free_blocks(),
+        )
+        return rows, load
 
     def _take_in(self) -> None:
         if self._link is None:
@@ -159,20 +204,37 @@ class EdgeScheduler(Scheduler):
     # -- after a step ----------------------------------------------------------------------------------------------
 
     def _publish(self, num_scheduled_tokens: dict[str, int]) -> None:
+        self._plan_ahead = None
         self._take_in()  # what came during the step was proposed before its tokens were known
         now_s = time.monotonic()
-        max_decode = self.num_spec_tokens + 1
-        if num_scheduled_tokens and all(num <= max_decode for num in num_scheduled_tokens.values()):
-            self.book.step_s.observe(sum(num_scheduled_tokens.values()), now_s - self._step_started_s)
+        self._stepped(num_scheduled_tokens, now_s)
         frames: list[Frame] = []
         for request_id in num_scheduled_tokens:
             frames += self._commit(request_id, now_s)
         self._send(frames)
 
+    def _stepped(self, num_scheduled_tokens: dict[str, int], now_s: float) -> None:
+        if not num_scheduled_tokens:
+            return
+        verifying = self._verifying
+        step = Step(
+            requests=len(num_scheduled_tokens),
+            tokens=sum(num_scheduled_tokens.values()),
+            # A request that decodes has one token and its draft.
+            prefilled=sum(n for id_, n in num_scheduled_tokens.items() if n != 1 + len(verifying.get(id_, ()))),
+            context=self._context,
+            started_s=self._step_started_s,
+            ended_s=now_s,
+        )
+        self.book.stepped(step)
+        if self._load is not None:
+            self._load.report(self, self.book.cost, now_s)
+
     def _commit(self, request_id: str, now_s: float) -> list[Frame]:
         return self.book.commit(request_id, len(self._verifying.get(request_id, ())), now_s)
 
     def _suggest(self, draft_token_ids: Any) -> None:
+        self._plan_ahead = None
         self._suggested.clear()
         for request_id, tokens in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
             # Near max_model_len vLLM makes everyone's draft zeros (v1/worker/gpu_model_runner.py, sample_tokens).
@@ -181,6 +243,7 @@ class EdgeScheduler(Scheduler):
                 self._suggested.add(request_id)
 
     def _open(self, request: Request) -> None:
+        self._plan_ahead = None
         parameters = request.sampling_params
         has_ids = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.mm_features
         # The end of a streaming-input session comes as another Request of the same id.
@@ -192,6 +255,9 @@ class EdgeScheduler(Scheduler):
         self._send(self.book.open(request.request_id, request.all_token_ids, session))
 
     def _close(self, request: Request) -> None:
+        self._plan_ahead = None
+        if self._load is not None:
+            self._load.num_finished += 1
         last = self._commit(request.request_id, time.monotonic())
         self._send([*last, *self.book.close(request.request_id)])
 
@@ -215,12 +281,13 @@ class EdgeScheduler(Scheduler):
             return False
         if self.pause_state != PauseState.UNPAUSED or not engine.is_running():
             return False
-        plan = self._plan()
-        if plan.drafts or len(plan.holds) != len(self.running):
+        plan = self._planned()
+        if plan.wait_until_s is None:
             return False
+        self._plan_ahead = None  # time goes by
         # Set before the timer is set and the inbox looked at: the link looks at the flag after both.
         self._is_parked = self._was_parked = True
-        if not self._link.wake_at(min(plan.holds.values())) or self._link.inbox:
+        if not self._link.wake_at(plan.wait_until_s) or self._link.inbox:
             self._is_parked = self._was_parked = False
         return self._is_parked
 
@@ -232,18 +299,12 @@ class EdgeScheduler(Scheduler):
             self._engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     def _all_held(self, plan: Plan) -> Plan:
-        """A step in which nothing would run: vLLM would spin while others wait to be admitted, so nobody is held then.
+        """A step in which nothing would run.
 
         An engine inside of the caller's process (LLM without multiprocessing) has no loop that could sleep: wait here.
         """
-        if self.waiting or self.kv_holding_waiting or self.deferred_waiting:
-            return Plan()
-        return plan if self._engine is not None else self._block(min(plan.holds.values()))
-
-    def _block(self, until_s: float) -> Plan:
-        plan = self._plan()
-        while plan.holds and not plan.drafts:
-            left_s = until_s - time.monotonic()
+        while self._engine is None and plan.wait_until_s is not None:
+            left_s = plan.wait_until_s - time.monotonic()
             if left_s <= 0 or not self._arrived.wait(min(left_s, _BLOCK_S)):
                 break
             plan = self._plan()
@@ -268,7 +329,7 @@ class EdgeScheduler(Scheduler):
 
 
 def _find_engine() -> Any:
-    """The EngineCoreProc that is building this scheduler, or None in a process without a busy loop.
+    """The EngineCore that is building this scheduler, or None if it is not to be found.
 
     vLLM gives a scheduler no reference to its engine; it is the caller a few frames up (v1/engine/core.py, __init__).
     """
@@ -277,6 +338,6 @@ def _find_engine() -> Any:
             owner = sys._getframe(depth).f_locals.get("self")
         except ValueError:
             return None
-        if hasattr(owner, "input_queue") and hasattr(owner, "model_executor"):
+        if hasattr(owner, "model_executor"):
             return owner
     return None

@@ -1,0 +1,84 @@
+"""Whether one more request would get, and leave to others, what they are to get."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_specedge.slo import Queue, Target, Targets, forecast, is_admitted, num_admissible, retry_after_s
+from vllm_specedge.stepcost import StepCost
+
+COST = StepCost({1: 0.02, 64: 0.03, 1024: 0.2})
+IDLE = Queue([], [], context=0, slots=64, room=1024, finished_per_s=0.0, is_by_priority=False)
+
+queues = st.builds(
+    Queue,
+    running=st.lists(st.integers(0, 3), max_size=40),
+    waiting=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3000)), max_size=10),
+    context=st.integers(0, 100_000),
+    slots=st.integers(1, 64),
+    room=st.integers(64, 2048),
+    finished_per_s=st.floats(0, 10),
+    is_by_priority=st.booleans(),
+)
+targets = st.builds(Target, ttft_s=st.floats(0.01, 5), itl_s=st.floats(0.01, 1))
+
+
+def test_an_idle_engine_takes_as_long_as_the_prompt_and_then_a_step_of_one() -> None:
+    expected = forecast(IDLE, 0, 500, COST)
+    assert expected.ttft_s == pytest.approx(COST(1, 500, 0, 500))
+    assert expected.itl_s == pytest.approx(COST(1, 1, 500))
+
+
+def test_prompts_ahead_come_first_in_steps_as_large_as_they_may_be() -> None:
+    queue = replace(IDLE, waiting=[(0, 2000)])
+    step_s, rest_s = COST(1, 1024, 0, 1024), COST(1, 452, 0, 452)
+    assert forecast(queue, 0, 500, COST).ttft_s == pytest.approx(2 * step_s + rest_s)
+
+
+def test_the_less_important_do_not_come_first_where_priority_counts() -> None:
+    queue = replace(IDLE, waiting=[(5, 2000)], is_by_priority=True)
+    assert forecast(queue, 0, 500, COST).ttft_s == forecast(IDLE, 0, 500, COST).ttft_s
+    assert forecast(queue, 5, 500, COST).ttft_s > forecast(queue, 0, 500, COST).ttft_s
+
+
+def test_where_all_slots_are_taken_others_must_end_first() -> None:
+    queue = replace(IDLE, running=[0] * 64, finished_per_s=0.5)
+    assert forecast(queue, 0, 100, COST).ttft_s > 2.0
+
+
+def test_a_request_is_not_let_in_if_it_would_break_the_target_of_one_that_runs() -> None:
+    for_all = Targets({1: Target(itl_s=0.0215)})
+    assert is_admitted(IDLE, 0, 100, for_all, COST)
+    assert is_admitted(replace(IDLE, running=[0] * 30), 0, 100, for_all, COST)
+    assert not is_admitted(replace(IDLE, running=[0] * 30 + [1]), 0, 100, for_all, COST)
+
+
+@given(queues, targets, st.integers(1, 2000))
+def test_what_may_come_may_come_one_after_the_other_and_no_more(queue: Queue, target: Target, num_tokens: int) -> None:
+    wanted = Targets(default=target)
+    number = num_admissible(queue, 0, num_tokens, wanted, COST, limit=8)
+    assert 0 <= number <= 8
+    for already in range(number + 1):
+        now = replace(queue, waiting=[*queue.waiting, *[(0, num_tokens)] * already])
+        assert is_admitted(now, 0, num_tokens, wanted, COST) == (already < number) or already == 8
+
+
+@given(queues, targets, st.integers(1, 2000), st.integers(1, 2000))
+def test_what_would_not_get_its_target_would_not_behind_more_that_wait(
+    queue: Queue, target: Target, num_tokens: int, more: int
+) -> None:
+    wanted = Targets(default=target)
+    if not is_admitted(queue, 0, num_tokens, wanted, COST):
+        assert not is_admitted(replace(queue, waiting=[*queue.waiting, (0, more)]), 0, num_tokens, wanted, COST)
+
+
+def test_without_targets_everybody_is_let_in() -> None:
+    queue = replace(IDLE, running=[0] * 64, waiting=[(0, 100_000)] * 100, finished_per_s=0.01)
+    assert num_admissible(queue, 0, 1000, Targets(), COST) == 64
+
+
+@given(queues)
+def test_another_try_is_asked_for_in_1_to_30_seconds(queue: Queue) -> None:
+    assert 1 <= retry_after_s(queue) <= 30

@@ -1,0 +1,34 @@
+"""Requests that would miss their target are refused at the front, others are not."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .conftest import IMPATIENT, MODEL_NAME, Target
+
+BODY = {"model": MODEL_NAME, "prompt": "The sea", "temperature": 0, "ignore_eos": True}
+
+
+@contextmanager
+def busy(target: Target) -> Iterator[None]:
+    """The engine is at work on another request."""
+    body = BODY | {"max_tokens": 200, "stream": True}
+    with target.http.stream("POST", f"{target.server.url}/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        for _ in range(20):
+            next(lines)
+        yield
+
+
+def status(target: Target, **extra: object) -> tuple[int, str, str | None]:
+    response = target.http.post(f"{target.server.url}/v1/completions", json=BODY | {"max_tokens": 4} | extra)
+    return response.status_code, response.text, response.headers.get("retry-after")
+
+
+def test_a_busy_server_refuses_what_would_miss_its_target_and_serves_the_others(edge_target: Target) -> None:
+    with busy(edge_target):
+        code, text, retry_after = status(edge_target, priority=IMPATIENT)
+        assert (code, json.loads(text)["error"]["type"]) == (503, "overloaded_error")
+        assert retry_after is not None
+        assert int(retry_after) >= 1
+        assert status(edge_target)[0] == 200

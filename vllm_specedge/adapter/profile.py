@@ -1,0 +1,42 @@
+"""A short profile of the model's steps at start-up: what the cost model begins with (stepcost.py)."""
+
+import logging
+import time
+from typing import Any
+
+logger = logging.getLogger("vllm.specedge.profile")
+
+SIZES = (1, 4, 16, 64, 256)
+LIMIT_S = 0.6
+"""No further size is tried after so long; a large one on a CPU takes about as long again."""
+
+
+def step_profile(engine: Any, max_tokens: int) -> dict[int, float] | None:
+    """Seconds of a forward pass by its number of tokens, or None if it cannot be tried here."""
+    if not hasattr(engine, "model_executor"):
+        return None
+    seconds: dict[int, float] = {}
+    started_s = time.monotonic()
+    try:
+        engine.model_executor.collective_rpc(time_pass, args=(1,))  # the first one allocates
+        for size in SIZES:
+            if size <= max_tokens and time.monotonic() - started_s < LIMIT_S:
+                seconds[size] = engine.model_executor.collective_rpc(time_pass, args=(size,))[0]
+    except Exception:
+        logger.exception("Steps are not profiled; what they cost is learnt while serving")
+    return seconds or None
+
+
+def time_pass(worker: Any, size: int) -> float:
+    """Seconds of a forward pass of `size` tokens, with the vocabulary's projection of all; runs on every worker."""
+    import torch
+
+    runner = worker.model_runner
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else (lambda: None)
+    wait()
+    started_s = time.monotonic()
+    with torch.inference_mode():
+        hidden_states, _ = runner._dummy_run(size)
+        runner.model.compute_logits(hidden_states[:size])
+    wait()
+    return time.monotonic() - started_s

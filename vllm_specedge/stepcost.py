@@ -1,0 +1,170 @@
+"""How long a step of the engine takes, by what is in it: learnt while it serves. Pure: no clock.
+
+Model: seconds = curve(tokens) + requests * a + context * b + prefilled * c. The curve is known at KNOTS and straight
+between them, so it can be flat where weights are read from memory and steep where compute is full. All are estimated
+together by a Kalman filter: what is seen at one size moves what is thought of the sizes around it, the less the further
+away (a Gaussian process over log2 tokens), and what was not seen for long becomes uncertain again.
+
+Rule 1: one outlier moves it by little: what surprises by more than MAX_SURPRISE deviations is thought to be noise.
+Rule 2: more tokens never take less time, whatever noise says.
+Rule 3: sizes that were seen often are looked at now and then only, for an update costs a tenth of a millisecond.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from math import log2, sqrt
+from operator import mul
+
+KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+_NUM_KNOTS = len(KNOTS)
+_REQUESTS, _CONTEXT, _PREFILLED = range(_NUM_KNOTS, _NUM_KNOTS + 3)
+_NUM = _NUM_KNOTS + 3
+CONTEXT_UNIT = 1024.0
+MAX_SURPRISE = 3.0
+FORGETTING = 1 / 2048
+"""The part by which, with each step, what is known becomes as uncertain again as before anything was seen."""
+SETTLED, SETTLED_EVERY = 32, 4
+"""After so many steps of a size one of so many is looked at."""
+_NOISE_GAIN = 0.03
+_FIRST_NOISE = 0.1
+_MIN_NOISE = 0.01
+_PRIOR_SCALE = 0.5
+"""How wrong, as a part of it, the prior's level may be; as a profile leaves out sampling and much else."""
+_PRIOR_OCTAVE = 0.3
+"""How wrong its growth from one size to twice that, as a part of the curve."""
+_PRIOR_KINK = 0.03
+_PRIOR_CONTEXT, _PRIOR_REQUEST, _PRIOR_PREFILLED = 0.02, 0.002, 0.002
+"""The deviations of what 1,024 tokens of context, a request, a prefilled token cost beside, as parts of a step of one
+token."""
+UNKNOWN_SLOPE = 1 / 128
+"""Without a profile a token is thought to cost so much of a step of one."""
+
+
+class StepCost:
+    """What the engine's steps take, in seconds."""
+
+    def __init__(self, profile: Mapping[int, float] | None = None) -> None:
+        """`profile`: seconds by number of tokens, as tried at start-up; None: the first step seen sets the scale."""
+        self._mean: list[float] = []
+        self._prior: list[list[float]] = []
+        self._covariance: list[list[float]] = []
+        self._noise = _FIRST_NOISE
+        self._curve: list[float] = []
+        """The knots' means, made to rise."""
+        self._seen = [0] * _NUM_KNOTS
+        if profile:
+            sizes = sorted(profile)
+            self._begin([_interpolated(sizes, [profile[size] for size in sizes], knot) for knot in KNOTS])
+
+    def _begin(self, curve: Sequence[float]) -> None:
+        rising = list(accumulate(curve, max))
+        first = rising[0]
+        self._mean = [*rising, 0.0, 0.0, 0.0]
+        self._prior = [[0.0] * _NUM for _ in range(_NUM)]
+        for i, one in enumerate(KNOTS):
+            for j, other in enumerate(KNOTS):
+                shared = _PRIOR_SCALE**2 + _PRIOR_OCTAVE**2 * log2(min(one, other))
+                self._prior[i][j] = (shared + (_PRIOR_KINK**2 if i == j else 0.0)) * rising[i] * rising[j]
+        for index, deviation in (
+            (_REQUESTS, _PRIOR_REQUEST),
+            (_CONTEXT, _PRIOR_CONTEXT),
+            (_PREFILLED, _PRIOR_PREFILLED),
+        ):
+            self._prior[index][index] = (deviation * first) ** 2
+        self._covariance = [list(row) for row in self._prior]
+        self._curve = rising
+
+    @property
+    def is_known(self) -> bool:
+        """Something was measured."""
+        return bool(self._mean)
+
+    def observe(self, requests: int, tokens: int, context: int, took_s: float, prefilled: int = 0) -> None:
+        """A step of `tokens` tokens, `prefilled` of them of prompts, for so many requests with so long a context in
+        all, took so long."""
+        if tokens <= 0 or took_s <= 0.0:
+            return
+        if not self._mean:
+            self._begin([took_s * (1 + UNKNOWN_SLOPE * knot) / (1 + UNKNOWN_SLOPE * tokens) for knot in KNOTS])
+        weights = _weights(tokens)
+        nearest = weights[0][0] if weights[0][1] > weights[1][1] else weights[1][0]
+        self._seen[nearest] += 1
+        if self._seen[nearest] > SETTLED and self._seen[nearest] % SETTLED_EVERY:
+            return
+        features = [*weights, (_REQUESTS, float(requests)), (_CONTEXT, context / CONTEXT_UNIT)]
+        if prefilled:
+            features.append((_PREFILLED, float(prefilled)))
+        columns = [self._covariance[index] for index, _ in features]
+        parts = [part for _, part in features]
+        spread = [sum(map(mul, parts, column)) for column in zip(*columns, strict=True)]
+        expected_s = max(sum(part * self._mean[index] for index, part in features), 1e-9)
+        noise = (self._noise * expected_s) ** 2
+        variance = sum(part * spread[index] for index, part in features) + noise
+        surprise_s = took_s - expected_s
+        believed_s = min(abs(surprise_s), MAX_SURPRISE * sqrt(variance))
+        noisy = (believed_s**2 - (variance - noise)) / expected_s**2
+        self._noise = sqrt(max(_MIN_NOISE**2, self._noise**2 + _NOISE_GAIN * (noisy - self._noise**2)))
+        # What is further off counts as so much noisier: it moves little, and leaves nothing more certain than it was.
+        self._update(spread, max(variance, (surprise_s / MAX_SURPRISE) ** 2), surprise_s)
+
+    def _update(self, spread: Sequence[float], variance: float, surprise_s: float) -> None:
+        by = surprise_s / variance
+        self._mean = [mean + each * by for mean, each in zip(self._mean, spread, strict=True)]
+        for row, prior, each in zip(self._covariance, self._prior, spread, strict=True):
+            gain = each / variance
+            row[:] = [
+                value - gain * other + FORGETTING * (before - value)
+                for value, other, before in zip(row, spread, prior, strict=True)
+            ]
+        floor = self._mean[0] if self._mean[0] > 0.0 else 1e-9
+        self._curve = list(accumulate(self._mean[:_NUM_KNOTS], max, initial=floor))[1:]
+
+    def __call__(self, requests: int, tokens: int, context: int, prefilled: int = 0) -> float:
+        """Seconds; 0 before anything is known."""
+        if not self._mean or tokens <= 0:
+            return 0.0
+        curve = self._curve
+        (low, part), (high, other) = _weights(tokens)
+        beside = (
+            requests * max(0.0, self._mean[_REQUESTS])
+            + context / CONTEXT_UNIT * max(0.0, self._mean[_CONTEXT])
+            + prefilled * self._mean[_PREFILLED]
+        )
+        return max(1e-6, part * curve[low] + other * curve[high] + beside)
+
+    def growth(self, tokens: int, more: int) -> list[float]:
+        """How much longer a step of `tokens` tokens takes with 1, 2, ... `more` further ones."""
+        if not self._mean or more <= 0:
+            return [0.0] * max(0, more)
+        (low, part), (high, other) = _weights(max(1, tokens))
+        base = part * self._curve[low] + other * self._curve[high]
+        longer: list[float] = []
+        at = max(1, tokens)
+        while len(longer) < more:
+            index = min(_NUM_KNOTS - 2, bisect_right(KNOTS, at) - 1)
+            slope = (self._curve[index + 1] - self._curve[index]) / (KNOTS[index + 1] - KNOTS[index])
+            end = at + more - len(longer)
+            if index < _NUM_KNOTS - 2:
+                end = min(end, KNOTS[index + 1])
+            start = self._curve[index] - base - slope * KNOTS[index]
+            longer += [start + slope * size for size in range(at + 1, end + 1)]
+            at = end
+        return longer
+
+
+def _weights(tokens: int) -> tuple[tuple[int, float], tuple[int, float]]:
+    """The two knots around a size, and how much each counts; past the last, the line of the last two goes on."""
+    low = min(_NUM_KNOTS - 2, bisect_right(KNOTS, tokens) - 1)
+    part = (tokens - KNOTS[low]) / (KNOTS[low + 1] - KNOTS[low])
+    return (low, 1.0 - part), (low + 1, part)
+
+
+def _interpolated(sizes: Sequence[int], seconds: Sequence[float], size: int) -> float:
+    """On straight lines through what was tried; the first and last line go on."""
+    if len(sizes) == 1:
+        return seconds[0] * (1 + UNKNOWN_SLOPE * size) / (1 + UNKNOWN_SLOPE * sizes[0])
+    high = min(len(sizes) - 1, max(1, bisect_right(sizes, size)))
+    low = high - 1
+    slope = (seconds[high] - seconds[low]) / (sizes[high] - sizes[low])
+    return max(seconds[low] + slope * (size - sizes[low]), min(seconds) / 2)
