@@ -1,19 +1,17 @@
 """What several tests share: frames of every type, two sessions back to back, and a world in virtual time."""
 
 import dataclasses
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from math import inf
 from random import Random
 from typing import Any
 
 from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate, DraftSequence
-from edge_client.speculation import Job, Speculation
-from vllm_specedge.book import DraftBook, Plan, Row
+from edge_client.pace import Pace
+from edge_client.speculation import Speculation
+from vllm_specedge.book import DraftBook, Plan, Row, Step
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.frames import (
     MAX_TEXT_BYTES,
@@ -26,14 +24,14 @@ from vllm_specedge.frames import (
     FrameReader,
     Hello,
     Ping,
-    Pong,
     Propose,
     Welcome,
     encode,
 )
-from vllm_specedge.policy import HoldLimits
+from vllm_specedge.policy import HoldLimits, Load
 from vllm_specedge.router import ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.session import Role, Session, State
+from vllm_specedge.simulator import VirtualEdge, VirtualTime
 
 FRAME_TYPES: tuple[type[Frame], ...] = Frame.__args__
 
@@ -82,27 +80,6 @@ class ConnectionPair:
 
 
 # -- virtual time -------------------------------------------------------------------------------------------------
-
-
-class VirtualTime:
-    """A clock that jumps from one thing to do to the next."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = count()
-
-    def after(self, delay_s: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._due, (self.now_s + max(0.0, delay_s), next(self._order), action))
-
-    def run(self, limit_s: float, is_over: Callable[[], bool]) -> None:
-        """Do what is due until `is_over`, or there is nothing left to do, or it is `limit_s`."""
-        while self._due and not is_over():
-            at_s, _, action = heapq.heappop(self._due)
-            if at_s > limit_s:
-                return
-            self.now_s = at_s
-            action()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,77 +155,18 @@ class ListSequence(DraftSequence):
         return [list(self._guess(self.past(start + row)))[:width] for row in range(len(tokens))]
 
 
-def run_pass(sequence: DraftSequence, job: Job) -> list[list[Candidate]]:
-    """One forward pass, as the client does it."""
-    sequence.keep(job.keep, job.moved)
-    if job.parents:
-        return sequence.branch(job.tokens, job.parents, job.width)
-    return [sequence.append(job.tokens, job.width)]
-
-
-class VirtualEdge:
+def virtual_edge(
+    time: VirtualTime,
+    guess: Guess,
+    pass_s: float,
+    max_context_tokens: int,
+    max_width: int = 4,
+    rtt_s: float = 0.0,
+) -> VirtualEdge:
     """An edge whose forward pass takes `pass_s`; `guess` is its draft model."""
-
-    def __init__(
-        self,
-        time: VirtualTime,
-        guess: Guess,
-        pass_s: float,
-        max_context_tokens: int,
-        max_width: int = 4,
-        rtt_s: float = 0.0,
-    ) -> None:
-        self.speculation = Speculation(max_context_tokens, max_width, prefill_chunk_tokens=7, max_kept=2)
-        self.speculation.pace.rtt_s = rtt_s
-        self.send: Callable[[Frame], None] = lambda frame: None
-        self._time = time
-        self._guess = guess
-        self._pass_s = pass_s
-        self._sequences: dict[int, ListSequence] = {}
-        self._is_busy = False
-        self._wakes_s = inf
-
-    def receive(self, frame: Frame) -> None:
-        if isinstance(frame, Welcome | Bye):
-            return
-        if isinstance(frame, Ping):
-            self.send(Pong(frame.stamp))
-            return
-        for answer in self.speculation.receive(frame, self._time.now_s):
-            self.send(answer)
-        self._draft()
-
-    def _draft(self) -> None:
-        job = None if self._is_busy else self.speculation.next_job()
-        if job is None:
-            self._wait()
-            return
-        self._is_busy = True
-        if job.source is not None:
-            self._sequences[job.request] = self._sequences.pop(job.source)
-        sequence = self._sequences.setdefault(job.request, ListSequence(self._guess))
-        said = run_pass(sequence, job)
-        self._time.after(self._pass_s, lambda: self._drafted(job, said))
-
-    def _wait(self) -> None:
-        due_s = self.speculation.due_s
-        if due_s is not None and not self._is_busy and due_s < self._wakes_s:
-            self._wakes_s = due_s
-            self._time.after(due_s - self._time.now_s, self._poll)
-
-    def _poll(self) -> None:
-        self._wakes_s = inf
-        for frame in self.speculation.poll(self._time.now_s):
-            self.send(frame)
-        self._draft()
-
-    def _drafted(self, job: Job, said: list[list[Candidate]]) -> None:
-        self._is_busy = False
-        for frame in self.speculation.drafted(job, said, self._pass_s, self._time.now_s):
-            self.send(frame)
-        for number in [number for number in self._sequences if not self.speculation.needs(number)]:
-            del self._sequences[number]
-        self._draft()
+    pace = Pace(rtt_s=rtt_s)
+    speculation = Speculation(max_context_tokens, max_width, prefill_chunk_tokens=7, max_kept=2, pace=pace)
+    return VirtualEdge(time, speculation, lambda: ListSequence(guess), lambda num_tokens: pass_s)
 
 
 class HostileEdge:
@@ -329,6 +247,7 @@ class World:
     inbox: list[tuple[float, Frame]] = field(default_factory=list)
     byes: list[Bye] = field(default_factory=list)
     is_stepping: bool = False
+    _context: int = 0
     _links: dict[int, VirtualLink] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -407,19 +326,21 @@ class World:
             self.served[request_id] = served
             self._publish(self.book.open(request_id, served.tokens, served.session))
         rows = [Row(id_, served.end - len(served.tokens) - 1) for id_, served in self.served.items()]
-        plan = self.book.plan(rows, self.time.now_s)
+        self._context = sum(len(served.tokens) for served in self.served.values())
+        plan = self.book.plan(rows, self.time.now_s, Load(context=self._context))
         self.is_stepping = len(plan.holds) < len(self.served)
         if self.is_stepping:
             num_verified = sum(map(len, plan.drafts.values()))
             self.time.after(self.step_s + self.token_s * num_verified, lambda: self._finish(plan))
         elif plan.holds:
-            self.time.after(min(plan.holds.values()) - self.time.now_s, self._wake)
+            self.time.at(plan.wait_until_s or 0.0, self._wake)
 
     def _finish(self, plan: Plan) -> None:
         num_verified = sum(map(len, plan.drafts.values()))
-        num_tokens = len(self.served) - len(plan.holds) + num_verified
+        num_rows = len(self.served) - len(plan.holds)
         self._take_in()
-        self.book.step_s.observe(num_tokens, self.step_s + self.token_s * num_verified)
+        started_s = self.time.now_s - self.step_s - self.token_s * num_verified
+        self.book.stepped(Step(num_rows, num_rows + num_verified, 0, self._context, started_s, self.time.now_s))
         for request_id in [id_ for id_ in self.served if id_ not in plan.holds]:
             served, draft = self.served[request_id], plan.drafts.get(request_id, [])
             assert len(served.tokens) + len(draft) < served.end

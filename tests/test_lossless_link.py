@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate
-from tests.helpers import Guess, HostileEdge, Trouble, VirtualEdge, World
+from tests.helpers import Guess, HostileEdge, Trouble, World, virtual_edge
 from vllm_specedge.errors import ByeCode
 from vllm_specedge.policy import MODES, HoldLimits
 from vllm_specedge.router import Router, RouterLimits
+from vllm_specedge.simulator import VirtualEdge
 
 VOCAB_SIZE = 6
 K = 5
@@ -60,7 +61,7 @@ def edge_for(
 ) -> VirtualEdge:
     guess = guesser(quality, seed, second)
     rtt_s = 2 * world.edge_trouble.delay_s
-    return VirtualEdge(world.time, guess, 0.001, max_context_tokens, max_width, rtt_s)
+    return virtual_edge(world.time, guess, 0.001, max_context_tokens, max_width, rtt_s)
 
 
 def serve(world: World, prompts: Mapping[str, Sequence[int]], num_tokens: int) -> None:
@@ -100,6 +101,7 @@ EDGES = ["perfect", "good", "random", "hostile", "rude"]
     max_width=st.sampled_from([1, 2, 8]),
     credit_tokens=st.sampled_from([1, K, 32]),
     has_ngram=st.booleans(),
+    token_s=st.sampled_from([0.0, 0.001, 0.02]),
     joins_and_leaves=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), max_size=4),
 )
 def test_the_output_is_that_of_plain_decoding_whatever_happens(
@@ -111,6 +113,7 @@ def test_the_output_is_that_of_plain_decoding_whatever_happens(
     max_width: int,
     credit_tokens: int,
     has_ngram: bool,
+    token_s: float,
     joins_and_leaves: list[tuple[int, int]],
 ) -> None:
     random = Random(seed)
@@ -123,6 +126,7 @@ def test_the_output_is_that_of_plain_decoding_whatever_happens(
         edge_trouble=edge_trouble,
         hold_limits=hold_limits,
         router=Router(RouterLimits(credit_tokens=credit_tokens)),
+        token_s=token_s,
         suggest=lambda tokens: [random.choice([choose(tokens), 0]), *tokens[-2:]] if has_ngram else [],
     )
 
@@ -147,12 +151,16 @@ def test_the_output_is_that_of_plain_decoding_whatever_happens(
 
 @pytest.mark.parametrize("trouble", [NO_TROUBLE, Trouble(delay_s=0.005), Trouble(jitter_s=0.004)])
 def test_a_perfect_draft_needs_one_step_for_all_it_drafts_and_one_token_more(trouble: Trouble) -> None:
-    num_tokens = 120
-    world = World(choose, VOCAB_SIZE, K, edge_trouble=trouble, hold_limits=HoldLimits(1.0))
-    world.join(0, edge_for(world, quality=1.0))
-    serve(world, {"r": [1, 2, 3]}, num_tokens)
+    """A draft that comes late or in parts costs some more, by chance: so this is the mean of a few runs."""
+    num_tokens, num_steps = 120, []
+    for seed in range(4):
+        world = World(choose, VOCAB_SIZE, K, seed=seed, edge_trouble=trouble, hold_limits=HoldLimits(1.0))
+        world.join(0, edge_for(world, quality=1.0))
+        serve(world, {"r": [1, 2, 3]}, num_tokens)
+        num_steps.append(world.finished["r"].num_steps)
     least = num_tokens // (K + 1)
-    assert least <= world.finished["r"].num_steps <= least + 8
+    assert least <= min(num_steps)
+    assert sum(num_steps) / len(num_steps) <= least + 8
 
 
 def test_without_edges_every_token_is_a_step() -> None:

@@ -11,9 +11,10 @@ from edge_client.drafters import Candidate
 from edge_client.drafttree import Node
 from edge_client.pace import Pace
 from edge_client.speculation import MAX_ENTRIES, MAX_SHORT, MIN_SHARED_TOKENS, Job, Speculation
-from tests.helpers import Guess, ListSequence, run_pass
+from tests.helpers import Guess, ListSequence
 from vllm_specedge.frames import Close, CloseReason, Commit, Frame, Open, Ping, Propose, encode
 from vllm_specedge.proposals import Fate, ProposalTree
+from vllm_specedge.simulator import run_pass
 
 CREDIT = 3
 PROMPT = (10, 11)

@@ -16,6 +16,7 @@ from rich.table import Table
 from vllm_specedge import __version__
 from vllm_specedge.config import check_endpoint, parse_options
 from vllm_specedge.errors import UserError
+from vllm_specedge.policy import HoldLimits
 from vllm_specedge.supervisor import USER_ERROR_STATUS
 from vllm_specedge.tokens import TokenFile
 
@@ -69,6 +70,81 @@ def doctor() -> None:
 
     problems = report(print_line=typer.echo)
     raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def simulate(
+    server: Annotated[str, typer.Option(help="a100-14b, h100-70b-tp4, h100-8b, cpu-135m or custom.")] = "a100-14b",
+    requests: Annotated[str, typer.Option(help="Requests at a time; several with commas.")] = "1,4,16,64",
+    rtt_ms: Annotated[str, typer.Option(help="Between edges and gateway; several with commas.")] = "20",
+    acceptance: Annotated[float, typer.Option(help="How often a draft token is right.", min=0, max=1)] = 0.75,
+    branch: Annotated[float, typer.Option(help="Where it is not: how often the second is.", min=0, max=1)] = 0.6,
+    pass_ms: Annotated[float, typer.Option(help="A forward pass of the draft model.", min=0.01)] = 6.0,
+    row_ms: Annotated[float, typer.Option(help="Each further row or prompt token of a pass.", min=0)] = 0.0,
+    width: Annotated[int, typer.Option(help="Rows of a pass at most; 1: no branches.", min=1)] = 8,
+    spec_tokens: Annotated[int, typer.Option(help="Draft tokens a step verifies for a request.", min=1)] = 5,
+    credit_tokens: Annotated[int, typer.Option(help="How far ahead edges may draft.", min=1, max=64)] = 32,
+    uplink_bytes_per_token: Annotated[float, typer.Option(help="As edge-client's option.", min=8)] = 23.0,
+    jitter_ms: Annotated[float, typer.Option(help="At most so much more, each way.", min=0)] = 0.0,
+    edge: Annotated[str, typer.Option(help="good, poor, stalling, dead or half.")] = "good",
+    share: Annotated[float, typer.Option(help="For so many of the requests there is an edge.", min=0, max=1)] = 1.0,
+    requests_per_edge: Annotated[int, typer.Option(help="That one edge drafts for.", min=1)] = 1,
+    max_edges: Annotated[int, typer.Option(help="There are no more; they share the requests.", min=1)] = 1 << 20,
+    hold_limit_ms: Annotated[int, typer.Option(help="As the server's option.", min=0)] = 100,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each request.", min=2)] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Of each answer.", min=1)] = 256,
+    weights_ms: Annotated[float, typer.Option(help="--server custom: reading the weights.", min=0)] = 0.0,
+    request_us: Annotated[float, typer.Option(help="--server custom: a request, while they are read.", min=0)] = 20.0,
+    token_us: Annotated[float, typer.Option(help="--server custom: computing a token.", min=0)] = 0.0,
+    overhead_ms: Annotated[float, typer.Option(help="--server custom: a step, beside.", min=0)] = 0.5,
+    draft_step_ms: Annotated[float, typer.Option(help="--server custom: a draft step on the server.", min=0)] = 0.0,
+    fit: Annotated[Path | None, typer.Option(help="Take the server from a benchmark's results.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="Simulate the cells of a benchmark's results.")] = None,
+    all_modes: Annotated[bool, typer.Option("--all-modes", help="Also the modes for comparison.")] = False,
+    oracle: Annotated[bool, typer.Option("--oracle", help="Also a policy that need not learn.")] = False,
+    break_even: Annotated[bool, typer.Option(help="Up to which RTT edges help, at the first load.")] = True,
+    curve: Annotated[Path | None, typer.Option(help="Draw it, as .svg or .png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: int = 0,
+) -> None:
+    """What edges would bring: the shipping policy on a simulated server, network and draft model (docs/simulate.md)."""
+    from vllm_specedge import simulation_report as report  # noqa: PLC0415 - the other commands need no simulator
+    from vllm_specedge.simulation_models import SERVERS, RooflineServer  # noqa: PLC0415
+    from vllm_specedge.simulator import EdgeModel, Scenario  # noqa: PLC0415
+
+    custom = RooflineServer(weights_ms / 1e3, request_us / 1e6, token_us / 1e6, overhead_ms / 1e3, draft_step_ms / 1e3)
+    chosen = report.fitted_server(fit) if fit is not None else {**SERVERS, "custom": custom}.get(server)
+    if chosen is None:
+        raise UserError(f"There is no server '{server}': --server takes {', '.join(SERVERS)} or custom.")
+    base = Scenario(
+        server=chosen,
+        jitter_s=jitter_ms / 1e3,
+        edge=EdgeModel(pass_ms / 1e3, row_ms / 1e3, acceptance, branch, width, uplink_bytes_per_token),
+        share=share,
+        requests_per_edge=requests_per_edge,
+        max_edges=max_edges,
+        limits=HoldLimits(hold_limit_ms / 1e3),
+        spec_tokens=spec_tokens,
+        credit_tokens=credit_tokens,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        seed=seed,
+    )
+    asked = report.Asked(
+        _numbers("--requests", requests), _numbers("--rtt-ms", rtt_ms), edge, all_modes, oracle, break_even
+    )
+    status = report.show_comparison(base, compare) if compare else report.show(base, asked, curve, as_json)
+    raise typer.Exit(status)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0:
+        raise UserError(f"{option} takes numbers with commas between them, such as 1,4,16, not '{text:.40}'.")
+    return numbers
 
 
 @token_app.command()
