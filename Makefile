@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2
 DRAFT := .cache/smollm2-draft
 
-.PHONY: help demo test test-fast test-vllm check format model bench-overhead bench-ahead clean
+.PHONY: help demo test test-fast test-vllm check format model bench-overhead bench-ahead bench-never-slower bench-deciding clean
 help:
 	@echo "make demo            a real server, a real edge, the same questions with and without it"
 	@echo "make demo EDGE=ngram the same with prompt lookup, on tasks where that helps"
@@ -13,6 +13,8 @@ help:
 	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
 	@echo "make bench-overhead  memory, start-up, latency and parking costs"
 	@echo "make bench-ahead     what drafting ahead is worth at 0, 5, 20 and 80 ms (half an hour; ARGS=--quick)"
+	@echo "make bench-deciding  what the policy costs the engine, microseconds a request a step"
+	@echo "make bench-never-slower whether turning it on makes a server slower: a grid, a verdict a cell (2 hours; ARGS=--quick)"
 
 $(VENV)/.installed: pyproject.toml deploy/vllm-metadata/pyproject.toml deploy/install
 	PYTHON="$(PYTHON)" deploy/install $(VENV)
@@ -53,6 +55,12 @@ bench-overhead: $(VENV)/.installed model
 
 bench-ahead: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/ahead.py $(ARGS)
+
+bench-never-slower: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python benchmarks/grid.py $(ARGS)
+
+bench-deciding: $(VENV)/.installed
+	$(BIN)/python benchmarks/deciding.py
 
 clean:
 	rm -rf $(VENV) .cache

@@ -119,7 +119,7 @@ class Relay:
             for end in (writer, target_writer):
                 end.close()
                 await end.wait_closed()
-        except* ConnectionError:
+        except* OSError:
             pass  # one end reset the connection: so does the relay
         finally:
             for end in (writer, target_writer):

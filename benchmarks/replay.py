@@ -4,8 +4,9 @@
 
 It is the real edge client; only its draft model is replaced. (With --draft DIRECTORY it is not even that: then it is
 `edge-client connect`, for comparing the two by the same command.) What it drafts depends on the seed, the request's
-prompt and the position alone, so every run and every way of drafting ahead meets the same draft model. When it is told
-to end it prints its totals as one JSON line.
+prompt and the position alone, so every run and every way of drafting ahead meets the same draft model. With --edges it
+is as many edges in one process, a connection, a drafter and a thread each; with --stall-s each of them stands still now
+and then. When it is told to end it prints the totals of all as one JSON line.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Annotated, NamedTuple
@@ -29,6 +31,8 @@ from edge_client.link import Gateway
 
 SMOLLM2_VOCAB_SIZE = 49152
 WAIT_S = 30.0
+MAX_DRAWN = 1 << 13
+"""Draws that a drafter remembers: false pasts come again while they are drafted, true ones with every run."""
 
 
 class Recording(NamedTuple):
@@ -57,6 +61,24 @@ class Accuracy:
         return (1 - self.first) * (1 - self.second) * 0.5 ** (rank - 1)
 
 
+class Stalls:
+    """When an edge stands still: for `stall_s` each, and on average `every_s` from the start of one to the next's."""
+
+    def __init__(self, stall_s: float, every_s: float, seed: int, now_s: float) -> None:
+        if not 0 < stall_s < every_s:
+            raise ValueError(f"stalls of {stall_s:g} s cannot come every {every_s:g} s")
+        self._stall_s = stall_s
+        self._pause_s = every_s - stall_s
+        self._chance = Random(seed)
+        self._start_s = now_s + self._chance.expovariate(1 / self._pause_s)
+
+    def over_s(self, at_s: float) -> float:
+        """When that is done which would be done at `at_s`. Times that are asked for do not fall."""
+        while self._start_s + self._stall_s <= at_s:
+            self._start_s += self._stall_s + self._chance.expovariate(1 / self._pause_s)
+        return at_s if at_s < self._start_s else self._start_s + self._stall_s
+
+
 class ReplayDrafter:
     """Knows what the target says to the recorded prompts; has nothing to say to others, or past an answer's end."""
 
@@ -70,14 +92,20 @@ class ReplayDrafter:
         pass_s: float = 0.0,
         max_width: int = 8,
         vocab_size: int = SMOLLM2_VOCAB_SIZE,
+        stalls: Stalls | None = None,
     ) -> None:
-        """Every forward pass takes `pass_s` seconds, however many rows it has."""
+        """Every forward pass takes `pass_s` seconds, however many rows it has; longer while it stalls."""
         self.max_width = max_width
         self.description = f"replay, {accuracy.first:.0%} right, {1000 * pass_s:.1f} ms a token"
         self._recordings = sorted(recordings, key=lambda recording: -len(recording.prompt))
         self._accuracy = accuracy
         self._pass_s = pass_s
         self._vocab_size = vocab_size
+        self._stalls = stalls
+        self._longest = max((len(recording.prompt) for recording in recordings), default=0)
+        # What a pass costs beside its sleep counts, since many edges share a core: nothing is computed twice.
+        self._recording = lru_cache(MAX_DRAWN)(self._find)
+        self._drawn = lru_cache(MAX_DRAWN)(self._draw)
 
     def open(self) -> "ReplaySequence":
         return ReplaySequence(self)
@@ -87,11 +115,13 @@ class ReplayDrafter:
         """Takes the time of a pass, of which what is done inside is part."""
         until_s = time.monotonic() + self._pass_s
         yield
+        if self._stalls is not None:
+            until_s = self._stalls.over_s(max(until_s, time.monotonic()))
         time.sleep(max(0.0, until_s - time.monotonic()))
 
     def candidates(self, chain: tuple[int, ...], width: int) -> list[Candidate]:
         """What the draft model says may follow these tokens, most probable first."""
-        recording = next((known for known in self._recordings if chain[: len(known.prompt)] == known.prompt), None)
+        recording = self._recording(chain[: self._longest])
         if recording is None:
             return []
         prompt, answer = recording
@@ -100,12 +130,18 @@ class ReplayDrafter:
             return []
         is_true = said == answer[: len(said)]
         # A false past is known by its tokens; a true one by its length, so that branches cannot change what is drawn.
-        chance = Random(repr((self._accuracy.seed, prompt, len(said), () if is_true else said)))
-        tokens = self._draw(chance, answer[len(said)] if is_true else None, width)
-        return [Candidate(token, self._accuracy.probability(rank)) for rank, token in enumerate(tokens)]
+        right = answer[len(said)] if is_true else None
+        return list(self._drawn(prompt, len(said), () if is_true else said, right, width))
 
-    def _draw(self, chance: Random, right: int | None, width: int) -> list[int]:
+    def _find(self, head: tuple[int, ...]) -> Recording | None:
+        """The recording of the longest prompt that the tokens begin with."""
+        return next((known for known in self._recordings if head[: len(known.prompt)] == known.prompt), None)
+
+    def _draw(
+        self, prompt: tuple[int, ...], num_said: int, false_past: tuple[int, ...], right: int | None, width: int
+    ) -> tuple[Candidate, ...]:
         """`width` different tokens, with `right` in its place if it comes at all. A wider draw starts alike."""
+        chance = Random(repr((self._accuracy.seed, prompt, num_said, false_past)))
         is_first, is_second = chance.random() < self._accuracy.first, chance.random() < self._accuracy.second
         place = 0 if is_first else 1 if is_second else None
         tokens: list[int] = []
@@ -113,7 +149,7 @@ class ReplayDrafter:
             token = right if right is not None and len(tokens) == place else chance.randrange(self._vocab_size)
             if token not in tokens and (token != right or len(tokens) == place):
                 tokens.append(token)
-        return tokens
+        return tuple(Candidate(token, self._accuracy.probability(rank)) for rank, token in enumerate(tokens))
 
 
 class ReplaySequence:
@@ -123,6 +159,8 @@ class ReplaySequence:
         self._drafter = drafter
         self._tokens: list[int] = []
         self._parents: list[int] = []
+        self._num_trunk = 0
+        """So many first entries are a chain."""
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -130,25 +168,33 @@ class ReplaySequence:
     def chain(self, entry: int) -> tuple[int, ...]:
         """The tokens from the first one to this entry's; none for entry -1."""
         tokens = []
-        while entry >= 0:
+        while entry >= self._num_trunk:
             tokens.append(self._tokens[entry])
             entry = self._parents[entry]
-        return tuple(reversed(tokens))
+        return (*self._tokens[: entry + 1], *reversed(tokens))
 
     def keep(self, length: int, moved: Sequence[int] = ()) -> None:
-        kept = [*range(length), *moved]
-        if kept != sorted(set(kept)) or (kept and kept[-1] >= len(self)):
+        is_there = length <= len(self) and all(length <= entry < len(self) for entry in moved)
+        if not is_there or list(moved) != sorted(set(moved)):
             raise ValueError(f"cannot keep {length} entries and {list(moved)} of {len(self)}")
-        numbers = {-1: -1} | {old: new for new, old in enumerate(kept)}
-        self._parents = [numbers[self._parents[old]] for old in kept]
-        self._tokens = [self._tokens[old] for old in kept]
+        numbers = {old: length + index for index, old in enumerate(moved)}
+        parents = [self._parents[old] for old in moved]
+        self._parents[length:] = [parent if parent < length else numbers[parent] for parent in parents]
+        self._tokens[length:] = [self._tokens[old] for old in moved]
+        self._num_trunk = min(self._num_trunk, length)
+        self._extend_trunk()
+
+    def _extend_trunk(self) -> None:
+        while self._num_trunk < len(self) and self._parents[self._num_trunk] == self._num_trunk - 1:
+            self._num_trunk += 1
 
     def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
         with self._drafter.forward_pass():
-            if any(parent != entry - 1 for entry, parent in enumerate(self._parents)):
+            if self._num_trunk != len(self):
                 raise ValueError("a chain is appended to a chain only")
             self._parents += range(len(self) - 1, len(self) + len(tokens) - 1)
             self._tokens += tokens
+            self._extend_trunk()
             return self._drafter.candidates(self.chain(len(self) - 1), width)
 
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
@@ -160,6 +206,7 @@ class ReplaySequence:
                 raise ValueError(f"{len(tokens)} tokens behind {list(parents)}, of {num_before} entries")
             self._tokens += tokens
             self._parents += parents
+            self._extend_trunk()
             return [self._drafter.candidates(self.chain(entry), width) for entry in range(num_before, len(self))]
 
 
@@ -172,9 +219,9 @@ def read_recordings(path: Path) -> list[Recording]:
     return [Recording(tuple(prompt), tuple(answer)) for prompt, answer in json.loads(path.read_text())]
 
 
-async def draft(client: EdgeClient) -> None:
+async def draft(clients: Sequence[EdgeClient]) -> None:
     """Draft until SIGTERM or SIGINT, and say Bye."""
-    running = asyncio.create_task(client.run(WAIT_S))
+    running = asyncio.gather(*(client.run(WAIT_S) for client in clients))
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, running.cancel)
     with suppress(asyncio.CancelledError):
@@ -189,19 +236,30 @@ def main(
     second: Annotated[float, typer.Option(help="How often the second is, where the first is not.")] = 0.6,
     pass_ms: Annotated[float, typer.Option(help="What one forward pass takes.")] = 6.0,
     max_width: Annotated[int, typer.Option(help="Rows of a pass; 0: as the drafter can; 1: no branches.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of what is drafted.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is drafted, and of the stalls.")] = 0,
+    edges: Annotated[int, typer.Option(help="Connections, each an edge of its own.", min=1)] = 1,
+    max_requests: Annotated[int, typer.Option(help="Requests that each edge takes at once.", min=1)] = 8,
+    stall_s: Annotated[float, typer.Option(help="Each edge stands still for so long; 0: never.", min=0)] = 0.0,
+    stall_every_s: Annotated[float, typer.Option(help="On average, from one stall's start to the next's.")] = 5.0,
 ) -> None:
     """Connect to a gateway and draft for it until SIGTERM."""
-    drafter: Drafter
-    if recordings is not None:
-        drafter = ReplayDrafter(read_recordings(recordings), Accuracy(first, second, seed), pass_ms / 1000)
-    else:
-        drafter = load_drafter(DrafterOptions(draft_model, device="cpu", threads=1))
-    client = EdgeClient(Gateway(url), drafter, "replay", max_width=max_width)
-    asyncio.run(draft(client))
+
+    def drafter(number: int) -> Drafter:
+        if recordings is None:
+            return load_drafter(DrafterOptions(draft_model, device="cpu", threads=1))
+        stalls = Stalls(stall_s, stall_every_s, seed + number, time.monotonic()) if stall_s else None
+        accuracy = Accuracy(first, second, seed)
+        return ReplayDrafter(read_recordings(recordings), accuracy, pass_ms / 1000, stalls=stalls)
+
+    clients = [
+        EdgeClient(Gateway(url), drafter(number), f"replay-{number}", max_requests=max_requests, max_width=max_width)
+        for number in range(edges)
+    ]
+    asyncio.run(draft(clients))
     totals: Counter[str] = Counter()
-    for stats in client.totals:
-        totals.update(asdict(stats))
+    for client in clients:
+        for stats in client.totals:
+            totals.update(asdict(stats))
     print(json.dumps(totals))
 
 

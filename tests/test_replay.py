@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from random import Random
+from statistics import fmean
 
 import pytest
 
@@ -12,6 +14,7 @@ from benchmarks.replay import (
     Recording,
     ReplayDrafter,
     ReplaySequence,
+    Stalls,
     read_recordings,
     write_recordings,
 )
@@ -135,6 +138,67 @@ def test_every_pass_takes_its_time_however_many_rows_it_has() -> None:
         started_s = time.monotonic()
         sequence.branch(range(num_rows), [2] * num_rows, 8)
         assert time.monotonic() - started_s >= pass_s
+
+
+def test_a_chain_is_the_same_however_its_entries_came_to_be_where_they_are() -> None:
+    """Against the plain definition: each entry's tokens by way of its parents."""
+    chance = Random(3)
+    sequence = opened(drafter_of())
+    chains = [PROMPT[: end + 1] for end in range(3)]
+    for _ in range(200):
+        is_chain = all(one == other[:-1] for one, other in pairwise(chains))
+        if chance.random() < 0.4 and is_chain:
+            tokens = [chance.randrange(1000) for _ in range(chance.randrange(1, 4))]
+            sequence.append(tokens, 1)
+            for token in tokens:
+                chains.append((*chains[-1], token))
+        elif chance.random() < 0.6:
+            parents = [chance.randrange(len(chains)) for _ in range(chance.randrange(1, 9))]
+            tokens = [chance.randrange(1000) for _ in parents]
+            sequence.branch(tokens, parents, 1)
+            chains += [(*chains[parent], token) for parent, token in zip(parents, tokens, strict=True)]
+        else:
+            entry = chance.randrange(len(chains))
+            path = [chains.index(chains[entry][: end + 1]) for end in range(len(chains[entry]))]
+            length = next((at for at, number in enumerate(path) if number != at), len(path))
+            sequence.keep(length, path[length:])
+            chains = [chains[number] for number in path]
+        assert [sequence.chain(entry) for entry in range(len(sequence))] == chains
+    assert sequence.chain(-1) == ()
+
+
+def test_stalls_last_as_long_and_come_as_often_as_they_are_told_to() -> None:
+    stalls = Stalls(2.0, 5.0, seed=1, now_s=100.0)
+    times = [100 + 0.01 * step for step in range(200_000)]
+    ends = [stalls.over_s(at_s) for at_s in times]
+    held = {end for at_s, end in zip(times, ends, strict=True) if end > at_s}
+    assert all(at_s <= end <= at_s + 2.0 + 1e-9 for at_s, end in zip(times, ends, strict=True))
+    assert len(held) == pytest.approx(2000 / 5, rel=0.1)
+    assert fmean(end > at_s for at_s, end in zip(times, ends, strict=True)) == pytest.approx(0.4, rel=0.1)
+
+
+def test_stalls_hang_on_the_seed_and_not_on_when_they_are_asked_for() -> None:
+    often, seldom, other = (Stalls(2.0, 5.0, seed, now_s=0.0) for seed in (1, 1, 2))
+    ends = {step: often.over_s(step / 10) for step in range(3000)}
+    assert all(seldom.over_s(step / 10) == ends[step] for step in range(0, 3000, 70))
+    assert [other.over_s(step / 10) for step in range(3000)] != list(ends.values())
+
+
+def test_stalls_longer_than_their_distance_are_an_error() -> None:
+    with pytest.raises(ValueError, match="every"):
+        Stalls(5.0, 5.0, seed=0, now_s=0.0)
+
+
+def test_a_pass_in_a_stall_lasts_until_its_end() -> None:
+    stalls = Stalls(0.2, 0.4, seed=0, now_s=time.monotonic() - 100)
+    sequence = ReplayDrafter([Recording(PROMPT, ANSWER)], ACCURACY, 0.001, vocab_size=1000, stalls=stalls).open()
+    took_s = []
+    for token in PROMPT + ANSWER[:100]:
+        started_s = time.monotonic()
+        sequence.append([token], 1)
+        took_s.append(time.monotonic() - started_s)
+    assert max(took_s) >= 0.05
+    assert min(took_s) < 0.05
 
 
 def test_recordings_go_through_a_file(tmp_path: Path) -> None:

@@ -1,0 +1,359 @@
+"""What `make bench-never-slower` measures in which order and what it comes to: benchmarks/verdicts.py, streams.py."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from random import Random
+
+import pytest
+
+from benchmarks.streams import Answer, Chunk, Gap, decoding, duration_s
+from benchmarks.verdicts import (
+    DEAD,
+    EDGES,
+    GOOD,
+    HALF,
+    NGRAM,
+    OURS,
+    POOR,
+    VANILLA,
+    Cell,
+    Fleet,
+    Limits,
+    Run,
+    Slot,
+    all_cells,
+    as_json,
+    bin_of,
+    fit,
+    fleet,
+    interleave,
+    nearest,
+    noise,
+    quantile_ms,
+    quiet_line,
+    result_of,
+    results,
+    run_of,
+    schedule,
+    server_model,
+    table,
+)
+
+CELL = Cell(4, 20.0, GOOD)
+LIMITS = Limits()
+
+
+def run(
+    arm: str = OURS,
+    number: int = 0,
+    tokens_per_s: float = 100.0,
+    cell: Cell = CELL,
+    gap_s: float = 0.05,
+    session: int = 0,
+    counters: dict[str, int] | None = None,
+    differences: list[list[int]] | None = None,
+) -> Run:
+    gaps = {bin_of(gap_s): 100}
+    return Run(
+        arm=arm,
+        requests=cell.requests,
+        rtt_ms=cell.rtt_ms if arm == OURS else None,
+        edge=cell.edge if arm == OURS else None,
+        repeat=0,
+        session=session,
+        number=number,
+        num_tokens=1000,
+        seconds=1000 / tokens_per_s,
+        decode_tokens=900,
+        decode_seconds=900 / tokens_per_s,
+        cpu_s={"worker": 900 / tokens_per_s, "engine_core": 100 / tokens_per_s, "edges": 50 / tokens_per_s},
+        core_busy=[0.9, 0.5],
+        core_steal=[0.0, 0.0],
+        first_token_s={"p50": 0.1, "max": 0.2},
+        gap_ms={},
+        token_gap_ms={},
+        tokens_per_chunk=1.0,
+        counters=counters or {},
+        edge_totals={},
+        up_bytes=0,
+        down_bytes=0,
+        differences=differences or [],
+        gaps=gaps,
+        token_gaps=gaps,
+    )
+
+
+def verdict(*runs: Run, limits: Limits = LIMITS) -> str:
+    result = result_of(CELL, runs, limits)
+    assert result is not None
+    return result.verdict
+
+
+# -- the order -------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_has_every_cell_but_half_of_one_request() -> None:
+    cells = all_cells([1, 4], [0.0, 80.0], EDGES)
+    assert len(cells) == len(set(cells)) == 2 * 5 * 2 - 2
+    assert Cell(4, 80.0, HALF) in cells
+    assert not [cell for cell in cells if cell.requests == 1 and cell.edge == HALF]
+
+
+def distances(slots: Sequence[Slot], at: int, arm: str) -> list[int]:
+    return [abs(at - other) for other, slot in enumerate(slots) if slot.arm == arm]
+
+
+@pytest.mark.parametrize("num_own", range(1, 12))
+def test_each_of_ours_is_at_most_two_runs_away_from_both_others_and_between_two_of_vanilla(num_own: int) -> None:
+    own = [Slot(OURS, 4, Cell(4, float(number), GOOD)) for number in range(num_own)]
+    slots = list(interleave(own, 4))
+    assert [slot for slot in slots if slot.arm == OURS] == own
+    for at, slot in enumerate(slots):
+        assert slot.requests == 4
+        if slot.arm == OURS:
+            assert min(distances(slots, at, VANILLA)) <= 2
+            assert min(distances(slots, at, NGRAM)) <= 2
+    assert slots[0].arm == slots[-1].arm == VANILLA
+    assert len(slots) - num_own <= num_own / 2 + 2.5
+
+
+def test_all_runs_are_made_once_for_one_number_of_requests_after_the_other() -> None:
+    cells = all_cells([1, 8], [0.0, 20.0], [GOOD, POOR, HALF])
+    slots = schedule(cells, 3)
+    own = [(slot.cell, slot.repeat) for slot in slots if slot.arm == OURS]
+    assert Counter(own) == Counter((cell, repeat) for cell in cells for repeat in range(3))
+    assert [slot.requests for slot in slots] == sorted(slot.requests for slot in slots)
+    first, second = ([cell for cell, at in own if at == repeat and cell and cell.requests == 8] for repeat in (0, 1))
+    assert first == second[::-1] == [cell for cell in cells if cell.requests == 8]
+
+
+def test_what_is_done_is_not_done_again() -> None:
+    cells = all_cells([1, 8], [20.0], [GOOD, POOR])
+    done = {(cell, 0) for cell in cells} | {(cell, 1) for cell in cells if cell.requests == 1}
+    slots = schedule(cells, 2, done)
+    assert {slot.requests for slot in slots} == {8}
+    assert [(slot.cell, slot.repeat) for slot in slots if slot.cell] == [(cells[3], 1), (cells[2], 1)]
+    assert schedule(cells, 1, done) == []
+
+
+@pytest.mark.parametrize("requests", range(1, 65))
+def test_edges_have_room_for_all_requests_or_for_exactly_half(requests: int) -> None:
+    everyone = fleet(requests, DEAD)
+    assert everyone.connections <= 8
+    assert everyone.connections * everyone.capacity >= requests
+    if requests > 1:
+        half = fleet(requests, HALF)
+        assert half.connections <= 8
+        assert half.connections * half.capacity == requests // 2
+
+
+def test_the_fleets_of_the_grid() -> None:
+    assert [fleet(n, GOOD) for n in (1, 4, 8, 16, 32)] == [
+        Fleet(1, 1),
+        Fleet(4, 1),
+        Fleet(8, 1),
+        Fleet(8, 2),
+        Fleet(8, 4),
+    ]
+    assert [fleet(n, HALF) for n in (4, 8, 16, 32)] == [Fleet(2, 1), Fleet(4, 1), Fleet(8, 1), Fleet(8, 2)]
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
+
+
+def event(tokens: Sequence[int], prompt: Sequence[int] | None = None) -> str:
+    return "data: " + json.dumps({"choices": [{"text": "", "token_ids": tokens, "prompt_token_ids": prompt}]})
+
+
+def test_a_stream_becomes_chunks_with_their_times() -> None:
+    answer = Answer(sent_s=10.0)
+    for now_s, text in (
+        (10.5, event([1], [7, 8])),
+        (10.5, ""),
+        (10.6, event([2, 3])),
+        (10.7, event([])),
+        (10.9, event([4])),
+    ):
+        answer.take(text, now_s)
+    answer.take("data: [DONE]", 11.0)
+    assert (answer.prompt, answer.tokens) == ((7, 8), (1, 2, 3, 4))
+    assert answer.chunks == [Chunk(10.5, 1), Chunk(10.6, 2), Chunk(10.9, 1)]
+    assert answer.first_token_s == pytest.approx(0.5)
+    assert list(answer.gaps()) == [Gap(pytest.approx(0.1), 2), Gap(pytest.approx(0.3), 1)]
+
+
+def test_what_the_server_calls_an_error_is_one() -> None:
+    with pytest.raises(RuntimeError, match="too long"):
+        Answer(0.0).take('data: {"error": {"message": "too long"}}', 1.0)
+
+
+def test_a_run_goes_from_the_first_request_to_the_last_token() -> None:
+    one = Answer(1.0, chunks=[Chunk(2.0, 1), Chunk(4.0, 2)])
+    other = Answer(1.5, chunks=[Chunk(2.5, 1), Chunk(3.5, 1)])
+    assert duration_s([one, other]) == pytest.approx(3.0)
+    assert decoding([one, other]) == (3, pytest.approx(1.5))
+
+
+# -- ratios and verdicts ---------------------------------------------------------------------------------------------
+
+
+def test_quantiles_are_exact_to_half_a_percent() -> None:
+    chance = Random(0)
+    gaps = sorted(chance.lognormvariate(-3, 0.5) for _ in range(5000))
+    histogram = Counter(bin_of(gap) for gap in gaps)
+    for part in (0.5, 0.95, 0.99, 1.0):
+        assert quantile_ms(histogram, part) == pytest.approx(1000 * gaps[round(part * 5000) - 1], rel=0.006)
+    assert bin_of(0.0) == 0
+
+
+def test_a_run_is_compared_with_the_nearest_before_and_after_it_of_its_session_and_size() -> None:
+    ours = run(number=5)
+    others = [run(VANILLA, number, number) for number in (1, 3, 8, 9)]
+    others += [run(VANILLA, 4, session=1), run(VANILLA, 6, cell=Cell(8, 0.0, GOOD))]
+    assert [other.number for other in nearest(ours, others)] == [3, 8]
+    assert [other.number for other in nearest(run(number=0), others)] == [1]
+    assert nearest(run(number=0, session=7), others) == []
+
+
+def test_ratios_are_to_the_mean_of_the_neighbours_and_the_verdict_is_by_the_median() -> None:
+    runs = [
+        run(VANILLA, 0, 90),
+        run(OURS, 1, 100),
+        run(NGRAM, 2, 80),
+        run(VANILLA, 3, 110),
+        run(OURS, 4, 88),
+        run(VANILLA, 5, 110),
+        run(OURS, 6, 120),
+    ]
+    result = result_of(CELL, runs, LIMITS)
+    assert result is not None
+    assert (result.ratio, result.ratio_min, result.ratio_max) == pytest.approx((1.0, 0.8, 120 / 110))
+    assert (result.ngram_ratio, result.ngram_ratio_min, result.ngram_ratio_max) == pytest.approx((1.25, 1.1, 1.5))
+    assert (result.tokens_per_s, result.vanilla_tokens_per_s, result.ngram_tokens_per_s) == pytest.approx(
+        (100, 110, 80)
+    )
+    assert result.cpu_s_per_token_ratio == pytest.approx(cpu_by_hand(runs))
+    assert (result.repeats, result.verdict) == (3, "ok")
+
+
+def cpu_by_hand(runs: Sequence[Run]) -> float:
+    """By hand: the first of ours uses as much as 100 / s, its neighbours on average (1 / 90 + 1 / 110) / 2."""
+    return sorted([(1 / 100) / ((1 / 90 + 1 / 110) / 2), 110 / 88, 110 / 120])[1]
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ([run(VANILLA, 0), run(OURS, 1, 97.5)], "ok"),
+        ([run(VANILLA, 0), run(OURS, 1, 96)], "FAIL (vs vanilla)"),
+        ([run(VANILLA, 0), run(OURS, 1, 100), run(NGRAM, 2, 104)], "FAIL (vs ngram)"),
+        ([run(VANILLA, 0), run(OURS, 1, gap_s=0.057)], "ok"),
+        ([run(VANILLA, 0), run(OURS, 1, gap_s=0.06)], "FAIL (p99)"),
+        ([run(VANILLA, 0), run(OURS, 1, 200, differences=[[0, 3]])], "FAIL (tokens)"),
+        (
+            [run(VANILLA, 0), run(OURS, 1, 50, gap_s=1.0, differences=[[0, 3]]), run(NGRAM, 2)],
+            "FAIL (tokens, vs vanilla, vs ngram, p99)",
+        ),
+    ],
+)
+def test_verdicts(runs: list[Run], said: str) -> None:
+    assert verdict(*runs) == said
+
+
+def test_the_limits_can_be_others() -> None:
+    runs = [run(VANILLA, 0), run(OURS, 1, 90, gap_s=0.06)]
+    assert verdict(*runs, limits=Limits(min_ratio=0.89, max_p99_ratio=1.3)) == "ok"
+
+
+def test_gaps_are_pooled_over_repeats_before_the_percentile() -> None:
+    """One slow gap of three hundred is above the 99th percentile of all, not of its own hundred."""
+    slow = replace(run(OURS, 1), gaps={bin_of(0.05): 98, bin_of(1.0): 2})
+    assert verdict(run(VANILLA, 0), slow, run(OURS, 2), run(OURS, 3)) == "ok"
+    assert verdict(run(VANILLA, 0), slow) == "FAIL (p99)"
+
+
+def test_a_cell_with_nothing_to_compare_has_no_result() -> None:
+    assert results([run(OURS, 1), run(VANILLA, 0, session=3)], LIMITS) == []
+    assert len(results([run(VANILLA, 0), run(OURS, 1), run(OURS, 2, cell=Cell(4, 0.0, POOR))], LIMITS)) == 2
+
+
+def test_vanilla_against_itself() -> None:
+    runs = [run(VANILLA, number, speed) for number, speed in enumerate((100, 110, 99))]
+    (one,) = noise([*runs, run(OURS, 9), run(VANILLA, 0, 1, session=1)])
+    assert (one.requests, one.num_runs) == (4, 4)
+    assert (one.ratio_min, one.ratio_max) == pytest.approx((0.9, 1.1))
+
+
+def test_what_others_used_is_seen() -> None:
+    """The cores were busy for 1.4 of a second each second, of which 1.05 are known: the worker's, and so on."""
+    assert run().foreign_busy == pytest.approx(0.35)
+    assert "more than 0.15 in 1 of 2 runs" in quiet_line([run(), replace(run(), core_busy=[0.9, 0.2])])
+
+
+def test_runs_go_through_json() -> None:
+    known = run(counters={"steps": 3}, differences=[[1, 2]])
+    assert run_of(json.loads(json.dumps(asdict(known)))) == known
+
+
+def test_the_table_has_a_line_for_each_result() -> None:
+    found = results([run(VANILLA, 0), run(OURS, 1, 96)], LIMITS)
+    lines = table(found).splitlines()
+    assert len({text.count("|") for text in lines}) == 1
+    assert "| 0.96 (0.96..0.96) | - |" in lines[2]
+    assert lines[2].endswith("| FAIL (vs vanilla) |")
+    assert as_json(found[0])["verdict"] == "FAIL (vs vanilla)"
+
+
+# -- the server for the simulator ------------------------------------------------------------------------------------
+
+
+def synthetic(requests: int, prefill_s: float, plain_s: float, token_s: float, num_runs: int = 12) -> list[Run]:
+    chance, runs = Random(requests), []
+    for number in range(num_runs):
+        steps, verified, ngram = chance.randrange(30, 60), chance.randrange(300), chance.randrange(20)
+        took_s = prefill_s + plain_s * steps + token_s * (verified + ngram)
+        took_s *= chance.gauss(1.0, 0.005)
+        counters = {"engine_steps": steps, "engine_step_us": int(took_s * 1e6), "verified_tokens": verified}
+        counters["ngram_verified_tokens"] = ngram
+        known = run(number=number, cell=Cell(requests, 0.0, GOOD), counters=counters)
+        runs.append(replace(known, core_busy=[0.9, 0.2]))
+    return runs
+
+
+def test_step_times_are_found_again() -> None:
+    found = fit(8, synthetic(8, 1.5, 0.08, 0.004) + synthetic(4, 0.5, 0.06, 0.01))
+    assert found is not None
+    assert found.plain_s == pytest.approx(0.08, rel=0.1)
+    assert found.token_s == pytest.approx(0.004, rel=0.1)
+    assert found.prefill_s == pytest.approx(1.5, abs=0.4)
+    assert found.num_runs == 12
+
+
+def test_what_was_measured_beside_other_load_is_not_fitted() -> None:
+    runs = synthetic(8, 1.5, 0.08, 0.004)
+    loud = [replace(one, counters={**one.counters, "engine_step_us": 90_000_000}, core_busy=[1.0, 1.0]) for one in runs]
+    assert fit(8, [*runs, *loud]) == fit(8, runs)
+    assert fit(8, loud) is None
+
+
+def test_no_time_is_negative_and_too_little_is_not_fitted() -> None:
+    found = fit(8, synthetic(8, 0.0, 0.08, 0.0))
+    assert found is not None
+    assert min(found) >= 0
+    assert found.token_s < 0.0005
+    runs = synthetic(8, 1.0, 0.08, 0.004)
+    assert fit(8, runs) is not None
+    assert fit(8, runs[:3]) is None
+    plain = [replace(one, counters={**one.counters, "verified_tokens": 0, "ngram_verified_tokens": 0}) for one in runs]
+    assert fit(8, plain) is None
+
+
+def test_the_model_has_a_plain_row_of_vanilla_and_rows_with_drafts() -> None:
+    vanilla = run(VANILLA, cell=Cell(8, 0.0, GOOD), gap_s=0.07)
+    rows = server_model([vanilla, *synthetic(8, 1.5, 0.08, 0.004)], k=5)["rows"]
+    assert isinstance(rows, list)
+    assert [row[:2] for row in rows] == [[8, 8], *([8, 8 + 8 * n] for n in range(1, 6))]
+    assert rows[0][2] == pytest.approx(0.07, rel=0.006)
+    assert rows[5][2] == pytest.approx(0.08 + 40 * 0.004, rel=0.1)
