@@ -74,7 +74,7 @@ KV_BYTES = 400 << 20
 MAX_SEQS = 64
 REQUESTS, RTTS_MS, REPEATS = (1, 4, 8, 16, 32), (0.0, 20.0, 80.0), 3
 QUICK_REQUESTS, QUICK_RTTS_MS, QUICK_EDGES = (1, 8), (20.0,), (GOOD, POOR, DEAD)
-NUM_TOKENS = {1: 120, 4: 80, 8: 60, 16: 48, 32: 32}
+NUM_TOKENS = {1: 120, 4: 80, 8: 64, 16: 64, 32: 48}
 """Of each answer, by requests (the largest that is no more): a run takes about ten seconds."""
 WARM_UP_TOKENS, WARM_UP_TOKENS_OF_MANY, MANY = 16, 8, 9
 ACCURACIES = {POOR: Accuracy(0.3, 0.3)}

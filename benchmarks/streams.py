@@ -84,11 +84,11 @@ async def _ask(client: httpx.AsyncClient, url: str, model: str, prompt: str | Se
 
 
 def decoding(answers: Sequence[Answer]) -> tuple[int, float]:
-    """From the moment when each has its first token: the tokens that came, and the seconds to the last of them."""
+    """While all decode, from the last first token to the first last one: the tokens that came, and the seconds."""
     start_s = max(answer.chunks[0].at_s for answer in answers)
-    end_s = max(answer.chunks[-1].at_s for answer in answers)
-    later = (chunk.num_tokens for answer in answers for chunk in answer.chunks if chunk.at_s > start_s)
-    return sum(later), end_s - start_s
+    end_s = max(start_s, min(answer.chunks[-1].at_s for answer in answers))
+    within = (chunk.num_tokens for answer in answers for chunk in answer.chunks if start_s < chunk.at_s <= end_s)
+    return sum(within), end_s - start_s
 
 
 def duration_s(answers: Sequence[Answer]) -> float:

@@ -23,6 +23,7 @@ PURE = {
     "vllm_specedge.estimates",
     "vllm_specedge.acceptance",
     "vllm_specedge.stepcost",
+    "vllm_specedge.lookups",
     "vllm_specedge.counters",
     "edge_client.drafttree",
     "edge_client.pace",
@@ -62,7 +63,13 @@ LEVELS: list[set[str]] = [
         "edge_client.drafters",
         "edge_client.drafters.entries",
     },
-    {"vllm_specedge.frames", "vllm_specedge.policy", "vllm_specedge.slo", "edge_client.drafttree"},
+    {
+        "vllm_specedge.frames",
+        "vllm_specedge.lookups",
+        "vllm_specedge.policy",
+        "vllm_specedge.slo",
+        "edge_client.drafttree",
+    },
     {
         "vllm_specedge.config",
         "vllm_specedge.counters",

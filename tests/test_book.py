@@ -942,6 +942,19 @@ def test_one_slow_step_does_not_keep_a_lookup_that_is_right_from_being_verified(
         serving.step(token, 99, num_verified=num_verified, took_s=STEP_S * 1.01)
 
 
+def test_what_lies_deeper_than_what_is_verified_is_learnt_where_all_of_that_was_accepted() -> None:
+    """Else a depth that once had bad luck would stay out for ever."""
+    serving = Serving()
+    serving.propose([1, 2, 3])
+    before = serving.rates[1]
+    serving.decode(1, 2, num_verified=1)
+    assert serving.rates[1] > before
+    serving.propose([1, 2, 3])
+    before = serving.rates[1]
+    serving.decode(1, 9, num_verified=1)
+    assert serving.rates[1] < before
+
+
 def verified_of_three(serving: Serving, token_s: float) -> int:
     """How many of three right draft tokens a step verifies, each of which makes it so much longer."""
     serving.propose([1, 2, 3])

@@ -193,7 +193,7 @@ def test_a_run_goes_from_the_first_request_to_the_last_token() -> None:
     one = Answer(1.0, chunks=[Chunk(2.0, 1), Chunk(4.0, 2)])
     other = Answer(1.5, chunks=[Chunk(2.5, 1), Chunk(3.5, 1)])
     assert duration_s([one, other]) == pytest.approx(3.0)
-    assert decoding([one, other]) == (3, pytest.approx(1.5))
+    assert decoding([one, other]) == (1, pytest.approx(1.0))
 
 
 # -- ratios and verdicts ---------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class NaiveTree:
         return path
 
     def _always_have_a_trunk(self) -> None:
-        self.trunk = self.trunk or self._first_behind((), self._max_depth)
+        self.trunk = self._first_behind(self.trunk, self._max_depth)
 
     def chain(self, limit: int) -> tuple[int, ...]:
         return self._first_behind(self.trunk[:limit], limit)
@@ -229,6 +229,15 @@ def test_a_new_trunk_replaces_the_old_one_from_where_they_part() -> None:
     tree.insert([(1, [1, 5])], [0])
     assert tree.chain(9) == [1, 5]
     assert tree.insert([(3, [3, 6])], [0])[0].fate is Fate.GAP
+
+
+def test_a_branch_behind_the_end_of_the_trunk_can_be_gone_on_from() -> None:
+    """An edge sends second candidates before the first; when it goes on from one, nothing is missing here."""
+    tree = ProposalTree(1)
+    tree.insert([(0, [0, 1, 2]), (3, [5, 6])], [0])
+    assert tree.chain(9) == [1, 2, 5, 6]
+    assert tree.insert([(4, [6, 7])], [0]) == [Insertion(Fate.KEPT, new=1, repeated=1)]
+    assert tree.chain(9) == [1, 2, 5, 6, 7]
 
 
 def test_a_full_tree_has_room_again_after_a_commit() -> None:

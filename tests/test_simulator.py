@@ -143,7 +143,7 @@ def test_good_edges_help() -> None:
 
 def test_an_oracle_is_no_worse() -> None:
     cell = report.cell(replace(LONG, server=CPU, requests=4, tokens=150), has_oracle=True)
-    assert cell.ratio("oracle") >= 0.97 * cell.ratio()
+    assert cell.ratio("oracle") >= 0.95 * cell.ratio()
 
 
 # -- its parts -----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from vllm_specedge.frames import (
     Report,
     commits,
 )
+from vllm_specedge.lookups import Lookups
 from vllm_specedge.policy import (
     HOLDING_MODES,
     Awaited,
@@ -142,6 +143,7 @@ class DraftBook:
         """`profile`: seconds that a step takes by its number of tokens, as tried at start-up."""
         self.counters: Counter[str] = Counter()
         self.cost = StepCost(profile)
+        self.lookups = Lookups()
         self.num_edges = 0
         self._vocab_size = vocab_size
         self._max_draft = max_draft
@@ -161,6 +163,11 @@ class DraftBook:
         self._plain_step_s = 0.0
         """What the last step would have taken without drafts, and with all that could have been in it."""
         self._gained_s = self._spent_s = 0.0
+
+    @property
+    def token_s(self) -> float:
+        """What a token takes in a plain step of all that run."""
+        return self._plain_step_s / max(1, self._num_rows)
 
     @property
     def speedup(self) -> float:
@@ -352,6 +359,18 @@ class DraftBook:
         self._add(request, f"{kind}accepted_tokens", num_accepted)
         if not request.is_suggestion:
             self.counters["verified_drafts"] += 1
+            self._learn_verified(request, num_accepted, num_verified)
+
+    def _learn_verified(self, request: _Request, num_accepted: int, num_verified: int) -> None:
+        """Where all was accepted, the token behind shows how right the next one was that was not verified.
+
+        Else what lies deeper than what is verified would never be seen, and stay out for ever once it seemed poor.
+        """
+        decided = request.tokens[request.tree.length :]
+        draft = request.tree.chain(num_verified + 1)
+        if num_accepted == num_verified < len(draft) and list(draft[:num_verified]) == list(decided[:num_verified]):
+            request.acceptance.observe(_num_equal(draft, decided), num_verified + 1)
+        else:
             request.acceptance.observe(num_accepted, num_verified)
 
     def _learn_unverified(self, request: _Request, num_tokens: int, num_verified: int) -> None:
@@ -360,6 +379,7 @@ class DraftBook:
         if request.suggestion:
             num_right = _num_equal(request.suggestion, decided)
             request.ngram_acceptance.observe(num_right, min(len(request.suggestion), num_tokens))
+            self.lookups.were_right(num_right)
         if not num_verified or request.is_suggestion:
             draft = request.tree.chain(num_tokens)
             request.acceptance.observe(_num_equal(draft, decided), len(draft))

@@ -98,8 +98,7 @@ class ProposalTree:
                 done.append(self._insert(base, tokens, committed, is_branch=True))
             else:
                 done.append(Insertion(done[0].fate, discarded=len(tokens)))
-        if not self._trunk_tokens:
-            self._follow_branch()
+        self._lengthen()
         return done
 
     def _insert(self, base: int, tokens: Sequence[int], committed: Sequence[int], is_branch: bool) -> Insertion:
@@ -164,16 +163,15 @@ class ProposalTree:
     def _follow_branch(self) -> None:
         """The trunk is what was proposed first behind the root."""
         self._trunk, self._trunk_tokens = [self._root], []
+        self._lengthen()
+
+    def _lengthen(self) -> None:
+        """A branch that leaves the trunk at its end goes on with it: what follows that is no gap."""
         while self._trunk[-1].children:
             token, node = next(iter(self._trunk[-1].children.items()))
             self._trunk.append(node)
             self._trunk_tokens.append(token)
 
     def chain(self, limit: int) -> list[int]:
-        """The draft to verify next, at most `limit` tokens: the trunk, or what came first where it has nothing."""
-        tokens = self._trunk_tokens[:limit]
-        node = self._trunk[len(tokens)]
-        while len(tokens) < limit and node.children:
-            token, node = next(iter(node.children.items()))
-            tokens.append(token)
-        return tokens
+        """The draft to verify next, at most `limit` tokens: the trunk, which ends where nothing more was proposed."""
+        return self._trunk_tokens[:limit]

@@ -202,7 +202,7 @@ class Faults:
         if not self.kind:
             return now_s
         if self.kind == "dead":
-            return inf if now_s >= 1.0 + 2.0 * chance(self.key, 0) else now_s
+            return inf if now_s >= 0.25 + 0.5 * chance(self.key, 0) else now_s
         while now_s >= self._ends_s:
             pause_s = (self.stall_s - self.every_s) * log(1.0 - chance(self.key, self._number))
             self._starts_s = self._ends_s + pause_s

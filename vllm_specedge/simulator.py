@@ -27,10 +27,8 @@ from vllm_specedge.frames import PROTOCOL_VERSION, Bye, EngineHello, Frame, Hell
 from vllm_specedge.policy import HoldLimits, Load
 from vllm_specedge.router import POOL, ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.simulation_models import SERVERS, Faults, Server, SimulatedTarget, chance, key_of
-from vllm_specedge.stepcost import StepCost
+from vllm_specedge.stepcost import PROFILED, StepCost
 
-PROFILED = (1, 4, 16, 64, 256)
-"""Sizes of steps that an engine tries at start-up (adapter/profile.py)."""
 MAX_KEPT = 4
 """As edge_client/client.py."""
 MAX_CONTEXT_TOKENS = 1 << 20

@@ -16,7 +16,9 @@ from itertools import accumulate
 from math import log2, sqrt
 from operator import mul
 
-KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 1024, 2048, 4096, 8192)
+PROFILED = (1, 4, 16, 64, 128, 256, 512, 1024)
+"""Sizes that are tried at start-up, as many of them as there is time for."""
 _NUM_KNOTS = len(KNOTS)
 _REQUESTS, _CONTEXT, _PREFILLED = range(_NUM_KNOTS, _NUM_KNOTS + 3)
 _NUM = _NUM_KNOTS + 3
@@ -29,6 +31,8 @@ SETTLED, SETTLED_EVERY = 32, 4
 _NOISE_GAIN = 0.03
 _FIRST_NOISE = 0.1
 _MIN_NOISE = 0.01
+_PROMPT_NOISE = 3.0
+"""Steps that compute prompts are so much noisier: attention, new requests and much else take time in them."""
 _PRIOR_SCALE = 0.5
 """How wrong, as a part of it, the prior's level may be; as a profile leaves out sampling and much else."""
 _PRIOR_OCTAVE = 0.3
@@ -99,12 +103,13 @@ class StepCost:
         parts = [part for _, part in features]
         spread = [sum(map(mul, parts, column)) for column in zip(*columns, strict=True)]
         expected_s = max(sum(part * self._mean[index] for index, part in features), 1e-9)
-        noise = (self._noise * expected_s) ** 2
+        noise = (self._noise * (_PROMPT_NOISE if prefilled else 1.0) * expected_s) ** 2
         variance = sum(part * spread[index] for index, part in features) + noise
         surprise_s = took_s - expected_s
         believed_s = min(abs(surprise_s), MAX_SURPRISE * sqrt(variance))
         noisy = (believed_s**2 - (variance - noise)) / expected_s**2
-        self._noise = sqrt(max(_MIN_NOISE**2, self._noise**2 + _NOISE_GAIN * (noisy - self._noise**2)))
+        if not prefilled:
+            self._noise = sqrt(max(_MIN_NOISE**2, self._noise**2 + _NOISE_GAIN * (noisy - self._noise**2)))
         # What is further off counts as so much noisier: it moves little, and leaves nothing more certain than it was.
         self._update(spread, max(variance, (surprise_s / MAX_SURPRISE) ** 2), surprise_s)
 

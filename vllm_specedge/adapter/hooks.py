@@ -46,6 +46,7 @@ SOURCES = (
     ("vllm.v1.core.kv_cache_manager:KVCacheManager.__init__", "block_pool"),
     ("vllm.v1.request:Request.__init__", "next_decode_eligible_step"),
     ("vllm.v1.engine.core:EngineCoreProc.__init__", "input_queue"),
+    ("vllm.v1.engine.core:EngineCore.post_step", "check_for_draft_tokens"),
 )
 """Functions that must still mention a name: where vLLM offers an attribute rather than a method to rely on."""
 

@@ -4,9 +4,10 @@ import logging
 import time
 from typing import Any
 
+from vllm_specedge.stepcost import PROFILED
+
 logger = logging.getLogger("vllm.specedge.profile")
 
-SIZES = (1, 4, 16, 64, 256)
 LIMIT_S = 0.6
 """No further size is tried after so long; a large one on a CPU takes about as long again."""
 
@@ -19,7 +20,7 @@ def step_profile(engine: Any, max_tokens: int) -> dict[int, float] | None:
     started_s = time.monotonic()
     try:
         engine.model_executor.collective_rpc(time_pass, args=(1,))  # the first one allocates
-        for size in SIZES:
+        for size in PROFILED:
             if size <= max_tokens and time.monotonic() - started_s < LIMIT_S:
                 seconds[size] = engine.model_executor.collective_rpc(time_pass, args=(size,))[0]
     except Exception:

@@ -39,12 +39,12 @@ class EdgeScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        engine = _find_engine()
+        self._core = engine = _find_engine()
         self._engine = engine if hasattr(engine, "input_queue") else None
         """None in a process without a busy loop (LLM without multiprocessing)."""
         self._is_parked = self._was_parked = False
         self._arrived = threading.Event()
-        self._step_started_s = 0.0
+        self._step_started_s = self._step_ended_s = 0.0
         self._context = 0
         self._plan_ahead: Plan | None = None
         """What was planned when the engine asked whether there is something to do, while it still holds."""
@@ -86,9 +86,6 @@ class EdgeScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._step_started_s = time.monotonic()
         self._is_parked = False
-        if self._engine is not None and not self._has_ngram:
-            # Our proposer has no drafts then; asking the workers for them costs a round trip a step.
-            self._engine.check_for_draft_tokens = False
         self._guarded(self._attach)
         # At 0 the waiting loop pads no request with -1 drafts, which vLLM's CPU kernels take for tokens.
         num_spec_tokens, self.num_spec_tokens = self.num_spec_tokens, 0
@@ -102,6 +99,10 @@ class EdgeScheduler(Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._guarded(lambda: self._publish(scheduler_output.num_scheduled_tokens))
         self._verifying = {}
+        if self._core is not None:
+            # The engine looks at this next. Asking the workers costs a round trip, which all wait for.
+            self._core.check_for_draft_tokens = self._has_ngram and self.book.lookups.is_due(self.book.token_s)
+        self._step_ended_s = time.monotonic()
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
@@ -205,6 +206,7 @@ class EdgeScheduler(Scheduler):
 
     def _publish(self, num_scheduled_tokens: dict[str, int]) -> None:
         self._plan_ahead = None
+        self._suggested.clear()
         self._take_in()  # what came during the step was proposed before its tokens were known
         now_s = time.monotonic()
         self._stepped(num_scheduled_tokens, now_s)
@@ -235,7 +237,7 @@ class EdgeScheduler(Scheduler):
 
     def _suggest(self, draft_token_ids: Any) -> None:
         self._plan_ahead = None
-        self._suggested.clear()
+        self.book.lookups.answered(time.monotonic() - self._step_ended_s)
         for request_id, tokens in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
             # Near max_model_len vLLM makes everyone's draft zeros (v1/worker/gpu_model_runner.py, sample_tokens).
             if any(tokens):
