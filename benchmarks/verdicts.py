@@ -257,6 +257,8 @@ class Result:
     p99_ratio: float
     token_p99_ms: float
     token_p99_ratio: float
+    whole_tokens_per_s: float
+    vanilla_whole_tokens_per_s: float
     whole_ratio: float
     """Tokens a second with the time that prompts take and that the last answers take alone, to vanilla's."""
     cpu_s_per_token_ratio: float
@@ -347,6 +349,8 @@ def result_of(cell: Cell, runs: Sequence[Run], limits: Limits) -> Result | None:
         p99_ratio=p99_ms / vanilla_p99_ms,
         token_p99_ms=token_ms,
         token_p99_ratio=token_ms / vanilla_token_ms,
+        whole_tokens_per_s=statistics.median(run.whole_tokens_per_s for run in own),
+        vanilla_whole_tokens_per_s=middle(own, vanilla, "whole_tokens_per_s") or 0.0,
         whole_ratio=median_ratio(own, vanilla, "whole_tokens_per_s"),
         cpu_s_per_token_ratio=median_ratio(own, vanilla, "cpu_s_per_token"),
         worker_s_per_token_ratio=median_ratio(own, vanilla, "worker_s_per_token"),
@@ -363,9 +367,9 @@ def result_of(cell: Cell, runs: Sequence[Run], limits: Limits) -> Result | None:
     )
 
 
-def middle(own: Sequence[Run], others: Sequence[Run]) -> float | None:
-    """Tokens a second of those next to each of ours: the median."""
-    near = [mean for run in own if (mean := mean_near(run, others, "tokens_per_s")) is not None]
+def middle(own: Sequence[Run], others: Sequence[Run], name: str = "tokens_per_s") -> float | None:
+    """Of an attribute of those next to each of ours: the median."""
+    near = [mean for run in own if (mean := mean_near(run, others, name)) is not None]
     return statistics.median(near) if near else None
 
 

@@ -254,10 +254,6 @@ def is_text(value: object) -> bool:
         return False
 
 
-def _is_bool(value: object) -> bool:
-    return type(value) is bool
-
-
 def _is_uints(value: object) -> bool:
     if type(value) is not tuple or len(value) > MAX_TOKENS_PER_FRAME:
         return False
@@ -276,7 +272,6 @@ def _is_branches(value: object) -> bool:
 _CHECKS: dict[object, Callable[[object], bool]] = {
     int: _is_uint,
     str: is_text,
-    bool: _is_bool,
     tuple[int, ...]: _is_uints,
 }
 _BY_NAME: dict[str, Callable[[object], bool]] = {"tokens": _is_tokens, "branches": _is_branches}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from vllm_specedge.estimates import Smoothed
 
-SELDOM = 16
+SELDOM = 8
 """Where it does not pay, one of so many steps asks, to see whether it would again."""
 
 

@@ -334,8 +334,9 @@ def _compared(scenario: Scenario, values: Mapping[str, Any], cell: Mapping[str, 
         requests,
         load.rtt_s,
         edge,
-        measured=cell["tokens_per_s"],
-        measured_plain=cell["vanilla_tokens_per_s"],
+        # With prompts and the last answers' time, as it is simulated.
+        measured=cell.get("whole_tokens_per_s", cell["tokens_per_s"]),
+        measured_plain=cell.get("vanilla_whole_tokens_per_s", cell["vanilla_tokens_per_s"]),
         simulated=simulate(drafted).tokens_per_s,
         simulated_plain=plain(load).tokens_per_s,
     )

@@ -98,8 +98,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
     shared = ("--max-model-len", "2048", "--max-num-seqs", "16")
     # Not the default port: other tests look at what happens with it.
     config: dict[str, Any] = {"method": "edge", "num_speculative_tokens": 5, "listen": f"127.0.0.1:{GATEWAY_PORT}"}
-    # All that is there is verified: the default leaves most of it out on a busy CPU.
-    config["mode"] = "never-wait"
+    # Everybody is held and all is verified: the default leaves out most of both on a busy CPU.
+    config |= {"mode": "wait", "hold_limit_ms": 50}
     config["slo"] = {str(IMPATIENT): {"itl_ms": 1}}
     edge = ("--speculative-config", json.dumps(config), "--max-num-batched-tokens", "512", "--middleware", MIDDLEWARE)
     kv = ("--kv-cache-memory-bytes", str(KV_BYTES))

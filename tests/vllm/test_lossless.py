@@ -54,7 +54,7 @@ def test_garbage_edge(edge_target: Target, prompts: list[str], expected: list[Co
     with running_edge(edge_target, replay(garbage)), counting(edge_target) as counted:
         assert_same(expected, edge_target.greedy_all(prompts))
         counted.settle(NUM_COMMITTED)
-        assert counted["verified_tokens"] > 50
+        assert counted["verified_tokens"] > 20
         assert counted["accepted_tokens"] < 0.02 * counted["verified_tokens"]
 
 

@@ -42,7 +42,8 @@ def test_repetitive_prompts_take_fewer_steps(edge_target: Target, plain: Target)
     with counting(edge_target) as counted:
         assert_same(want, edge_target.greedy_all(prompts, NUM_TOKENS))
         counted.settle(3 * (NUM_TOKENS - 1))
-        assert counted["steps"] < counted["committed_tokens"] / 2
+        # The workers are asked seldom at first: the tests before have shown that it brings nothing.
+        assert counted["steps"] < 0.7 * counted["committed_tokens"]
         assert counted["steps"] == counted["committed_tokens"] - counted["ngram_accepted_tokens"]
         assert counted["verified_tokens"] == 0, "those are an edge's"
 
