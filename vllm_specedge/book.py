@@ -357,7 +357,9 @@ class DraftBook:
         kind = "ngram_" if request.is_suggestion else ""
         self._add(request, f"{kind}verified_tokens", num_verified)
         self._add(request, f"{kind}accepted_tokens", num_accepted)
-        if not request.is_suggestion:
+        if request.is_suggestion:
+            self.lookups.accepted(num_accepted)
+        else:
             self.counters["verified_drafts"] += 1
             self._learn_verified(request, num_accepted, num_verified)
 
@@ -379,7 +381,6 @@ class DraftBook:
         if request.suggestion:
             num_right = _num_equal(request.suggestion, decided)
             request.ngram_acceptance.observe(num_right, min(len(request.suggestion), num_tokens))
-            self.lookups.were_right(num_right)
         if not num_verified or request.is_suggestion:
             draft = request.tree.chain(num_tokens)
             request.acceptance.observe(_num_equal(draft, decided), len(draft))
