@@ -55,7 +55,8 @@ def test_garbage_edge(edge_target: Target, prompts: list[str], expected: list[Co
         assert_same(expected, edge_target.greedy_all(prompts))
         counted.settle(NUM_COMMITTED)
         assert counted["verified_tokens"] > 20
-        assert counted["accepted_tokens"] < 0.02 * counted["verified_tokens"]
+        # A token or two of a text read backwards are right; the edge soon learns to be silent, so few are verified.
+        assert counted["accepted_tokens"] < 0.2 * counted["verified_tokens"]
 
 
 def test_edge_killed_in_the_middle(
