@@ -498,8 +498,8 @@ def test_a_target_for_inter_token_latency_bounds_what_is_verified() -> None:
     serving = Serving(new_book(token_s=STEP_S / 100))
     serving.propose([1, 2, 3, 4])
     for limit, num_verified in ((0.9, 0), (1.021, 2), (1.1, 4)):
-        rows = [Row("r", 9, itl_limit_s=limit * STEP_S)]
-        assert serving.book.plan(rows, serving.now_s).drafts.get("r", []) == [1, 2, 3, 4][:num_verified]
+        load = Load(step_limit_s=limit * STEP_S)
+        assert serving.plan(load=load).drafts.get("r", []) == [1, 2, 3, 4][:num_verified]
 
 
 def test_requests_of_others_are_planned_plainly() -> None:

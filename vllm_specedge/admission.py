@@ -39,11 +39,15 @@ class LoadFile:
     path: Path
 
     def write(self, room: Mapping[str, int], retry_after_s: int) -> None:
-        """`room`: by class, a priority or DEFAULT_CLASS, how many more requests would meet their targets."""
+        """`room`: by class, a priority or DEFAULT_CLASS, how many more requests would meet their targets.
+
+        What cannot be written (a full disk) is left out: what was said before grows old, and then all are let in.
+        """
         text = json.dumps({"room": room, "retry_after_s": retry_after_s})
         new = self.path.with_suffix(".new")
-        new.write_text(text)
-        new.replace(self.path)
+        with suppress(OSError):
+            new.write_text(text)
+            new.replace(self.path)
 
 
 @dataclass(slots=True)

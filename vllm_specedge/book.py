@@ -8,7 +8,6 @@ Rule 3: nothing is published while no edge could use it.
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 
 from vllm_specedge.acceptance import Acceptance
 from vllm_specedge.counters import request_values
@@ -67,8 +66,6 @@ class Row:
     limit: int
     priority: int = 0
     """As vLLM's: smaller is more important."""
-    itl_limit_s: float = inf
-    """Its target for inter-token latency."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,14 +422,13 @@ class DraftBook:
         """What each row does next: verify a draft, wait for one, or decode plainly."""
         self._opened_tokens = 0
         drafts: dict[str, Sequence[int]] = {}
-        candidates, step_limit_s = [], inf
+        candidates = []
         for row in rows:
             request = self._requests.get(row.request_id)
             if request is None:
                 continue
-            step_limit_s = min(step_limit_s, row.itl_limit_s)
             candidates.append(self._candidate(row, request, drafts, now_s))
-        load = replace(load, probe=self._probe(), step_limit_s=step_limit_s)
+        load = replace(load, probe=self._probe())
         self._num_rows, self._row_context = len(candidates) + load.num_others, load.context
         decision = decide(candidates, load, self.cost, self.speedup, self._limits, now_s)
         plan = Plan(holds=decision.holds, wait_until_s=decision.wait_until_s)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from vllm.logger import init_logger
@@ -159,19 +160,19 @@ class EdgeScheduler(Scheduler):
         Without edges only those with a suggestion are rows, for a row costs microseconds and there may be hundreds.
         """
         has_edges = bool(self.book.num_edges)
-        rows, prefill, context, num_others = [], 0, 0, 0
+        rows, prefill, context, num_others, step_limit_s = [], 0, 0, 0, inf
         for request in self.running:
             num_left = request.num_tokens - request.num_computed_tokens
             if request.status != RequestStatus.RUNNING or num_left != 1:
                 prefill += num_left
                 continue
             context += request.num_tokens
+            step_limit_s = min(step_limit_s, self._targets.of(request.priority).itl_s)
             if not has_edges and request.request_id not in self._suggested:
                 num_others += 1
                 continue
             left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens)
-            itl_limit_s = self._targets.of(request.priority).itl_s
-            rows.append(Row(request.request_id, left - 1, request.priority, itl_limit_s))
+            rows.append(Row(request.request_id, left - 1, request.priority))
         self._context = context
         is_pressed = bool(self.waiting or self.kv_holding_waiting or self.deferred_waiting)
         if is_pressed and len(self.running) < self.max_num_running_reqs:
@@ -183,6 +184,7 @@ class EdgeScheduler(Scheduler):
             is_pressed=is_pressed,
             room=self.max_num_scheduled_tokens,
             free_rows=self.kv_cache_manager.block_pool.get_num_free_blocks(),
+            step_limit_s=step_limit_s,
         )
         return rows, load
 
