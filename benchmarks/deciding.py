@@ -80,7 +80,8 @@ class Engine:
         started_s, self.now_s = self.now_s, self.now_s + STEP_S
         context = self.num_requests * self.context
         with self.timed("deciding"):
-            self.book.stepped(Step(self.num_requests, num_tokens, 0, context, started_s, self.now_s))
+            is_verifying = num_tokens > self.num_requests
+            self.book.stepped(Step(self.num_requests, num_tokens, 0, context, started_s, self.now_s, is_verifying))
         for id_, tokens in self.tokens.items():
             if id_ not in plan.holds:
                 draft = plan.drafts.get(id_, [])

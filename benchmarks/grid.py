@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ from verdicts import (
     STALLING,
     VANILLA,
     Cell,
+    Learned,
     Limits,
     Run,
     Slot,
@@ -64,6 +66,8 @@ from verdicts import (
     server_model,
     table,
 )
+
+from vllm_specedge.stepcost import KNOTS
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
@@ -134,6 +138,8 @@ class Kept:
 
     sessions: list[dict[str, object]]
     runs: list[Run]
+    prompt_tokens: int = 0
+    """Of a request, on average."""
 
     @property
     def session(self) -> int:
@@ -326,7 +332,16 @@ def measure(
         counted = target.counters()
         counted.subtract(counters)
     totals = edge_totals(log, slot) if edges else {}
-    return run_from(slot, place, answers, differences(recordings, answers), (before, after), counted, totals)
+    learned = learned_by(target) if slot.cell else None
+    return run_from(slot, place, answers, differences(recordings, answers), (before, after), counted, totals, learned)
+
+
+def learned_by(target: Target) -> Learned:
+    """What the engine says of its steps now."""
+    values = target.server.metrics()
+    prefix = "specedge_engine_step_"
+    others = (values[f'{prefix}{name}_seconds{{engine="0"}}'] for name in ("request", "context", "verifying"))
+    return Learned([values[f'{prefix}seconds{{engine="0",tokens="{size}"}}'] for size in KNOTS], *others)
 
 
 def run_from(
@@ -337,6 +352,7 @@ def run_from(
     used: tuple[Usage, Usage],
     counters: Counter[str],
     totals: dict[str, int],
+    learned: Learned | None,
 ) -> Run:
     before, after = used
     gaps = [gap for answer in answers for gap in answer.gaps()]
@@ -369,6 +385,7 @@ def run_from(
         up_bytes=after.traffic.up_bytes - before.traffic.up_bytes,
         down_bytes=after.traffic.down_bytes - before.traffic.down_bytes,
         differences=differing,
+        learned=learned,
         gaps=dict(by_chunk),
         token_gaps=dict(by_token),
     )
@@ -392,6 +409,7 @@ def measure_all(plan: Plan, kept: Kept, slots: Sequence[Slot], stack: ExitStack)
     psutil.Process().cpu_affinity([EDGE_CORE])
     ask(targets[VANILLA], [prompt_of(QUESTIONS[0])], WARM_UP_TOKENS)
     recordings = record(plan, targets[VANILLA])
+    kept.prompt_tokens = round(statistics.fmean(len(recording.prompt) for recording in recordings))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, auto_refresh=False) as progress:  # no thread that draws while we measure
         task = progress.add_task("measuring", total=len(slots))
@@ -448,7 +466,8 @@ def save(plan: Plan, kept: Kept) -> None:
         "sessions": kept.sessions,
         "cells": [as_json(result) for result in results(kept.runs, plan.limits)],
         "vanilla_against_itself": [asdict(one) for one in noise(kept.runs)],
-        "server_model": server_model(kept.runs, plan.settings.k),
+        "prompt_tokens": kept.prompt_tokens,
+        "server_model": server_model(kept.runs, plan.settings.k, kept.prompt_tokens),
     }
     runs = ",\n".join("  " + json.dumps(asdict(run)) for run in kept.runs)
     text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "runs": [\n{runs}\n ]\n}}\n'
@@ -465,7 +484,7 @@ def load(plan: Plan) -> Kept:
     values = json.loads(plan.output.read_text())
     if values["settings"] != asdict(plan.settings):
         raise StackError(f"{plan.output} has other settings ({values['settings']}): choose another --output")
-    return Kept(values["sessions"], [run_of(run) for run in values["runs"]])
+    return Kept(values["sessions"], [run_of(run) for run in values["runs"]], values["prompt_tokens"])
 
 
 def report(plan: Plan, kept: Kept) -> bool:

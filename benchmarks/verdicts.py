@@ -12,7 +12,7 @@ from itertools import cycle, islice, pairwise
 from math import ceil, exp, log
 from typing import Any, NamedTuple
 
-from scipy.optimize import nnls
+from vllm_specedge.stepcost import CONTEXT_UNIT, on_curve
 
 VANILLA, NGRAM, OURS = "vanilla", "ngram", "edge"
 GOOD, POOR, STALLING, DEAD, HALF = EDGES = ("good", "poor", "stalling", "dead", "half")
@@ -27,7 +27,6 @@ BUSY = 0.7
 """Where these need more of it than this, the test bed may itself be the limit."""
 FOREIGN = 0.15
 """Where others use more of a core than this, a run says little. (Idle servers use some hundredths.)"""
-MIN_FIT_RUNS = 4
 VERIFIED = ("verified_tokens", "ngram_verified_tokens")
 
 
@@ -146,6 +145,8 @@ class Run:
     down_bytes: int
     differences: list[list[int]]
     """Prompt, and the first token that is not as recorded."""
+    learned: "Learned | None"
+    """By our engine."""
     gaps: dict[int, int]
     """How many gaps by bin, see `bin_of`; each counts once."""
     token_gaps: dict[int, int]
@@ -186,7 +187,8 @@ class Run:
 def run_of(values: Mapping[str, Any]) -> Run:
     """A run as it was written to JSON, where all keys are strings."""
     histograms = {name: {int(key): n for key, n in values[name].items()} for name in ("gaps", "token_gaps")}
-    return Run(**{**values, **histograms})
+    learned = Learned(**values["learned"]) if values["learned"] is not None else None
+    return Run(**{**values, **histograms, "learned": learned})
 
 
 def bin_of(seconds: float) -> int:
@@ -425,42 +427,39 @@ def noise(runs: Sequence[Run]) -> list[Noise]:
 # -- the server for the simulator ------------------------------------------------------------------------------------
 
 
-class Fit(NamedTuple):
-    """Seconds of our engine in a run of so many requests: prefill_s + plain_s * steps + token_s * verified tokens."""
+@dataclass(frozen=True)
+class Learned:
+    """What our engine had learned its steps to take when a run ended, in seconds (stepcost.StepCost.parts_s)."""
 
-    requests: int
-    prefill_s: float
-    plain_s: float
-    token_s: float
-    num_runs: int
+    curve_s: list[float]
+    request_s: float
+    context_s: float
+    verifying_s: float
 
-
-def fit(requests: int, runs: Sequence[Run]) -> Fit | None:
-    """By non-negative least squares over our runs on a quiet machine; None where they say too little."""
-    quiet = (run for run in runs if run.requests == requests and run.foreign_busy <= FOREIGN)
-    own = [run for run in quiet if run.counters.get("engine_steps")]
-    verified = [sum(run.counters[name] for name in VERIFIED) for run in own]
-    if len(own) < MIN_FIT_RUNS or min(verified) == max(verified):
-        return None
-    rows = [[1.0, run.counters["engine_steps"], number] for run, number in zip(own, verified, strict=True)]
-    (prefill_s, plain_s, token_s), _ = nnls(rows, [run.counters["engine_step_us"] / 1e6 for run in own])
-    return Fit(requests, float(prefill_s), float(plain_s), float(token_s), len(own))
+    def step_s(self, requests: int, tokens: int, context: int) -> float:
+        is_verifying = tokens > requests
+        each_s = self.request_s + self.verifying_s * is_verifying
+        return on_curve(self.curve_s, tokens) + requests * each_s + context / CONTEXT_UNIT * self.context_s
 
 
-def server_model(runs: Sequence[Run], k: int) -> dict[str, object]:
-    """Measured times of steps. `rows`: requests, tokens in the step, seconds.
+def server_model(runs: Sequence[Run], k: int, prompt_tokens: int) -> dict[str, object]:
+    """Measured times of steps. `rows`: requests, tokens in the step, seconds, 1 if it verifies drafts.
 
-    Plain rows are vanilla's median gaps; the others our own fit, from one draft token a request to k.
+    Plain: what vanilla's clients saw, the prompts' step included. And what our engine learned, in the middle of the
+    answers, from no draft token a request to k.
     """
-    sizes = sorted({run.requests for run in runs})
-    fits = [found for requests in sizes if (found := fit(requests, runs)) is not None]
     rows: list[list[float]] = []
-    for requests in sizes:
-        gaps = pooled(run.gaps for run in runs if (run.arm, run.requests) == (VANILLA, requests))
-        rows += [[requests, requests, quantile_ms(gaps, 0.5) / 1000]] if gaps else []
-        for one in (found for found in fits if found.requests == requests):
-            rows += [[requests, requests * (1 + n), one.plain_s + one.token_s * requests * n] for n in range(1, k + 1)]
-    return {"rows": rows, "fits": [one._asdict() for one in fits]}
+    for requests in sorted({run.requests for run in runs}):
+        same = [run for run in runs if run.requests == requests]
+        plain = [run for run in same if run.arm == VANILLA]
+        if plain:
+            step_s = quantile_ms(pooled(run.gaps for run in plain), 0.5) / 1000
+            rows += [[requests, requests, step_s, 0], [requests, requests * prompt_tokens, first_token_s(plain), 0]]
+        learned = [(run.num_tokens // requests, run.learned) for run in same if run.learned is not None]
+        for tokens in range(requests, requests * (1 + k) + 1, requests) if learned else ():
+            seconds = [one.step_s(requests, tokens, requests * (prompt_tokens + made // 2)) for made, one in learned]
+            rows.append([requests, tokens, statistics.median(seconds), int(tokens > requests)])
+    return {"rows": rows}
 
 
 # -- as text ---------------------------------------------------------------------------------------------------------

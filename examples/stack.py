@@ -92,7 +92,7 @@ class Server:
         return f"http://127.0.0.1:{self.gateway_port}"
 
     def metrics(self) -> dict[str, float]:
-        """The gateway's metrics by name."""
+        """The gateway's metrics by name, labels and all."""
         text = httpx.get(f"{self.gateway_url}/metrics", trust_env=False).text
         lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
         return {name.removesuffix("_total"): float(value) for name, _, value in lines}
@@ -101,7 +101,8 @@ class Server:
         """The engine's counters; it reports them once a second, so wait until they are at least what they must be."""
         for _ in range(int(STOP_LIMIT_S / POLL_S)):
             prefix = "specedge_engine_"
-            counters = {k.removeprefix(prefix): v for k, v in self.metrics().items() if k.startswith(prefix)}
+            values = ((k, v) for k, v in self.metrics().items() if k.startswith(prefix) and "{" not in k)
+            counters = {k.removeprefix(prefix): v for k, v in values}
             if all(counters[name] >= value for name, value in (at_least or {}).items()):
                 return counters
             with suppress(subprocess.TimeoutExpired):

@@ -340,7 +340,8 @@ class World:
         num_rows = len(self.served) - len(plan.holds)
         self._take_in()
         started_s = self.time.now_s - self.step_s - self.token_s * num_verified
-        self.book.stepped(Step(num_rows, num_rows + num_verified, 0, self._context, started_s, self.time.now_s))
+        num_tokens, is_verifying = num_rows + num_verified, num_verified > 0
+        self.book.stepped(Step(num_rows, num_tokens, 0, self._context, started_s, self.time.now_s, is_verifying))
         for request_id in [id_ for id_ in self.served if id_ not in plan.holds]:
             served, draft = self.served[request_id], plan.drafts.get(request_id, [])
             assert len(served.tokens) + len(draft) < served.end

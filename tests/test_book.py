@@ -100,7 +100,7 @@ class Serving:
         """A step, from its plan to its commit."""
         started_s, self.now_s = self.now_s, self.now_s + took_s
         size = 1 + num_verified + prefilled
-        self.book.stepped(Step(1, size, prefilled, len(self.tokens), started_s, self.now_s))
+        self.book.stepped(Step(1, size, prefilled, len(self.tokens), started_s, self.now_s, size > 1 + prefilled))
         self.decode(*tokens, num_verified=num_verified)
 
     @property

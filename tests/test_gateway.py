@@ -41,6 +41,7 @@ from vllm_specedge.frames import (
     Open,
     Propose,
     Report,
+    Stats,
     Welcome,
     pack_tokens,
     unpack_tokens,
@@ -70,7 +71,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         hello = EngineHello(PROTOCOL_VERSION, "toy", FINGERPRINT, VOCAB_SIZE)
-        self.link = EngineLink(self.endpoint, hello, self.arrived.set, lambda: (1, 2, 3))
+        self.link = EngineLink(self.endpoint, hello, self.arrived.set, lambda: (Stats((1, 2, 3)),))
         self.link.start()
 
     def take_in(self) -> None:

@@ -20,13 +20,13 @@ from benchmarks.verdicts import (
     VANILLA,
     Cell,
     Fleet,
+    Learned,
     Limits,
     Run,
     Slot,
     all_cells,
     as_json,
     bin_of,
-    fit,
     fleet,
     interleave,
     nearest,
@@ -40,6 +40,7 @@ from benchmarks.verdicts import (
     server_model,
     table,
 )
+from vllm_specedge.stepcost import KNOTS
 
 CELL = Cell(4, 20.0, GOOD)
 LIMITS = Limits()
@@ -54,6 +55,7 @@ def run(
     session: int = 0,
     counters: dict[str, int] | None = None,
     differences: list[list[int]] | None = None,
+    learned: Learned | None = None,
 ) -> Run:
     gaps = {bin_of(gap_s): 100}
     return Run(
@@ -80,6 +82,7 @@ def run(
         up_bytes=0,
         down_bytes=0,
         differences=differences or [],
+        learned=learned,
         gaps=gaps,
         token_gaps=gaps,
     )
@@ -309,51 +312,25 @@ def test_the_table_has_a_line_for_each_result() -> None:
 # -- the server for the simulator ------------------------------------------------------------------------------------
 
 
-def synthetic(requests: int, prefill_s: float, plain_s: float, token_s: float, num_runs: int = 12) -> list[Run]:
-    chance, runs = Random(requests), []
-    for number in range(num_runs):
-        steps, verified, ngram = chance.randrange(30, 60), chance.randrange(300), chance.randrange(20)
-        took_s = prefill_s + plain_s * steps + token_s * (verified + ngram)
-        took_s *= chance.gauss(1.0, 0.005)
-        counters = {"engine_steps": steps, "engine_step_us": int(took_s * 1e6), "verified_tokens": verified}
-        counters["ngram_verified_tokens"] = ngram
-        known = run(number=number, cell=Cell(requests, 0.0, GOOD), counters=counters)
-        runs.append(replace(known, core_busy=[0.9, 0.2]))
-    return runs
+def learned(token_s: float, verifying_s: float = 0.0) -> Learned:
+    """Steps of 50 ms and so much for each token, 1 ms a request and for each 1,024 tokens of context."""
+    return Learned([0.05 + token_s * size for size in KNOTS], 0.001, 0.001, verifying_s)
 
 
-def test_step_times_are_found_again() -> None:
-    found = fit(8, synthetic(8, 1.5, 0.08, 0.004) + synthetic(4, 0.5, 0.06, 0.01))
-    assert found is not None
-    assert found.plain_s == pytest.approx(0.08, rel=0.1)
-    assert found.token_s == pytest.approx(0.004, rel=0.1)
-    assert found.prefill_s == pytest.approx(1.5, abs=0.4)
-    assert found.num_runs == 12
-
-
-def test_what_was_measured_beside_other_load_is_not_fitted() -> None:
-    runs = synthetic(8, 1.5, 0.08, 0.004)
-    loud = [replace(one, counters={**one.counters, "engine_step_us": 90_000_000}, core_busy=[1.0, 1.0]) for one in runs]
-    assert fit(8, [*runs, *loud]) == fit(8, runs)
-    assert fit(8, loud) is None
-
-
-def test_no_time_is_negative_and_too_little_is_not_fitted() -> None:
-    found = fit(8, synthetic(8, 0.0, 0.08, 0.0))
-    assert found is not None
-    assert min(found) >= 0
-    assert found.token_s < 0.0005
-    runs = synthetic(8, 1.0, 0.08, 0.004)
-    assert fit(8, runs) is not None
-    assert fit(8, runs[:3]) is None
-    plain = [replace(one, counters={**one.counters, "verified_tokens": 0, "ngram_verified_tokens": 0}) for one in runs]
-    assert fit(8, plain) is None
-
-
-def test_the_model_has_a_plain_row_of_vanilla_and_rows_with_drafts() -> None:
-    vanilla = run(VANILLA, cell=Cell(8, 0.0, GOOD), gap_s=0.07)
-    rows = server_model([vanilla, *synthetic(8, 1.5, 0.08, 0.004)], k=5)["rows"]
+def test_the_model_has_what_vanilla_s_clients_saw_and_what_our_engine_learned() -> None:
+    cell = Cell(8, 0.0, GOOD)
+    runs = [run(VANILLA, cell=cell, gap_s=0.07)]
+    runs += [run(number=1, cell=cell, learned=learned(token_s, 0.002)) for token_s in (0.003, 0.004, 0.009)]
+    rows = server_model(runs, k=3, prompt_tokens=40)["rows"]
     assert isinstance(rows, list)
-    assert [row[:2] for row in rows] == [[8, 8], *([8, 8 + 8 * n] for n in range(1, 6))]
+    sizes = [(8, 8, 0), (8, 320, 0), (8, 8, 0), (8, 16, 1), (8, 24, 1), (8, 32, 1)]
+    assert [(*row[:2], row[3]) for row in rows] == sizes
     assert rows[0][2] == pytest.approx(0.07, rel=0.006)
-    assert rows[5][2] == pytest.approx(0.08 + 40 * 0.004, rel=0.1)
+    assert rows[1][2] == runs[0].first_token_s["p50"]
+    beside_s = 8 * 0.001 + 8 * (40 + 1000 // 8 // 2) / 1024 * 0.001
+    assert rows[2][2] == pytest.approx(0.05 + 8 * 0.004 + beside_s)
+    assert rows[5][2] == pytest.approx(0.05 + 32 * 0.004 + beside_s + 8 * 0.002)
+
+
+def test_runs_of_others_teach_nothing_beyond_plain_steps() -> None:
+    assert len(server_model([run(VANILLA), run(NGRAM, 1)], 5, 40)["rows"]) == 2  # type: ignore[arg-type]

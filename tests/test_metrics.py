@@ -4,15 +4,28 @@ from collections import Counter
 from types import ModuleType
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_specedge import book, router
-from vllm_specedge.counters import ENGINE_COUNTERS, REQUEST_COUNTERS, engine_values, request_values
-from vllm_specedge.frames import MAX_UINT32, PROTOCOL_VERSION, EngineHello, Hello, Open, Report, Stats, encode
+from vllm_specedge.counters import ENGINE_COUNTERS, REQUEST_COUNTERS, engine_values, request_values, step_times
+from vllm_specedge.frames import (
+    MAX_UINT32,
+    PROTOCOL_VERSION,
+    EngineHello,
+    Hello,
+    Open,
+    Report,
+    Stats,
+    StepTimes,
+    encode,
+)
 from vllm_specedge.metrics import GATEWAY_COUNTERS, RequestHistograms, RouterCollector, report_row
 from vllm_specedge.proposals import Fate
 from vllm_specedge.router import ROLES, RequestReport, Router, RouterLimits
+from vllm_specedge.stepcost import KNOTS, StepCost
 
 
 def exposed(router: Router) -> dict[str, float]:
@@ -65,6 +78,37 @@ def test_an_engine_of_another_release_does_not_break_the_page(values: tuple[int,
     router.from_engine(b"a", EngineHello(PROTOCOL_VERSION, "toy", "f", 9))
     router.from_engine(b"a", Stats(values))
     assert exposed(router)["specedge_engine_steps_total"] == sum(values[:1])
+
+
+def test_what_engines_learned_of_their_steps_is_exposed_by_engine_and_size() -> None:
+    router = Router(RouterLimits())
+    for engine in (b"a", b"silent", b"b"):
+        router.from_engine(engine, EngineHello(PROTOCOL_VERSION, "toy", "f", 9))
+    router.from_engine(b"a", step_times(StepCost()))  # it has not measured anything yet
+    router.from_engine(b"b", StepTimes(tuple(range(1000, 1000 + len(KNOTS) + 3)), 4, 5, 6))
+    registry = CollectorRegistry()
+    registry.register(RouterCollector(router))
+    curve = {
+        int(sample.labels["tokens"]): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "specedge_engine_step_seconds" and sample.labels["engine"] == "2"
+    }
+    assert curve == {size: pytest.approx((1000 + index) / 1e6) for index, size in enumerate(KNOTS)}
+    assert registry.get_sample_value("specedge_engine_step_seconds", {"engine": "0", "tokens": "1"}) is None
+    for what, value in (("request", 4e-9), ("context", 5e-9), ("verifying", 6e-9)):
+        name = f"specedge_engine_step_{what}_seconds"
+        assert registry.get_sample_value(name, {"engine": "2"}) == pytest.approx(value)
+        assert registry.get_sample_value(name, {"engine": "0"}) == 0.0
+
+
+@given(st.dictionaries(st.sampled_from(KNOTS), st.floats(1e-5, 1e9), min_size=1))
+def test_whatever_steps_take_fits_a_frame(profile: dict[int, float]) -> None:
+    cost = StepCost(profile)
+    times = step_times(cost)
+    encode(times)
+    for size, time_us in zip(KNOTS, times.curve_us, strict=True):
+        assert time_us == pytest.approx(min(cost(0, size, 0) * 1e6, MAX_UINT32), abs=1.5)
 
 
 def test_engine_values_fit_a_frame_and_keep_the_table_s_order() -> None:

@@ -67,8 +67,14 @@ def learnt_costs(draw: st.DrawFn) -> StepCost:
         requests = random.randint(1, 30)
         tokens, prefilled = requests * random.randint(1, 6), random.choice([0, 0, 100])
         took_s = random.choice([0.01, 0.02]) * random.uniform(0.5, 2) + 0.0001 * (tokens + prefilled)
-        cost.observe(requests, tokens + prefilled, random.randint(0, 10_000), took_s, prefilled)
+        is_verifying = tokens > requests
+        took_s += requests * random.choice([0.0, 0.001]) * is_verifying
+        cost.observe(requests, tokens + prefilled, random.randint(0, 10_000), took_s, prefilled, is_verifying)
     return cost
+
+
+def is_known(cost: StepCost) -> bool:
+    return cost(1, 1, 0) > 0.0
 
 
 costs = st.just(StepCost()) | convex_costs() | learnt_costs()
@@ -139,7 +145,8 @@ class Situation:
 
     def step_s(self, num_verified: int = 0) -> float:
         size = self.num_rows + self.load.prefill + num_verified
-        return self.cost(self.num_rows, size, self.load.context, self.load.prefill)
+        verifying_s = self.cost.verifying_s(self.num_rows) if num_verified else 0.0
+        return self.cost(self.num_rows, size, self.load.context, self.load.prefill) + verifying_s
 
     @property
     def waited_s(self) -> float:
@@ -236,7 +243,7 @@ def test_drafts_stay_within_every_bound(situation: Situation) -> None:
 @given(situations(limits=limits_of_any_kind.filter(lambda limits: limits.mode in BUDGET_MODES)))
 def test_a_step_with_drafts_takes_no_longer_than_it_may_with_the_wait_before_it(situation: Situation) -> None:
     num_verified = sum(situation.decide().lengths.values())
-    if num_verified and situation.cost.is_known:
+    if num_verified and is_known(situation.cost):
         longest_s = min(situation.step_s() * situation.limits.max_stretch, situation.load.step_limit_s)
         assert situation.waited_s + situation.step_s(num_verified) <= longest_s * (1 + EPSILON)
 
@@ -244,7 +251,7 @@ def test_a_step_with_drafts_takes_no_longer_than_it_may_with_the_wait_before_it(
 @given(situations(limits=limits_of_any_kind.filter(lambda limits: limits.mode in BUDGET_MODES)))
 def test_nobody_s_tokens_come_much_slower_because_of_drafts_than_those_before_came_sooner(situation: Situation) -> None:
     lengths = situation.decide().lengths
-    if not lengths or not situation.cost.is_known:
+    if not lengths or not is_known(situation.cost):
         return
     took_s = situation.waited_s + situation.step_s(sum(lengths.values()))
     slowdown = took_s / situation.step_s() / situation.limits.max_slowdown
@@ -301,7 +308,7 @@ unprobed = loads.map(lambda load: replace(load, probe=Probe.NONE if load.probe i
 @given(situations(load=unprobed, limits=in_mode["budget"]))
 def test_what_is_verified_gives_no_fewer_tokens_a_second_than_a_plain_step(situation: Situation) -> None:
     """With those of prompts and without them."""
-    assume(situation.cost.is_known and situation.candidates)
+    assume(is_known(situation.cost) and situation.candidates)
     survivals = situation.survivals(situation.decide().lengths)
     for made in (situation.num_rows, situation.num_rows + situation.load.prefill):
         rate = (made + sum(survivals)) / situation.step_s(len(survivals))
@@ -345,6 +352,22 @@ def test_more_of_a_prompt_never_means_more_draft_tokens(situation: Situation, mo
 @given(situations(load=quiet, cost=st.just(FLAT), limits=in_mode["budget"]))
 def test_where_more_tokens_cost_nothing_all_are_verified(situation: Situation) -> None:
     assert situation.decide().lengths == {row.key: len(row.survivals) for row in situation.candidates if row.survivals}
+
+
+class CostlyToVerify(StepCost):
+    """Whatever is verified: each request's rows pass the rejection sampler."""
+
+    def verifying_s(self, requests: int) -> float:
+        return requests * STEP_S / 50
+
+
+@pytest.mark.parametrize(("num_drafts", "is_worth_it"), [(1, False), (2, False), (6, True)])
+def test_what_verifying_costs_at_all_must_come_back(num_drafts: int, is_worth_it: bool) -> None:
+    """A tenth of a step for five others and this one: less than one draft brings, more than six do."""
+    cost = CostlyToVerify(dict.fromkeys(KNOTS, STEP_S))
+    rows = [Candidate(str(order), order, 0.0, 0, (0.2,) if order < num_drafts else ()) for order in range(6)]
+    lengths = decide(rows, NOTHING_ELSE, cost, 1.0, replace(LIMITS, max_slowdown=2.0), 0.0).lengths
+    assert sum(lengths.values()) == num_drafts * is_worth_it
 
 
 def test_an_idle_server_verifies_the_longest_drafts() -> None:
@@ -397,7 +420,7 @@ def test_a_probe_changes_nothing_where_something_pays(situation: Situation) -> N
     assert replace(situation, load=Load(probe=Probe.VERIFY)).decide() == decision
 
 
-@given(situations(cost=convex_costs() | learnt_costs().filter(lambda cost: cost.is_known)))
+@given(situations(cost=convex_costs() | learnt_costs().filter(is_known)))
 def test_a_plain_probe_verifies_nothing_unless_all_is_verified_whatever_it_costs(situation: Situation) -> None:
     lengths = replace(situation, load=replace(situation.load, probe=Probe.PLAIN)).decide().lengths
     if situation.limits.mode in BUDGET_MODES:

@@ -29,6 +29,7 @@ from vllm_specedge.frames import (
     Propose,
     Report,
     Stats,
+    StepTimes,
     Welcome,
     commits,
 )
@@ -100,7 +101,7 @@ def test_an_engine_of_another_version_is_turned_away() -> None:
 
 def test_an_engine_that_has_not_said_hello_is_told_to() -> None:
     router = Router(RouterLimits())
-    frames: list[Frame] = [Open(0, 1, 5, 5, ""), Ping(1), Stats((1,)), Report(0, (1,))]
+    frames: list[Frame] = [Open(0, 1, 5, 5, ""), Ping(1), Stats((1,)), StepTimes((), 0, 0, 0), Report(0, (1,))]
     for frame in frames:
         [effect] = router.from_engine(ENGINE, frame)
         assert isinstance(effect.frame, Bye)
@@ -112,6 +113,8 @@ def test_an_engine_is_answered_counted_and_not_believed_everything() -> None:
     assert router.from_engine(ENGINE, Ping(7)) == [ToEngine(ENGINE, Pong(7))]
     assert router.from_engine(ENGINE, Stats((1, 2))) == []
     assert router.engine_counters() == [(1, 2)]
+    assert router.from_engine(ENGINE, StepTimes((5, 6), 1, 2, 3)) == []
+    assert router.step_times() == {0: StepTimes((5, 6), 1, 2, 3)}
     assert router.from_engine(ENGINE, Propose(0, 0, (1,))) == []
     assert router.counters["unexpected_engine_frames"] == 1
 

@@ -180,13 +180,27 @@ def test_stalls_take_their_part_of_the_time() -> None:
 
 def test_a_fitted_server_takes_what_was_measured() -> None:
     sizes = [(requests, requests * (1 + drafts)) for requests in (1, 2, 8, 32, 64) for drafts in range(6)]
-    server = fitted([(requests, tokens, A100.step_s(requests, tokens)) for requests, tokens in sizes])
+    server = fitted([(requests, tokens, A100.step_s(requests, tokens), 0) for requests, tokens in sizes])
     for requests, tokens in [*sizes, (16, 48), (64, 600)]:
         assert server.step_s(requests, tokens) == pytest.approx(A100.step_s(requests, tokens), rel=0.06)
 
 
+def test_what_verifying_adds_is_fitted_too() -> None:
+    sizes = [(requests, requests * (1 + drafts)) for requests in (1, 4, 16) for drafts in range(6)]
+    rows = [(n, tokens, CPU.step_s(n, tokens, tokens > n), int(tokens > n)) for n, tokens in sizes]
+    server = fitted(rows)
+    for requests, tokens, seconds, is_verifying in rows:
+        assert server.step_s(requests, tokens, bool(is_verifying)) == pytest.approx(seconds, rel=0.03)
+
+
+@pytest.mark.parametrize("row", [(1, 1, 0.05), (1, 1, 0.05, 2), (0, 1, 0.05, 0), (1, 1, -0.05, 0)])
+def test_rows_of_another_form_are_refused(row: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="0 or 1"):
+        fitted([row])
+
+
 def test_one_row_is_a_server_too() -> None:
-    server = fitted([(1, 1, 0.05)])
+    server = fitted([(1, 1, 0.05, 0)])
     assert server.step_s(1, 1) == pytest.approx(0.05)
     assert server.step_s(4, 8) >= 0.05
 
@@ -231,7 +245,7 @@ def test_the_command_prints_json_and_draws(tmp_path: Path) -> None:
 
 
 def write_results(path: Path, tokens_per_s: float) -> str:
-    rows = [[n, n * (1 + k), CPU.step_s(n, n * (1 + k))] for n in (1, 2, 4) for k in range(6)]
+    rows = [[n, n * (1 + k), CPU.step_s(n, n * (1 + k), k > 0), int(k > 0)] for n in (1, 2, 4) for k in range(6)]
     cell = {"requests": 2, "rtt_ms": 5, "edge": "dead", "tokens_per_s": tokens_per_s, "vanilla_tokens_per_s": 63.0}
     path.write_text(json.dumps({"server_model": {"rows": rows}, "cells": [cell]}))
     return str(path)

@@ -2,12 +2,13 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import isfinite
 from random import Random
+from typing import TypeAlias
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.stepcost import CONTEXT_UNIT, KNOTS, StepCost
+from vllm_specedge.stepcost import CONTEXT_UNIT, KNOTS, StepCost, on_curve
 
 Curve = Callable[[int], float]
 
@@ -164,6 +165,18 @@ def test_what_requests_and_their_contexts_take_is_learnt_where_they_vary() -> No
     assert cost(40, 60, 0) - cost(10, 60, 0) == pytest.approx(30 * 0.0001, rel=0.5)
 
 
+@pytest.mark.parametrize("each_s", [0.0, 0.0002])
+def test_what_verifying_costs_beside_its_tokens_is_learnt(each_s: float) -> None:
+    """On one core the rejection sampler takes 0.2 ms for each request if any has a draft (benchmarks/LOG.md)."""
+    random, cost = Random(4), StepCost(profile_of(straight))
+    for _ in range(2000):
+        requests, num_drafts = random.choice([1, 4, 16, 32]), random.choice([0, 1, 3, 8, 20])
+        took_s = straight(requests + num_drafts) + requests * each_s * (num_drafts > 0)
+        cost.observe(requests, requests + num_drafts, 0, took_s * random.uniform(0.95, 1.05), 0, num_drafts > 0)
+    assert cost.verifying_s(32) == pytest.approx(32 * each_s, rel=0.3, abs=0.0008)
+    assert cost.growth(32, 8)[-1] == pytest.approx(straight(40) - straight(32), rel=0.3)
+
+
 @pytest.mark.parametrize("prefilled_s", [-0.00003, 0.0, 0.0002])
 def test_prompts_do_not_spoil_what_is_thought_of_decoding(prefilled_s: float) -> None:
     """A token of a prompt may take more than one that is decoded, for its attention, or less, for its sampling."""
@@ -180,20 +193,21 @@ def test_prompts_do_not_spoil_what_is_thought_of_decoding(prefilled_s: float) ->
 seconds = st.floats(1e-5, 10, allow_subnormal=False)
 sizes = st.integers(1, 300) | st.integers(1, 20_000)
 contexts = st.integers(0, 2_000_000)
+Seen: TypeAlias = tuple[int, int, int, float, int, bool]
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[int, int, int, float, int]:
+def steps(draw: st.DrawFn) -> Seen:
     tokens = draw(sizes)
     prefilled = draw(st.just(0) | st.integers(0, tokens))
-    return draw(st.integers(1, tokens)), tokens, draw(contexts), draw(seconds), prefilled
+    return draw(st.integers(1, tokens)), tokens, draw(contexts), draw(seconds), prefilled, draw(st.booleans())
 
 
 profiles = st.none() | st.dictionaries(st.sampled_from([1, 4, 16, 64, 256]), seconds, min_size=1)
 histories = st.lists(steps(), max_size=60)
 
 
-def seen(profile: Mapping[int, float] | None, history: list[tuple[int, int, int, float, int]]) -> StepCost:
+def seen(profile: Mapping[int, float] | None, history: list[Seen]) -> StepCost:
     cost = StepCost(profile)
     for step in history:
         cost.observe(*step)
@@ -203,22 +217,22 @@ def seen(profile: Mapping[int, float] | None, history: list[tuple[int, int, int,
 @given(profiles, histories, st.lists(st.tuples(st.integers(1, 500), sizes, contexts), min_size=1, max_size=20))
 def test_whatever_is_seen_a_step_takes_a_finite_time_above_zero(
     profile: dict[int, float] | None,
-    history: list[tuple[int, int, int, float, int]],
+    history: list[Seen],
     at: list[tuple[int, int, int]],
 ) -> None:
     cost = seen(profile, history)
-    assert cost.is_known == (profile is not None or bool(history))
+    is_known = profile is not None or bool(history)
     for requests, tokens, context in at:
         for prefilled in (0, tokens // 2, tokens):
             took_s = cost(requests, tokens, context, prefilled)
             assert isfinite(took_s)
-            assert (took_s > 0.0) == cost.is_known
+            assert (took_s > 0.0) == is_known
 
 
 @given(profiles, histories, st.lists(sizes, min_size=2, max_size=20), st.integers(0, 500), contexts)
 def test_more_tokens_never_take_less_time(
     profile: dict[int, float] | None,
-    history: list[tuple[int, int, int, float, int]],
+    history: list[Seen],
     at: list[int],
     requests: int,
     context: int,
@@ -231,7 +245,7 @@ def test_more_tokens_never_take_less_time(
 @given(profiles, histories, st.integers(1, 9000), st.integers(0, 400), st.integers(0, 500), contexts)
 def test_the_growth_of_a_step_is_what_the_larger_step_takes_more(
     profile: dict[int, float] | None,
-    history: list[tuple[int, int, int, float, int]],
+    history: list[Seen],
     tokens: int,
     more: int,
     requests: int,
@@ -243,17 +257,34 @@ def test_the_growth_of_a_step_is_what_the_larger_step_takes_more(
     assert cost.growth(tokens, more) == pytest.approx(longer, rel=1e-6, abs=1e-6 * (1 + base_s))
 
 
+@given(profiles, histories, st.integers(1, 500))
+def test_verifying_never_makes_a_step_shorter_and_costs_each_request_the_same(
+    profile: dict[int, float] | None, history: list[Seen], requests: int
+) -> None:
+    cost = seen(profile, history)
+    assert cost.verifying_s(1) >= 0.0
+    assert cost.verifying_s(requests) == pytest.approx(requests * cost.verifying_s(1))
+
+
+def test_the_parts_are_what_a_step_is_made_of() -> None:
+    cost = StepCost()
+    mixed_traffic(cost, 500)
+    curve_s, request_s, context_s, _ = cost.parts_s
+    for requests, tokens, context in ((1, 1, 0), (7, 30, 9000), (40, 200, 60_000)):
+        made_of = on_curve(curve_s, tokens) + requests * request_s + context / CONTEXT_UNIT * context_s
+        assert cost(requests, tokens, context) == pytest.approx(made_of)
+
+
 def test_before_anything_is_known_everything_takes_no_time() -> None:
     cost = StepCost()
-    assert not cost.is_known
+    assert cost.parts_s == ([], 0.0, 0.0, 0.0)
     assert cost(1, 1, 0) == 0.0
     assert cost.growth(1, 3) == [0.0, 0.0, 0.0]
     assert cost.growth(1, 0) == cost.growth(1, -1) == []
     cost.observe(0, 0, 0, 0.1)
     cost.observe(1, 1, 0, 0.0)
     cost.observe(1, 1, 0, -1.0)
-    assert not cost.is_known
-    assert StepCost({}).is_known is False
+    assert cost(1, 1, 0) == StepCost({})(1, 1, 0) == 0.0
 
 
 def assert_bounded(cost: StepCost) -> None:

@@ -82,6 +82,8 @@ class Step:
     """Tokens that these requests had in the cache before."""
     started_s: float
     ended_s: float
+    is_verifying: bool
+    """Draft tokens were in it."""
 
 
 @dataclass(slots=True)
@@ -407,8 +409,9 @@ class DraftBook:
     def stepped(self, step: Step) -> None:
         """A step is done; what it decided is told by `commit`, next."""
         self.counters["engine_steps"] += 1
-        self.counters["engine_step_us"] += int((step.ended_s - step.started_s) * 1e6)
-        self.cost.observe(step.requests, step.tokens, step.context, step.ended_s - step.started_s, step.prefilled)
+        took_s = step.ended_s - step.started_s
+        self.counters["engine_step_us"] += int(took_s * 1e6)
+        self.cost.observe(step.requests, step.tokens, step.context, took_s, step.prefilled, step.is_verifying)
         self._gained_s *= SPEEDUP_MEMORY
         self._spent_s *= SPEEDUP_MEMORY
         since_s = self._last_end_s if self._last_end_s is not None else step.started_s

@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from vllm_specedge.frames import MAX_UINT32
+from vllm_specedge.frames import MAX_UINT32, StepTimes
+from vllm_specedge.stepcost import StepCost
 
 REQUEST_COUNTERS = (
     ("steps", "Decode steps of requests, with a draft or without."),
@@ -48,6 +49,16 @@ ENGINE_COUNTERS = (
 def engine_values(counters: Counter[str]) -> tuple[int, ...]:
     """An engine's counters as Stats carries them; they wrap at 2**32, as a restart would reset them."""
     return tuple(counters[name] % 2**32 for name, _ in ENGINE_COUNTERS)
+
+
+def step_times(cost: StepCost) -> StepTimes:
+    """What the engine has learnt its steps to take, as StepTimes carries it."""
+    curve_s, *others_s = cost.parts_s
+    return StepTimes(tuple(_whole(seconds * 1e6) for seconds in curve_s), *(_whole(each * 1e9) for each in others_s))
+
+
+def _whole(number: float) -> int:
+    return min(round(number), MAX_UINT32)
 
 
 def request_values(counters: Counter[str]) -> tuple[int, ...]:

@@ -220,6 +220,23 @@ class Report:
     values: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Engine to gateway, with Stats: what it has learnt its steps to take.
+
+    `curve_us`: microseconds of a step of each number of tokens in stepcost.KNOTS, but for what the others add.
+    """
+
+    CODE: ClassVar[int] = 38
+    curve_us: tuple[int, ...]
+    request_ns: int
+    """For each request in the step."""
+    context_ns: int
+    """For each 1,024 tokens of these requests' contexts."""
+    verifying_ns: int
+    """For each request in a step that verifies something."""
+
+
 Frame: TypeAlias = (
     Greet
     | Hello
@@ -237,6 +254,7 @@ Frame: TypeAlias = (
     | Assign
     | Stats
     | Report
+    | StepTimes
 )
 
 

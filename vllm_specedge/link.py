@@ -16,7 +16,7 @@ from enum import Enum
 import zmq
 
 from vllm_specedge.errors import ByeCode, RemoteProtocolError
-from vllm_specedge.frames import Bye, EngineHello, EngineWelcome, Frame, FrameReader, Ping, Pong, Stats, encode
+from vllm_specedge.frames import Bye, EngineHello, EngineWelcome, Frame, FrameReader, Ping, Pong, encode
 
 logger = logging.getLogger("vllm_specedge.link")
 
@@ -37,11 +37,12 @@ class EngineLink(threading.Thread):
     """Connects to the gateway at `endpoint`, again and again, and introduces this engine as `hello`.
 
     `inbox` holds what came, with the time.monotonic() of arrival; a Bye in it says that the gateway was lost. `wake` is
-    called from this thread after something was appended, and when the time given to `wake_at` has come.
+    called from this thread after something was appended, and when the time given to `wake_at` has come. What `stats`
+    returns is sent every second.
     """
 
     def __init__(
-        self, endpoint: str, hello: EngineHello, wake: Callable[[], None], stats: Callable[[], tuple[int, ...]]
+        self, endpoint: str, hello: EngineHello, wake: Callable[[], None], stats: Callable[[], Iterable[Frame]]
     ) -> None:
         super().__init__(name="specedge-link", daemon=True)
         self.inbox: deque[tuple[float, Frame]] = deque(maxlen=_MAX_INBOX)
@@ -134,7 +135,7 @@ class EngineLink(threading.Thread):
         if self._is_welcome and now_s - self._heard_s > _LOST_S:
             self._lost()
         if self._is_welcome:
-            self._post(encode(Ping(int(now_s * 1000) % 2**32)) + encode(Stats(self._stats())))
+            self._post(b"".join(map(encode, (Ping(int(now_s * 1000) % 2**32), *self._stats()))))
         else:
             self._post(encode(self._hello))
 

@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 
 from vllm_specedge.counters import ENGINE_COUNTERS, REQUEST_COUNTERS
 from vllm_specedge.router import RequestReport, Router
+from vllm_specedge.stepcost import KNOTS
 
 GATEWAY_COUNTERS = (
     ("proposed_tokens", "Draft tokens that edges sent and the gateway passed on."),
@@ -29,6 +30,14 @@ GATEWAY_COUNTERS = (
     ("silent_edges", "Edges closed because they said nothing."),
     ("task_errors", "Errors that ended a task; each is in the log."),
 )
+
+STEP_TIMES = (
+    ("", "what a step of so many tokens takes, but for what requests and context add", ("engine", "tokens")),
+    ("request_", "what each request adds to a step", ("engine",)),
+    ("context_", "what each 1,024 tokens of context add to a step", ("engine",)),
+    ("verifying_", "what each request adds to a step that verifies something", ("engine",)),
+)
+"""Learned by each engine from its own steps: a gauge's name, meaning and labels. As many series as it has sizes."""
 
 
 def report_row(report: RequestReport) -> dict[str, int]:
@@ -88,3 +97,17 @@ class RouterCollector(Collector):
             # An engine of another release may know fewer counters, or more.
             total = sum(values[index] for values in engines if index < len(values))
             yield CounterMetricFamily(f"specedge_engine_{name}", help_text, total)
+        yield from self._step_times()
+
+    def _step_times(self) -> Iterator[Metric]:
+        curve, *others = (
+            GaugeMetricFamily(f"specedge_engine_step_{name}seconds", f"Learned: {help_text}.", labels=labels)
+            for name, help_text, labels in STEP_TIMES
+        )
+        for number, times in self._router.step_times().items():
+            for tokens, time_us in zip(KNOTS, times.curve_us, strict=False):
+                curve.add_metric([str(number), str(tokens)], time_us / 1e6)
+            each_ns = (times.request_ns, times.context_ns, times.verifying_ns)
+            for family, time_ns in zip(others, each_ns, strict=True):
+                family.add_metric([str(number)], time_ns / 1e9)
+        yield from (curve, *others)

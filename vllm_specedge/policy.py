@@ -253,7 +253,8 @@ def _best(
     if load.probe is Probe.PLAIN:
         return 0
     waited_s = max(row.waited_s for row in rows)
-    growth_s = cost.growth(size, len(tokens))
+    verifying_s = cost.verifying_s(num_rows)
+    growth_s = [verifying_s + growth for growth in cost.growth(size, len(tokens))]
     best = len(tokens)
     # Fewer tokens may leave more rows without any, for whom the step may take less long.
     while best:
@@ -301,6 +302,8 @@ class _Prices:
     """How much longer the step takes with 1, 2, ... draft tokens more."""
     excess: float
     """Tokens that an average step makes beyond a plain one, for each request."""
+    verifying_s: float
+    """How much longer the step takes because it verifies at all."""
 
     def value(self, survivals: Sequence[float]) -> float:
         """Tokens that a draft brings when it is verified, less what its verification takes; 0: it would not be."""
@@ -362,6 +365,7 @@ def _prices(
         rate=max(1.0, speedup) * num_rows / step_s,
         growth_s=cost.growth(num_rows + num_verified, max(len(draft.survivals) for _, draft in waiting)),
         excess=max(0.0, speedup - 1.0),
+        verifying_s=0.0 if num_verified else cost.verifying_s(num_rows),
     )
 
 
@@ -380,8 +384,9 @@ def _wait(
     renewal argument for one request: wait if value * (1 - kept) > rate * w - kept * (speedup - 1)).
     """
     oldest_s = min(row.since_s for row in rows)
-    limit_s = oldest_s + min(limits.hold_limit_s, longest_s - prices.step_s - sum(prices.growth_s[:1]))
-    best, best_until_s, gain = 0.0, None, 0.0
+    least_s = prices.step_s + prices.verifying_s + sum(prices.growth_s[:1])
+    limit_s = oldest_s + min(limits.hold_limit_s, longest_s - least_s)
+    best, best_until_s, gain = 0.0, None, -prices.rate * prices.verifying_s
     for draft in sorted((draft for _, draft in waiting), key=lambda draft: draft.arrives_s):
         value = prices.value(draft.survivals)
         if value > 0.0:

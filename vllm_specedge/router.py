@@ -33,6 +33,7 @@ from vllm_specedge.frames import (
     Propose,
     Report,
     Stats,
+    StepTimes,
     Welcome,
     bye,
     commits,
@@ -100,6 +101,7 @@ class _Engine:
     hello: EngineHello
     number: int
     counters: tuple[int, ...] = ()
+    step_times: StepTimes | None = None
 
 
 @dataclass(slots=True)
@@ -213,6 +215,10 @@ class Router:
         """Of each engine that has sent any, in the order of counters.ENGINE_COUNTERS."""
         return [engine.counters for engine in self.engines.values() if engine.counters]
 
+    def step_times(self) -> dict[int, StepTimes]:
+        """What engines say their steps take, by engine number."""
+        return {engine.number: engine.step_times for engine in self.engines.values() if engine.step_times}
+
     # -- engines ---------------------------------------------------------------------------------------------------
 
     def from_engine(self, engine: bytes, frame: Frame) -> list[Effect]:
@@ -233,6 +239,8 @@ class Router:
                 return [ToEngine(engine, Pong(frame.stamp))]
             case Stats():
                 known.counters = frame.values
+            case StepTimes():
+                known.step_times = frame
             case Report():
                 self._report(engine, known, frame)
             case _:

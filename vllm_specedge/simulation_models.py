@@ -80,8 +80,8 @@ class Server(Protocol):
         """A step of the draft model on the server itself, for drafting there; 0: not known."""
         ...
 
-    def step_s(self, requests: int, tokens: int) -> float:
-        """Seconds of a step with so many tokens in all, draft tokens and prompts included."""
+    def step_s(self, requests: int, tokens: int, is_verifying: bool = False) -> float:
+        """Seconds of a step with so many tokens in all, prompts included; `is_verifying`: draft tokens as well."""
         ...
 
 
@@ -96,9 +96,12 @@ class RooflineServer:
     """Of computing."""
     overhead_s: float
     draft_step_s: float = 0.0
+    verifying_s: float = 0.0
+    """For each request in a step that verifies something."""
 
-    def step_s(self, requests: int, tokens: int) -> float:
-        return max(self.weights_s + self.request_s * requests, self.token_s * tokens) + self.overhead_s
+    def step_s(self, requests: int, tokens: int, is_verifying: bool = False) -> float:
+        step_s = max(self.weights_s + self.request_s * requests, self.token_s * tokens) + self.overhead_s
+        return step_s + self.verifying_s * requests * is_verifying
 
 
 SERVERS: dict[str, Server] = {
@@ -106,13 +109,13 @@ SERVERS: dict[str, Server] = {
     "h100-70b-tp4": RooflineServer(0.020, 20e-6, 0.06e-3, 0.5e-3, 0.003),
     "h100-8b": RooflineServer(0.008, 20e-6, 0.027e-3, 0.5e-3, 0.0015),
     # On a CPU core computing adds to reading: nothing overlaps.
-    "cpu-135m": RooflineServer(0.0, 0.0, 2.3e-3, 0.027, 0.010),
+    "cpu-135m": RooflineServer(0.0, 0.0, 2.3e-3, 0.027, 0.010, 0.2e-3),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class FittedServer:
-    """Straight lines over tokens through what was measured, and so much for each request."""
+    """Straight lines over tokens through what was measured, and so much for each request, more where it verifies."""
 
     knots: Sequence[int]
     """Tokens; one at least."""
@@ -121,33 +124,35 @@ class FittedServer:
     slope_s: float
     """Of the last line, which goes on."""
     request_s: float
+    verifying_s: float = 0.0
     draft_step_s: float = 0.0
 
-    def step_s(self, requests: int, tokens: int) -> float:
+    def step_s(self, requests: int, tokens: int, is_verifying: bool = False) -> float:
         index = max(0, bisect_right(self.knots, tokens) - 1)
         if index + 1 < len(self.knots):
             rise = (self.seconds[index + 1] - self.seconds[index]) / (self.knots[index + 1] - self.knots[index])
         else:
             rise = self.slope_s
-        return self.seconds[index] + rise * (tokens - self.knots[index]) + self.request_s * requests
+        each_s = self.request_s + self.verifying_s * is_verifying
+        return self.seconds[index] + rise * (tokens - self.knots[index]) + each_s * requests
 
 
 def fitted(rows: Sequence[Sequence[float]]) -> FittedServer:
-    """The server that took so long: rows of requests, tokens, seconds.
+    """The server that took so long: rows of requests, tokens, seconds, and 1 if draft tokens were among them, else 0.
 
     Least squares of the relative errors; more tokens and more requests never take less time.
     """
-    if not rows or any(len(row) != 3 or min(row) <= 0 for row in rows):
-        raise ValueError("a server is fitted to rows of three positive numbers: requests, tokens, seconds")
+    if not rows or any(len(row) != 4 or min(row[:3]) <= 0 or row[3] not in (0, 1) for row in rows):
+        raise ValueError("a server is fitted to rows of requests, tokens, seconds (all positive), and 0 or 1")
     smallest, largest = min(row[1] for row in rows), max(row[1] for row in rows)
     knots = [knot for knot in KNOTS if smallest / 2 < knot < largest] or [int(smallest)]
-    features = [[1.0, requests, *_climbed(knots, tokens)] for requests, tokens, _ in rows]
+    features = [[1.0, each[0], each[0] * each[3], *_climbed(knots, each[1])] for each in rows]
     weights = _least_squares([[each / row[2] for each in one] for one, row in zip(features, rows, strict=True)])
-    base_s, request_s, *slopes = weights
+    base_s, request_s, verifying_s, *slopes = weights
     seconds = [base_s]
     for index in range(1, len(knots)):
         seconds.append(seconds[-1] + slopes[index - 1] * (knots[index] - knots[index - 1]))
-    return FittedServer(tuple(knots), tuple(seconds), slopes[-1], request_s)
+    return FittedServer(tuple(knots), tuple(seconds), slopes[-1], request_s, verifying_s)
 
 
 def _climbed(knots: Sequence[int], tokens: float) -> list[float]:
@@ -176,7 +181,7 @@ def in_server_gain(server: Server, requests: int, spec_tokens: int, acceptance: 
     if not server.draft_step_s:
         return None
     made = sum(acceptance**depth for depth in range(spec_tokens + 1))
-    round_s = spec_tokens * server.draft_step_s + server.step_s(requests, requests * (spec_tokens + 1))
+    round_s = spec_tokens * server.draft_step_s + server.step_s(requests, requests * (spec_tokens + 1), True)
     return made * server.step_s(requests, requests) / round_s
 
 

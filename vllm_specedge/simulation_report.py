@@ -293,11 +293,11 @@ def results(path: Path) -> dict[str, Any]:
 
 
 def fitted_server(path: Path) -> Server:
-    """The server whose step times are in a results file: {"server_model": {"rows": [[requests, tokens, seconds]]}}."""
+    """The server whose step times are in a results file, as `fitted` takes them."""
     try:
         return fitted(results(path)["server_model"]["rows"])
     except (KeyError, TypeError, ValueError):
-        form = '{"server_model": {"rows": [[requests, tokens, seconds], ...]}}'
+        form = '{"server_model": {"rows": [[requests, tokens, seconds, 1 if drafts were verified, else 0], ...]}}'
         raise UserError(f"The results file {path} has no step times in the form {form}.") from None
 
 
@@ -352,6 +352,7 @@ def _as_measured(scenario: Scenario, values: Mapping[str, Any]) -> Scenario:
         scenario,
         spec_tokens=settings.get("k", scenario.spec_tokens),
         edge=replace(scenario.edge, pass_s=settings.get("pass_ms", 1e3 * scenario.edge.pass_s) / 1e3),
+        prompt_tokens=values.get("prompt_tokens", scenario.prompt_tokens),
         output_tokens=num_tokens,
         tokens=rounds * num_tokens,
         warm_up=1 / rounds,

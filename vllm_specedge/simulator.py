@@ -364,16 +364,17 @@ class ExactCost(StepCost):
         self._requests = 1
         """Of the step asked about last; the policy asks next how that grows."""
 
-    @property
-    def is_known(self) -> bool:
-        return True
-
-    def observe(self, requests: int, tokens: int, context: int, took_s: float, prefilled: int = 0) -> None:
+    def observe(
+        self, requests: int, tokens: int, context: int, took_s: float, prefilled: int = 0, is_verifying: bool = False
+    ) -> None:
         pass
 
     def __call__(self, requests: int, tokens: int, context: int, prefilled: int = 0) -> float:
         self._requests = requests
         return self._server.step_s(requests, tokens) if tokens > 0 else 0.0
+
+    def verifying_s(self, requests: int) -> float:
+        return self._server.step_s(requests, requests, True) - self._server.step_s(requests, requests)
 
     def growth(self, tokens: int, more: int) -> list[float]:
         base_s = self._server.step_s(self._requests, tokens)
@@ -580,7 +581,9 @@ class Simulation:
         scheduled = self._schedule(plan)
         self._started_s = self.time.now_s
         num_tokens = sum(num for _, num, _ in scheduled)
-        self.time.after(self.scenario.server.step_s(len(scheduled), num_tokens), self._finish, scheduled)
+        is_verifying = any(draft for _, _, draft in scheduled)
+        step_s = self.scenario.server.step_s(len(scheduled), num_tokens, is_verifying)
+        self.time.after(step_s, self._finish, scheduled)
 
     def _wake(self, number: int) -> None:
         if self._is_parked and number == self._num_parks:
@@ -675,6 +678,7 @@ class Simulation:
             context=self._context,
             started_s=self._started_s,
             ended_s=self.time.now_s,
+            is_verifying=any(draft for _, _, draft in scheduled),
         )
 
     # -- what is measured ------------------------------------------------------------------------------------------

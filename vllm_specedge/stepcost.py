@@ -1,7 +1,8 @@
 """How long a step of the engine takes, by what is in it: learnt while it serves. Pure: no clock.
 
-Model: seconds = curve(tokens) + requests * a + context * b + prefilled * c. The curve is known at KNOTS and straight
-between them, so it can be flat where weights are read from memory and steep where compute is full. All are estimated
+Model: seconds = curve(tokens) + requests * a + context * b + prefilled * c + requests * d if anything is verified. The
+curve is known at KNOTS and straight between them, so it can be flat where weights are read from memory and steep where
+compute is full; d is what vLLM's rejection sampler does with the rows of all requests, drafts or not. All are estimated
 together by a Kalman filter: what is seen at one size moves what is thought of the sizes around it, the less the further
 away (a Gaussian process over log2 tokens), and what was not seen for long becomes uncertain again.
 
@@ -20,8 +21,8 @@ KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 
 PROFILED = (1, 4, 16, 64, 128, 256, 512, 1024)
 """Sizes that are tried at start-up, as many of them as there is time for."""
 _NUM_KNOTS = len(KNOTS)
-_REQUESTS, _CONTEXT, _PREFILLED = range(_NUM_KNOTS, _NUM_KNOTS + 3)
-_NUM = _NUM_KNOTS + 3
+_REQUESTS, _CONTEXT, _PREFILLED, _VERIFYING = range(_NUM_KNOTS, _NUM_KNOTS + 4)
+_NUM = _NUM_KNOTS + 4
 CONTEXT_UNIT = 1024.0
 MAX_SURPRISE = 3.0
 FORGETTING = 1 / 2048
@@ -38,9 +39,9 @@ _PRIOR_SCALE = 0.5
 _PRIOR_OCTAVE = 0.3
 """How wrong its growth from one size to twice that, as a part of the curve."""
 _PRIOR_KINK = 0.03
-_PRIOR_CONTEXT, _PRIOR_REQUEST, _PRIOR_PREFILLED = 0.02, 0.002, 0.002
-"""The deviations of what 1,024 tokens of context, a request, a prefilled token cost beside, as parts of a step of one
-token."""
+_PRIOR_CONTEXT, _PRIOR_REQUEST, _PRIOR_PREFILLED, _PRIOR_VERIFYING = 0.02, 0.002, 0.002, 0.004
+"""The deviations of what 1,024 tokens of context, a request, a prefilled token, a request in a step that verifies cost
+beside, as parts of a step of one token."""
 UNKNOWN_SLOPE = 1 / 128
 """Without a profile a token is thought to cost so much of a step of one."""
 
@@ -64,7 +65,7 @@ class StepCost:
     def _begin(self, curve: Sequence[float]) -> None:
         rising = list(accumulate(curve, max))
         first = rising[0]
-        self._mean = [*rising, 0.0, 0.0, 0.0]
+        self._mean = [*rising, 0.0, 0.0, 0.0, 0.0]
         self._prior = [[0.0] * _NUM for _ in range(_NUM)]
         for i, one in enumerate(KNOTS):
             for j, other in enumerate(KNOTS):
@@ -74,19 +75,26 @@ class StepCost:
             (_REQUESTS, _PRIOR_REQUEST),
             (_CONTEXT, _PRIOR_CONTEXT),
             (_PREFILLED, _PRIOR_PREFILLED),
+            (_VERIFYING, _PRIOR_VERIFYING),
         ):
             self._prior[index][index] = (deviation * first) ** 2
         self._covariance = [list(row) for row in self._prior]
         self._curve = rising
 
     @property
-    def is_known(self) -> bool:
-        """Something was measured."""
-        return bool(self._mean)
+    def parts_s(self) -> tuple[Sequence[float], float, float, float]:
+        """Seconds of a step of each size in KNOTS; what each request, and each CONTEXT_UNIT of context, adds; what each
+        request adds where something is verified. No sizes before anything was measured."""
+        return self._curve, self._each_s(_REQUESTS), self._each_s(_CONTEXT), self._each_s(_VERIFYING)
 
-    def observe(self, requests: int, tokens: int, context: int, took_s: float, prefilled: int = 0) -> None:
+    def _each_s(self, index: int) -> float:
+        return max(0.0, self._mean[index]) if self._mean else 0.0
+
+    def observe(
+        self, requests: int, tokens: int, context: int, took_s: float, prefilled: int = 0, is_verifying: bool = False
+    ) -> None:
         """A step of `tokens` tokens, `prefilled` of them of prompts, for so many requests with so long a context in
-        all, took so long."""
+        all, took so long. `is_verifying`: draft tokens were among them."""
         if tokens <= 0 or took_s <= 0.0:
             return
         if not self._mean:
@@ -99,6 +107,8 @@ class StepCost:
         features = [*weights, (_REQUESTS, float(requests)), (_CONTEXT, context / CONTEXT_UNIT)]
         if prefilled:
             features.append((_PREFILLED, float(prefilled)))
+        if is_verifying:
+            features.append((_VERIFYING, float(requests)))
         columns = [self._covariance[index] for index, _ in features]
         parts = [part for _, part in features]
         spread = [sum(map(mul, parts, column)) for column in zip(*columns, strict=True)]
@@ -126,24 +136,25 @@ class StepCost:
         self._curve = list(accumulate(self._mean[:_NUM_KNOTS], max, initial=floor))[1:]
 
     def __call__(self, requests: int, tokens: int, context: int, prefilled: int = 0) -> float:
-        """Seconds; 0 before anything is known."""
+        """Seconds of a step that verifies nothing; 0 before anything is known."""
         if not self._mean or tokens <= 0:
             return 0.0
-        curve = self._curve
-        (low, part), (high, other) = _weights(tokens)
         beside = (
-            requests * max(0.0, self._mean[_REQUESTS])
-            + context / CONTEXT_UNIT * max(0.0, self._mean[_CONTEXT])
+            requests * self._each_s(_REQUESTS)
+            + context / CONTEXT_UNIT * self._each_s(_CONTEXT)
             + prefilled * self._mean[_PREFILLED]
         )
-        return max(1e-6, part * curve[low] + other * curve[high] + beside)
+        return max(1e-6, on_curve(self._curve, tokens) + beside)
+
+    def verifying_s(self, requests: int) -> float:
+        """How much longer a step of so many requests takes because something is verified, however little."""
+        return requests * self._each_s(_VERIFYING)
 
     def growth(self, tokens: int, more: int) -> list[float]:
-        """How much longer a step of `tokens` tokens takes with 1, 2, ... `more` further ones."""
+        """How much longer a step of `tokens` tokens takes with 1, 2, ... `more` further ones, without `verifying_s`."""
         if not self._mean or more <= 0:
             return [0.0] * max(0, more)
-        (low, part), (high, other) = _weights(max(1, tokens))
-        base = part * self._curve[low] + other * self._curve[high]
+        base = on_curve(self._curve, max(1, tokens))
         longer: list[float] = []
         at = max(1, tokens)
         while len(longer) < more:
@@ -158,8 +169,14 @@ class StepCost:
         return longer
 
 
+def on_curve(curve: Sequence[float], tokens: int) -> float:
+    """Between the values at KNOTS; past the last, the line of the last two goes on."""
+    (low, part), (high, other) = _weights(tokens)
+    return part * curve[low] + other * curve[high]
+
+
 def _weights(tokens: int) -> tuple[tuple[int, float], tuple[int, float]]:
-    """The two knots around a size, and how much each counts; past the last, the line of the last two goes on."""
+    """The two knots around a size, and how much each counts."""
     low = min(_NUM_KNOTS - 2, bisect_right(KNOTS, tokens) - 1)
     part = (tokens - KNOTS[low]) / (KNOTS[low + 1] - KNOTS[low])
     return (low, 1.0 - part), (low + 1, part)

@@ -25,8 +25,8 @@ from vllm_specedge.adapter.load import LoadReport
 from vllm_specedge.adapter.profile import step_profile
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.book import DraftBook, Plan, Row, Step
-from vllm_specedge.counters import engine_values
-from vllm_specedge.frames import Bye, Frame, is_text
+from vllm_specedge.counters import engine_values, step_times
+from vllm_specedge.frames import Bye, Frame, Stats, is_text
 from vllm_specedge.policy import HoldLimits, Load
 
 logger = init_logger("vllm.specedge.scheduler")
@@ -75,7 +75,7 @@ class EdgeScheduler(Scheduler):
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
         try:
             self._link, self._process = start_link(
-                self.vllm_config, options, tokenizer, wake=self._wake, stats=lambda: engine_values(self.book.counters)
+                self.vllm_config, options, tokenizer, wake=self._wake, stats=self._stats
             )
         except (OSError, ZMQError):
             logger.exception("Serving without edge drafts: the gateway cannot be started")
@@ -229,6 +229,7 @@ class EdgeScheduler(Scheduler):
             context=self._context,
             started_s=self._step_started_s,
             ended_s=now_s,
+            is_verifying=any(map(len, verifying.values())),
         )
         self.book.stepped(step)
         if self._load is not None:
@@ -268,6 +269,10 @@ class EdgeScheduler(Scheduler):
     def _send(self, frames: list[Frame]) -> None:
         if frames and self._link is not None:
             self._link.send(frames)
+
+    def _stats(self) -> list[Frame]:
+        """Called by the link's thread."""
+        return [Stats(engine_values(self.book.counters)), step_times(self.book.cost)]
 
     # -- waiting ---------------------------------------------------------------------------------------------------
 

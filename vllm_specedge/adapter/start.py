@@ -3,13 +3,13 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from vllm_specedge.config import EdgeOptions, parse_options
 from vllm_specedge.fingerprint import vocabulary_fingerprint
-from vllm_specedge.frames import MAX_TEXT_BYTES, PROTOCOL_VERSION, EngineHello
+from vllm_specedge.frames import MAX_TEXT_BYTES, PROTOCOL_VERSION, EngineHello, Frame
 from vllm_specedge.link import EngineLink
 from vllm_specedge.supervisor import GatewayProcess
 
@@ -35,7 +35,7 @@ def start_link(
     options: EdgeOptions,
     tokenizer: Any,
     wake: Callable[[], None],
-    stats: Callable[[], tuple[int, ...]],
+    stats: Callable[[], Iterable[Frame]],
 ) -> tuple[EngineLink | None, GatewayProcess | None]:
     """Start the link and, on the first data-parallel rank, the gateway."""
     model = vllm_config.model_config
