@@ -45,7 +45,7 @@ STEP_S = 0.2
 
 def new_book(num_edges: int = 1, mode: str = "auto", token_s: float = 0.0, max_slowdown: float = inf) -> DraftBook:
     """Each further token makes a step so much longer."""
-    limits = HoldLimits(0.1, mode, max_slowdown=max_slowdown)
+    limits = HoldLimits(0.1, mode, max_slowdown=max_slowdown, max_stretch=inf)
     book = DraftBook(VOCAB_SIZE, MAX_DRAFT, limits, {1: STEP_S, 65: STEP_S + 64 * token_s})
     if num_edges:
         assert book.receive(Edges(num_edges), 0.0) == []

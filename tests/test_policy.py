@@ -31,7 +31,8 @@ from vllm_specedge.policy import (
 )
 from vllm_specedge.stepcost import KNOTS, StepCost
 
-LIMITS = HoldLimits(hold_limit_s=0.1, max_slowdown=inf)
+LIMITS = HoldLimits(hold_limit_s=0.1, max_slowdown=inf, max_stretch=inf)
+LIMITS_OF_A_SECOND = replace(LIMITS, hold_limit_s=1.0)
 STEP_S = 0.05
 EPSILON = 1e-9
 
@@ -194,7 +195,8 @@ NOTHING_ELSE = Load()
 quiet = st.just(NOTHING_ELSE)
 unbounded = st.builds(Load, context=st.sampled_from([0, 5000]), num_others=st.integers(0, 40))
 in_mode = {
-    mode: st.builds(HoldLimits, hold_limit_s=seconds, mode=st.just(mode), max_slowdown=st.just(inf)) for mode in MODES
+    mode: st.builds(lambda hold_limit_s, mode=mode: replace(LIMITS, hold_limit_s=hold_limit_s, mode=mode), seconds)
+    for mode in MODES
 }
 
 
@@ -283,7 +285,7 @@ def test_drafts_slow_a_request_that_has_none_only_if_it_was_faster_of_late(
 
 def test_who_has_a_draft_in_a_step_may_have_a_longer_one() -> None:
     """Its draft pays for it, or it would not be verified; the first steps of a request have nothing else to show."""
-    cost, limits = convex_cost(STEP_S, {1: STEP_S / 5}), HoldLimits(max_slowdown=1.15)
+    cost, limits = convex_cost(STEP_S, {1: STEP_S / 5}), HoldLimits(max_slowdown=1.15, max_stretch=inf)
     alone = [Candidate("r", 0, 0.0, 0, survivals_of(*[1.0] * 8))]
     assert decide(alone, NOTHING_ELSE, cost, 1.0, limits, 0.0).lengths == {"r": 8}
     with_another = [*alone, Candidate("other", 1, 0.0)]
@@ -639,10 +641,7 @@ def test_a_better_edge_is_waited_for_where_a_worse_one_is(
     """It answers sooner, is right more often, or more punctual."""
 
     def is_held(draft: Awaited) -> bool:
-        return (
-            decide(one(draft), NOTHING_ELSE, cost, speedup, HoldLimits(1.0, max_slowdown=inf), 0.0).wait_until_s
-            is not None
-        )
+        return decide(one(draft), NOTHING_ELSE, cost, speedup, LIMITS_OF_A_SECOND, 0.0).wait_until_s is not None
 
     if not is_held(worse):
         return
@@ -657,9 +656,9 @@ def test_a_better_edge_is_waited_for_where_a_worse_one_is(
 def test_the_longer_a_plain_step_takes_the_more_a_draft_is_waited_for(
     draft: Awaited, step_s: float, factor: float, speedup: float
 ) -> None:
-    if decide(one(draft), NOTHING_ELSE, convex_cost(step_s, {}), speedup, HoldLimits(1.0, max_slowdown=inf), 0.0).holds:
+    if decide(one(draft), NOTHING_ELSE, convex_cost(step_s, {}), speedup, LIMITS_OF_A_SECOND, 0.0).holds:
         cost = convex_cost(step_s * factor, {})
-        assert decide(one(draft), NOTHING_ELSE, cost, speedup, HoldLimits(1.0, max_slowdown=inf), 0.0).holds
+        assert decide(one(draft), NOTHING_ELSE, cost, speedup, LIMITS_OF_A_SECOND, 0.0).holds
 
 
 @given(waits, st.sampled_from([0.001, 0.01, 0.1]), st.sampled_from([1.0, 1.5, 3.0]))
@@ -671,9 +670,7 @@ def test_a_wait_begins_where_the_draft_brings_more_than_is_not_made_meanwhile(
     gain = value * (1 - draft.kept) + draft.kept * (speedup - 1) if value else 0.0
     loss = speedup / step_s * draft.arrives_s
     assume(abs(gain - loss) > 1e-6)
-    decision = decide(
-        one(draft), NOTHING_ELSE, convex_cost(step_s, {}), speedup, HoldLimits(1.0, max_slowdown=inf), 0.0
-    )
+    decision = decide(one(draft), NOTHING_ELSE, convex_cost(step_s, {}), speedup, LIMITS_OF_A_SECOND, 0.0)
     assert (decision.wait_until_s is not None) == (gain > loss)
 
 

@@ -51,7 +51,7 @@ class EdgeOptions(BaseModel):
     max_slowdown: float = Field(1.15, ge=1)
     """Nobody's tokens come slower than so many times without drafts, of its own or of others; those that get more
     tokens with each step may have longer ones."""
-    max_stretch: float = Field(inf, ge=1)
+    max_stretch: float = Field(1.5, ge=1)
     """A step takes at most so many times what it takes without drafts, waiting included. Bounds the time between two
     chunks of a stream, whatever is in them; costs throughput where verifying takes long."""
     slo: dict[str, SloTarget] = Field(default_factory=dict)

@@ -55,7 +55,7 @@ class HoldLimits:
     """After so many late answers in a row an edge is not waited for until it is in time again."""
     max_slowdown: float = 1.15
     """Nobody's tokens may come slower by more than this because of drafts, its own or others'."""
-    max_stretch: float = inf
+    max_stretch: float = 1.5
     """No step may take more than so many times what it takes without drafts, the wait before it included."""
 
 
