@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import inf
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import any_frame
 from vllm_specedge.book import (
+    FIRST_PROBE_AFTER,
     MAX_OPENED_TOKENS,
     MAX_RECORDS,
     NOTHING_ELSE,
@@ -968,7 +970,8 @@ def test_where_drafts_do_not_pay_a_little_is_tried_now_and_then_until_they_do() 
     serving = Serving(new_book(token_s=2 * STEP_S))
     while_costly = [verified_of_three(serving, 2 * STEP_S) for _ in range(4 * PROBE_AFTER)]
     tries = [index for index, number in enumerate(while_costly) if number]
-    assert tries == [PROBE_AFTER, 2 * PROBE_AFTER + 1, 3 * PROBE_AFTER + 2]
+    refused = [after - before - 1 for before, after in pairwise([-1, *tries])]
+    assert refused == [FIRST_PROBE_AFTER * 2**number for number in range(4)] + [PROBE_AFTER] * 2
     assert sum(while_costly) == len(tries)
     while_free = [verified_of_three(serving, 0.0) for _ in range(20 * PROBE_AFTER)]
     assert min(while_free[-20:]) > 0

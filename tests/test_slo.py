@@ -1,11 +1,14 @@
 """Whether one more request would get, and leave to others, what they are to get."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import inf
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_specedge.estimates import Rate
 from vllm_specedge.slo import Queue, Target, Targets, forecast, is_admitted, num_admissible, retry_after_s
 from vllm_specedge.stepcost import StepCost
 
@@ -82,3 +85,86 @@ def test_without_targets_everybody_is_let_in() -> None:
 @given(queues)
 def test_another_try_is_asked_for_in_1_to_30_seconds(queue: Queue) -> None:
     assert 1 <= retry_after_s(queue) <= 30
+
+
+# -- under overload ------------------------------------------------------------------------------------------------
+
+PROMPT_TOKENS, ANSWER_TOKENS, SLOTS, ROOM = 200, 50, 64, 1024
+SLO = Targets(default=Target(ttft_s=1.0, itl_s=0.2))
+REPORTED_EVERY_S = 0.1
+OVERLOAD_S = 60.0
+
+
+@dataclass(eq=False)
+class Asked:
+    """A request; `num_made` tokens of its answer are there."""
+
+    came_s: float
+    num_prefilled: int = 0
+    num_made: int = 0
+    first_s: float = 0.0
+    last_s: float = 0.0
+    longest_s: float = 0.0
+
+    def gets(self, now_s: float) -> None:
+        if self.num_made:
+            self.longest_s = max(self.longest_s, now_s - self.last_s)
+        else:
+            self.first_s = now_s
+        self.num_made, self.last_s = self.num_made + 1, now_s
+
+    def is_good(self) -> bool:
+        target = SLO.of(0)
+        return self.first_s - self.came_s <= target.ttft_s and self.longest_s <= target.itl_s
+
+
+def goodput(arrivals_per_s: float, is_limited: bool) -> float:
+    """Requests a second that met their targets, on an engine with continuous batching, prompts in chunks."""
+    chance, now_s, reported_s, may_come = Random(1), 0.0, -inf, 0
+    next_s, num_good = chance.expovariate(arrivals_per_s), 0
+    waiting, running, finished = list[Asked](), list[Asked](), Rate()
+    num_finished = 0
+    while now_s < OVERLOAD_S:
+        while next_s <= now_s:
+            if may_come > 0 or not is_limited:
+                may_come -= 1
+                waiting.append(Asked(next_s))
+            next_s += chance.expovariate(arrivals_per_s)
+        while waiting and len(running) < SLOTS:
+            running.append(waiting.pop(0))
+        decoding = [one for one in running if one.num_prefilled == PROMPT_TOKENS]
+        left, chunks = ROOM - len(decoding), dict[Asked, int]()
+        for one in running:
+            if one.num_prefilled < PROMPT_TOKENS and left:
+                chunks[one] = min(left, PROMPT_TOKENS - one.num_prefilled)
+                left -= chunks[one]
+        prefilled, context = sum(chunks.values()), sum(one.num_prefilled + one.num_made for one in running)
+        if running:
+            now_s += COST(len(running), len(decoding) + prefilled, context, prefilled)
+        else:
+            now_s = next_s
+        for one, num_tokens in chunks.items():
+            one.num_prefilled += num_tokens
+        for one in [*decoding, *(one for one in chunks if one.num_prefilled == PROMPT_TOKENS)]:
+            one.gets(now_s)
+        ended = [one for one in running if one.num_made == ANSWER_TOKENS]
+        num_good, num_finished = num_good + sum(map(Asked.is_good, ended)), num_finished + len(ended)
+        running = [one for one in running if one not in ended]
+        if now_s >= reported_s + REPORTED_EVERY_S or not running:
+            finished.observe(num_finished, now_s)
+            reported_s, num_finished = now_s, 0
+            queue = Queue(
+                [0] * len(running), [(0, PROMPT_TOKENS)] * len(waiting), context, SLOTS, ROOM, finished.per_s, False
+            )
+            may_come = num_admissible(queue, 0, PROMPT_TOKENS, SLO, COST)
+    return num_good / OVERLOAD_S
+
+
+def test_under_overload_goodput_holds_where_it_would_collapse() -> None:
+    rates = [2.0, 4.0, 6.0, 8.0, 12.0, 16.0]
+    unlimited = [goodput(rate, is_limited=False) for rate in rates]
+    limited = [goodput(rate, is_limited=True) for rate in rates]
+    best = max(unlimited)
+    assert unlimited[-1] < 0.2 * best  # it collapses: what is computed comes too late
+    assert limited[-1] > 0.8 * best  # it holds, at twice what the engine can do
+    assert all(own >= 0.95 * other for own, other in zip(limited, unlimited, strict=True))

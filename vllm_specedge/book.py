@@ -51,8 +51,9 @@ MAX_OPENED_TOKENS = 16_384
 MAX_RECORDS = 4096
 """Edges whose records are kept, those assigned last."""
 NOTHING_ELSE = Load()
-PROBE_AFTER = 64
-"""Steps in a row in which drafts were there and none was verified; then a little is, to see what it costs now."""
+FIRST_PROBE_AFTER, PROBE_AFTER = 4, 64
+"""So many steps with drafts that did not seem worth it; then a little is verified, to see what it costs now. Soon at
+first, when what it costs is hardly known, and after twice as many steps each time."""
 PLAIN_PROBE_AFTER = 256
 """Steps in a row that verified something; then one does not, to see what that costs now."""
 SPEEDUP_MEMORY = 0.98
@@ -156,6 +157,7 @@ class DraftBook:
         self._ngram_acceptance = Acceptance()
         self._records: OrderedDict[int, EdgeRecord] = OrderedDict()
         self._num_refused = self._num_verifying = 0
+        self._probe_after = FIRST_PROBE_AFTER
         self._num_rows = self._row_context = 0
         """Of the last plan: requests that could decode, and their context."""
         self._last_end_s: float | None = None
@@ -437,14 +439,22 @@ class DraftBook:
         plan = Plan(holds=decision.holds, wait_until_s=decision.wait_until_s)
         plan.drafts = {key: list(drafts[key][:length]) for key, length in decision.lengths.items()}
         if plan.wait_until_s is None:
-            self._num_refused = self._num_refused + 1 if drafts and not plan.drafts else 0
-            self._num_verifying = self._num_verifying + 1 if plan.drafts else 0
+            self._note_verified(bool(drafts), bool(plan.drafts))
         for candidate in candidates:
             self._note(self._requests[candidate.key], candidate, candidate.key in plan.holds, now_s)
         return plan
 
+    def _note_verified(self, has_drafts: bool, is_verifying: bool) -> None:
+        self._num_verifying = self._num_verifying + 1 if is_verifying else 0
+        if is_verifying:
+            if self._num_refused >= self._probe_after:  # this was a probe
+                self._probe_after = min(PROBE_AFTER, 2 * self._probe_after)
+            self._num_refused = 0
+        elif has_drafts:
+            self._num_refused += 1
+
     def _probe(self) -> Probe:
-        if self._num_refused >= PROBE_AFTER:
+        if self._num_refused >= self._probe_after:
             return Probe.VERIFY
         return Probe.PLAIN if self._num_verifying >= PLAIN_PROBE_AFTER else Probe.NONE
 
