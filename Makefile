@@ -5,14 +5,17 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2
 DRAFT := .cache/smollm2-draft
 
-.PHONY: help demo test test-fast test-vllm check format model bench-overhead bench-ahead bench-never-slower bench-deciding clean
+.PHONY: help demo test test-fast test-vllm check format model bench-overhead bench-ahead bench bench-emulated bench-never-slower bench-micro bench-deciding clean
 help:
 	@echo "make demo            a real server, a real edge, the same questions with and without it"
 	@echo "make demo EDGE=ngram the same with prompt lookup, on tasks where that helps"
 	@echo "make test            every test, on a real vLLM (about 15 minutes once installed)"
 	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
+	@echo "make bench           edges against vLLM, its ngram, its draft_model (hours; ARGS=--quick: a quarter of an hour)"
+	@echo "make bench-emulated  server, wire and edges at an accelerator's speed, without one (some minutes)"
 	@echo "make bench-overhead  memory, start-up, latency and parking costs"
 	@echo "make bench-ahead     what drafting ahead is worth at 0, 5, 20 and 80 ms (half an hour; ARGS=--quick)"
+	@echo "make bench-micro     what each piece of the hot paths takes, microseconds"
 	@echo "make bench-deciding  what the policy costs the engine, microseconds a request a step"
 	@echo "make bench-never-slower whether turning it on makes a server slower: a grid, a verdict a cell (2 hours; ARGS=--quick)"
 
@@ -58,6 +61,15 @@ bench-ahead: $(VENV)/.installed model
 
 bench-never-slower: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/grid.py $(ARGS)
+
+bench: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-emulated: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python benchmarks/emulated.py $(ARGS)
+
+bench-micro: $(VENV)/.installed
+	$(BIN)/python benchmarks/micro.py
 
 bench-deciding: $(VENV)/.installed
 	$(BIN)/python benchmarks/deciding.py

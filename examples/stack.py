@@ -110,7 +110,9 @@ class Server:
         raise self.process.fail(f"the engine did not report {at_least} within {STOP_LIMIT_S:.0f} s")
 
 
-def start_server(model: Path, log: Path, port: int, *arguments: str, gateway_port: int = 8100) -> Server:
+def start_server(
+    model: Path, log: Path, port: int, *arguments: str, gateway_port: int = 8100, env: dict[str, str] | None = None
+) -> Server:
     """Start `vllm serve` in float32 (there greedy tokens do not depend on the batch) with its model on one core."""
     command = [str(BIN / "vllm"), "serve", str(model), "--served-model-name", MODEL_NAME]
     command += ["--dtype", "float32", "--enforce-eager", "--port", str(port), *arguments]
@@ -118,6 +120,7 @@ def start_server(model: Path, log: Path, port: int, *arguments: str, gateway_por
         "VLLM_CPU_OMP_THREADS_BIND": str(SERVER_CORE),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        **(env or {}),
     }
     if "--kv-cache-memory-bytes" not in arguments:
         env["VLLM_CPU_KVCACHE_SPACE"] = "2"

@@ -1,0 +1,81 @@
+"""A vLLM worker for benchmarks only: says the tokens of a pseudo language model, after an accelerator's step time.
+
+    SPECEDGE_EMULATED=a100-14b PYTHONPATH=benchmarks vllm serve MODEL --worker-cls emulated_worker.EmulatedWorker
+
+Engine, scheduler, KV cache manager, front end and wire are vLLM's own. The model is loaded and never run.
+"""
+
+import os
+import time
+from typing import Any
+
+import torch
+from emulation import SERVER_VARIABLE, Pacer, PseudoModel
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_specedge.simulation_models import SERVERS
+
+SPIN_S = 0.0003
+"""A sleep ends late by up to about as much."""
+
+
+class EmulatedWorker(CPUWorker):
+    """Takes the CPU worker's place; `--worker-cls emulated_worker.EmulatedWorker`."""
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self._model = PseudoModel()
+        self._pacer = Pacer(SERVERS[os.environ[SERVER_VARIABLE]])
+        self._output: ModelRunnerOutput | None = None
+        self._due_s = 0.0
+        # What adapter/profile.py asks for at start-up.
+        self.model_runner._dummy_run = self._emulated_pass
+        self.model_runner.model.compute_logits = lambda states: states
+        return times
+
+    def _emulated_pass(self, num_tokens: int, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        del kwargs
+        time.sleep(self._pacer.server.step_s(1, num_tokens))
+        return torch.zeros(num_tokens, 1), torch.zeros(num_tokens, 1)
+
+    def execute_model(self, scheduler_output: Any) -> ModelRunnerOutput | None:
+        now_s = time.monotonic()
+        for id_ in scheduler_output.finished_req_ids:
+            self._model.close(id_)
+        has_more = len(self._model) > 0
+        computed = {}
+        for new in scheduler_output.scheduled_new_reqs:
+            self._model.open(new.req_id, new.prompt_token_ids)
+            computed[new.req_id] = new.num_computed_tokens
+        cached = scheduler_output.scheduled_cached_reqs
+        computed |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        scheduled = scheduler_output.num_scheduled_tokens
+        if not scheduled:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        self._due_s = self._pacer.start(len(scheduled), num_tokens, bool(drafts), has_more, now_s)
+        said = self._model.step(scheduled, computed, drafts)
+        self._output = ModelRunnerOutput(
+            req_ids=list(said),
+            req_id_to_index={id_: index for index, id_ in enumerate(said)},
+            sampled_token_ids=list(said.values()),
+        )
+        return None
+
+    def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
+        del grammar_output
+        time.sleep(max(0.0, self._due_s - time.monotonic() - SPIN_S))
+        while time.monotonic() < self._due_s:
+            pass
+        self._pacer.end(time.monotonic())
+        assert self._output is not None
+        return self._output
+
+    def take_draft_token_ids(self) -> None:
+        """It looks nothing up."""
+
+    def emulation(self) -> dict[str, float]:
+        """For the benchmark, through vLLM's /collective_rpc."""
+        return self._pacer.report()

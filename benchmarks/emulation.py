@@ -1,0 +1,100 @@
+"""A pseudo language model and how long an accelerator would take for it: what emulated_worker.py serves. Pure.
+
+The model says a fixed token at each position of each request (simulation_models.SimulatedTarget), so whoever knows the
+prompt knows the right answer: every run can be checked token by token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vllm_specedge.simulation_models import Server, SimulatedTarget
+
+SERVER_VARIABLE = "SPECEDGE_EMULATED"
+"""The name of one of simulation_models.SERVERS, for the worker."""
+SEED = 20_252
+VOCAB_SIZE = 49_152
+"""Of SmolLM2, whose tokenizer the front end uses."""
+
+
+def target() -> SimulatedTarget:
+    return SimulatedTarget(SEED, VOCAB_SIZE)
+
+
+@dataclass(slots=True)
+class _Known:
+    key: int
+    tokens: list[int]
+
+
+@dataclass(slots=True)
+class PseudoModel:
+    """The requests in an engine's cache."""
+
+    target: SimulatedTarget = field(default_factory=target)
+    _requests: dict[str, _Known] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def open(self, id_: str, prompt: Sequence[int]) -> None:
+        self._requests[id_] = _Known(self.target.key(self.target.named(prompt)), list(prompt))
+
+    def close(self, id_: str) -> None:
+        self._requests.pop(id_, None)
+
+    def step(
+        self, scheduled: Mapping[str, int], computed: Mapping[str, int], drafts: Mapping[str, Sequence[int]]
+    ) -> dict[str, list[int]]:
+        """What each request says. `scheduled`: tokens in this step, `computed`: tokens before it, by request; `drafts`:
+        those of the scheduled that are drafts. Empty where only a part of a prompt was computed."""
+        return {
+            id_: self._said(self._requests[id_], computed[id_] + num_tokens, drafts.get(id_, ()))
+            for id_, num_tokens in scheduled.items()
+        }
+
+    def _said(self, known: _Known, end: int, draft: Sequence[int]) -> list[int]:
+        position = len(known.tokens)
+        if end < position + len(draft):
+            return []
+        said: list[int] = []
+        for guess in [*draft, None]:
+            said.append(self.target.token(known.key, position + len(said)))
+            if guess != said[-1]:
+                break
+        known.tokens += said
+        return said
+
+
+@dataclass(slots=True)
+class Pacer:
+    """When an emulated step is done, and what the engine needs between two of them."""
+
+    server: Server
+    num_steps: int = 0
+    modelled_s: float = 0.0
+    between_s: float = 0.0
+    """From the end of a step to the start of the next, where requests were left to go on with."""
+    num_between: int = 0
+    _ended_s: float | None = None
+
+    def start(self, requests: int, tokens: int, is_verifying: bool, has_more: bool, now_s: float) -> float:
+        """A step starts; returns when it is done. `has_more`: some of its requests were in the one before."""
+        if has_more and self._ended_s is not None:
+            self.between_s += now_s - self._ended_s
+            self.num_between += 1
+        step_s = self.server.step_s(requests, tokens, is_verifying)
+        self.num_steps += 1
+        self.modelled_s += step_s
+        return now_s + step_s
+
+    def end(self, now_s: float) -> None:
+        self._ended_s = now_s
+
+    def report(self) -> dict[str, float]:
+        """In total, since the start."""
+        return {
+            "num_steps": self.num_steps,
+            "modelled_s": self.modelled_s,
+            "between_s": self.between_s,
+            "num_between": self.num_between,
+        }
