@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import torch
-from emulation import SERVER_VARIABLE, Pacer, PseudoModel
+from emulation import SERVER_VARIABLE, SLOWER_VARIABLE, Pacer, PseudoModel
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -26,7 +26,7 @@ class EmulatedWorker(CPUWorker):
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         self._model = PseudoModel()
-        self._pacer = Pacer(SERVERS[os.environ[SERVER_VARIABLE]])
+        self._pacer = Pacer(SERVERS[os.environ[SERVER_VARIABLE]], float(os.environ.get(SLOWER_VARIABLE, "1")))
         self._output: ModelRunnerOutput | None = None
         self._due_s = 0.0
         # What adapter/profile.py asks for at start-up.
@@ -36,7 +36,7 @@ class EmulatedWorker(CPUWorker):
 
     def _emulated_pass(self, num_tokens: int, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         del kwargs
-        time.sleep(self._pacer.server.step_s(1, num_tokens))
+        time.sleep(self._pacer.slower * self._pacer.server.step_s(1, num_tokens))
         return torch.zeros(num_tokens, 1), torch.zeros(num_tokens, 1)
 
     def execute_model(self, scheduler_output: Any) -> ModelRunnerOutput | None:

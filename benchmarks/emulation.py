@@ -11,6 +11,8 @@ from vllm_specedge.simulation_models import Server, SimulatedTarget
 
 SERVER_VARIABLE = "SPECEDGE_EMULATED"
 """The name of one of simulation_models.SERVERS, for the worker."""
+SLOWER_VARIABLE = "SPECEDGE_EMULATED_SLOWER"
+"""How many times longer steps take than modelled; see emulated.py."""
 SEED = 20_252
 VOCAB_SIZE = 49_152
 """Of SmolLM2, whose tokenizer the front end uses."""
@@ -70,6 +72,7 @@ class Pacer:
     """When an emulated step is done, and what the engine needs between two of them."""
 
     server: Server
+    slower: float = 1.0
     num_steps: int = 0
     modelled_s: float = 0.0
     between_s: float = 0.0
@@ -82,7 +85,7 @@ class Pacer:
         if has_more and self._ended_s is not None:
             self.between_s += now_s - self._ended_s
             self.num_between += 1
-        step_s = self.server.step_s(requests, tokens, is_verifying)
+        step_s = self.slower * self.server.step_s(requests, tokens, is_verifying)
         self.num_steps += 1
         self.modelled_s += step_s
         return now_s + step_s

@@ -1,6 +1,8 @@
-"""The engine's end of the line to the gateway: one thread that receives, decodes, appends and wakes; no decisions.
+"""The engine's end of the line to the gateway: one thread that encodes, sends, receives, decodes, appends and wakes; no
+decisions.
 
-The scheduler's thread calls `send`, `wake_at` and reads `inbox`; everything else runs in the link's own thread.
+Others call `send` and `wake_at`, one at a time, and read `inbox`; everything else runs in the link's own thread. So that
+what takes time runs while the scheduler's thread waits for the workers.
 """
 
 import contextlib
@@ -25,6 +27,8 @@ _LOST_S = 5.0
 _MAX_RECEIVED = 256
 _MAX_INBOX = 65_536
 """Frames that wait for the scheduler; more are dropped, oldest first. A step takes in all that there are."""
+_MAX_OUTBOX = 4_096
+"""Sends that wait for this thread, as a step makes one; more are dropped, oldest first."""
 
 
 class _Order(Enum):
@@ -46,6 +50,7 @@ class EngineLink(threading.Thread):
     ) -> None:
         super().__init__(name="specedge-link", daemon=True)
         self.inbox: deque[tuple[float, Frame]] = deque(maxlen=_MAX_INBOX)
+        self._outbox: deque[tuple[Frame, ...]] = deque(maxlen=_MAX_OUTBOX)
         self._hello = hello
         self._wake = wake
         self._stats = stats
@@ -67,13 +72,19 @@ class EngineLink(threading.Thread):
         self._heard_s = time.monotonic()
         self._wake_at_s: float | None = None
 
-    # -- called by the scheduler's thread --------------------------------------------------------------------------
+    # -- called by others ------------------------------------------------------------------------------------------
 
     def send(self, frames: Iterable[Frame]) -> None:
-        """Send frames soon. Never waits; what cannot be sent is dropped (the gateway notices the gap)."""
-        data = b"".join(map(encode, frames))
-        if data:
-            self._order(_Order.SEND, data)
+        """Send frames soon. Never waits; what cannot be sent is dropped (the gateway notices the gap).
+
+        `wake` may call it too, in this thread.
+        """
+        batch = tuple(frames)
+        if not batch:
+            return
+        self._outbox.append(batch)
+        if threading.current_thread() is not self:
+            self._order(_Order.SEND, b"")
 
     def wake_at(self, at_s: float) -> bool:
         """Call `wake` at time.monotonic() `at_s`; replaces what was asked before. False: it will not be called."""
@@ -149,8 +160,14 @@ class EngineLink(threading.Thread):
                 return False
             if order == _Order.WAKE_AT.value:
                 self._wake_at_s = struct.unpack("d", data)[0]
-            elif self._is_welcome:
-                self._post(data)
+            else:
+                self._send_all()
+
+    def _send_all(self) -> None:
+        while self._outbox:
+            batch = self._outbox.popleft()
+            if self._is_welcome:
+                self._post(b"".join(map(encode, batch)))
 
     def _post(self, data: bytes) -> None:
         with contextlib.suppress(zmq.Again):
@@ -171,6 +188,7 @@ class EngineLink(threading.Thread):
                 logger.warning("The gateway sent what is no frame (%s)", error)
         if self.inbox:
             self._wake()
+            self._send_all()
 
     def _take(self, frame: Frame, now_s: float) -> None:
         match frame:

@@ -3,6 +3,8 @@
 Rule 1: vLLM's own scheduler does all scheduling; this one adds draft tokens before a step and reads tokens after it.
 Rule 2: nothing here may raise into the engine. Whatever goes wrong in drafting turns drafting off, with a log line.
 Rule 3: while every request waits for a draft, the engine's loop sleeps ("parked") and is woken by the link.
+Rule 4: the book belongs to whoever holds the lock. The link's thread takes proposals in while the scheduler's waits for
+the workers, and never waits for the lock: else the scheduler's thread would have to, between two steps.
 """
 
 import sys
@@ -45,6 +47,9 @@ class EdgeScheduler(Scheduler):
         """None in a process without a busy loop (LLM without multiprocessing)."""
         self._is_parked = self._was_parked = False
         self._arrived = threading.Event()
+        self._lock = threading.RLock()
+        self._failure: Exception | None = None
+        """Of the link's thread; raised where the scheduler's next uses the book."""
         self._step_started_s = self._step_ended_s = 0.0
         self._context = 0
         self._plan_ahead: Plan | None = None
@@ -301,11 +306,24 @@ class EdgeScheduler(Scheduler):
         return self._is_parked
 
     def _wake(self) -> None:
-        """Called by the link's thread."""
+        """Called by the link's thread, with frames in the inbox or because it is time."""
+        if not self._is_parked:
+            self._take_in_early()
         self._arrived.set()
         if self._is_parked and self._engine is not None:
             self._is_parked = False
             self._engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+    def _take_in_early(self) -> None:
+        if not self._is_drafting or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._take_in()
+            self._plan_ahead = None
+        except Exception as error:
+            self._failure = error
+        finally:
+            self._lock.release()
 
     def _all_held(self, plan: Plan) -> Plan:
         """A step in which nothing would run.
@@ -325,7 +343,10 @@ class EdgeScheduler(Scheduler):
         if not self._is_drafting:
             return None
         try:
-            return act()
+            with self._lock:
+                if self._failure is not None:
+                    raise self._failure
+                return act()
         except Exception:
             logger.exception("Drafting failed and is off; serving goes on without it")
             self._is_drafting = self._has_ngram = self._is_parked = False
