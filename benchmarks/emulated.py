@@ -7,8 +7,8 @@ vanilla, ours, and ours without holds (mode `budget`), whose time between two st
 real client, an edge a request, with a draft model that is right so often (replay.py). Prints tokens a second, what the
 engine needs between two steps, and fails if any token is not the pseudo model's.
 
-Server, front end, gateway, 64 edges and the load share this machine's cores, which a real deployment does not ask of any
-one machine. --slower 4 makes all that is modelled (steps, round trips, passes) four times as long, so that two cores
+Server, front end, gateway, 64 edges and the load share this machine's cores, which no real deployment asks of a single
+machine. --slower 4 makes all that is modelled (steps, round trips, passes) four times as long, so that two cores
 suffice; what the engine's Python needs between two steps stays what it is.
 """
 
@@ -254,7 +254,9 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/emulated-SERVER.json.")] = None,
 ) -> None:
     """Server, gateway, wire and edges at an accelerator's speed."""
-    load = Load(server, requests, num_edges or requests, rtt_ms, prompt_tokens, tokens, k, pass_ms, first, second, slower)
+    load = Load(
+        server, requests, num_edges or requests, rtt_ms, prompt_tokens, tokens, k, pass_ms, first, second, slower
+    )
     runs: list[Run] = []
     where = circumstances()
     try:

@@ -1,8 +1,8 @@
 """The engine's end of the line to the gateway: one thread that encodes, sends, receives, decodes, appends and wakes; no
 decisions.
 
-Others call `send` and `wake_at`, one at a time, and read `inbox`; everything else runs in the link's own thread. So that
-what takes time runs while the scheduler's thread waits for the workers.
+Others call `send` and `wake_at`, one at a time, and read `inbox`; all else runs in the link's own thread. So that what
+takes time runs while the scheduler's thread waits for the workers.
 """
 
 import contextlib

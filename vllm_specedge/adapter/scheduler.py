@@ -320,7 +320,7 @@ class EdgeScheduler(Scheduler):
         try:
             self._take_in()
             self._plan_ahead = None
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again in `_guarded`, which ends drafting
             self._failure = error
         finally:
             self._lock.release()
