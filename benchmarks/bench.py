@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import psutil
 import typer
 from ahead import Target, free_ports, wait_for_start
@@ -194,8 +195,8 @@ def measure(settings: Settings, slot: Slot, target: Target, answers: dict[tuple[
         num_tokens=num_tokens,
         seconds=result["duration"],
         tokens_per_s=result["output_throughput"],
-        ttft_ms={f"p{part}": float(result[f"p{part}_ttft_ms"]) for part in (50, 99)},
-        itl_ms={f"p{part}": float(result[f"p{part}_itl_ms"]) for part in (50, 95, 99)},
+        ttft_ms=percentiles_ms(result["ttfts"], (50, 99)),
+        itl_ms=percentiles_ms([gap_s for gaps_s in result["itls"] for gap_s in gaps_s], (50, 95, 99)),
         tokens_per_step=num_tokens / (num_tokens - accepted),
         acceptance=accepted / verified if verified else None,
         verified_per_accepted=verified / accepted if accepted else None,
@@ -205,6 +206,10 @@ def measure(settings: Settings, slot: Slot, target: Target, answers: dict[tuple[
         edge_busy=used["edges"] / result["duration"],
         num_different=num_different,
     )
+
+
+def percentiles_ms(seconds: Sequence[float], parts: Sequence[int]) -> dict[str, float]:
+    return {f"p{part}": 1e3 * float(np.percentile(seconds, part)) for part in parts}
 
 
 # -- what is kept ----------------------------------------------------------------------------------------------------
