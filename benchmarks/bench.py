@@ -7,7 +7,7 @@ it: plain vLLM, its `ngram` and its `draft_model` with the shipped draft, the pa
 ours. One real edge with the shipped draft is on the other core, behind a relay that adds delay (relay.py). The load is
 vLLM's own benchmark (`vllm bench serve`, as a library). All arms of a case follow each other, in reverse order in every
 second repeat. All runs are saved as they are made; --resume goes on. Prints a table, where edges help and where they
-lose, and draws both; status 1 if a greedy answer is not vanilla's.
+lose, and draws both; status 1 if greedy answers differ between arms (those of an earlier session are not kept).
 """
 
 import asyncio
@@ -169,7 +169,7 @@ def drive(target: Target, asked: Sequence[str], requests: int, tokens: int, temp
 
 
 def measure(settings: Settings, slot: Slot, target: Target, answers: dict[tuple[Case, int], list[str]]) -> Run:
-    """One run. `answers` holds vanilla's greedy ones, by case and repeat."""
+    """One run. `answers` holds the greedy ones of the first arm asked, by case and repeat."""
     arm, case, rtt_ms, repeat = slot
     count = settings.num_prompts(case.requests)
     asked = prompts(case.kind, count, first=repeat * count)

@@ -62,7 +62,7 @@ class Run:
     edge_busy: float
     """Of one core."""
     num_different: int
-    """Greedy answers that are not vanilla's."""
+    """Greedy answers that are not those of the first arm asked in this session."""
 
     @property
     def case(self) -> Case:
