@@ -194,7 +194,8 @@ class Speculation:
         if num_on_trunk < len(tokens):
             self.stats.rejected_tokens += max(0, num_sent - num_on_trunk)
             self.stats.branch_hits += len(foreseen) == len(tokens)
-        if request.committed_s is not None:
+        # More than one step decides were collected: they say nothing of how long a step takes.
+        if request.committed_s is not None and len(tokens) <= request.max_draft + 1:
             self.pace.round_took(now_s - request.committed_s)
         request.committed_s = now_s
         self._watch_for_loss(request, num_on_trunk == len(tokens) < 1 + min(request.max_draft, num_sent), now_s)

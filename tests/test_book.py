@@ -37,6 +37,7 @@ from vllm_specedge.frames import (
     Report,
 )
 from vllm_specedge.policy import EdgeRecord, HoldLimits, Load
+from vllm_specedge.rests import REST_AFTER, REST_TOKENS
 
 VOCAB_SIZE = 100
 MAX_DRAFT = 4
@@ -129,6 +130,7 @@ def test_a_request_is_opened_with_its_prompt_and_followed_to_its_end() -> None:
     tokens = list(PROMPT)
     assert book.open("r", tokens, "secret") == [Open(0, 3, MAX_DRAFT, MAX_DRAFT, "secret"), Commit(0, 0, (10, 11, 12))]
     assert book.commit("r", 0, 1.0) == []  # a step of its prompt decided nothing
+    assert book.receive(Assign(0, 1), 1.0) == []
     tokens += [20, 21]
     assert book.commit("r", 1, 1.0) == [Commit(0, 3, (20, 21))]
     assert book.close("r") == [Report(0, request_values(book.counters)), Close(0, CloseReason.FINISHED)]
@@ -157,8 +159,56 @@ def test_with_the_first_edge_each_request_is_opened_with_its_next_commit() -> No
     two.append(8)
     assert book.commit("two", 0, 2.0) == [Open(1, 2, MAX_DRAFT, MAX_DRAFT, "s"), Commit(1, 0, (7, 8))]
     assert book.receive(Edges(2), 2.0) == []
+    assert book.receive(Assign(0, 1), 2.0) == []
     one.append(22)
     assert book.commit("one", 0, 3.0) == [Commit(0, 5, (22,))]
+
+
+def test_who_has_no_edge_is_published_when_it_gets_one() -> None:
+    book, tokens = new_book(), list(PROMPT)
+    book.open("r", tokens, "")
+    for token in (20, 21):
+        tokens.append(token)
+        assert book.commit("r", 0, 1.0) == []
+    assert book.receive(Assign(0, 2), 1.5) == [Commit(0, 3, (20, 21))]
+    tokens.append(22)
+    assert book.commit("r", 0, 2.0) == [Commit(0, 5, (22,))]
+    assert book.receive(Assign(0, 0), 2.5) == []
+    tokens.append(23)
+    assert book.commit("r", 0, 3.0) == []
+    assert book.receive(Assign(0, 1), 3.5) == [Commit(0, 6, (23,))]
+
+
+def test_an_edge_whose_drafts_are_left_unverified_hears_of_many_tokens_at_once() -> None:
+    serving = Serving()
+    published = []
+    for token in range(30, 30 + REST_AFTER + 3 * REST_TOKENS):
+        serving.propose([token])  # right, and not verified
+        published.append(serving.decode(token))
+    told = [frames[0] for frames in published if frames]
+    sizes = [len(commit.tokens) for commit in told if isinstance(commit, Commit)]
+    assert sizes == [1] * REST_AFTER + [REST_TOKENS] * 3
+    assert serving.book.counters["collected_commits"] == 3 * (REST_TOKENS - 1)
+
+
+def test_a_draft_that_is_verified_ends_the_rest() -> None:
+    serving = Serving()
+    for token in range(30, 30 + REST_AFTER + 5):
+        serving.propose([token])
+        serving.decode(token)
+    base = len(serving.tokens) - 5
+    serving.propose([70])
+    assert serving.decode(70, 71, num_verified=1) == [Commit(0, base, tuple(serving.tokens[base:]))]
+    assert serving.decode(72) == [Commit(0, base + 7, (72,))]
+
+
+def test_a_request_that_rests_is_not_held() -> None:
+    """Nothing was published that its edge could answer."""
+    serving = Serving()
+    for token in range(30, 30 + REST_AFTER + 2):
+        serving.propose([token])
+        serving.decode(token)
+    assert serving.plan().holds == {}
 
 
 def test_contexts_are_opened_a_bounded_number_of_tokens_a_step() -> None:
@@ -816,6 +866,7 @@ class Engine:
         self.counted: list[dict[str, int]] = []
         """Of each request that ended: its counters, and how many of the tokens committed its tree held."""
         self._held: dict[str, int] = {}
+        self._heard: dict[int, list[int]] = {}
 
     def do(self, act: Act | GoodDraft | Frame) -> None:
         self.now_s += 0.01
@@ -825,9 +876,25 @@ class Engine:
             case GoodDraft():
                 self._draft(f"r{act.i}", act)
             case _:
-                for frame in self.book.receive(act, self.now_s):
-                    assert isinstance(frame, Close)
+                self._publish(self.book.receive(act, self.now_s))
         self.look()
+
+    def _publish(self, frames: Sequence[Frame]) -> None:
+        """What a gateway hears of a request is Open, then its tokens without a gap, then Close."""
+        for frame in frames:
+            match frame:
+                case Open():
+                    self._heard[frame.request] = []
+                case Commit():
+                    heard = self._heard[frame.request]
+                    assert frame.tokens
+                    assert frame.base == len(heard)
+                    heard += frame.tokens
+                    assert heard == self.views[self.book._ids[frame.request]][: len(heard)]
+                case Close():
+                    del self._heard[frame.request]
+                case _:
+                    assert isinstance(frame, Report)
 
     def look(self) -> None:
         """Plan, and see that all of it may be done."""
@@ -847,7 +914,7 @@ class Engine:
         view = self.views.get(id_)
         if act.kind == "open" and view is None:
             self.views[id_], self._held[id_] = [0, *act.tokens], 0
-            self.book.open(id_, self.views[id_], "")
+            self._publish(self.book.open(id_, self.views[id_], ""))
         elif act.kind == "close":
             self._close(id_)
         elif act.kind == "suggest":
@@ -869,8 +936,7 @@ class Engine:
             node = node.children[token]
             self._held[id_] += 1
         view += tokens
-        for frame in self.book.commit(id_, len(draft), self.now_s):
-            assert isinstance(frame, Open | Commit)
+        self._publish(self.book.commit(id_, len(draft), self.now_s))
 
     def _draft(self, id_: str, draft: GoodDraft) -> None:
         if id_ in self.views:
@@ -882,6 +948,7 @@ class Engine:
     def _close(self, id_: str) -> None:
         request = self.book._requests.get(id_)
         frames = self.book.close(id_)
+        self._publish(frames)
         if self.views.pop(id_, None) is None or request is None:
             assert frames == []
             return

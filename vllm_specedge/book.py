@@ -2,7 +2,7 @@
 
 Rule 1: nothing here can change a token. A draft is offered for exactly the tokens the request has, or not at all.
 Rule 2: whatever the gateway says may be late, wrong or hostile: it is checked, dropped and counted, never raised on.
-Rule 3: nothing is published while no edge could use it.
+Rule 3: nothing is published while no edge could use it, and seldom where drafts are not verified.
 """
 
 from collections import Counter, OrderedDict
@@ -38,6 +38,7 @@ from vllm_specedge.policy import (
     decide,
 )
 from vllm_specedge.proposals import Fate, Insertion, ProposalTree
+from vllm_specedge.rests import Rest
 from vllm_specedge.stepcost import StepCost
 
 _MAX_EMPTIED = 32
@@ -106,6 +107,9 @@ class _Request:
     tree: ProposalTree
     is_open: bool = False
     """The gateway knows it."""
+    num_published: int = 0
+    """Tokens that the gateway knows."""
+    rest: Rest = field(default_factory=Rest)
     is_assigned: bool = False
     has_answered: bool = False
     """Its edge has proposed something since it was assigned."""
@@ -166,9 +170,10 @@ class DraftBook:
         self._gained_s = self._spent_s = 0.0
 
     @property
-    def token_s(self) -> float:
-        """What a token takes in a plain step of all that run."""
-        return self._plain_step_s / max(1, self._num_rows)
+    def has_lookup_due(self) -> bool:
+        """Asked once after each step: whether what was said before is to be looked up, for `suggest`."""
+        step_s = self.cost(self._num_rows, self._num_rows, self._row_context)
+        return self.lookups.is_due(step_s / max(1, self._num_rows), step_s)
 
     @property
     def speedup(self) -> float:
@@ -188,7 +193,7 @@ class DraftBook:
             case Assign():
                 request = self._find(frame.request)
                 if request is not None:
-                    self._assign(request, frame.edge)
+                    return self._assign(request, frame.edge, now_s)
             case Edges():
                 return self._edges(frame.num_edges)
             case EngineWelcome():
@@ -197,16 +202,18 @@ class DraftBook:
                 self.counters["unexpected_frames"] += 1
         return []
 
-    def _assign(self, request: _Request, edge: int) -> None:
+    def _assign(self, request: _Request, edge: int, now_s: float) -> list[Frame]:
         request.is_assigned, request.has_answered = edge != 0, False
         request.emptied_s.clear()
         if not edge:
-            return
+            return []
         request.record = self._records.setdefault(edge, EdgeRecord(Acceptance(self._acceptance)))
         self._records.move_to_end(edge)
         if len(self._records) > MAX_RECORDS:
             self._records.popitem(last=False)
         request.acceptance = Acceptance(request.record.acceptance)
+        request.rest = Rest()
+        return self._publish(request, now_s)
 
     def lost_gateway(self) -> None:
         """No edge can be reached: nobody is waited for, nothing is published."""
@@ -303,7 +310,7 @@ class DraftBook:
             return []
         tokens = list(request.tokens)
         self._opened_tokens += len(tokens)
-        request.is_open = True
+        request.is_open, request.num_published = True, len(tokens)
         opening = Open(request.number, len(tokens), self._max_draft, self._max_draft, request.session)
         return [opening, *commits(request.number, 0, tokens)]
 
@@ -318,19 +325,31 @@ class DraftBook:
             return []
         self._pace(request, num_tokens, now_s)
         self._count(request, num_tokens, num_verified)
-        is_rejected = num_tokens <= num_verified and not request.is_suggestion
+        is_verified = num_verified > 0 and not request.is_suggestion
+        is_due = request.rest.committed(num_tokens, request.tree.num_ahead > 0, is_verified)
         request.suggestion, request.is_suggestion = (), False
         request.has_passed = request.is_awaited = False
         request.held_since_s = None
-        tokens = tuple(request.tokens[base:])
-        self._advance(request, tokens, is_rejected)
+        self._advance(request, tuple(request.tokens[base:]), is_verified and num_tokens <= num_verified)
         if not self.num_edges:
             return []
+        if not request.is_open:
+            return self._opening(request)
+        if not is_due:
+            self.counters["collected_commits"] += 1
+        return self._publish(request, now_s) if is_due and request.is_assigned else []
+
+    def _publish(self, request: _Request, now_s: float) -> list[Frame]:
+        """All that is decided and not published; without a draft, its edge has to answer from now on."""
+        base = request.num_published
+        if not request.is_open or base == request.tree.length:
+            return []
+        request.num_published = request.tree.length
         if not request.tree.num_ahead:
             request.emptied_s[request.tree.length] = now_s
             if len(request.emptied_s) > _MAX_EMPTIED:
                 del request.emptied_s[next(iter(request.emptied_s))]
-        return list(commits(request.number, base, tokens)) if request.is_open else self._opening(request)
+        return list(commits(request.number, base, request.tokens[base : request.tree.length]))
 
     def _pace(self, request: _Request, num_tokens: int, now_s: float) -> None:
         if self._plain_step_s and request.committed_s:

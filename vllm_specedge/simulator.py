@@ -402,9 +402,10 @@ class OracleBook(DraftBook):
         self.cost = ExactCost(scenario.server)
         self._exact = ExactAcceptance(scenario.edge.acceptance)
 
-    def _assign(self, request: Any, edge: int) -> None:
-        super()._assign(request, edge)
+    def _assign(self, request: Any, edge: int, now_s: float) -> list[Frame]:
+        frames = super()._assign(request, edge, now_s)
         request.acceptance = self._exact
+        return frames
 
 
 # -- the engine ----------------------------------------------------------------------------------------------------

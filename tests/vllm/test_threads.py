@@ -33,7 +33,7 @@ def scheduler() -> Any:
     """With what the threads share, and without an engine."""
     made = object.__new__(EdgeScheduler)
     made._lock, made._failure, made._arrived = threading.RLock(), None, threading.Event()
-    made._is_drafting = made._has_ngram = True
+    made._is_drafting = True
     made._is_parked = made._was_parked = False
     made._plan_ahead, made._engine, made.running = None, None, []
     made.book = DraftBook(9, 5, HoldLimits())

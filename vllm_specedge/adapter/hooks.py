@@ -32,10 +32,11 @@ HOOKS = (
     Hook("vllm.v1.request:RequestStatus.RUNNING"),
     Hook("vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer", ("vllm_config",)),
 )
-_LOOKUP = "vllm.v1.spec_decode.ngram_proposer:NgramProposer"
 NGRAM_HOOKS = (
-    Hook(f"{_LOOKUP}.__init__", ("vllm_config",)),
-    Hook(f"{_LOOKUP}.propose", ("num_speculative_tokens", "sampled_token_ids", "num_tokens_no_spec", "token_ids_cpu")),
+    Hook(
+        "vllm.v1.spec_decode.ngram_proposer:_find_longest_matched_ngram_and_propose_tokens.py_func",
+        ("origin_tokens", "min_ngram", "max_ngram", "max_model_len", "k"),
+    ),
 )
 """What the n-gram drafts need beside; without it only they are off. Importing it loads numba: half a second, 65 MB."""
 SOURCES = (

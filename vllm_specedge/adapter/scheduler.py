@@ -24,6 +24,7 @@ from zmq import ZMQError
 
 from vllm_specedge.adapter import hooks
 from vllm_specedge.adapter.load import LoadReport
+from vllm_specedge.adapter.ngrams import NgramLookup
 from vllm_specedge.adapter.profile import step_profile
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.book import DraftBook, Plan, Row, Step
@@ -50,12 +51,13 @@ class EdgeScheduler(Scheduler):
         self._lock = threading.RLock()
         self._failure: Exception | None = None
         """Of the link's thread; raised where the scheduler's next uses the book."""
-        self._step_started_s = self._step_ended_s = 0.0
+        self._step_started_s = 0.0
         self._context = 0
         self._plan_ahead: Plan | None = None
         """What was planned when the engine asked whether there is something to do, while it still holds."""
         self._verifying: dict[str, list[int]] = {}
-        self._is_drafting = self._has_ngram = False
+        self._is_drafting = False
+        self._ngrams: NgramLookup | None = None
         self._suggested: set[str] = set()
         self._link = None
         self._process = None
@@ -64,6 +66,11 @@ class EdgeScheduler(Scheduler):
             logger.warning("Serving without edge drafts: %s", "; ".join(problems))
             return
         options = engine_options(self.vllm_config)
+        if options.ngram:
+            # It compiles while the profile waits for the workers.
+            self._ngrams = NgramLookup(
+                self.num_spec_tokens, options.prompt_lookup_min, options.prompt_lookup_max, self.max_model_len
+            )
         self.book = DraftBook(
             vocab_size=self.vllm_config.model_config.get_vocab_size(),
             max_draft=self.num_spec_tokens,
@@ -84,8 +91,7 @@ class EdgeScheduler(Scheduler):
             )
         except (OSError, ZMQError):
             logger.exception("Serving without edge drafts: the gateway cannot be started")
-        self._has_ngram = options.ngram
-        self._is_drafting = options.ngram or self._link is not None
+        self._is_drafting = self._ngrams is not None or self._link is not None
 
     # -- what vLLM calls -------------------------------------------------------------------------------------------
 
@@ -106,14 +112,12 @@ class EdgeScheduler(Scheduler):
         self._guarded(lambda: self._publish(scheduler_output.num_scheduled_tokens))
         self._verifying = {}
         if self._core is not None:
-            # The engine looks at this next. Asking the workers costs a round trip, which all wait for.
-            self._core.check_for_draft_tokens = self._has_ngram and self.book.lookups.is_due(self.book.token_s)
-        self._step_ended_s = time.monotonic()
+            # The engine looks at this next. Workers draft nothing, and asking them costs a round trip, for all to wait.
+            self._core.check_for_draft_tokens = False
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
-        """The workers' n-gram drafts, a list a request of the step that is done; the plan decides what is verified."""
-        self._guarded(lambda: self._suggest(draft_token_ids))
+        """The workers' drafts: none."""
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
@@ -221,6 +225,7 @@ class EdgeScheduler(Scheduler):
         for request_id in num_scheduled_tokens:
             frames += self._commit(request_id, now_s)
         self._send(frames)
+        self._suggest()
 
     def _stepped(self, num_scheduled_tokens: dict[str, int], now_s: float) -> None:
         if not num_scheduled_tokens:
@@ -243,14 +248,19 @@ class EdgeScheduler(Scheduler):
     def _commit(self, request_id: str, now_s: float) -> list[Frame]:
         return self.book.commit(request_id, len(self._verifying.get(request_id, ())), now_s)
 
-    def _suggest(self, draft_token_ids: Any) -> None:
-        self._plan_ahead = None
-        self.book.lookups.answered(time.monotonic() - self._step_ended_s)
-        for request_id, tokens in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
-            # Near max_model_len vLLM makes everyone's draft zeros (v1/worker/gpu_model_runner.py, sample_tokens).
-            if any(tokens):
-                self.book.suggest(request_id, tokens)
-                self._suggested.add(request_id)
+    def _suggest(self) -> None:
+        """What vLLM's n-gram lookup finds for what comes next; the plan decides what is verified."""
+        if self._ngrams is None or not self.book.has_lookup_due:
+            return
+        started_s = time.monotonic()
+        for request in self.running:
+            if request.num_tokens - request.num_computed_tokens != 1:
+                continue
+            tokens = self._ngrams.propose(request.request_id, request.all_token_ids)
+            if tokens:
+                self.book.suggest(request.request_id, tokens)
+                self._suggested.add(request.request_id)
+        self.book.lookups.answered(time.monotonic() - started_s)
 
     def _open(self, request: Request) -> None:
         self._plan_ahead = None
@@ -262,12 +272,16 @@ class EdgeScheduler(Scheduler):
             return
         session = (parameters.extra_args or {}).get("specedge", "")
         session = session if is_text(session) else ""
+        if self._ngrams is not None:
+            self._ngrams.open(request.request_id)
         self._send(self.book.open(request.request_id, request.all_token_ids, session))
 
     def _close(self, request: Request) -> None:
         self._plan_ahead = None
         if self._load is not None:
             self._load.num_finished += 1
+        if self._ngrams is not None:
+            self._ngrams.close(request.request_id)
         last = self._commit(request.request_id, time.monotonic())
         self._send([*last, *self.book.close(request.request_id)])
 
@@ -349,7 +363,7 @@ class EdgeScheduler(Scheduler):
                 return act()
         except Exception:
             logger.exception("Drafting failed and is off; serving goes on without it")
-            self._is_drafting = self._has_ngram = self._is_parked = False
+            self._is_drafting = self._is_parked = False
             if self._link is not None:
                 self._link.stop()
             for request in self.running:

@@ -1,0 +1,61 @@
+"""vLLM's own n-gram lookup, in the engine's process: what followed the last tokens where they stood before.
+
+vLLM's `ngram` method runs it in a worker, and the engine fetches what was found: a round trip between processes, 2.5 ms
+on the test machine, where the lookup itself takes 4 microseconds for 1,000 tokens.
+"""
+
+import threading
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from vllm.logger import init_logger
+
+from vllm_specedge.adapter import hooks
+
+logger = init_logger("vllm.specedge.ngrams")
+
+
+class NgramLookup:
+    """Drafts for requests by what they have said before. Used from one thread."""
+
+    def __init__(self, num_tokens: int, shortest: int, longest: int, max_model_len: int) -> None:
+        """At most `num_tokens` tokens, behind a match of `shortest` to `longest` tokens."""
+        self._num_tokens = num_tokens
+        self._window = (shortest, longest, max_model_len)
+        self._contexts: dict[str, array[int]] = {}
+        self._find: Any = None
+        problems = hooks.ngram_problems()
+        if problems:
+            logger.warning("Serving without n-gram drafts: %s", "; ".join(problems))
+            return
+        # Not a daemon: a process that ends while numba compiles waits for it rather than crash in it.
+        threading.Thread(target=self._compile, name="specedge-ngram").start()
+
+    def _compile(self) -> None:
+        """numba compiles at the first call, a second; until then there are no drafts."""
+        from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens as find
+
+        try:
+            find(np.frombuffer(array("i", [0]), np.int32), *self._window, self._num_tokens)
+        except Exception:
+            logger.exception("Serving without n-gram drafts: vLLM's lookup cannot be started")
+        else:
+            self._find = find
+
+    def open(self, request_id: str) -> None:
+        self._contexts[request_id] = array("i")
+
+    def close(self, request_id: str) -> None:
+        self._contexts.pop(request_id, None)
+
+    def propose(self, request_id: str, tokens: Sequence[int]) -> list[int]:
+        """What may follow; `tokens` has grown since the last call, if it is another. Empty for who is not open."""
+        context = self._contexts.get(request_id)
+        if context is None or self._find is None:
+            return []
+        context.extend(tokens[len(context) :])
+        # The view goes with this call: an array that is looked at cannot grow.
+        found: list[int] = self._find(np.frombuffer(context, np.int32), *self._window, self._num_tokens).tolist()
+        return found

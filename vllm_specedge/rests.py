@@ -1,0 +1,37 @@
+"""Of which commits an edge hears at once, and which are collected. Pure.
+
+A draft that is not verified costs all the same: each commit is work for the engine, the gateway and the edge. So a
+request whose drafts were left unverified for a while rests: its tokens are collected, and its edge hears of many at
+once. What the edge then proposes is verified if that pays by now, which ends the rest.
+"""
+
+from dataclasses import dataclass
+
+REST_AFTER = 8
+"""Commits whose draft was there and not verified; more than two probes (book.FIRST_PROBE_AFTER) come before."""
+REST_TOKENS = 32
+"""Collected before they are published."""
+
+
+@dataclass(slots=True)
+class Rest:
+    """Of one request."""
+
+    num_refused: int = 0
+    """Commits since a draft of its edge's was last verified, of those that had one."""
+    num_collected: int = 0
+    """Tokens since the last that are published."""
+
+    def committed(self, num_tokens: int, has_draft: bool, is_verified: bool) -> bool:
+        """A step decided so many tokens; whether all that were collected are to be published now.
+
+        `has_draft`: of its edge's, before the step; `is_verified`: the step verified some of it.
+        """
+        if is_verified:
+            self.num_refused = 0
+        self.num_refused += has_draft and not is_verified
+        self.num_collected += num_tokens
+        if self.num_refused > REST_AFTER and self.num_collected < REST_TOKENS:
+            return False
+        self.num_collected = 0
+        return True
