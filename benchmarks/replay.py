@@ -6,7 +6,8 @@ It is the real edge client; only its draft model is replaced. (With --draft DIRE
 `edge-client connect`, for comparing the two by the same command.) What it drafts depends on the seed, the request's
 prompt and the position alone, so every run and every way of drafting ahead meets the same draft model. With --edges it
 is as many edges in one process, a connection, a drafter and a thread each; with --stall-s each of them stands still now
-and then. When it is told to end it prints the totals of all as one JSON line.
+and then. With --trace it writes down when each forward pass began and ended. When it is told to end it prints the
+totals of all as one JSON line.
 """
 
 import asyncio
@@ -14,18 +15,18 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TextIO
 
 import typer
 
 from edge_client.client import EdgeClient
-from edge_client.drafters import Candidate, Drafter, DrafterOptions
+from edge_client.drafters import Candidate, Drafter, DrafterOptions, DraftSequence
 from edge_client.drafters.load import load_drafter
 from edge_client.link import Gateway
 
@@ -77,6 +78,48 @@ class Stalls:
         while self._start_s + self._stall_s <= at_s:
             self._start_s += self._stall_s + self._chance.expovariate(1 / self._pause_s)
         return at_s if at_s < self._start_s else self._start_s + self._stall_s
+
+
+class TracedDrafter:
+    """A drafter that also writes down each pass: one line of JSON, with times of the monotonic clock."""
+
+    def __init__(self, drafter: Drafter, edge: int, trace: TextIO) -> None:
+        self.fingerprint = drafter.fingerprint
+        self.max_context_tokens = drafter.max_context_tokens
+        self.max_width = drafter.max_width
+        self.description = drafter.description
+        self._drafter = drafter
+        self._edge = edge
+        self._trace = trace
+
+    def open(self) -> "TracedSequence":
+        return TracedSequence(self._drafter.open(), self.traced)
+
+    @contextmanager
+    def traced(self, num_rows: int) -> Iterator[None]:
+        start_s = time.monotonic()
+        yield
+        line = {"edge": self._edge, "start_s": start_s, "end_s": time.monotonic(), "rows": num_rows}
+        self._trace.write(json.dumps(line) + "\n")
+
+
+class TracedSequence:
+    """A context of one."""
+
+    def __init__(self, sequence: DraftSequence, traced: Callable[[int], AbstractContextManager[None]]) -> None:
+        self._sequence = sequence
+        self._traced = traced
+
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
+        self._sequence.keep(length, moved)
+
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        with self._traced(len(tokens)):
+            return self._sequence.append(tokens, width)
+
+    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        with self._traced(len(tokens)):
+            return self._sequence.branch(tokens, parents, width)
 
 
 class ReplayDrafter:
@@ -241,10 +284,16 @@ def main(
     max_requests: Annotated[int, typer.Option(help="Requests that each edge takes at once.", min=1)] = 8,
     stall_s: Annotated[float, typer.Option(help="Each edge stands still for so long; 0: never.", min=0)] = 0.0,
     stall_every_s: Annotated[float, typer.Option(help="On average, from one stall's start to the next's.")] = 5.0,
+    trace: Annotated[Path | None, typer.Option(help="Add a line of JSON a pass to this file.")] = None,
 ) -> None:
     """Connect to a gateway and draft for it until SIGTERM."""
+    traced = trace.open("a", buffering=1) if trace is not None else None
 
     def drafter(number: int) -> Drafter:
+        own = untraced(number)
+        return TracedDrafter(own, number, traced) if traced is not None else own
+
+    def untraced(number: int) -> Drafter:
         if recordings is None:
             return load_drafter(DrafterOptions(draft_model, device="cpu", threads=1))
         stalls = Stalls(stall_s, stall_every_s, seed + number, time.monotonic()) if stall_s else None

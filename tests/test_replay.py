@@ -1,7 +1,9 @@
 """The drafter that knows the answers: benchmarks/replay.py."""
 
+import json
 import time
 from collections.abc import Sequence
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -15,6 +17,7 @@ from benchmarks.replay import (
     ReplayDrafter,
     ReplaySequence,
     Stalls,
+    TracedDrafter,
     read_recordings,
     write_recordings,
 )
@@ -210,3 +213,17 @@ def test_recordings_go_through_a_file(tmp_path: Path) -> None:
 def test_it_is_a_drafter() -> None:
     drafter: Drafter = drafter_of()
     assert drafter.max_width == 8
+
+
+def test_passes_are_written_down_and_nothing_else_changes() -> None:
+    trace = StringIO()
+    traced: Drafter = TracedDrafter(drafter_of(), 2, trace)
+    sequence, plain = traced.open(), drafter_of().open()
+    assert sequence.append(PROMPT, 3) == plain.append(PROMPT, 3)
+    assert sequence.branch([1, 2], [2, 2], 3) == plain.branch([1, 2], [2, 2], 3)
+    sequence.keep(2)
+    plain.keep(2)
+    assert sequence.append(PROMPT[2:], 3) == plain.append(PROMPT[2:], 3)
+    lines = list(map(json.loads, trace.getvalue().splitlines()))
+    assert [(line["edge"], line["rows"]) for line in lines] == [(2, 3), (2, 2), (2, 1)]
+    assert all(line["start_s"] <= line["end_s"] for line in lines)
