@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2
 DRAFT := .cache/smollm2-draft
 
-.PHONY: help demo test test-fast test-vllm check format model bench-overhead bench-ahead bench bench-emulated bench-never-slower bench-micro bench-deciding clean
+.PHONY: help demo test test-fast test-vllm check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-never-slower bench-micro bench-deciding clean
 help:
 	@echo "make demo            a real server, a real edge, the same questions with and without it"
 	@echo "make demo EDGE=ngram the same with prompt lookup, on tasks where that helps"
@@ -13,6 +13,7 @@ help:
 	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
 	@echo "make bench           edges against vLLM, its ngram, its draft_model (hours; ARGS=--quick: a quarter of an hour)"
 	@echo "make bench-emulated  server, wire and edges at an accelerator's speed, without one (some minutes)"
+	@echo "make bench-timeline  a second of a real run, drawn: the server verifies while edges draft (two minutes)"
 	@echo "make bench-overhead  memory, start-up, latency and parking costs"
 	@echo "make bench-ahead     what drafting ahead is worth at 0, 5, 20 and 80 ms (half an hour; ARGS=--quick)"
 	@echo "make bench-micro     what each piece of the hot paths takes, microseconds"
@@ -67,6 +68,9 @@ bench: $(VENV)/.installed model
 
 bench-emulated: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/emulated.py $(ARGS)
+
+bench-timeline: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python benchmarks/timeline.py $(ARGS)
 
 bench-micro: $(VENV)/.installed
 	$(BIN)/python benchmarks/micro.py

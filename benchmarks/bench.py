@@ -7,7 +7,7 @@ it: plain vLLM, its `ngram` and its `draft_model` with the shipped draft, the pa
 ours. One real edge with the shipped draft is on the other core, behind a relay that adds delay (relay.py). The load is
 vLLM's own benchmark (`vllm bench serve`, as a library). All arms of a case follow each other, in reverse order in every
 second repeat. All runs are saved as they are made; --resume goes on. Prints a table, where edges help and where they
-lose, and draws both; status 1 if greedy answers differ between arms (those of an earlier session are not kept).
+lose, and draws both; status 1 if greedy answers differ between arms.
 """
 
 import asyncio
@@ -26,7 +26,22 @@ import numpy as np
 import psutil
 import typer
 from ahead import Target, free_ports, wait_for_start
-from figures import ARMS, DRAFT_MODEL, NGRAM, OURS, REMOTE, VANILLA, WAIT, Case, Prices, Run, break_evens, table
+from figures import (
+    ARMS,
+    DRAFT_MODEL,
+    NGRAM,
+    OURS,
+    REMOTE,
+    VANILLA,
+    WAIT,
+    Case,
+    Prices,
+    Run,
+    break_evens,
+    digest,
+    num_different,
+    table,
+)
 from grid import CACHE, RESULTS, Edges, circumstances, console, usage
 from plots import draw
 from prompts import KINDS, MIXED, prompts
@@ -168,8 +183,7 @@ def drive(target: Target, asked: Sequence[str], requests: int, tokens: int, temp
     return result
 
 
-def measure(settings: Settings, slot: Slot, target: Target, answers: dict[tuple[Case, int], list[str]]) -> Run:
-    """One run. `answers` holds the greedy ones of the first arm asked, by case and repeat."""
+def measure(settings: Settings, slot: Slot, target: Target) -> Run:
     arm, case, rtt_ms, repeat = slot
     count = settings.num_prompts(case.requests)
     asked = prompts(case.kind, count, first=repeat * count)
@@ -181,10 +195,6 @@ def measure(settings: Settings, slot: Slot, target: Target, answers: dict[tuple[
     used = {name: after.cpu_s[name] - before.cpu_s.get(name, 0.0) for name in after.cpu_s}
     num_tokens = result["total_output_tokens"]
     verified, accepted = (result.get(f"spec_decode_{name}_tokens") or 0 for name in ("draft", "accepted"))
-    num_different = 0
-    if not case.temperature:
-        known = answers.setdefault((case, repeat), result["generated_texts"])
-        num_different = sum(one != other for one, other in zip(known, result["generated_texts"], strict=True))
     return Run(
         arm=arm,
         requests=case.requests,
@@ -204,7 +214,7 @@ def measure(settings: Settings, slot: Slot, target: Target, answers: dict[tuple[
         down_bytes_per_token=(after.traffic.down_bytes - before.traffic.down_bytes) / num_tokens,
         server_cpu_s_per_token=(used.get("worker", 0.0) + used.get("engine_core", 0.0)) / num_tokens,
         edge_busy=used["edges"] / result["duration"],
-        num_different=num_different,
+        answers=[] if case.temperature else [digest(text) for text in result["generated_texts"]],
     )
 
 
@@ -249,7 +259,6 @@ def measure_all(kept: Kept, slots: Sequence[Slot], path: Path, stack: ExitStack)
     with console.status(f"Starting {len(arms)} servers (minutes) ..."):
         targets = launch(kept.settings, arms, stack)
     psutil.Process().cpu_affinity([EDGE_CORE])
-    answers: dict[tuple[Case, int], list[str]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task("measuring", total=len(slots))
@@ -258,11 +267,10 @@ def measure_all(kept: Kept, slots: Sequence[Slot], path: Path, stack: ExitStack)
             at = f", RTT {rtt_ms:g} ms" if rtt_ms is not None else ""
             title = f"{case.requests} requests, {case.kind}, T {case.temperature:g}: {arm}{at}"
             progress.update(task, description=title, refresh=True)
-            run = measure(kept.settings, slot, targets[arm], answers)
+            run = measure(kept.settings, slot, targets[arm])
             kept.runs.append(run)
             kept.save(path)
-            different = f", {run.num_different} ANSWERS DIFFER" if run.num_different else ""
-            progress.console.print(f"{title}: {run.tokens_per_s:.1f} tok/s{different}", markup=False)
+            progress.console.print(f"{title}: {run.tokens_per_s:.1f} tok/s", markup=False)
             progress.advance(task)
 
 
@@ -301,9 +309,9 @@ def main(
     print(table(kept.runs, prices), *break_evens(kept.runs), sep="\n")
     for made in draw(kept.runs, path):
         console.print(f"drawn: {made}", markup=False)
-    num_different = sum(run.num_different for run in kept.runs)
-    print(f"{num_different} greedy answers are not the first arm's. All runs are in {path.name}.")
-    if num_different:
+    different = num_different(kept.runs)
+    print(f"{different} greedy answers are not the first arm's. All runs are in {path.name}.")
+    if different:
         sys.exit(1)
 
 

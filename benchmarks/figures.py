@@ -3,6 +3,7 @@
 Rule: every ratio is to the runs of the compared arm for the same case in the same repeat, for machines drift.
 """
 
+import hashlib
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -61,8 +62,8 @@ class Run:
     """Of worker and engine core."""
     edge_busy: float
     """Of one core."""
-    num_different: int
-    """Greedy answers that are not those of the first arm asked in this session."""
+    answers: list[str]
+    """A digest of each; none where they are sampled."""
 
     @property
     def case(self) -> Case:
@@ -79,6 +80,20 @@ class Prices:
     def tokens_per_dollar(self, tokens_per_s: float, num_edges: int) -> float:
         """The paper's cost efficiency: of a server and its edges."""
         return tokens_per_s * 3600 / (self.server + num_edges * self.edge)
+
+
+def digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def num_different(runs: Iterable[Run]) -> int:
+    """Greedy answers that are not those of the first run of the same case and repeat."""
+    first: dict[tuple[Case, int], list[str]] = {}
+    return sum(
+        one != other
+        for run in runs
+        for one, other in zip(first.setdefault((run.case, run.repeat), run.answers), run.answers, strict=True)
+    )
 
 
 class Ratio(NamedTuple):
@@ -114,6 +129,12 @@ def ratio(own: Sequence[Run], others: Sequence[Run], name: str = "tokens_per_s")
         if beside:
             values.append(getattr(run, name) / statistics.fmean(beside))
     return Ratio(statistics.median(values), min(values), max(values)) if values else None
+
+
+def capacity(own: Sequence[Run], vanilla: Sequence[Run]) -> str:
+    """Tokens that a second of the server's time makes, times plain vLLM's: so many more users on the same server."""
+    load = ratio(own, vanilla, "server_cpu_s_per_token")
+    return f"{1 / load.median:.2f}" if load else ""
 
 
 def break_even_ms(points: Sequence[tuple[float, float]]) -> float | None:
@@ -152,6 +173,7 @@ HEADER = (
     "verified/acc.",
     "B/tok up/down",
     "CPU ms/tok",
+    "capacity",
     "edge busy",
     "tok/$",
 )
@@ -189,6 +211,7 @@ def line(own: Sequence[Run], vanilla: Sequence[Run], prices: Prices) -> list[str
         shown(own, "verified_per_accepted"),
         f"{middle(own, 'up_bytes_per_token'):.1f} / {middle(own, 'down_bytes_per_token'):.1f}" if is_remote else "",
         f"{1e3 * middle(own, 'server_cpu_s_per_token'):.0f}",
+        capacity(own, vanilla),
         f"{middle(own, 'edge_busy'):.0%}" if is_remote else "",
         f"{prices.tokens_per_dollar(tokens_per_s, int(is_remote)):,.0f}",
     ]

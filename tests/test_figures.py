@@ -1,5 +1,7 @@
 """What `make bench` computes from its runs: benchmarks/figures.py, and its prompts."""
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.figures import (
@@ -13,6 +15,9 @@ from benchmarks.figures import (
     Run,
     break_even_ms,
     break_evens,
+    capacity,
+    digest,
+    num_different,
     of,
     ratio,
     table,
@@ -44,7 +49,7 @@ def run(arm: str, tokens_per_s: float, rtt_ms: float | None = None, repeat: int 
         down_bytes_per_token=10.0,
         server_cpu_s_per_token=0.02,
         edge_busy=0.25,
-        num_different=0,
+        answers=["a", "b"],
     )
 
 
@@ -102,3 +107,19 @@ def test_no_prompt_comes_twice_and_later_ones_go_on_from_earlier(kind: str) -> N
     made = prompts(kind, 40)
     assert len(set(made)) == 40
     assert prompts(kind, 20, first=20) == made[20:]
+
+
+def test_answers_are_compared_with_the_first_of_their_case_and_repeat() -> None:
+    first, other = run(VANILLA, 10.0), run(NGRAM, 10.0)
+    again = run(OURS, 10.0, 20.0, repeat=1)
+    assert num_different([first, other, again]) == 0
+    assert num_different([first, replace(other, answers=["a", "c"]), replace(again, answers=["x", "y"])]) == 1
+    assert num_different([replace(first, answers=[]), replace(other, answers=[])]) == 0
+    assert digest("a") != digest("b")
+
+
+def test_capacity_is_what_a_second_of_the_server_makes() -> None:
+    vanilla = [run(VANILLA, 10.0)]
+    own = [replace(run(OURS, 10.0, 20.0), server_cpu_s_per_token=vanilla[0].server_cpu_s_per_token / 2)]
+    assert capacity(own, vanilla) == "2.00"
+    assert capacity(own, []) == ""

@@ -16,6 +16,7 @@ from vllm_specedge.estimates import Smoothed
 from vllm_specedge.policy import (
     BUDGET_MODES,
     CAUTION,
+    FAST,
     HOLDING_MODES,
     MODES,
     PROBE_PART,
@@ -245,10 +246,24 @@ def test_drafts_stay_within_every_bound(situation: Situation) -> None:
 
 @given(situations(limits=limits_of_any_kind.filter(lambda limits: limits.mode in BUDGET_MODES)))
 def test_a_step_with_drafts_takes_no_longer_than_it_may_with_the_wait_before_it(situation: Situation) -> None:
-    num_verified = sum(situation.decide().lengths.values())
-    if num_verified and is_known(situation.cost):
-        longest_s = min(situation.step_s() * situation.limits.max_stretch, situation.load.step_limit_s)
-        assert situation.waited_s + situation.step_s(num_verified) <= longest_s * (1 + EPSILON)
+    lengths = situation.decide().lengths
+    if not lengths or not is_known(situation.cost):
+        return
+    step_s = situation.step_s(sum(lengths.values()))
+    took_s, load = situation.waited_s + step_s, situation.load
+    assert took_s <= load.step_limit_s * (1 + EPSILON)
+    made = situation.num_rows + load.prefill
+    rate = (made + sum(situation.survivals(lengths))) / took_s
+    is_fast = rate >= FAST * made / situation.step_s() * (1 - EPSILON)
+    assert is_fast or took_s <= situation.step_s() * situation.limits.max_stretch * (1 + EPSILON)
+
+
+def test_a_step_may_be_long_that_makes_tokens_come_twice_as_fast() -> None:
+    """Each draft token makes the step an eighth longer; eight of them twice as long."""
+    cost, limits = convex_cost(STEP_S, {1: STEP_S / 8}), HoldLimits(max_stretch=1.26)
+    for right, num_verified in ((1.0, 8), (0.75, 2)):
+        rows = [Candidate("r", 0, 0.0, 0, survivals_of(*[right] * 8))]
+        assert decide(rows, NOTHING_ELSE, cost, 1.0, limits, 0.0).lengths == {"r": num_verified}
 
 
 @given(situations(limits=limits_of_any_kind.filter(lambda limits: limits.mode in BUDGET_MODES)))
@@ -603,8 +618,9 @@ def test_a_wait_and_the_step_that_verifies_what_it_brought_take_no_longer_togeth
     expected = awaited(record(deviation_s=0.001), acceptance_of(0.6), 0.0, 8, limits)
     now_s = decide(one(expected), NOTHING_ELSE, cost, 1.0, limits, 0.0).wait_until_s
     assert now_s is not None
-    rows = [replace(row, waited_s=now_s) for row in one(None, survivals_of(*[0.99] * 8))]
+    rows = [replace(row, waited_s=now_s) for row in one(None, survivals_of(0.6, *[0.3] * 7))]
     lengths = decide(rows, NOTHING_ELSE, cost, 1.0, limits, now_s).lengths
+    assert lengths
     assert now_s + cost(1, 1 + sum(lengths.values()), 0) <= 1.3 * cost(1, 1, 0) * (1 + EPSILON)
 
 
@@ -618,10 +634,12 @@ def test_a_wait_leaves_time_to_verify_a_token_of_what_it_brings(token_s: float, 
 
 
 def test_who_has_waited_too_long_already_gets_a_plain_step() -> None:
-    cost, limits = convex_cost(STEP_S, {1: STEP_S / 20}), HoldLimits(max_stretch=1.151)
+    cost, load = convex_cost(STEP_S, {1: STEP_S / 20}), Load(step_limit_s=1.151 * STEP_S)
     for waited, num_verified in ((0.0, 3), (0.06, 1), (0.12, 0), (9.0, 0)):
         rows = [replace(row, waited_s=waited * STEP_S) for row in one(None, survivals_of(*[1.0] * 8))]
-        assert sum(decide(rows, NOTHING_ELSE, cost, 1.0, limits, 0.0).lengths.values()) == num_verified
+        assert sum(decide(rows, load, cost, 1.0, LIMITS, 0.0).lengths.values()) == num_verified
+        decision = decide(rows, NOTHING_ELSE, cost, 1.0, HoldLimits(max_stretch=1.151), 0.0)
+        assert bool(decision.lengths) == (waited < 9.0), "the wait counts where a step is long because it is fast"
 
 
 waits = st.builds(

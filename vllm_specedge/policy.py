@@ -31,6 +31,8 @@ CAUTION = 1.15
 """What verifying takes counts as so many times as long: much of the work around it is done in no step (the gateway's,
 the edges' on a shared machine), and of many estimates the best ones are the luckiest. Where drafts just about pay, they
 then are left out, and what is lost by that is small; without it that is where a server gets slower."""
+FAST = 2.0
+"""So many times the tokens per second of a plain step make up for chunks that come after longer pauses."""
 PROBE_PART = 8
 """A probe verifies one draft token for so many requests."""
 
@@ -56,7 +58,8 @@ class HoldLimits:
     max_slowdown: float = 1.15
     """Nobody's tokens may come slower by more than this because of drafts, its own or others'."""
     max_stretch: float = 1.5
-    """No step may take more than so many times what it takes without drafts, the wait before it included."""
+    """No step may take more than so many times what it takes without drafts, the wait before it included, unless it
+    gives tokens FAST times as fast."""
 
 
 @dataclass(slots=True)
@@ -238,7 +241,7 @@ def _longest_s(rows: Sequence[Candidate], load: Load, step_s: float, limits: Hol
     tokens sooner all the same; the others are to have theirs no later than `max_slowdown` allows.
     """
     slowest = 1.0 if load.num_others else max(1.0, min((row.pace for row in rows), default=inf))
-    return min(step_s * min(limits.max_stretch, limits.max_slowdown * slowest), load.step_limit_s)
+    return min(step_s * limits.max_slowdown * slowest, load.step_limit_s)
 
 
 def _best(
@@ -257,6 +260,7 @@ def _best(
     if load.probe is Probe.PLAIN:
         return 0
     waited_s = max(row.waited_s for row in rows)
+    stretch_s = step_s * limits.max_stretch - waited_s
     verifying_s = cost.verifying_s(num_rows)
     growth_s = [verifying_s + growth for growth in cost.growth(size, len(tokens))]
     best = len(tokens)
@@ -265,16 +269,25 @@ def _best(
         verified = {index for _, index, _ in tokens[:best]}
         plain = [row for index, row in enumerate(rows) if index not in verified]
         longest_s = _longest_s(plain, load, step_s, limits) - waited_s
-        number = _scan(tokens[:best], growth_s, size, step_s, longest_s)
+        number = _scan(tokens[:best], growth_s, size, step_s, longest_s, stretch_s, waited_s)
         if not number and load.probe is Probe.VERIFY:
-            number = sum(step_s + growth <= longest_s for growth in growth_s[: max(1, num_rows // PROBE_PART)])
+            most_s = min(longest_s, stretch_s) - step_s
+            number = sum(growth <= most_s for growth in growth_s[: max(1, num_rows // PROBE_PART)])
         if number in (0, best) or step_s + growth_s[number - 1] <= _longest_s(rows, load, step_s, limits) - waited_s:
             return number
         best = number
     return 0
 
 
-def _scan(tokens: Sequence[_Token], growth_s: Sequence[float], size: int, step_s: float, longest_s: float) -> int:
+def _scan(
+    tokens: Sequence[_Token],
+    growth_s: Sequence[float],
+    size: int,
+    step_s: float,
+    longest_s: float,
+    stretch_s: float,
+    waited_s: float,
+) -> int:
     # Tokens of prompts count as made: else they would make drafts look cheap, whose time they pay for.
     best, best_rate, expected = 0, size / step_s, float(size)
     for number, (growth, token) in enumerate(zip(growth_s, tokens, strict=False), 1):
@@ -282,6 +295,8 @@ def _scan(tokens: Sequence[_Token], growth_s: Sequence[float], size: int, step_s
         if step_s + growth > longest_s:
             break
         total_s = step_s + CAUTION * growth
+        if step_s + growth > stretch_s and expected * step_s < FAST * size * (waited_s + total_s):
+            continue
         if expected > best_rate * total_s * (1 + 1e-9):
             best, best_rate = number, expected / total_s
     return best
@@ -342,7 +357,7 @@ def _hold(
     prices = _prices(rows, waiting, load, cost, speedup, sum(decision.lengths.values()))
     if prices is None:
         return
-    longest_s = _longest_s(rows, load, prices.step_s, limits)
+    longest_s = min(_longest_s(rows, load, prices.step_s, limits), prices.step_s * limits.max_stretch)
     decision.wait_until_s = _wait(rows, waiting, prices, longest_s, limits, now_s)
     if decision.wait_until_s is not None:
         decision.holds = dict.fromkeys((row.key for row in rows), decision.wait_until_s)
