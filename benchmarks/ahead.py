@@ -205,20 +205,39 @@ def free_ports(count: int) -> list[int]:
 
 
 def launch(plan: Plan, stack: ExitStack) -> dict[str, Target]:
-    """Start the servers that the arms need, all at once; returns them by name when all are healthy."""
+    """Start the servers that the arms need; returns them by name when all are healthy."""
     options = {arm.server: arm.options for arm in plan.chosen()}
-    targets = {}
-    ports = free_ports(2 * len(options))
-    for name, own in options.items():
+
+    def speculation(name: str, gateway_port: int) -> dict[str, object] | None:
+        own = options[name]
+        edge = {"method": "edge", "num_speculative_tokens": plan.k, "listen": f"127.0.0.1:{gateway_port}"}
+        return edge | own if own is not None else None
+
+    arguments = ["--max-model-len", "2048", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(KV_BYTES)]
+    return launch_all(list(options), speculation, arguments, LOGS, stack)
+
+
+def launch_all(
+    names: Sequence[str],
+    speculation: Callable[[str, int], dict[str, object] | None],
+    arguments: Sequence[str],
+    logs: Path,
+    stack: ExitStack,
+    env: dict[str, str] | None = None,
+) -> dict[str, Target]:
+    """Start a server for each name, all at once; returns them when all are healthy.
+
+    `speculation`: the --speculative-config of a server, with the port of its gateway.
+    """
+    targets, ports = {}, free_ports(2 * len(names))
+    for name in names:
         port, gateway_port = ports.pop(), ports.pop()
-        arguments = ["--max-model-len", "2048", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(KV_BYTES)]
-        if own is not None:
-            edge = {"method": "edge", "num_speculative_tokens": plan.k, "listen": f"127.0.0.1:{gateway_port}"}
-            arguments += ["--speculative-config", json.dumps(edge | own)]
-        log = LOGS / f"{name}.log"
-        server = start_server(CACHE / MODEL_NAME, log, port, *arguments, gateway_port=gateway_port)
+        config = speculation(name, gateway_port)
+        own = ["--speculative-config", json.dumps(config)] if config is not None else []
+        log = logs / f"{name.replace(', ', '-').replace(' ', '-')}.log"
+        server = start_server(CACHE / MODEL_NAME, log, port, *arguments, *own, gateway_port=gateway_port, env=env)
         stack.callback(server.process.stop)
-        targets[name] = Target(server, own is not None)
+        targets[name] = Target(server, has_gateway=config is not None and config["method"] == "edge")
         stack.callback(targets[name].http.close)
     for target in targets.values():
         wait_for_start(target.server, len(targets))

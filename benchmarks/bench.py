@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 import psutil
 import typer
-from ahead import Target, free_ports, wait_for_start
+from ahead import Target, launch_all
 from figures import (
     ARMS,
     DRAFT_MODEL,
@@ -47,7 +47,7 @@ from plots import draw
 from prompts import KINDS, MIXED, prompts
 from relay import Relay
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from stack import EDGE_CORE, MODEL_NAME, StackError, edge_client, start_server
+from stack import EDGE_CORE, MODEL_NAME, StackError, edge_client
 from vllm.benchmarks.datasets import SampleRequest
 from vllm.benchmarks.serve import TaskType, benchmark
 
@@ -114,21 +114,8 @@ def chosen_cases(requests: Sequence[int], kinds: Sequence[str], is_quick: bool) 
 
 
 def launch(settings: Settings, arms: Sequence[str], stack: ExitStack) -> dict[str, Target]:
-    targets, ports = {}, free_ports(2 * len(arms))
-    for arm in arms:
-        port, gateway_port = ports.pop(), ports.pop()
-        arguments = ["--max-model-len", "2048", "--max-num-seqs", str(MAX_SEQS)]
-        arguments += ["--kv-cache-memory-bytes", str(KV_BYTES)]
-        config = settings.speculation(arm, gateway_port)
-        if config is not None:
-            arguments += ["--speculative-config", json.dumps(config)]
-        server = start_server(CACHE / MODEL_NAME, LOGS / f"{arm}.log", port, *arguments, gateway_port=gateway_port)
-        stack.callback(server.process.stop)
-        targets[arm] = Target(server, has_gateway=arm in REMOTE)
-        stack.callback(targets[arm].http.close)
-    for target in targets.values():
-        wait_for_start(target.server, len(targets))
-    return targets
+    arguments = ["--max-model-len", "2048", "--max-num-seqs", str(MAX_SEQS), "--kv-cache-memory-bytes", str(KV_BYTES)]
+    return launch_all(arms, settings.speculation, arguments, LOGS, stack)
 
 
 @contextmanager

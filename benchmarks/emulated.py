@@ -25,12 +25,12 @@ from typing import Annotated
 
 import httpx2 as httpx
 import typer
-from ahead import Target, check, free_ports, wait_for_start
+from ahead import Target, check, launch_all
 from emulation import SERVER_VARIABLE, SLOWER_VARIABLE, target
 from grid import CACHE, RESULTS, Edges, circumstances, console, core_shares, usage
 from relay import Relay
 from replay import Recording, write_recordings
-from stack import MODEL_NAME, StackError, start, start_server, wait_for
+from stack import MODEL_NAME, StackError, start, wait_for
 from streams import Answer, ask_all, decoding, duration_s
 from verdicts import bin_of, pooled, quantiles_ms
 
@@ -100,26 +100,19 @@ class Run:
 
 
 def launch(load: Load, stack: ExitStack) -> dict[str, Target]:
-    targets, ports = {}, free_ports(2 * len(ARMS))
     env = {SERVER_VARIABLE: load.server, SLOWER_VARIABLE: str(load.slower)}
     env |= {"PYTHONPATH": str(Path(__file__).parent), "VLLM_SERVER_DEV_MODE": "1"}
-    for arm in ARMS:
-        port, gateway_port = ports.pop(), ports.pop()
-        arguments = ["--worker-cls", "emulated_worker.EmulatedWorker", "--max-model-len", "2048"]
-        arguments += ["--max-num-seqs", str(load.requests), "--max-num-batched-tokens", str(STEP_TOKENS)]
-        arguments += ["--kv-cache-memory-bytes", str(KV_BYTES)]
-        if arm in MODES:
-            config = {"method": "edge", "num_speculative_tokens": load.k, "listen": f"127.0.0.1:{gateway_port}"}
-            config |= {"mode": MODES[arm], "ngram": False, "max_edges": max(256, load.edges)}
-            arguments += ["--speculative-config", json.dumps(config)]
-        log = LOGS / f"{arm.replace(', ', '-').replace(' ', '-')}.log"
-        server = start_server(CACHE / MODEL_NAME, log, port, *arguments, gateway_port=gateway_port, env=env)
-        stack.callback(server.process.stop)
-        targets[arm] = Target(server, has_gateway=arm in MODES)
-        stack.callback(targets[arm].http.close)
-    for each in targets.values():
-        wait_for_start(each.server, len(targets))
-    return targets
+    arguments = ["--worker-cls", "emulated_worker.EmulatedWorker", "--max-model-len", "2048"]
+    arguments += ["--max-num-seqs", str(load.requests), "--max-num-batched-tokens", str(STEP_TOKENS)]
+    arguments += ["--kv-cache-memory-bytes", str(KV_BYTES)]
+
+    def speculation(arm: str, gateway_port: int) -> dict[str, object] | None:
+        if arm not in MODES:
+            return None
+        config = {"method": "edge", "num_speculative_tokens": load.k, "listen": f"127.0.0.1:{gateway_port}"}
+        return config | {"mode": MODES[arm], "ngram": False, "max_edges": max(256, load.edges)}
+
+    return launch_all(ARMS, speculation, arguments, LOGS, stack, env)
 
 
 @contextmanager

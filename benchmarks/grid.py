@@ -30,12 +30,12 @@ from typing import Annotated
 import httpx2 as httpx
 import psutil
 import typer
-from ahead import QUESTIONS, Target, check, free_ports, prompt_of, wait_for_start
+from ahead import QUESTIONS, Target, check, launch_all, prompt_of
 from relay import Relay, Traffic
 from replay import Accuracy, Recording, write_recordings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from stack import EDGE_CORE, MODEL_NAME, Process, StackError, start, start_server, wait_for
+from stack import EDGE_CORE, MODEL_NAME, Process, StackError, start, wait_for
 from streams import Answer, ask_all, decoding, duration_s
 from verdicts import (
     DEAD,
@@ -154,22 +154,8 @@ class Kept:
 
 def launch(settings: Settings, stack: ExitStack) -> dict[str, Target]:
     """Start the three servers at once; returns them by arm when all are healthy."""
-    targets = {}
-    ports = free_ports(6)
-    for arm in (VANILLA, NGRAM, OURS):
-        port, gateway_port = ports.pop(), ports.pop()
-        arguments = ["--max-model-len", "2048", "--max-num-seqs", str(MAX_SEQS)]
-        arguments += ["--kv-cache-memory-bytes", str(KV_BYTES)]
-        config = settings.speculation(arm, gateway_port)
-        if config is not None:
-            arguments += ["--speculative-config", json.dumps(config)]
-        server = start_server(CACHE / MODEL_NAME, LOGS / f"{arm}.log", port, *arguments, gateway_port=gateway_port)
-        stack.callback(server.process.stop)
-        targets[arm] = Target(server, has_gateway=arm == OURS)
-        stack.callback(targets[arm].http.close)
-    for target in targets.values():
-        wait_for_start(target.server, len(targets))
-    return targets
+    arguments = ["--max-model-len", "2048", "--max-num-seqs", str(MAX_SEQS), "--kv-cache-memory-bytes", str(KV_BYTES)]
+    return launch_all((VANILLA, NGRAM, OURS), settings.speculation, arguments, LOGS, stack)
 
 
 @dataclass(frozen=True)

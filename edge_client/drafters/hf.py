@@ -15,6 +15,7 @@ from edge_client.drafters.passes import candidates, tree_bias
 from vllm_specedge.errors import UserError
 from vllm_specedge.fingerprint import vocabulary_fingerprint
 
+UNLIMITED = 1 << 20
 TREE_WIDTHS = {"cuda": 16, "mps": 16, "cpu": 4}
 """By device: how many entries a pass takes at most."""
 PROBED = 8
@@ -84,7 +85,8 @@ class HfDrafter:
         self._model = model
         self._kept = None if kept is None else torch.tensor(kept, device=model.device)
         self.fingerprint = fingerprint
-        self.max_context_tokens = int(model.config.max_position_embeddings)
+        # Models that see distances and no positions, such as Bloom, name no limit.
+        self.max_context_tokens = int(getattr(model.config, "max_position_embeddings", UNLIMITED))
         self.description = f"{name} on {model.device}, {str(model.dtype).removeprefix('torch.')}"
         if kept is not None:
             rows = model.get_output_embeddings().weight[self._kept]

@@ -64,7 +64,7 @@ TINY = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attent
         (Qwen3Config(**TINY, intermediate_size=64, num_key_value_heads=2, head_dim=8), 4),
         (GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0), 4),
         (MistralConfig(**TINY, intermediate_size=64, num_key_value_heads=2, sliding_window=16), 1),
-        (BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4, max_position_embeddings=64), 1),
+        (BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4), 1),
     ],
     ids=["plain", "learned positions", "sliding window", "distances in the mask"],
 )

@@ -91,6 +91,7 @@ def test_wrong_options_end_the_parsing_with_a_sentence(
         ({"pipeline_parallel_size": 2}, "--tensor-parallel-size"),
         ({"scheduler_cls": "mine.Scheduler"}, "--scheduler-cls"),
         ({"spec_model": "small"}, "--draft"),
+        ({"distributed_executor_backend": "external_launcher"}, "external_launcher"),
         ({"spec_tokens": 500}, "must be 1 to 128"),
         ({"speculative_config": {"method": "edge", "num_speculative_tokens": 3}, "spec_tokens": 4}, "once"),
     ],

@@ -83,6 +83,10 @@ def _check_args(args: Any, num_tokens: int | None) -> None:
         raise UserError("Edge drafting needs synchronous scheduling: leave --async-scheduling out.")
     if args.pipeline_parallel_size > 1:
         raise UserError("Edge drafting does not work with pipeline parallelism: use --tensor-parallel-size instead.")
+    if (
+        args.distributed_executor_backend == "external_launcher"
+    ):  # every rank would have an engine, and edges of its own
+        raise UserError("Edge drafting does not work with external_launcher: leave --distributed-executor-backend out.")
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         raise UserError("Edge drafting needs vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER.")
 
