@@ -46,6 +46,7 @@ from vllm_specedge.frames import (
     pack_tokens,
     unpack_tokens,
 )
+from vllm_specedge.gateway import MAX_BYTES_PER_S
 from vllm_specedge.link import EngineLink
 from vllm_specedge.policy import HoldLimits
 from vllm_specedge.supervisor import GatewayProcess
@@ -431,6 +432,55 @@ def test_tokens_and_tls(tmp_path: Path) -> None:
         log = gateway.process.log.read_text()
     assert pool not in log
     assert private not in log
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[tuple[Running, TokenFile, str]]:
+    """A gateway with an engine, its tokens, and one for a single edge."""
+    tokens = TokenFile(tmp_path / "tokens.json")
+    token = tokens.issue("one", "pool", max_edges=1)
+    with running_gateway(tmp_path, "--tokens-file", str(tokens.path)) as gateway:
+        engine = Engine(gateway.endpoint)
+        wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
+        yield gateway, tokens, token
+        engine.link.stop()
+
+
+def test_a_token_serves_so_many_edges_at_once(guarded: tuple[Running, TokenFile, str]) -> None:
+    gateway, _, token = guarded
+    with edge_in_thread(EdgeClient(Gateway(gateway.url, token), NgramDrafter(), "edge")):
+        error = refused(gateway.url, hello(), token)
+        assert isinstance(error, LinkError)  # it may come back
+        assert "429" in str(error)
+    with edge_in_thread(EdgeClient(Gateway(gateway.url, token), NgramDrafter(), "edge")):
+        pass
+
+
+def test_a_revoked_token_ends_the_edge_that_uses_it(guarded: tuple[Running, TokenFile, str]) -> None:
+    gateway, tokens, token = guarded
+    client = EdgeClient(Gateway(gateway.url, token), NgramDrafter(), "edge")
+    client.on_change = lambda: tokens.revoke("one") if client.state == "connected" else None
+
+    async def run() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await client.run(DEADLINE_S)
+
+    with pytest.raises(UserError, match="refused this token"):
+        asyncio.run(run())
+    assert tokens.records() == []
+
+
+def test_whoever_sends_too_many_bytes_is_closed(gateway: Running, engine: Engine) -> None:
+    del engine
+
+    def flood(frame: Frame) -> None:
+        if isinstance(frame, Welcome):
+            for _ in range(MAX_BYTES_PER_S // 2000):
+                link.send(Propose(0, 0, (MAX_UINT32,) * 1000))
+
+    link = Link(Gateway(gateway.url), hello(), flood)
+    with pytest.raises(UserError, match="KiB a second"):
+        asyncio.run(until_closed(link))
 
 
 def test_an_edge_without_an_engine_may_come_back(tmp_path: Path) -> None:

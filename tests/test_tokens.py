@@ -12,31 +12,37 @@ def tokens(tmp_path: Path) -> TokenFile:
     return TokenFile(tmp_path / "new" / "tokens.json")
 
 
+def roles(tokens: TokenFile, token: str) -> frozenset[str]:
+    record = tokens.find(token, 0.0)
+    assert record is not None
+    return record.roles
+
+
 def test_a_token_allows_its_role_and_private(tokens: TokenFile) -> None:
     pool, private = tokens.issue("one", "pool"), tokens.issue("two", "private")
-    assert tokens.roles(pool, 0.0) == {"pool", "private"}
-    assert tokens.roles(private, 0.0) == {"private"}
+    assert roles(tokens, pool) == {"pool", "private"}
+    assert roles(tokens, private) == {"private"}
     assert pool != private
 
 
 @pytest.mark.parametrize("token", ["", "se-", "se-x", "é"])
 def test_an_unknown_token_allows_nothing(tokens: TokenFile, token: str) -> None:
     issued = tokens.issue("one", "pool")
-    assert tokens.roles(token, 0.0) == frozenset()
-    assert tokens.roles(issued + "x", 0.0) == tokens.roles(issued[:-1], 0.0) == frozenset()
+    for wrong in (token, issued + "x", issued[:-1]):
+        assert tokens.find(wrong, 0.0) is None
 
 
 def test_a_token_ends_at_its_time(tokens: TokenFile) -> None:
     token = tokens.issue("one", "pool", expires_s=100.0)
-    assert tokens.roles(token, 99.9)
-    assert not tokens.roles(token, 100.0)
+    assert tokens.find(token, 99.9)
+    assert not tokens.find(token, 100.0)
 
 
 def test_a_revoked_token_allows_nothing_and_others_stay(tokens: TokenFile) -> None:
     one, two = tokens.issue("one", "pool"), tokens.issue("two", "pool")
     tokens.revoke("one")
-    assert not tokens.roles(one, 0.0)
-    assert tokens.roles(two, 0.0)
+    assert not tokens.find(one, 0.0)
+    assert tokens.find(two, 0.0)
     tokens.issue("one", "private")
 
 
@@ -68,7 +74,7 @@ def test_a_broken_file_is_one_sentence(tokens: TokenFile, text: str) -> None:
     tokens.path.parent.mkdir()
     tokens.path.write_text(text)
     with pytest.raises(UserError, match="cannot be read"):
-        tokens.roles("se-x", 0.0)
+        tokens.find("se-x", 0.0)
 
 
 def test_a_file_that_is_not_there_is_one_sentence(tokens: TokenFile) -> None:
@@ -79,4 +85,10 @@ def test_a_file_that_is_not_there_is_one_sentence(tokens: TokenFile) -> None:
 def test_a_record_is_plain_json(tokens: TokenFile) -> None:
     tokens.issue("one", "pool", 5.0)
     [entry] = json.loads(tokens.path.read_text())
-    assert {**entry, "sha256": ""} == {"name": "one", "role": "pool", "sha256": "", "expires_s": 5.0}
+    assert {**entry, "sha256": ""} == {"name": "one", "role": "pool", "sha256": "", "expires_s": 5.0, "max_edges": 0}
+
+
+def test_a_file_of_an_earlier_release_is_read(tokens: TokenFile) -> None:
+    tokens.path.parent.mkdir()
+    tokens.path.write_text('[{"name": "one", "role": "pool", "sha256": "00", "expires_s": 0.0}]')
+    assert tokens.records()[0].max_edges == 0

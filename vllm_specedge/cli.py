@@ -154,26 +154,28 @@ def issue(
         str, typer.Option(help="pool: drafts for anyone; private: only for requests that name it.")
     ] = "pool",
     days: Annotated[float, typer.Option(help="Valid for so long; 0: for ever.")] = 0.0,
+    max_edges: Annotated[int, typer.Option(help="Edges at once that may use it; 0: any number.", min=0)] = 0,
     tokens_file: TokensFile = DEFAULT_TOKENS_FILE,
 ) -> None:
     """Make a token and print it, once."""
-    typer.echo(TokenFile(tokens_file).issue(name, role, time.time() + days * 86400 if days else 0.0))
+    expires_s = time.time() + days * 86400 if days else 0.0
+    typer.echo(TokenFile(tokens_file).issue(name, role, expires_s, max_edges))
     typer.echo(f"Written to {tokens_file}: name it to the server as its tokens_file.", err=True)
 
 
 @token_app.command("list")
 def list_tokens(tokens_file: TokensFile = DEFAULT_TOKENS_FILE) -> None:
     """Show the tokens there are, not their secrets."""
-    table = Table("name", "role", "expires")
+    table = Table("name", "role", "expires", "edges")
     for record in TokenFile(tokens_file).records():
         expires = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.expires_s)) if record.expires_s else "never"
-        table.add_row(record.name, record.role, expires)
+        table.add_row(record.name, record.role, expires, str(record.max_edges or "any"))
     Console().print(table)
 
 
 @token_app.command()
 def revoke(name: str, tokens_file: TokensFile = DEFAULT_TOKENS_FILE) -> None:
-    """Take a token back: no edge can connect with it any more."""
+    """Take a token back: edges that use it are closed within seconds, and none can connect with it any more."""
     TokenFile(tokens_file).revoke(name)
 
 

@@ -44,7 +44,7 @@ from vllm_specedge.metrics import RequestHistograms, RouterCollector, report_row
 from vllm_specedge.preflight import check_start
 from vllm_specedge.router import ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.session import Role, Session, State
-from vllm_specedge.tokens import TokenFile
+from vllm_specedge.tokens import TokenFile, TokenRecord
 
 logger = logging.getLogger("vllm_specedge.gateway")
 
@@ -52,6 +52,8 @@ MAX_QUEUED_BYTES = 8 << 20
 """An edge that lets more than this pile up is closed: the longest context fits, at 5 bytes a token."""
 MAX_FRAMES_PER_S = 2000
 """An edge that sends more is closed: 32 requests at 30 steps a second need half of it."""
+MAX_BYTES_PER_S = 1 << 20
+"""The same: a proposal has some 40 bytes."""
 MAX_HANDSHAKE_S = 10.0
 STOP_S = 1.0
 FLUSH_S = 0.1
@@ -67,19 +69,25 @@ class Connection:
 
     id: int
     key: str
-    roles: frozenset[str]
+    token: TokenRecord | None
+    """What it came with; None where the gateway asks for none."""
     connected_s: float
     heard_s: float
     session: Session = field(default_factory=lambda: Session(Role.GATEWAY))
     outbox: deque[bytes] = field(default_factory=deque)
     queued_bytes: int = 0
     num_frames: int = 0
+    num_bytes: int = 0
     """Heard since the last tick of the watch."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     has_uplink: bool = False
     downlink: "asyncio.Task[object] | None" = None
     uplink: "asyncio.Task[object] | None" = None
     closed_s: float | None = None
+
+    @property
+    def roles(self) -> frozenset[str]:
+        return self.token.roles if self.token is not None else frozenset(ROLES)
 
 
 class Gateway:
@@ -110,25 +118,30 @@ class Gateway:
 
     # -- edges -----------------------------------------------------------------------------------------------------
 
-    def authorize(self, header: str | None) -> frozenset[str]:
-        """The roles that an Authorization header allows; none: refuse."""
+    def authorize(self, header: str | None) -> TokenRecord | None:
+        """The token of an Authorization header; None where none is asked for. Raises HTTPException 401, 503."""
         if self._tokens is None:
-            return frozenset(ROLES)
+            return None
         scheme, _, token = (header or "").partition(" ")
-        if scheme.lower() != "bearer":
-            return frozenset()
         try:
-            return self._tokens.roles(token.strip(), time.time())
+            found = self._tokens.find(token.strip(), time.time()) if scheme.lower() == "bearer" else None
         except UserError as error:
             logger.error("%s", error)
             raise HTTPException(503, "The gateway cannot read its tokens.") from None
+        if found is None:
+            raise HTTPException(401, "This gateway needs a valid token.", {"WWW-Authenticate": "Bearer"})
+        return found
 
-    def connect(self, roles: frozenset[str]) -> Connection:
-        """A new downlink, greeted. Raises HTTPException 503 when too many are open."""
+    def connect(self, token: TokenRecord | None) -> Connection:
+        """A new downlink, greeted. Raises HTTPException 503 when too many are open, 429 of this token."""
         if len(self._connections) >= self.router.limits.max_edges + MAX_UNFINISHED_CONNECTIONS:
             raise HTTPException(503, "Too many connections: try again later.")
+        if token is not None and token.max_edges:
+            num_open = sum(each.token == token and each.closed_s is None for each in self._connections.values())
+            if num_open >= token.max_edges:
+                raise HTTPException(429, f"This token has its {token.max_edges} connections.")
         now_s = time.monotonic()
-        connection = Connection(self._next_id, secrets.token_urlsafe(16), roles, now_s, now_s)
+        connection = Connection(self._next_id, secrets.token_urlsafe(16), token, now_s, now_s)
         self._next_id += 1
         self._connections[connection.id] = self._by_key[connection.key] = connection
         self._send(connection, Greet(connection.key, PROTOCOL_VERSION))
@@ -156,6 +169,7 @@ class Gateway:
         connection.uplink = asyncio.current_task()
         try:
             async for chunk in chunks:
+                connection.num_bytes += len(chunk)
                 for frame in connection.session.receive(chunk):
                     connection.heard_s = time.monotonic()
                     self._from_edge(connection, frame)
@@ -181,9 +195,11 @@ class Gateway:
         if connection.closed_s is not None:
             return
         connection.num_frames += 1
-        if connection.num_frames > MAX_FRAMES_PER_S * self._heartbeat_s / 2:
+        tick_s = self._heartbeat_s / 2
+        if connection.num_frames > MAX_FRAMES_PER_S * tick_s or connection.num_bytes > MAX_BYTES_PER_S * tick_s:
             self.router.counters["floods"] += 1
-            self._close(connection, bye(ByeCode.PROTOCOL, f"more than {MAX_FRAMES_PER_S} frames a second"))
+            text = f"more than {MAX_FRAMES_PER_S} frames or {MAX_BYTES_PER_S >> 10} KiB a second"
+            self._close(connection, bye(ByeCode.PROTOCOL, text))
         elif isinstance(frame, Bye):
             self._close(connection, None)
         elif isinstance(frame, Hello):
@@ -297,12 +313,28 @@ class Gateway:
 
     def _watch(self, now_s: float) -> None:
         for connection in list(self._connections.values()):
-            connection.num_frames = 0
+            connection.num_frames = connection.num_bytes = 0
             self._watch_connection(connection, now_s)
+        self._end_revoked()
         for engine, heard_s in list(self._engine_heard_s.items()):
             if now_s - heard_s > ENGINE_DEAD_S:
                 del self._engine_heard_s[engine]
                 self._carry_out(self.router.engine_left(engine))
+
+    def _end_revoked(self) -> None:
+        """Close those whose token was revoked or has expired. Nobody, while the file cannot be read."""
+        if self._tokens is None or not self._connections:
+            return
+        now_s = time.time()
+        try:
+            valid = {record for record in self._tokens.records() if record.is_valid(now_s)}
+        except UserError as error:
+            logger.error("%s", error)
+            return
+        for connection in list(self._connections.values()):
+            if connection.token not in valid and connection.closed_s is None:
+                self.router.counters["revoked"] += 1
+                self._close(connection, bye(ByeCode.GOING_AWAY, "this token is not valid any more"))
 
     def _watch_connection(self, connection: Connection, now_s: float) -> None:
         is_live = connection.session.state is State.LIVE
@@ -320,11 +352,8 @@ def make_app(gateway: Gateway) -> FastAPI:
     """The gateway's HTTP side."""
     app = FastAPI(title="vLLM-SpecEdge gateway", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
-    def authorized(request: Request) -> frozenset[str]:
-        roles = gateway.authorize(request.headers.get("authorization"))
-        if not roles:
-            raise HTTPException(401, "This gateway needs a valid token.", {"WWW-Authenticate": "Bearer"})
-        return roles
+    def authorized(request: Request) -> TokenRecord | None:
+        return gateway.authorize(request.headers.get("authorization"))
 
     @app.get("/edge/v1/down")
     async def down(request: Request) -> StreamingResponse:

@@ -23,6 +23,16 @@ class TokenRecord:
     sha256: str
     expires_s: float
     """Unix time; 0: never."""
+    max_edges: int = 0
+    """Connections at once that may use it; 0: as many as the gateway takes."""
+
+    def is_valid(self, now_s: float) -> bool:
+        """At unix time `now_s`."""
+        return not self.expires_s or now_s < self.expires_s
+
+    @property
+    def roles(self) -> frozenset[str]:
+        return frozenset({self.role, PRIVATE})
 
 
 def _hash(token: str) -> str:
@@ -46,7 +56,7 @@ class TokenFile:
                 "make one with 'vllm-specedge token issue'."
             ) from None
 
-    def issue(self, name: str, role: str, expires_s: float = 0.0) -> str:
+    def issue(self, name: str, role: str, expires_s: float = 0.0, max_edges: int = 0) -> str:
         """Add a token and return it. Raises UserError if the name is taken or the role unknown."""
         if role not in ROLES:
             raise UserError(f"There is no role '{role}': choose {' or '.join(ROLES)}.")
@@ -54,7 +64,7 @@ class TokenFile:
         if any(record.name == name for record in records):
             raise UserError(f"There is a token named '{name}' already: revoke it first or choose another name.")
         token = _PREFIX + secrets.token_urlsafe(32)
-        self._write([*records, TokenRecord(name, role, _hash(token), expires_s)])
+        self._write([*records, TokenRecord(name, role, _hash(token), expires_s, max_edges)])
         return token
 
     def revoke(self, name: str) -> None:
@@ -65,15 +75,13 @@ class TokenFile:
             raise UserError(f"There is no token named '{name}': 'vllm-specedge token list' shows those there are.")
         self._write(left)
 
-    def roles(self, token: str, now_s: float) -> frozenset[str]:
-        """The roles that `token` allows at unix time `now_s`; none if it is unknown or has expired."""
+    def find(self, token: str, now_s: float) -> TokenRecord | None:
+        """The record of `token`; None if it is unknown or has expired at unix time `now_s`."""
         digest, found = _hash(token), None
         for record in self.records():
             if hmac.compare_digest(record.sha256, digest):
                 found = record
-        if found is None or (found.expires_s and found.expires_s <= now_s):
-            return frozenset()
-        return frozenset({found.role, PRIVATE})
+        return found if found is not None and found.is_valid(now_s) else None
 
     def _write(self, records: list[TokenRecord]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
