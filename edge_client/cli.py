@@ -50,6 +50,7 @@ def connect(
     draft: Annotated[str, typer.Option(help="Draft model: a directory, a Hugging Face name, or 'ngram'.")],
     token_file: Annotated[Path | None, typer.Option(help=f"File with your token; or set {TOKEN_VARIABLE}.")] = None,
     ca_file: Annotated[str, typer.Option(help="Trust this certificate authority (PEM).")] = "",
+    cert_file: Annotated[str, typer.Option(help="Your certificate and its key (PEM), if the gateway asks.")] = "",
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Send the token without TLS, beyond this machine.")
     ] = False,
@@ -81,7 +82,7 @@ def connect(
     """Connect to a gateway and draft for it until Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="edge-client: %(message)s", stream=sys.stderr)
     console = Console(stderr=True)
-    gateway = Gateway(url, _token(token_file), ca_file, insecure)
+    gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
     with console.status(f"Loading {draft} ...") if console.is_terminal and not quiet else nullcontext():
         drafter = load_drafter(DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file))
     pace = Pace(uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)

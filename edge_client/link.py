@@ -43,6 +43,8 @@ class Gateway:
     ca_file: str = ""
     insecure: bool = False
     """Show the token without TLS, beyond this machine."""
+    cert_file: str = ""
+    """This edge's own certificate and key (PEM), for gateways that ask for one."""
 
     def client(self) -> httpx.AsyncClient:
         parts = urlsplit(self.url)
@@ -54,6 +56,11 @@ class Gateway:
             context = ssl.create_default_context(cafile=self.ca_file or None)
         except (OSError, ssl.SSLError) as error:
             raise UserError(f"The CA file {self.ca_file} cannot be used: {error}.") from None
+        try:
+            if self.cert_file:
+                context.load_cert_chain(self.cert_file)
+        except (OSError, ssl.SSLError) as error:
+            raise UserError(f"The certificate {self.cert_file} cannot be used: {error}.") from None
         return httpx.AsyncClient(
             base_url=self.url,
             headers=headers,

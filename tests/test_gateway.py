@@ -396,8 +396,8 @@ def test_the_example_client_refuses_token_ids_that_the_gateway_refuses(data: byt
         unpack(data)
 
 
-def test_tokens_and_tls(tmp_path: Path) -> None:
-    authority = trustme.CA()
+def write_certificate(directory: Path, authority: trustme.CA) -> None:
+    """A server's certificate, its key in PKCS#8, and its authority."""
     certificate = authority.issue_cert("localhost")
     key = subprocess.run(
         ["openssl", "pkcs8", "-topk8", "-nocrypt"],
@@ -405,14 +405,21 @@ def test_tokens_and_tls(tmp_path: Path) -> None:
         capture_output=True,
         check=True,
     ).stdout
-    (tmp_path / "key.pem").write_bytes(key)
-    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    (directory / "key.pem").write_bytes(key)
+    certificate.cert_chain_pems[0].write_to_path(directory / "cert.pem")
+    authority.cert_pem.write_to_path(directory / "ca.pem")
+
+
+def tls_options(directory: Path) -> list[str]:
+    return ["--tls-cert", str(directory / "cert.pem"), "--tls-key", str(directory / "key.pem")]
+
+
+def test_tokens_and_tls(tmp_path: Path) -> None:
+    write_certificate(tmp_path, trustme.CA())
     tokens = TokenFile(tmp_path / "tokens.json")
     pool, private = tokens.issue("pool", "pool"), tokens.issue("private", "private")
     expired = tokens.issue("expired", "pool", expires_s=1.0)
-    files = [("tls-cert", "cert.pem"), ("tls-key", "key.pem"), ("tokens-file", "tokens.json")]
-    arguments = [part for name, file in files for part in (f"--{name}", str(tmp_path / file))]
+    arguments = [*tls_options(tmp_path), "--tokens-file", str(tmp_path / "tokens.json")]
     ca = str(tmp_path / "ca.pem")
     with running_gateway(tmp_path, *arguments, verify=ca) as gateway:
         engine = Engine(gateway.endpoint)
@@ -481,6 +488,51 @@ def test_whoever_sends_too_many_bytes_is_closed(gateway: Running, engine: Engine
     link = Link(Gateway(gateway.url), hello(), flood)
     with pytest.raises(UserError, match="KiB a second"):
         asyncio.run(until_closed(link))
+
+
+def test_a_new_certificate_is_taken_up_and_everybody_comes_back(tmp_path: Path) -> None:
+    old, new = trustme.CA(), trustme.CA()
+    write_certificate(tmp_path, old)
+    trusted = tmp_path / "both.pem"
+    trusted.write_bytes(old.cert_pem.bytes() + new.cert_pem.bytes())
+    with running_gateway(tmp_path, *tls_options(tmp_path), verify=str(trusted)) as gateway:
+        engine = Engine(gateway.endpoint)
+        try:
+            with edge_in_thread(EdgeClient(Gateway(gateway.url, ca_file=str(trusted)), NgramDrafter(), "edge")):
+                assert engine.generate("before", 20) > 0
+                write_certificate(tmp_path, new)
+                engine.wait(lambda: engine.book.num_edges == 0)
+                assert engine.generate("after", 20) > 0
+            (tmp_path / "old.pem").write_bytes(old.cert_pem.bytes())
+            assert "certificate" in str(refused(gateway.url, hello(), ca_file=str(tmp_path / "old.pem"))).lower()
+            assert gateway.process.popen.poll() is None
+        finally:
+            engine.link.stop()
+
+
+def test_a_gateway_may_ask_for_the_edge_s_certificate(tmp_path: Path) -> None:
+    write_certificate(tmp_path, trustme.CA())
+    clients = trustme.CA()
+    clients.cert_pem.write_to_path(tmp_path / "clients.pem")
+    for name, authority in (("mine", clients), ("other", trustme.CA())):
+        authority.issue_cert("laptop").private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
+    arguments = [*tls_options(tmp_path), "--tls-client-ca", str(tmp_path / "clients.pem")]
+    ca = str(tmp_path / "ca.pem")
+    with running_gateway(tmp_path, *arguments, verify=ca) as gateway:
+        engine = Engine(gateway.endpoint)
+        try:
+            mine = Gateway(gateway.url, ca_file=ca, cert_file=str(tmp_path / "mine.pem"))
+            with edge_in_thread(EdgeClient(mine, NgramDrafter(), "edge")):
+                assert engine.generate("known", 20) > 0
+            for cert_file in ("", str(tmp_path / "other.pem")):
+                link = Link(Gateway(gateway.url, ca_file=ca, cert_file=cert_file), hello(), lambda _: None)
+                with pytest.raises(LinkError):
+                    asyncio.run(until_closed(link))
+            engine.wait(lambda: engine.book.num_edges == 0)
+        finally:
+            engine.link.stop()
+    with pytest.raises(UserError, match="cannot be used"):
+        Gateway("https://localhost", cert_file=str(tmp_path / "none.pem")).client()
 
 
 def test_an_edge_without_an_engine_may_come_back(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def gateway(
     tokens_file: Annotated[str, typer.Option(help="Made by 'vllm-specedge token issue'.")] = "",
     tls_cert: Annotated[str, typer.Option(help="PEM certificate chain.")] = "",
     tls_key: Annotated[str, typer.Option(help="PEM private key, PKCS#8.")] = "",
+    tls_client_ca: Annotated[str, typer.Option(help="Edges must show a certificate of this authority.")] = "",
     insecure: Annotated[bool, typer.Option("--insecure", help="Beyond loopback without TLS or tokens.")] = False,
     credit_tokens: Annotated[int, typer.Option(help="How far past the last commit edges may draft.")] = 32,
     max_edges: Annotated[int, typer.Option(help="Edges at once.")] = 256,
@@ -55,9 +56,11 @@ def gateway(
         check_endpoint(engines, options.insecure)
     except ValueError as error:
         raise UserError(f"--engines: {error}.") from None
-    asyncio.run(serve(options, engines, ends_with_stdin))
+    is_renewed = asyncio.run(serve(options, engines, ends_with_stdin))
     # All is said and closed. The web server's threads may still be at work, and abort the process if Python ends first.
     logging.shutdown()
+    if is_renewed:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - its own command again
     os._exit(0)
 
 

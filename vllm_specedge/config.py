@@ -40,7 +40,9 @@ class EdgeOptions(BaseModel):
     tls_cert: str = ""
     """PEM certificate chain of the gateway; with it, only TLS is spoken."""
     tls_key: str = ""
-    """Its private key, PEM in PKCS#8 form."""
+    """Its private key, PEM in PKCS#8 form. When either file changes, the gateway starts anew with the new ones."""
+    tls_client_ca: str = ""
+    """Take only edges that show a certificate of this authority (PEM), beside their token."""
     insecure: bool = False
     """Listen beyond loopback without TLS or without tokens. For closed networks only."""
     hold_limit_ms: int = Field(100, ge=0, le=10_000)
@@ -52,8 +54,8 @@ class EdgeOptions(BaseModel):
     """Nobody's tokens come slower than so many times without drafts, of its own or of others; those that get more
     tokens with each step may have longer ones."""
     max_stretch: float = Field(1.5, ge=1)
-    """A step takes at most so many times what it takes without drafts, waiting included. Bounds the time between two
-    chunks of a stream, whatever is in them; costs throughput where verifying takes long."""
+    """A step takes at most so many times what it takes without drafts, waiting included, unless it makes tokens come
+    twice as fast. Bounds the time between two chunks of a stream; costs throughput where verifying takes long."""
     slo: dict[str, SloTarget] = Field(default_factory=dict)
     """Targets by vLLM's priority, as text, and "default". Speculation is shed before a target is missed; with
     `--middleware vllm_specedge.admission.AdmissionMiddleware` requests that would miss or break one are refused."""
@@ -94,6 +96,8 @@ class EdgeOptions(BaseModel):
             raise ValueError('slo has targets by priority, such as {"default": {"itl_ms": 100}, "5": {}}')
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key go together: give both or neither")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
         if (
             not self.gateway
             and not is_loopback(host)

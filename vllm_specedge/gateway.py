@@ -5,6 +5,7 @@ make an edge's connection, each endless, on any ASGI server that speaks HTTP/2 (
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import signal
@@ -41,7 +42,7 @@ from vllm_specedge.frames import (
     encode,
 )
 from vllm_specedge.metrics import RequestHistograms, RouterCollector, report_row
-from vllm_specedge.preflight import check_start
+from vllm_specedge.preflight import check_certificate, check_start
 from vllm_specedge.router import ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.session import Role, Session, State
 from vllm_specedge.tokens import TokenFile, TokenRecord
@@ -57,6 +58,8 @@ MAX_BYTES_PER_S = 1 << 20
 MAX_HANDSHAKE_S = 10.0
 STOP_S = 1.0
 FLUSH_S = 0.1
+RENEWAL_S = 2.0
+"""So often the certificate's files are looked at."""
 DEAD_HEARTBEATS = 3
 ENGINE_DEAD_S = 15.0
 MAX_UNFINISHED_CONNECTIONS = 64
@@ -405,7 +408,26 @@ def _server(app: FastAPI, options: EdgeOptions) -> Server:
         log_enabled=False,
         ssl_cert=Path(options.tls_cert) if options.tls_cert else None,
         ssl_key=Path(options.tls_key) if options.tls_key else None,
+        ssl_ca=Path(options.tls_client_ca) if options.tls_client_ca else None,
+        ssl_client_verify=bool(options.tls_client_ca),
     )
+
+
+async def _certificate_changed(options: EdgeOptions) -> None:
+    """Return when there are other TLS files than at the start, and they can be used."""
+    paths = [Path(name) for name in (options.tls_cert, options.tls_key, options.tls_client_ca) if name]
+
+    def stamps() -> list[tuple[int, int]]:
+        return [(stat.st_mtime_ns, stat.st_ino) for stat in (path.stat() for path in paths)]
+
+    first = stamps()
+    while True:
+        await asyncio.sleep(RENEWAL_S)
+        # Files are replaced one after the other: until they match again the old ones stay in use.
+        with contextlib.suppress(OSError, UserError):
+            if stamps() != first:
+                check_certificate(options)
+                return
 
 
 async def _ended_with_parent() -> None:
@@ -415,8 +437,12 @@ async def _ended_with_parent() -> None:
     await reader.read()
 
 
-async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: bool) -> None:
-    """Run a gateway until SIGTERM, SIGINT or, if asked to, the end of standard input. Raises UserError at start."""
+async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: bool) -> bool:
+    """Run a gateway until SIGTERM, SIGINT or, if asked to, the end of standard input. Raises UserError at start.
+
+    Returns whether it ended because of a new certificate, and is to be started again. The web server reads it at its
+    start only; edges come back by themselves, and requests go on meanwhile.
+    """
     try:
         gateway = Gateway(options, engine_endpoint)
     except zmq.ZMQError as error:
@@ -435,6 +461,9 @@ async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: boo
     ]
     if ends_with_stdin:
         tasks.append(asyncio.create_task(_ended_with_parent()))
+    renewal = asyncio.create_task(_certificate_changed(options)) if options.tls_cert else None
+    if renewal is not None:
+        tasks.append(renewal)
     logger.info("Gateway listens for edges on %s", options.listen)
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     await gateway.say_bye()
@@ -445,3 +474,4 @@ async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: boo
         task.cancel()
     for task in done:
         task.result()
+    return renewal in done

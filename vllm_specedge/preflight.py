@@ -15,8 +15,7 @@ def check_start(options: EdgeOptions) -> None:
     _check_listen(options.listen)
     if options.tokens_file:
         TokenFile(Path(options.tokens_file)).records()
-    if options.tls_cert:
-        _check_certificate(options.tls_cert, options.tls_key)
+    check_certificate(options)
 
 
 def _check_listen(address: str) -> None:
@@ -31,10 +30,18 @@ def _check_listen(address: str) -> None:
         raise UserError(text) from None
 
 
-def _check_certificate(certificate: str, key: str) -> None:
+def check_certificate(options: EdgeOptions) -> None:
+    """Raises UserError if the TLS files cannot be used, or do not match."""
+    certificate, key, authority = options.tls_cert, options.tls_key, options.tls_client_ca
+    if not certificate:
+        return
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, key)
+        if authority:
+            context.load_verify_locations(authority)
     except (OSError, ssl.SSLError) as error:
         reason = error.strerror or str(error)
-        text = f"The certificate {certificate} and its key {key} cannot be used ({reason}): give PEM files that match."
+        files = f"{certificate} and its key {key}" + (f", or the authority {authority}," if authority else "")
+        text = f"The certificate {files} cannot be used ({reason}): give PEM files that match."
         raise UserError(text) from None

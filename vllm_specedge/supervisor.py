@@ -88,5 +88,15 @@ def gateway_command(options: EdgeOptions, engine_endpoint: str) -> list[str]:
 
 
 GATEWAY_OPTIONS = frozenset(
-    {"listen", "tokens_file", "tls_cert", "tls_key", "insecure", "credit_tokens", "max_edges", "max_requests_per_edge"}
+    {
+        "listen",
+        "tokens_file",
+        "tls_cert",
+        "tls_key",
+        "tls_client_ca",
+        "insecure",
+        "credit_tokens",
+        "max_edges",
+        "max_requests_per_edge",
+    }
 )
