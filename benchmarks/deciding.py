@@ -76,6 +76,8 @@ class Engine:
     def step(self) -> None:
         self.propose()
         plan = self.plan()
+        with self.timed("learning"):
+            self.book.learn()
         num_tokens = self.num_requests + sum(map(len, plan.drafts.values()))
         started_s, self.now_s = self.now_s, self.now_s + STEP_S
         context = self.num_requests * self.context
@@ -106,7 +108,13 @@ def main(
     steps: Annotated[int, typer.Option(help="Measured.")] = 60,
 ) -> None:
     result = Table(
-        "requests", "context", "deciding, us a request a step", "a proposal, us", "a commit, us", "allocated, kB"
+        "requests",
+        "context",
+        "deciding, us a request a step",
+        "a proposal, us",
+        "a commit, us",
+        "learning, us a request a step",
+        "allocated, kB",
     )
     for num_requests in requests:
         for context in contexts:
@@ -114,8 +122,9 @@ def main(
             for _ in range(steps):
                 engine.step()
             deciding = engine.seconds["deciding"] / steps / num_requests
+            learning = engine.seconds["learning"] / steps / num_requests
             each = [engine.seconds[what] / engine.calls[what] for what in ("proposal", "commit")]
-            times = [f"{1e6 * seconds:.1f}" for seconds in (deciding, *each)]
+            times = [f"{1e6 * seconds:.1f}" for seconds in (deciding, *each, learning)]
             result.add_row(str(num_requests), str(context), *times, f"{engine.allocated_bytes() / 1000:.0f}")
     Console().print(result)
 

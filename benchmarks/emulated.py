@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated
 
 import httpx2 as httpx
+import psutil
 import typer
 from ahead import Target, check, launch_all
 from emulation import SERVER_VARIABLE, SLOWER_VARIABLE, target
@@ -44,6 +45,8 @@ MODES = {OURS: "auto", BUDGET: "budget"}
 MAX_OVERHEAD = 1.25
 """Of vanilla's, what the engine may need between two steps with an edge for each request."""
 WARM_UP_TOKENS = 24
+NICE = 19
+"""Of edges, relay and load: they stand for other machines, and get what the server leaves of this one."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def edges(load: Load, at: Target, recordings: Path) -> Iterator[Edges | None]:
         command += ["--pass-ms", str(load.slower * load.pass_ms), "--edges", str(load.edges)]
         command += ["--max-requests", str(-(-load.requests // load.edges))]
         process = start(command, LOGS / "edges.log")
+        psutil.Process(process.popen.pid).nice(NICE)
         try:
             wait_for(process, f"{at.server.gateway_url}/healthz", "edges", load.edges)
             yield Edges(process, relay)
@@ -256,6 +260,7 @@ def main(
         with ExitStack() as stack:
             with console.status("Starting three servers (minutes) ..."):
                 targets = launch(load, stack)
+            psutil.Process().nice(NICE)
             for repeat in range(repeats):
                 for arm in ARMS if repeat % 2 == 0 else reversed(ARMS):
                     runs.append(measure(load, arm, repeat, targets[arm]))

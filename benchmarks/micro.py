@@ -81,6 +81,7 @@ def book_round() -> Callable[[], object]:
         book.receive(Propose(0, len(tokens) - 1, (tokens[-1], *DRAFT[1:])), 0.0)
         tokens.extend(DRAFT[1:3])
         book.commit("r", 1, 0.0)
+        book.learn()
 
     return act
 

@@ -328,6 +328,7 @@ class World:
         rows = [Row(id_, served.end - len(served.tokens) - 1) for id_, served in self.served.items()]
         self._context = sum(len(served.tokens) for served in self.served.values())
         plan = self.book.plan(rows, self.time.now_s, Load(context=self._context))
+        self.book.learn()
         self.is_stepping = len(plan.holds) < len(self.served)
         if self.is_stepping:
             num_verified = sum(map(len, plan.drafts.values()))

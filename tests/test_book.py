@@ -94,7 +94,9 @@ class Serving:
 
     def decode(self, *tokens: int, num_verified: int = 0) -> list[Frame]:
         self.tokens += tokens
-        return self.book.commit("r", num_verified, self.now_s)
+        frames = self.book.commit("r", num_verified, self.now_s)
+        self.book.learn()
+        return frames
 
     def plan(self, limit: int = 9, load: Load = NOTHING_ELSE) -> Plan:
         return self.book.plan([Row("r", limit)], self.now_s, load)
@@ -559,6 +561,36 @@ def test_requests_of_others_are_planned_plainly() -> None:
     assert Serving().book.commit("unknown", 0, 1.0) == []
 
 
+def test_what_is_learnt_late_is_of_the_edge_that_drafted_and_of_what_it_drafted() -> None:
+    serving = Serving()
+    first = serving.record
+    rates = list(first.acceptance.rates)
+    serving.propose([30, 31])
+    serving.tokens += [30, 40]
+    serving.book.commit("r", 2, serving.now_s)  # another edge takes over before anything is learnt
+    serving.receive(Assign(0, 2))
+    other = list(serving.rates)
+    serving.book.learn()
+    assert first.acceptance.rates[0] > rates[0]
+    assert first.acceptance.rates[1] < rates[1]
+    assert serving.rates == other
+
+
+def test_whether_it_is_learnt_at_once_or_with_the_next_step_makes_no_difference() -> None:
+    def learnt(is_late: bool) -> tuple[list[float], dict[str, int]]:
+        serving = Serving()
+        for token in range(30, 40):
+            serving.propose([token, token + 1 if token % 3 else 0])
+            serving.tokens += [token, 50]
+            serving.book.commit("r", 2, serving.now_s)
+            if not is_late:
+                serving.book.learn()
+            serving.step()
+        return serving.rates, dict(serving.book.counters)
+
+    assert learnt(True) == learnt(False)
+
+
 def test_how_right_a_draft_was_is_learnt_though_it_was_not_verified() -> None:
     """Else a server on which drafts do not pay would never hear that they are better now."""
     serving = Serving()
@@ -709,6 +741,7 @@ def test_a_suggestion_needs_no_edge() -> None:
     assert book.plan([Row("r", 9)], 1.0) == Plan(drafts={"r": [1, 2]})
     tokens += [1, 2, 3]
     assert book.commit("r", 2, 1.0) == []
+    book.learn()
     assert book.counters["ngram_accepted_tokens"] == book.counters["ngram_verified_tokens"] == 2
 
 

@@ -37,7 +37,7 @@ from vllm_specedge.policy import (
     awaited,
     decide,
 )
-from vllm_specedge.proposals import Fate, Insertion, ProposalTree
+from vllm_specedge.proposals import Advance, Fate, Insertion, ProposalTree
 from vllm_specedge.rests import Rest
 from vllm_specedge.stepcost import StepCost
 
@@ -138,6 +138,32 @@ class _Request:
     """Its own, in the names of counters.REQUEST_COUNTERS."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Lesson:
+    """What a commit was, for `learn`."""
+
+    request: _Request
+    record: EdgeRecord
+    acceptance: Acceptance
+    """Those of the edge that it had."""
+    draft: Sequence[int]
+    """What the trunk held, as far as it can teach."""
+    decided: Sequence[int]
+    num_verified: int
+    suggestion: Sequence[int]
+    is_suggestion: bool
+    """It was what the step verified."""
+    num_ahead: int
+    """Tokens of the trunk before."""
+    done: Advance
+    is_saved: bool
+    """There is a draft for what follows."""
+
+    @property
+    def num_accepted(self) -> int:
+        return min(len(self.decided) - 1, self.num_verified)
+
+
 class DraftBook:
     """The live requests of one engine, their proposal trees and how their edges do."""
 
@@ -160,6 +186,7 @@ class DraftBook:
         """How right drafts are here, whoever's: what is expected of an edge before it has shown its own."""
         self._ngram_acceptance = Acceptance()
         self._records: OrderedDict[int, EdgeRecord] = OrderedDict()
+        self._lessons: list[_Lesson] = []
         self._num_refused = self._num_verifying = 0
         self._probe_after = FIRST_PROBE_AFTER
         self._num_rows = self._row_context = 0
@@ -315,7 +342,10 @@ class DraftBook:
         return [opening, *commits(request.number, 0, tokens)]
 
     def commit(self, request_id: str, num_verified: int, now_s: float) -> list[Frame]:
-        """A step of a request is done: it verified `num_verified` draft tokens, and its token view may have grown."""
+        """A step of a request is done: it verified `num_verified` draft tokens, and its token view may have grown.
+
+        Only what the next plan cannot do without is done at once; the rest is for `learn`.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return []
@@ -324,13 +354,28 @@ class DraftBook:
         if num_tokens <= 0:
             return []
         self._pace(request, num_tokens, now_s)
-        self._count(request, num_tokens, num_verified)
-        is_verified = num_verified > 0 and not request.is_suggestion
-        is_due = request.rest.committed(num_tokens, request.tree.num_ahead > 0, is_verified)
+        num_ahead, decided = request.tree.num_ahead, tuple(request.tokens[base:])
+        draft = request.tree.chain(max(num_tokens, num_verified + 1))
+        done = request.tree.advance(decided)
+        self._lessons.append(
+            _Lesson(
+                request,
+                request.record,
+                request.acceptance,
+                draft,
+                decided,
+                num_verified,
+                request.suggestion,
+                request.is_suggestion,
+                num_ahead,
+                done,
+                request.tree.num_ahead > 0,
+            )
+        )
+        is_due = request.rest.committed(num_tokens, num_ahead > 0, num_verified > 0 and not request.is_suggestion)
         request.suggestion, request.is_suggestion = (), False
         request.has_passed = request.is_awaited = False
         request.held_since_s = None
-        self._advance(request, tuple(request.tokens[base:]), is_verified and num_tokens <= num_verified)
         if not self.num_edges:
             return []
         if not request.is_open:
@@ -358,52 +403,58 @@ class DraftBook:
             request.spent_s = SPEEDUP_MEMORY * request.spent_s + now_s - request.committed_s
         request.committed_s = now_s
 
-    def _advance(self, request: _Request, tokens: tuple[int, ...], is_rejected: bool) -> None:
-        done = request.tree.advance(tokens)
+    def learn(self) -> None:
+        """Count what was committed, and learn from it: may be late, so the engine does it while the workers compute."""
+        for lesson in self._lessons:
+            self._count(lesson)
+            if lesson.num_verified and not lesson.is_suggestion:
+                self._learn_verified(lesson)
+            self._learn_unverified(lesson)
+        self._lessons.clear()
+
+    def _count(self, lesson: _Lesson) -> None:
+        request, done = lesson.request, lesson.done
+        self._add(request, "committed_tokens", len(lesson.decided))
+        self._add(request, "ahead_tokens", lesson.num_ahead)
+        self._add(request, "steps", 1)
         self._add(request, "discarded_mismatch", done.pruned)
         self._add(request, "tree_hits", done.is_hit)
-        if is_rejected:
-            request.record.hit.observe(float(done.is_hit))
-        self._add(request, "round_trips_saved", request.tree.num_ahead > 0)
-
-    def _count(self, request: _Request, num_tokens: int, num_verified: int) -> None:
-        self._add(request, "committed_tokens", num_tokens)
-        self._add(request, "ahead_tokens", request.tree.num_ahead)
-        self._add(request, "steps", 1)
-        self._learn_unverified(request, num_tokens, num_verified)
-        if not num_verified:
+        self._add(request, "round_trips_saved", lesson.is_saved)
+        if not lesson.num_verified:
             return
-        num_accepted = min(num_tokens - 1, num_verified)
-        kind = "ngram_" if request.is_suggestion else ""
-        self._add(request, f"{kind}verified_tokens", num_verified)
-        self._add(request, f"{kind}accepted_tokens", num_accepted)
-        if request.is_suggestion:
-            self.lookups.accepted(num_accepted)
+        kind = "ngram_" if lesson.is_suggestion else ""
+        self._add(request, f"{kind}verified_tokens", lesson.num_verified)
+        self._add(request, f"{kind}accepted_tokens", lesson.num_accepted)
+        if lesson.is_suggestion:
+            self.lookups.accepted(lesson.num_accepted)
         else:
             self.counters["verified_drafts"] += 1
-            self._learn_verified(request, num_accepted, num_verified)
 
-    def _learn_verified(self, request: _Request, num_accepted: int, num_verified: int) -> None:
+    def _learn_verified(self, lesson: _Lesson) -> None:
         """Where all was accepted, the token behind shows how right the next one was that was not verified.
 
         Else what lies deeper than what is verified would never be seen, and stay out for ever once it seemed poor.
         """
-        decided = request.tokens[request.tree.length :]
-        draft = request.tree.chain(num_verified + 1)
-        if num_accepted == num_verified < len(draft) and list(draft[:num_verified]) == list(decided[:num_verified]):
-            request.acceptance.observe(_num_equal(draft, decided), num_verified + 1)
+        num_verified, num_accepted = lesson.num_verified, lesson.num_accepted
+        if num_accepted < num_verified:
+            lesson.record.hit.observe(float(lesson.done.is_hit))
+        draft, decided = lesson.draft[: num_verified + 1], lesson.decided
+        is_all = num_accepted == num_verified < len(draft)
+        if is_all and list(draft[:num_verified]) == list(decided[:num_verified]):
+            lesson.acceptance.observe(_num_equal(draft, decided), num_verified + 1)
         else:
-            request.acceptance.observe(num_accepted, num_verified)
+            lesson.acceptance.observe(num_accepted, num_verified)
 
-    def _learn_unverified(self, request: _Request, num_tokens: int, num_verified: int) -> None:
+    def _learn_unverified(self, lesson: _Lesson) -> None:
         """What was there and not verified shows how right it was too: so that it can pay again."""
-        decided = request.tokens[request.tree.length :]
-        if request.suggestion:
-            num_right = _num_equal(request.suggestion, decided)
-            request.ngram_acceptance.observe(num_right, min(len(request.suggestion), num_tokens))
-        if not num_verified or request.is_suggestion:
-            draft = request.tree.chain(num_tokens)
-            request.acceptance.observe(_num_equal(draft, decided), len(draft))
+        decided = lesson.decided
+        if lesson.suggestion:
+            num_right = _num_equal(lesson.suggestion, decided)
+            num_known = min(len(lesson.suggestion), len(decided))
+            lesson.request.ngram_acceptance.observe(num_right, num_known)
+        if not lesson.num_verified or lesson.is_suggestion:
+            draft = lesson.draft[: len(decided)]
+            lesson.acceptance.observe(_num_equal(draft, decided), len(draft))
 
     def suggest(self, request_id: str, tokens: Sequence[int]) -> None:
         """vLLM's own n-gram draft for what follows the request's tokens as they are now; forgotten with its commit."""
@@ -413,6 +464,7 @@ class DraftBook:
 
     def close(self, request_id: str) -> list[Frame]:
         """A request finished or was aborted."""
+        self.learn()
         request = self._requests.pop(request_id, None)
         if request is None:
             return []
@@ -429,6 +481,7 @@ class DraftBook:
 
     def stepped(self, step: Step) -> None:
         """A step is done; what it decided is told by `commit`, next."""
+        self.learn()
         self.counters["engine_steps"] += 1
         took_s = step.ended_s - step.started_s
         self.counters["engine_step_us"] += int(took_s * 1e6)

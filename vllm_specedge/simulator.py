@@ -580,6 +580,7 @@ class Simulation:
             self.time.at(plan.wait_until_s, self._wake, self._num_parks)
             return
         scheduled = self._schedule(plan)
+        self.book.learn()
         self._started_s = self.time.now_s
         num_tokens = sum(num for _, num, _ in scheduled)
         is_verifying = any(draft for _, _, draft in scheduled)

@@ -20,6 +20,7 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 HOOKS = (
     Hook(f"{_SCHEDULER}.schedule", ("throttle_prefills",)),
     Hook(f"{_SCHEDULER}.update_from_output", ("scheduler_output", "model_runner_output")),
+    Hook(f"{_SCHEDULER}.get_grammar_bitmask", ("scheduler_output",)),
     Hook(f"{_SCHEDULER}.update_draft_token_ids", ("draft_token_ids",)),
     Hook(f"{_SCHEDULER}.add_request", ("request",)),
     Hook(f"{_SCHEDULER}._free_request", ("request", "delay_free_blocks")),

@@ -106,6 +106,12 @@ class EdgeScheduler(Scheduler):
         finally:
             self.num_spec_tokens = num_spec_tokens
 
+    def get_grammar_bitmask(self, scheduler_output: Any) -> Any:
+        """Called when the workers have been given their step: what need not be done between two steps is done now."""
+        grammar = super().get_grammar_bitmask(scheduler_output)
+        self._guarded(self._learn)
+        return grammar
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._verifying = scheduler_output.scheduled_spec_decode_tokens
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -247,6 +253,9 @@ class EdgeScheduler(Scheduler):
 
     def _commit(self, request_id: str, now_s: float) -> list[Frame]:
         return self.book.commit(request_id, len(self._verifying.get(request_id, ())), now_s)
+
+    def _learn(self) -> None:
+        self.book.learn()
 
     def _suggest(self) -> None:
         """What vLLM's n-gram lookup finds for what comes next; the plan decides what is verified."""
