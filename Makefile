@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2
 DRAFT := .cache/smollm2-draft
 
-.PHONY: help demo test test-fast test-vllm check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-never-slower bench-micro bench-deciding clean
+.PHONY: help demo test test-fast test-vllm fuzz check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-never-slower bench-micro bench-deciding clean
 help:
 	@echo "make demo            a real server, a real edge, the same questions with and without it"
 	@echo "make demo EDGE=ngram the same with prompt lookup, on tasks where that helps"
 	@echo "make test            every test, on a real vLLM (about 15 minutes once installed)"
 	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
+	@echo "make fuzz            a minute of coverage-guided fuzzing of each of what parses (FUZZ_S=1800: half an hour)"
 	@echo "make bench           edges against vLLM, its ngram, its draft_model (hours; ARGS=--quick: a quarter of an hour)"
 	@echo "make bench-emulated  server, wire and edges at an accelerator's speed, without one (some minutes)"
 	@echo "make bench-timeline  a second of a real run, drawn: the server verifies while edges draft (two minutes)"
@@ -53,6 +54,15 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Coverage-guided; what it finds is fixed and gets a test of its own. FUZZ_S=1800: half an hour each.
+FUZZ_S ?= 60
+fuzz: $(VENV)/.installed
+	@mkdir -p .cache/fuzz/frames .cache/fuzz/session .cache/fuzz/book
+	for target in frames session book; do \
+		$(BIN)/python -m tests.fuzz.fuzz $$target .cache/fuzz/$$target tests/fuzz/corpus/$$target \
+			-max_total_time=$(FUZZ_S) -artifact_prefix=.cache/fuzz/ -print_final_stats=1 || exit 1; \
+	done
 
 bench-overhead: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/overhead.py

@@ -1,0 +1,227 @@
+"""What can be done to a gateway below its protocol: it stays small, and whoever is honest is served meanwhile."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import h2.config
+import h2.connection
+import h2.exceptions
+import httpx2 as httpx
+import psutil
+import pytest
+from stack import wait_for
+
+from edge_client.client import EdgeClient
+from edge_client.drafters.ngram import NgramDrafter
+from edge_client.link import Gateway, Link, LinkError
+from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, running_gateway
+from vllm_specedge.frames import PROTOCOL_VERSION, Greet, Hello
+
+MAX_GROWTH_BYTES = 24 << 20
+NUM_ROUNDS = 40
+DOWN = [(":method", "GET"), (":path", "/edge/v1/down"), (":scheme", "http"), (":authority", "localhost")]
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_gateway(tmp_path_factory.mktemp("gateway"), "--max-edges", "8") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def engine(gateway: Running) -> Iterator[Engine]:
+    engine = Engine(gateway.endpoint)
+    wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
+    yield engine
+    engine.link.stop()
+
+
+class Attacker:
+    """An HTTP/2 connection that checks nothing of what it sends."""
+
+    def __init__(self, port: int) -> None:
+        config = h2.config.H2Configuration(validate_outbound_headers=False, normalize_outbound_headers=False)
+        self.h2 = h2.connection.H2Connection(config)
+        self.socket = socket.create_connection(("127.0.0.1", port), DEADLINE_S)
+        self.socket.settimeout(DEADLINE_S)
+        self.h2.initiate_connection()
+        self.flush()
+
+    def flush(self) -> None:
+        self.socket.sendall(self.h2.data_to_send())
+
+    def hear(self) -> None:
+        """What is there to be read, without waiting."""
+        self.socket.setblocking(False)
+        with suppress(BlockingIOError):
+            while data := self.socket.recv(1 << 16):
+                self.h2.receive_data(data)
+        self.socket.settimeout(DEADLINE_S)
+
+
+@contextmanager
+def attacking(port: int) -> Iterator[Attacker]:
+    """The gateway may end the connection at any time: that is an answer too."""
+    with suppress(OSError, h2.exceptions.H2Error), ExitStack() as stack:
+        attacker = Attacker(port)
+        stack.callback(attacker.socket.close)
+        yield attacker
+
+
+def reset_streams(port: int) -> None:
+    """HTTP/2 rapid reset: streams that are reset as soon as they are open."""
+    with attacking(port) as attacker:
+        for _ in range(100):
+            stream = attacker.h2.get_next_available_stream_id()
+            attacker.h2.send_headers(stream, DOWN, end_stream=True)
+            attacker.h2.reset_stream(stream)
+            attacker.flush()
+        attacker.hear()
+
+
+def ping(port: int) -> None:
+    with attacking(port) as attacker:
+        for _ in range(1000):
+            attacker.h2.ping(b"12345678")
+        attacker.flush()
+        attacker.hear()
+
+
+def change_settings(port: int) -> None:
+    with attacking(port) as attacker:
+        for number in range(500):
+            attacker.h2.update_settings({4: 65535 + number})
+        attacker.flush()
+        attacker.hear()
+
+
+def send_long_headers(port: int) -> None:
+    """A megabyte of headers, in one request."""
+    with attacking(port) as attacker:
+        stream = attacker.h2.get_next_available_stream_id()
+        attacker.h2.send_headers(stream, [*DOWN, *((f"x-{number}", "y" * 1000) for number in range(1000))])
+        attacker.flush()
+        attacker.hear()
+
+
+def open_many_streams(port: int) -> None:
+    """As many downlinks as one connection may have."""
+    with attacking(port) as attacker:
+        attacker.hear()
+        for _ in range(90):
+            attacker.h2.send_headers(attacker.h2.get_next_available_stream_id(), DOWN, end_stream=True)
+        attacker.flush()
+        attacker.hear()
+
+
+def send_empty_data(port: int) -> None:
+    """DATA frames without data on an uplink that nobody waits for."""
+    with attacking(port) as attacker:
+        stream = attacker.h2.get_next_available_stream_id()
+        headers = [(name, {"GET": "POST", "/edge/v1/down": "/edge/v1/up"}.get(value, value)) for name, value in DOWN]
+        attacker.h2.send_headers(stream, headers)
+        for _ in range(2000):
+            attacker.h2.send_data(stream, b"")
+        attacker.flush()
+        attacker.hear()
+
+
+ATTACKS: list[Callable[[int], None]] = [
+    reset_streams,
+    ping,
+    change_settings,
+    send_long_headers,
+    open_many_streams,
+    send_empty_data,
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+def test_whoever_is_honest_is_served_and_nothing_grows(
+    gateway: Running, engine: Engine, attack: Callable[[int], None]
+) -> None:
+    process = psutil.Process(gateway.process.popen.pid)
+    with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "honest")):
+        assert engine.generate("before", 20) > 0
+        for _ in range(NUM_ROUNDS // 4):
+            attack(gateway.port)
+        before = process.memory_info().rss
+        for _ in range(NUM_ROUNDS):
+            attack(gateway.port)
+        assert engine.generate("after", 20) > 0
+        assert process.memory_info().rss - before < MAX_GROWTH_BYTES
+        assert engine.book.num_edges == 1
+    assert_nothing_left(gateway, process)
+
+
+def assert_nothing_left(gateway: Running, process: psutil.Process) -> None:
+    """Every connection of an attacker's is closed within the time that a handshake may take."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while sum(c.laddr.port == gateway.port and c.status == "ESTABLISHED" for c in process.net_connections()):
+        assert time.monotonic() < deadline_s, process.net_connections()
+        with suppress(psutil.TimeoutExpired):
+            process.wait(0.1)
+
+
+def test_those_who_never_finish_their_handshake_are_closed_and_keep_nobody_out(
+    gateway: Running, engine: Engine
+) -> None:
+    """Slow loris: connections that say nothing, or only open a downlink."""
+    process = psutil.Process(gateway.process.popen.pid)
+    with ExitStack() as stack:
+        for number in range(200):
+            attacker = stack.enter_context(attacking(gateway.port))
+            if number % 2:
+                attacker.h2.send_headers(1, DOWN, end_stream=True)
+                attacker.flush()
+        engine.wait(lambda: engine.book.num_edges == 0)
+        deadline_s = time.monotonic() + DEADLINE_S
+        while True:  # until their time is over
+            try:
+                with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "honest")):
+                    assert engine.generate("meanwhile", 20) > 0
+                break
+            except AssertionError:
+                assert time.monotonic() < deadline_s
+    assert_nothing_left(gateway, process)
+
+
+class Replaying(Link):
+    """Posts its uplink, and then another with the same key."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        hello = Hello(PROTOCOL_VERSION, "test", "test", "pool", "", 1)
+        super().__init__(gateway, hello, lambda _: self.is_admitted.set())
+        self.is_admitted = asyncio.Event()
+        self.status = 0
+
+    async def _uplink(self, client: httpx.AsyncClient, greet: Greet) -> None:
+        first = asyncio.create_task(super()._uplink(client, greet))
+        await self.is_admitted.wait()
+        again = await client.post("/edge/v1/up", headers={"x-specedge-connection": greet.connection})
+        self.status = again.status_code
+        self.close()
+        await first
+
+
+def test_a_handshake_that_is_replayed_gets_nothing(gateway: Running, engine: Engine) -> None:
+    del engine
+
+    async def run() -> int:
+        link = Replaying(Gateway(gateway.url))
+        async with asyncio.timeout(DEADLINE_S):
+            with suppress(LinkError):
+                await link.run()
+        return link.status
+
+    assert asyncio.run(run()) == 409
+
+
+@pytest.mark.parametrize("key", ["", "guessed", "x" * 10_000])
+def test_a_key_that_was_guessed_gets_nothing(gateway: Running, key: str) -> None:
+    with httpx.Client(trust_env=False, http1=False, http2=True) as client:
+        answer = client.post(f"{gateway.url}/edge/v1/up", headers={"x-specedge-connection": key})
+    assert answer.status_code == 409
