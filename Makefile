@@ -5,16 +5,18 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2
 DRAFT := .cache/smollm2-draft
 
-.PHONY: help demo test test-fast test-vllm fuzz check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-never-slower bench-micro bench-deciding clean
+.PHONY: help demo test test-fast test-vllm test-faults fuzz check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
 help:
 	@echo "make demo            a real server, a real edge, the same questions with and without it"
 	@echo "make demo EDGE=ngram the same with prompt lookup, on tasks where that helps"
 	@echo "make test            every test, on a real vLLM (about 15 minutes once installed)"
 	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
+	@echo "make test-faults     what can go wrong around a server under load: a table (ten minutes)"
 	@echo "make fuzz            a minute of coverage-guided fuzzing of each of what parses (FUZZ_S=1800: half an hour)"
 	@echo "make bench           edges against vLLM, its ngram, its draft_model (hours; ARGS=--quick: a quarter of an hour)"
 	@echo "make bench-emulated  server, wire and edges at an accelerator's speed, without one (some minutes)"
 	@echo "make bench-timeline  a second of a real run, drawn: the server verifies while edges draft (two minutes)"
+	@echo "make bench-messages  frames through a gateway: latency, and what one costs"
 	@echo "make bench-overhead  memory, start-up, latency and parking costs"
 	@echo "make bench-ahead     what drafting ahead is worth at 0, 5, 20 and 80 ms (half an hour; ARGS=--quick)"
 	@echo "make bench-micro     what each piece of the hot paths takes, microseconds"
@@ -55,6 +57,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Ten minutes; ARGS="--only gateway-killed" for one of them.
+test-faults: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python -m tests.faults.matrix $(ARGS)
+
 # Coverage-guided; what it finds is fixed and gets a test of its own. FUZZ_S=1800: half an hour each.
 FUZZ_S ?= 60
 fuzz: $(VENV)/.installed
@@ -81,6 +87,9 @@ bench-emulated: $(VENV)/.installed model
 
 bench-timeline: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/timeline.py $(ARGS)
+
+bench-messages: $(VENV)/.installed
+	PYTHONPATH=examples $(BIN)/python benchmarks/messages.py $(ARGS)
 
 bench-micro: $(VENV)/.installed
 	$(BIN)/python benchmarks/micro.py

@@ -45,6 +45,12 @@ class Relay:
     _loop: asyncio.AbstractEventLoop | None = None
     _serving: "asyncio.Task[None] | None" = None
     _thread: threading.Thread | None = None
+    _connections: "set[asyncio.Task[None]]" = field(default_factory=set)
+
+    def reset(self) -> None:
+        """Reset all connections, as a network does that has lost track of them."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._connections])
 
     @property
     def url(self) -> str:
@@ -84,21 +90,19 @@ class Relay:
             self._loop.close()
 
     async def _serve(self, listener: socket.socket) -> None:
-        connections: set[asyncio.Task[None]] = set()
-
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.create_task(self._connect(reader, writer))
-            connections.add(task)
-            task.add_done_callback(connections.discard)
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
 
         server = await asyncio.start_server(accept, sock=listener, limit=READ_BYTES)
         try:
             await asyncio.Event().wait()
         finally:
             server.close()
-            for task in connections:
+            for task in self._connections:
                 task.cancel()
-            await asyncio.gather(*connections, return_exceptions=True)
+            await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

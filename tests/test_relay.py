@@ -142,3 +142,13 @@ def test_it_stops_while_bytes_are_on_the_way() -> None:
                 time.sleep(0.001)
         with connection:
             assert is_over(connection)
+
+
+def test_a_reset_ends_connections_on_both_sides_and_new_ones_are_taken() -> None:
+    with listening(Deaf) as port, Relay(port) as relay, connect(relay) as connection:
+        connection.sendall(b"x" * 100)
+        relay.reset()
+        with suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+        with connect(relay) as another:
+            another.sendall(b"x")
