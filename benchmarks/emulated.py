@@ -38,7 +38,7 @@ from verdicts import bin_of, pooled, quantiles_ms
 from vllm_specedge.simulation_models import SERVERS
 
 LOGS = CACHE / "bench" / "emulated"
-KV_BYTES = 800 << 20
+KV_BYTES = 2 << 30
 STEP_TOKENS = 8192
 VANILLA, OURS, BUDGET = ARMS = ("vanilla", "edges", "edges, never held")
 MODES = {OURS: "auto", BUDGET: "budget"}

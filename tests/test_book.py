@@ -181,12 +181,18 @@ def test_who_has_no_edge_is_published_when_it_gets_one() -> None:
     assert book.receive(Assign(0, 1), 3.5) == [Commit(0, 6, (23,))]
 
 
+def refuse(serving: Serving, token: int) -> list[Frame]:
+    """A step for which there is a draft, a right one, and no room to verify it."""
+    serving.propose([token])
+    assert serving.plan(load=Load(room=1)).drafts == {}
+    return serving.decode(token)
+
+
 def test_an_edge_whose_drafts_are_left_unverified_hears_of_many_tokens_at_once() -> None:
     serving = Serving()
     published = []
     for token in range(30, 30 + REST_AFTER + 3 * REST_TOKENS):
-        serving.propose([token])  # right, and not verified
-        published.append(serving.decode(token))
+        published.append(refuse(serving, token))
     told = [frames[0] for frames in published if frames]
     sizes = [len(commit.tokens) for commit in told if isinstance(commit, Commit)]
     assert sizes == [1] * REST_AFTER + [REST_TOKENS] * 3
@@ -196,8 +202,7 @@ def test_an_edge_whose_drafts_are_left_unverified_hears_of_many_tokens_at_once()
 def test_a_draft_that_is_verified_ends_the_rest() -> None:
     serving = Serving()
     for token in range(30, 30 + REST_AFTER + 5):
-        serving.propose([token])
-        serving.decode(token)
+        refuse(serving, token)
     base = len(serving.tokens) - 5
     serving.propose([70])
     assert serving.decode(70, 71, num_verified=1) == [Commit(0, base, tuple(serving.tokens[base:]))]
@@ -208,9 +213,16 @@ def test_a_request_that_rests_is_not_held() -> None:
     """Nothing was published that its edge could answer."""
     serving = Serving()
     for token in range(30, 30 + REST_AFTER + 2):
-        serving.propose([token])
-        serving.decode(token)
+        refuse(serving, token)
     assert serving.plan().holds == {}
+
+
+def test_a_draft_that_came_during_the_step_was_not_refused() -> None:
+    serving = Serving()
+    for token in range(30, 30 + 3 * REST_AFTER):
+        assert serving.plan().drafts == {}
+        serving.propose([token])
+        assert serving.decode(token) != []
 
 
 def test_contexts_are_opened_a_bounded_number_of_tokens_a_step() -> None:

@@ -167,7 +167,6 @@ loads = st.builds(
     prefill=st.sampled_from([0, 0, 1, 300]),
     is_pressed=st.sampled_from([False, False, True]),
     room=st.sampled_from([0, 5, 12, 30, 1 << 30]),
-    free_rows=st.sampled_from([0, 3, 8, 1 << 30]),
     probe=st.sampled_from(Probe),
     step_limit_s=st.sampled_from([0.01, 0.1, inf, inf]),
 )
@@ -211,14 +210,13 @@ def test_the_order_in_which_rows_are_given_changes_nothing(situation: Situation,
     assert replace(situation, candidates=shuffled).decide() == situation.decide()
 
 
-@given(st.sampled_from([0, 1, -3]), st.integers(1, 7), st.sampled_from(["room", "free_rows"]), st.sampled_from(MODES))
+@given(st.sampled_from([0, 1, -3]), st.integers(1, 7), st.sampled_from(MODES))
 def test_when_room_is_short_the_more_important_of_equals_goes_first_and_then_the_older(
-    other_priority: int, room: int, bound: str, mode: str
+    other_priority: int, room: int, mode: str
 ) -> None:
     rows = [Candidate(str(order), order, 0.0, 0, (0.9,)) for order in range(8)]
     rows[5] = replace(rows[5], priority=other_priority)
-    load = Load(room=8 + room) if bound == "room" else Load(free_rows=8 + room)
-    decision = decide(rows, load, FLAT, 1.0, HoldLimits(mode=mode), 0.0)
+    decision = decide(rows, Load(room=8 + room), FLAT, 1.0, HoldLimits(mode=mode), 0.0)
     ranked = sorted(rows, key=lambda row: (row.priority, row.order))
     assert decision.lengths == {row.key: 1 for row in ranked[:room]}
 
@@ -241,7 +239,6 @@ def test_drafts_stay_within_every_bound(situation: Situation) -> None:
     assert all(0 < length <= len(survivals[key]) for key, length in decision.lengths.items())
     num_verified = sum(decision.lengths.values())
     assert num_verified <= max(0, load.room - situation.num_rows - load.prefill)
-    assert len(decision.lengths) <= max(0, load.free_rows - situation.num_rows)
 
 
 @given(situations(limits=limits_of_any_kind.filter(lambda limits: limits.mode in BUDGET_MODES)))
@@ -429,7 +426,7 @@ def test_before_anything_is_known_of_steps_all_that_fits_is_verified(situation: 
 def test_without_a_budget_all_that_fits_is_verified_whatever_it_costs(mode: str) -> None:
     rows = [Candidate(str(order), order, 0.0, 0, (0.3, 0.1)) for order in range(6)]
     limits = HoldLimits(mode=mode, max_stretch=1.0)
-    for load, num_verified in ((NOTHING_ELSE, 12), (Load(room=13, num_others=2), 5), (Load(free_rows=8), 4)):
+    for load, num_verified in ((NOTHING_ELSE, 12), (Load(room=13, num_others=2), 5)):
         lengths = decide(rows, replace(load, step_limit_s=0.001), FULL, 1.0, limits, 0.0).lengths
         assert sum(lengths.values()) == num_verified
 

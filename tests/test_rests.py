@@ -10,12 +10,12 @@ commits = st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.booleans()), m
 
 def test_who_has_no_drafts_hears_of_every_token() -> None:
     rest = Rest()
-    assert all(rest.committed(1, has_draft=False, is_verified=False) for _ in range(10 * REST_AFTER))
+    assert all(rest.committed(1, is_refused=False, is_verified=False) for _ in range(10 * REST_AFTER))
 
 
 def test_drafts_that_are_verified_now_and_then_keep_an_edge_awake() -> None:
     rest = Rest()
-    assert all(rest.committed(1, True, number % REST_AFTER == 0) for number in range(100))
+    assert all(rest.committed(1, number % REST_AFTER != 0, number % REST_AFTER == 0) for number in range(100))
 
 
 @given(commits)
@@ -23,9 +23,9 @@ def test_no_more_is_collected_than_it_says_and_nothing_of_what_was_verified(
     commits: list[tuple[int, bool, bool]],
 ) -> None:
     rest, collected = Rest(), 0
-    for num_tokens, has_draft, is_verified in commits:
+    for num_tokens, is_refused, is_verified in commits:
         collected += num_tokens
-        if rest.committed(num_tokens, has_draft, is_verified):
+        if rest.committed(num_tokens, is_refused and not is_verified, is_verified):
             collected = 0
         assert collected < REST_TOKENS
         assert not (is_verified and collected)

@@ -62,7 +62,8 @@ SPEEDUP_MEMORY = 0.98
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A running request that could decode in the next step, with room for `limit` draft tokens."""
+    """A running request that could decode in the next step, with room for `limit` draft tokens: in the request, in the
+    model's context and, where the cache is nearly full, in the blocks that the request has already."""
 
     request_id: str
     limit: int
@@ -110,6 +111,8 @@ class _Request:
     num_published: int = 0
     """Tokens that the gateway knows."""
     rest: Rest = field(default_factory=Rest)
+    is_refused: bool = False
+    """The step under way leaves the draft unverified that its edge had for it."""
     is_assigned: bool = False
     has_answered: bool = False
     """Its edge has proposed something since it was assigned."""
@@ -372,9 +375,10 @@ class DraftBook:
                 request.tree.num_ahead > 0,
             )
         )
-        is_due = request.rest.committed(num_tokens, num_ahead > 0, num_verified > 0 and not request.is_suggestion)
+        is_verified = num_verified > 0 and not request.is_suggestion
+        is_due = request.rest.committed(num_tokens, request.is_refused, is_verified)
         request.suggestion, request.is_suggestion = (), False
-        request.has_passed = request.is_awaited = False
+        request.has_passed = request.is_awaited = request.is_refused = False
         request.held_since_s = None
         if not self.num_edges:
             return []
@@ -513,7 +517,10 @@ class DraftBook:
         if plan.wait_until_s is None:
             self._note_verified(bool(drafts), bool(plan.drafts))
         for candidate in candidates:
-            self._note(self._requests[candidate.key], candidate, candidate.key in plan.holds, now_s)
+            request = self._requests[candidate.key]
+            is_left_out = candidate.key not in plan.drafts or request.is_suggestion
+            request.is_refused = is_left_out and request.tree.num_ahead > 0
+            self._note(request, candidate, candidate.key in plan.holds, now_s)
         return plan
 
     def _note_verified(self, has_drafts: bool, is_verifying: bool) -> None:

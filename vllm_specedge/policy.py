@@ -6,7 +6,7 @@ it brings exceeds what is not made meanwhile.
 
 Rule 1: what rises expected tokens per second is done, nothing else; a server that is full verifies nothing.
 Rule 2: whoever has to be served first is not delayed: while prompts are computed or wait nobody is held, and drafts get
-only what they leave of the step and of the cache.
+only what they leave of the step; of the cache, see book.Row.
 Rule 3: nobody is held longer than HoldLimits.hold_limit_s after its last token, whoever it is held for.
 Rule 4: the order in which rows are given changes nothing; among equals the more important, then the older comes first.
 """
@@ -165,8 +165,6 @@ class Load:
     """Requests wait to be admitted: nobody is held."""
     room: int = 1 << 30
     """Tokens that fit into a step."""
-    free_rows: int = 1 << 30
-    """So many requests can get a block of the cache more."""
     probe: Probe = Probe.NONE
     step_limit_s: float = inf
     """The shortest target for inter-token latency among the requests that could decode."""
@@ -215,7 +213,7 @@ def _budget(rows: Sequence[Candidate], load: Load, cost: StepCost, limits: HoldL
     if not tokens:
         return {}
     tokens.sort()
-    tokens = _fitting(tokens, load.room - num_rows - load.prefill, load.free_rows - num_rows)
+    tokens = tokens[: max(0, load.room - num_rows - load.prefill)]
     if limits.mode in BUDGET_MODES:
         tokens = tokens[: _best(tokens, rows, load, cost, limits)]
     lengths: dict[str, int] = {}
@@ -223,15 +221,6 @@ def _budget(rows: Sequence[Candidate], load: Load, cost: StepCost, limits: HoldL
         key = rows[index].key
         lengths[key] = lengths.get(key, 0) + 1
     return lengths
-
-
-def _fitting(tokens: list[_Token], room: int, free_rows: int) -> list[_Token]:
-    """Those that fit into the step. Each draft may take a block of the cache more than its request without it."""
-    first = [index for _, index, depth in tokens if depth == 0]
-    if len(first) > free_rows:
-        chosen = set(first[: max(0, free_rows)])
-        tokens = [token for token in tokens if token[1] in chosen]
-    return tokens[: max(0, room)]
 
 
 def _longest_s(rows: Sequence[Candidate], load: Load, step_s: float, limits: HoldLimits) -> float:

@@ -8,7 +8,7 @@ once. What the edge then proposes is verified if that pays by now, which ends th
 from dataclasses import dataclass
 
 REST_AFTER = 8
-"""Commits whose draft was there and not verified; more than two probes (book.FIRST_PROBE_AFTER) come before."""
+"""Commits of steps that left a draft unverified; more than two probes (book.FIRST_PROBE_AFTER) come before."""
 REST_TOKENS = 32
 """Collected before they are published."""
 
@@ -18,18 +18,18 @@ class Rest:
     """Of one request."""
 
     num_refused: int = 0
-    """Commits since a draft of its edge's was last verified, of those that had one."""
+    """Such commits since a draft of its edge's was last verified."""
     num_collected: int = 0
     """Tokens since the last that are published."""
 
-    def committed(self, num_tokens: int, has_draft: bool, is_verified: bool) -> bool:
+    def committed(self, num_tokens: int, is_refused: bool, is_verified: bool) -> bool:
         """A step decided so many tokens; whether all that were collected are to be published now.
 
-        `has_draft`: of its edge's, before the step; `is_verified`: the step verified some of it.
+        `is_refused`: a draft was there when the step was planned, and was left out. `is_verified`: one was verified.
         """
         if is_verified:
             self.num_refused = 0
-        self.num_refused += has_draft and not is_verified
+        self.num_refused += is_refused
         self.num_collected += num_tokens
         if self.num_refused > REST_AFTER and self.num_collected < REST_TOKENS:
             return False

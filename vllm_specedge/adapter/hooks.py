@@ -45,6 +45,8 @@ SOURCES = (
     ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "spec_token_ids"),
     ("vllm.v1.core.sched.scheduler:Scheduler.__init__", "max_num_scheduled_tokens"),
     ("vllm.v1.core.sched.scheduler:Scheduler.__init__", "max_num_running_reqs"),
+    ("vllm.v1.core.sched.scheduler:Scheduler.__init__", "self.block_size"),
+    ("vllm.v1.core.sched.scheduler:Scheduler.__init__", "self.kv_cache_config"),
     ("vllm.v1.core.kv_cache_manager:KVCacheManager.__init__", "block_pool"),
     ("vllm.v1.request:Request.__init__", "next_decode_eligible_step"),
     ("vllm.v1.engine.core:EngineCoreProc.__init__", "input_queue"),

@@ -174,7 +174,7 @@ class EdgeScheduler(Scheduler):
 
         Without edges only those with a suggestion are rows, for a row costs microseconds and there may be hundreds.
         """
-        has_edges = bool(self.book.num_edges)
+        has_edges, is_scarce = bool(self.book.num_edges), self._is_scarce()
         rows, prefill, context, num_others, step_limit_s = [], 0, 0, 0, inf
         for request in self.running:
             num_left = request.num_tokens - request.num_computed_tokens
@@ -187,6 +187,8 @@ class EdgeScheduler(Scheduler):
                 num_others += 1
                 continue
             left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens)
+            if is_scarce:
+                left = min(left, 1 + -request.num_tokens % self.block_size)
             rows.append(Row(request.request_id, left - 1, request.priority))
         self._context = context
         is_pressed = bool(self.waiting or self.kv_holding_waiting or self.deferred_waiting)
@@ -198,10 +200,14 @@ class EdgeScheduler(Scheduler):
             prefill=min(prefill, self.max_num_scheduled_tokens),
             is_pressed=is_pressed,
             room=self.max_num_scheduled_tokens,
-            free_rows=self.kv_cache_manager.block_pool.get_num_free_blocks(),
             step_limit_s=step_limit_s,
         )
         return rows, load
+
+    def _is_scarce(self) -> bool:
+        """Not every request can get a block of the cache for its next token and one for its draft."""
+        num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return num_free < 2 * len(self.kv_cache_config.kv_cache_groups) * len(self.running)
 
     def _take_in(self) -> None:
         if self._link is None:
