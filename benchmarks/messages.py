@@ -40,10 +40,10 @@ class Edge:
     """One edge with one request, whose commits it has."""
 
     request: int
+    sent_s: dict[int, float]
+    """When the engine sent the commits of this position, to all edges."""
     took_s: list[float] = field(default_factory=list)
     """On the way down."""
-    sent_s: dict[int, float] = field(default_factory=dict)
-    """When the engine sent the commit of this position, and when this edge sent the proposal of this number."""
     number: int | None = None
     """Of its request, on its connection."""
     is_ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -90,10 +90,11 @@ class Result:
 class Bench:
     """Edges that stay connected while one rate after the other is tried."""
 
-    def __init__(self, engine: EngineLink, gateway: psutil.Process, edges: Sequence[Edge]) -> None:
+    def __init__(self, engine: EngineLink, gateway: psutil.Process, num_edges: int) -> None:
         self._engine = engine
         self._gateway = gateway
-        self._edges = edges
+        self._sent_s: dict[int, float] = {}
+        self._edges = [Edge(number, self._sent_s) for number in range(num_edges)]
         self._known = len(PROMPT)
         self._numbers = count(len(DRAFT))
         self._left_s: dict[int, float] = {}
@@ -113,6 +114,7 @@ class Bench:
             edge.took_s.clear()
         self._engine.inbox.clear()
         self._left_s.clear()
+        self._sent_s.clear()
         before, started_s = self._gateway.cpu_times(), time.monotonic()
         num_rounds = round(rate * seconds)
         for number in range(num_rounds):
@@ -140,9 +142,7 @@ class Bench:
 
     def _round(self) -> None:
         """A commit for each request, as an engine's step sends them, and a proposal of each edge."""
-        now_s = time.monotonic()
-        for edge in self._edges:
-            edge.sent_s = {self._known: now_s}
+        self._sent_s[self._known] = time.monotonic()
         self._engine.send([Commit(edge.request, self._known, (1,)) for edge in self._edges])
         self._known += 1
         for edge in self._edges:
@@ -159,7 +159,7 @@ def percentiles_ms(seconds: Sequence[float]) -> dict[str, float]:
 async def measure(
     engine: EngineLink, gateway: psutil.Process, edges: int, rates: Sequence[float], seconds: float
 ) -> None:
-    bench = Bench(engine, gateway, [Edge(number) for number in range(edges)])
+    bench = Bench(engine, gateway, edges)
     running = await bench.connect()
     print(f"| {' | '.join(HEADER)} |\n|{' ---: |' * len(HEADER)}")
     for rate in rates:

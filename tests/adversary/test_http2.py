@@ -22,6 +22,8 @@ from vllm_specedge.frames import PROTOCOL_VERSION, Greet, Hello
 
 MAX_GROWTH_BYTES = 24 << 20
 NUM_ROUNDS = 40
+MIN_ATTACK_BYTES = 400
+"""More than a connection's beginning."""
 DOWN = [(":method", "GET"), (":path", "/edge/v1/down"), (":scheme", "http"), (":authority", "localhost")]
 
 
@@ -42,6 +44,9 @@ def engine(gateway: Running) -> Iterator[Engine]:
 class Attacker:
     """An HTTP/2 connection that checks nothing of what it sends."""
 
+    num_sent = 0
+    """Bytes, of all of them."""
+
     def __init__(self, port: int) -> None:
         config = h2.config.H2Configuration(validate_outbound_headers=False, normalize_outbound_headers=False)
         self.h2 = h2.connection.H2Connection(config)
@@ -51,7 +56,9 @@ class Attacker:
         self.flush()
 
     def flush(self) -> None:
-        self.socket.sendall(self.h2.data_to_send())
+        data = self.h2.data_to_send()
+        self.socket.sendall(data)
+        Attacker.num_sent += len(data)
 
     def hear(self) -> None:
         """What is there to be read, without waiting."""
@@ -148,9 +155,10 @@ def test_whoever_is_honest_is_served_and_nothing_grows(
         assert engine.generate("before", 20) > 0
         for _ in range(NUM_ROUNDS // 4):
             attack(gateway.port)
-        before = process.memory_info().rss
+        before, sent_before = process.memory_info().rss, Attacker.num_sent
         for _ in range(NUM_ROUNDS):
             attack(gateway.port)
+        assert Attacker.num_sent - sent_before > NUM_ROUNDS * MIN_ATTACK_BYTES, "the attack was not made"
         assert engine.generate("after", 20) > 0
         assert process.memory_info().rss - before < MAX_GROWTH_BYTES
         assert engine.book.num_edges == 1

@@ -287,23 +287,21 @@ def run(*command: str) -> None:
 @contextmanager
 def namespace() -> Iterator[bool]:
     """A network of its own for an edge, on a cable to this one; False where it cannot be made (it takes root)."""
-    try:
-        run("ip", "netns", "add", NAMESPACE)
-        run("ip", "link", "add", "specedge-f0", "type", "veth", "peer", "name", "specedge-f1", "netns", NAMESPACE)
-        run("ip", "addr", "add", f"{HOST_IP}/30", "dev", "specedge-f0")
-        run("ip", "link", "set", "specedge-f0", "up")
-        within = ("ip", "netns", "exec", NAMESPACE, "ip")
-        run(*within, "addr", "add", f"{EDGE_IP}/30", "dev", "specedge-f1")
-        run(*within, "link", "set", "specedge-f1", "up")
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"No network namespace ({error}): both edges are behind the relay.", file=sys.stderr)
-        yield False
-        return
-    finally_delete = ("ip", "netns", "del", NAMESPACE)
-    try:
-        yield True
-    finally:
-        run(*finally_delete)
+    within = ("ip", "netns", "exec", NAMESPACE, "ip")
+    with ExitStack() as stack:
+        try:
+            run("ip", "netns", "add", NAMESPACE)
+            stack.callback(run, "ip", "netns", "del", NAMESPACE)
+            run("ip", "link", "add", "specedge-f0", "type", "veth", "peer", "name", "specedge-f1", "netns", NAMESPACE)
+            run("ip", "addr", "add", f"{HOST_IP}/30", "dev", "specedge-f0")
+            run("ip", "link", "set", "specedge-f0", "up")
+            run(*within, "addr", "add", f"{EDGE_IP}/30", "dev", "specedge-f1")
+            run(*within, "link", "set", "specedge-f1", "up")
+            has_namespace = True
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"No network namespace ({error}): both edges are behind the relay.", file=sys.stderr)
+            has_namespace = False
+        yield has_namespace
 
 
 def chosen(only: Sequence[str], is_short: bool, has_namespace: bool) -> list[Fault]:

@@ -26,15 +26,15 @@ class NgramLookup:
         self._window = (shortest, longest, max_model_len)
         self._contexts: dict[str, array[int]] = {}
         self._find: Any = None
-        problems = hooks.ngram_problems()
-        if problems:
-            logger.warning("Serving without n-gram drafts: %s", "; ".join(problems))
-            return
         # Not a daemon: a process that ends while numba compiles waits for it rather than crash in it.
         threading.Thread(target=self._compile, name="specedge-ngram").start()
 
     def _compile(self) -> None:
-        """numba compiles at the first call, a second; until then there are no drafts."""
+        """numba loads, and compiles at the first call, a second; until then there are no drafts."""
+        problems = hooks.ngram_problems()
+        if problems:
+            logger.warning("Serving without n-gram drafts: %s", "; ".join(problems))
+            return
         from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens as find
 
         try:
