@@ -114,6 +114,7 @@ class Gateway:
         self._engine_heard_s: dict[bytes, float] = {}
         self._effects: deque[Effect] = deque()
         self._is_carrying_out = False
+        self._is_stopping = False
         self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -137,6 +138,8 @@ class Gateway:
 
     def connect(self, token: TokenRecord | None) -> Connection:
         """A new downlink, greeted. Raises HTTPException 503 when too many are open, 429 of this token."""
+        if self._is_stopping:
+            raise HTTPException(503, "The gateway is stopping.")
         if len(self._connections) >= self.router.limits.max_edges + MAX_UNFINISHED_CONNECTIONS:
             raise HTTPException(503, "Too many connections: try again later.")
         if token is not None and token.max_edges:
@@ -275,7 +278,8 @@ class Gateway:
         logger.exception("%s", what)
 
     async def say_bye(self) -> None:
-        """The gateway is stopping: tell every edge, and give them a moment to hear it."""
+        """The gateway is stopping: tell every edge, and give them a moment to hear it. None may come back meanwhile."""
+        self._is_stopping = True
         for connection in list(self._connections.values()):
             self._close(connection, bye(ByeCode.GOING_AWAY, "the gateway is stopping"))
         downlinks = [c.downlink for c in self._connections.values() if c.downlink is not None]
