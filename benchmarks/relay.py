@@ -94,6 +94,8 @@ class Relay:
             task = asyncio.create_task(self._connect(reader, writer))
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
+            # Also of one that is cancelled before it has begun.
+            task.add_done_callback(lambda _: writer.transport.abort())
 
         server = await asyncio.start_server(accept, sock=listener, limit=READ_BYTES)
         try:
@@ -108,11 +110,7 @@ class Relay:
         try:
             target_reader, target_writer = await asyncio.open_connection(HOST, self.target_port, limit=READ_BYTES)
         except OSError:
-            writer.transport.abort()
             return
-        except asyncio.CancelledError:
-            writer.transport.abort()
-            raise
         up = _Direction(reader, target_writer, self._delay_s, self._count_up)
         down = _Direction(target_reader, writer, self._delay_s, self._count_down)
         try:

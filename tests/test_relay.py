@@ -144,15 +144,20 @@ def test_it_stops_while_bytes_are_on_the_way() -> None:
             assert is_over(connection)
 
 
+def wait_for_bytes(relay: Relay, up_bytes: int) -> None:
+    deadline_s = time.monotonic() + LIMIT_S
+    while relay.traffic.up_bytes < up_bytes:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+
+
 def test_a_reset_ends_connections_on_both_sides_and_new_ones_are_taken() -> None:
     with listening(Deaf) as port, Relay(port) as relay, connect(relay) as connection:
         connection.sendall(b"x" * 100)
-        deadline_s = time.monotonic() + LIMIT_S
-        while relay.traffic.up_bytes < 100:  # else there is nothing yet to reset
-            assert time.monotonic() < deadline_s
-            time.sleep(0.001)
+        wait_for_bytes(relay, 100)
         relay.reset()
         with suppress(ConnectionResetError):
             assert connection.recv(1) == b""
         with connect(relay) as another:
             another.sendall(b"x")
+            wait_for_bytes(relay, 101)
