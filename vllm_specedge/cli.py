@@ -1,6 +1,5 @@
 """`vllm-specedge`: the operator's commands."""
 
-import asyncio
 import importlib.util
 import logging
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -56,7 +56,7 @@ def gateway(
         check_endpoint(engines, options.insecure)
     except ValueError as error:
         raise UserError(f"--engines: {error}.") from None
-    is_renewed = asyncio.run(serve(options, engines, ends_with_stdin))
+    is_renewed = uvloop.run(serve(options, engines, ends_with_stdin))
     # All is said and closed. The web server's threads may still be at work, and abort the process if Python ends first.
     logging.shutdown()
     if is_renewed:
