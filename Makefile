@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2
 DRAFT := .cache/smollm2-draft
 
-.PHONY: help demo test test-fast test-vllm test-faults fuzz check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
+.PHONY: help demo test test-fast test-vllm test-faults soak fuzz check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
 help:
 	@echo "make demo            a real server, a real edge, the same questions with and without it"
 	@echo "make demo EDGE=ngram the same with prompt lookup, on tasks where that helps"
 	@echo "make test            every test, on a real vLLM (about 15 minutes once installed)"
 	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
 	@echo "make test-faults     what can go wrong around a server under load: a table (ten minutes)"
+	@echo "make soak            two hours of load while edges come and go: what grows, what is left behind"
 	@echo "make fuzz            a minute of coverage-guided fuzzing of each of what parses (FUZZ_S=1800: half an hour)"
 	@echo "make bench           edges against vLLM, its ngram, its draft_model (hours; ARGS=--quick: a quarter of an hour)"
 	@echo "make bench-emulated  server, wire and edges at an accelerator's speed, without one (some minutes)"
@@ -60,6 +61,10 @@ format: $(VENV)/.installed
 # Ten minutes; ARGS="--only gateway-killed" for one of them.
 test-faults: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python -m tests.faults.matrix $(ARGS)
+
+# Two hours; ARGS="--minutes 10 --warm-up 2" for a look.
+soak: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python -m tests.faults.soak $(ARGS)
 
 # Coverage-guided; what it finds is fixed and gets a test of its own. FUZZ_S=1800: half an hour each.
 FUZZ_S ?= 60

@@ -74,9 +74,9 @@ class Latency:
                 self.took_s.append(arrived_s - self.left_s[frame.tokens[0]])
 
 
-def start_gateway(directory: Path) -> tuple[Process, str]:
-    endpoint = f"ipc://{directory}/engines"
-    command = [str(BIN / "vllm-specedge"), "gateway", "--engines", endpoint, "--listen", f"127.0.0.1:{GATEWAY_PORT}"]
+def start_gateway(directory: Path, *arguments: str) -> tuple[Process, str]:
+    endpoint, listen = f"ipc://{directory}/engines", f"127.0.0.1:{GATEWAY_PORT}"
+    command = [str(BIN / "vllm-specedge"), "gateway", "--engines", endpoint, "--listen", listen, *arguments]
     return start(command, directory / "gateway.log"), endpoint
 
 

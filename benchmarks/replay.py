@@ -273,6 +273,8 @@ async def draft(clients: Sequence[EdgeClient]) -> None:
 
 def main(
     url: Annotated[str, typer.Argument(help="The gateway.")],
+    token_file: Annotated[Path | None, typer.Option(help="What the gateway asks for.")] = None,
+    ca_file: Annotated[str, typer.Option(help="Whom to trust.")] = "",
     recordings: Annotated[Path | None, typer.Option(help="JSON: [[prompt ids], [answer ids]], ...")] = None,
     draft_model: Annotated[str, typer.Option("--draft", help="A draft model's directory in their place.")] = "",
     first: Annotated[float, typer.Option(help="How often the first candidate is right.")] = 0.75,
@@ -300,8 +302,9 @@ def main(
         accuracy = Accuracy(first, second, seed)
         return ReplayDrafter(read_recordings(recordings), accuracy, pass_ms / 1000, stalls=stalls)
 
+    gateway = Gateway(url, token_file.read_text().strip() if token_file else "", ca_file)
     clients = [
-        EdgeClient(Gateway(url), drafter(number), f"replay-{number}", max_requests=max_requests, max_width=max_width)
+        EdgeClient(gateway, drafter(number), f"replay-{number}", max_requests=max_requests, max_width=max_width)
         for number in range(edges)
     ]
     asyncio.run(draft(clients))

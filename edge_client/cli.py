@@ -103,7 +103,7 @@ async def _run(client: EdgeClient, wait_s: float, console: Console, quiet: bool)
         if status is not None:
             status.cancel()
             await asyncio.gather(status, return_exceptions=True)
-            console.print(summary(client))
+            _say(console, summary(client))
 
 
 async def _show(client: EdgeClient, console: Console) -> None:
@@ -114,7 +114,7 @@ async def _show(client: EdgeClient, console: Console) -> None:
         while True:
             await asyncio.sleep(PLAIN_STATUS_S)
             now, now_s = client.speculation.stats.accepted_tokens, time.monotonic()
-            console.print(status_line(client, max(0, now - before) / (now_s - before_s)))
+            _say(console, status_line(client, max(0, now - before) / (now_s - before_s)))
             before, before_s = now, now_s
     with Live(status_line(client, 0.0), console=console, refresh_per_second=1 / STATUS_S) as live:
         while True:
@@ -127,9 +127,15 @@ async def _show(client: EdgeClient, console: Console) -> None:
 def _announce(client: EdgeClient, console: Console) -> None:
     """A change of state; a private edge says what requests must name to be drafted for by it."""
     if not console.is_terminal:
-        console.print(status_line(client, 0.0))
+        _say(console, status_line(client, 0.0))
     if client.state == "connected" and client.role == "private":
-        console.print(f'Requests for this edge carry "vllm_xargs": {{"specedge": "{client.session}"}}', soft_wrap=True)
+        _say(console, f'Requests for this edge carry "vllm_xargs": {{"specedge": "{client.session}"}}')
+
+
+def _say(console: Console, line: str | Text) -> None:
+    """Nothing stops drafting because it cannot be written down: the disk of a log is full, a terminal is gone."""
+    with suppress(OSError):
+        console.print(line, soft_wrap=True)
 
 
 def status_line(client: EdgeClient, accepted_per_s: float) -> Text:

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 import trustme
+from certificates import write_certificate
 from prometheus_client.parser import text_string_to_metric_families
 from raw_client import pack, unpack
 from stack import BIN, Process, start, wait_for
@@ -396,30 +397,12 @@ def test_the_example_client_refuses_token_ids_that_the_gateway_refuses(data: byt
         unpack(data)
 
 
-def write_certificate(directory: Path, authority: trustme.CA) -> None:
-    """A server's certificate, its key in PKCS#8, and its authority."""
-    certificate = authority.issue_cert("localhost")
-    key = subprocess.run(
-        ["openssl", "pkcs8", "-topk8", "-nocrypt"],
-        input=certificate.private_key_pem.bytes(),
-        capture_output=True,
-        check=True,
-    ).stdout
-    (directory / "key.pem").write_bytes(key)
-    certificate.cert_chain_pems[0].write_to_path(directory / "cert.pem")
-    authority.cert_pem.write_to_path(directory / "ca.pem")
-
-
-def tls_options(directory: Path) -> list[str]:
-    return ["--tls-cert", str(directory / "cert.pem"), "--tls-key", str(directory / "key.pem")]
-
-
 def test_tokens_and_tls(tmp_path: Path) -> None:
-    write_certificate(tmp_path, trustme.CA())
+    tls_options = write_certificate(tmp_path, trustme.CA())
     tokens = TokenFile(tmp_path / "tokens.json")
     pool, private = tokens.issue("pool", "pool"), tokens.issue("private", "private")
     expired = tokens.issue("expired", "pool", expires_s=1.0)
-    arguments = [*tls_options(tmp_path), "--tokens-file", str(tmp_path / "tokens.json")]
+    arguments = [*tls_options, "--tokens-file", str(tmp_path / "tokens.json")]
     ca = str(tmp_path / "ca.pem")
     with running_gateway(tmp_path, *arguments, verify=ca) as gateway:
         engine = Engine(gateway.endpoint)
@@ -482,7 +465,7 @@ def test_whoever_sends_too_many_bytes_is_closed(gateway: Running, engine: Engine
 
     def flood(frame: Frame) -> None:
         if isinstance(frame, Welcome):
-            for _ in range(MAX_BYTES_PER_S // 2000):
+            for _ in range(MAX_BYTES_PER_S // 500):  # enough for several seconds, however slow this machine is
                 link.send(Propose(0, 0, (MAX_UINT32,) * 1000))
 
     link = Link(Gateway(gateway.url), hello(), flood)
@@ -492,10 +475,10 @@ def test_whoever_sends_too_many_bytes_is_closed(gateway: Running, engine: Engine
 
 def test_a_new_certificate_is_taken_up_and_everybody_comes_back(tmp_path: Path) -> None:
     old, new = trustme.CA(), trustme.CA()
-    write_certificate(tmp_path, old)
+    tls_options = write_certificate(tmp_path, old)
     trusted = tmp_path / "both.pem"
     trusted.write_bytes(old.cert_pem.bytes() + new.cert_pem.bytes())
-    with running_gateway(tmp_path, *tls_options(tmp_path), verify=str(trusted)) as gateway:
+    with running_gateway(tmp_path, *tls_options, verify=str(trusted)) as gateway:
         engine = Engine(gateway.endpoint)
         try:
             with edge_in_thread(EdgeClient(Gateway(gateway.url, ca_file=str(trusted)), NgramDrafter(), "edge")):
@@ -511,12 +494,12 @@ def test_a_new_certificate_is_taken_up_and_everybody_comes_back(tmp_path: Path) 
 
 
 def test_a_gateway_may_ask_for_the_edge_s_certificate(tmp_path: Path) -> None:
-    write_certificate(tmp_path, trustme.CA())
+    tls_options = write_certificate(tmp_path, trustme.CA())
     clients = trustme.CA()
     clients.cert_pem.write_to_path(tmp_path / "clients.pem")
     for name, authority in (("mine", clients), ("other", trustme.CA())):
         authority.issue_cert("laptop").private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
-    arguments = [*tls_options(tmp_path), "--tls-client-ca", str(tmp_path / "clients.pem")]
+    arguments = [*tls_options, "--tls-client-ca", str(tmp_path / "clients.pem")]
     ca = str(tmp_path / "ca.pem")
     with running_gateway(tmp_path, *arguments, verify=ca) as gateway:
         engine = Engine(gateway.endpoint)
@@ -637,3 +620,19 @@ def test_a_token_is_not_shown_in_the_clear_to_another_machine() -> None:
 
 def test_bye_codes_from_10_on_are_final() -> None:
     assert all((code >= ByeCode.PROTOCOL) == (code not in range(10)) for code in ByeCode)
+
+
+def test_a_gateway_asks_for_as_many_open_files_as_it_may_have_edges(tmp_path: Path) -> None:
+    command = ["--engines", f"ipc://{tmp_path}/engines", "--listen", f"127.0.0.1:{free_port()}", "--max-edges", "1000"]
+    few = ["prlimit", "--nofile=64:4096", str(BIN / "vllm-specedge"), "gateway", *command]
+    process = start(few, tmp_path / "gateway.log")
+    try:
+        wait_for_port(process, int(command[3].rpartition(":")[2]))
+        limits = Path(f"/proc/{process.popen.pid}/limits").read_text()
+        assert int(next(line for line in limits.splitlines() if "open files" in line).split()[3]) >= 1000
+    finally:
+        process.stop()
+    none = ["prlimit", "--nofile=64:64", str(BIN / "vllm-specedge"), "gateway", *command]
+    result = subprocess.run(none, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert "'max_edges'" in result.stderr

@@ -332,6 +332,7 @@ class DraftBook:
         request.ngram_acceptance = Acceptance(self._ngram_acceptance)
         self._requests[request_id] = request
         self._ids[number] = request_id
+        self.counters["opened_requests"] += 1
         return self._opening(request) if self.num_edges else []
 
     def _opening(self, request: _Request) -> list[Frame]:
@@ -475,6 +476,7 @@ class DraftBook:
         if not self._requests:
             self._last_end_s = None  # the time until the next request is nobody's
         del self._ids[request.number]
+        self.counters["closed_requests"] += 1
         self._add(request, "discarded_unused", request.tree.num_nodes)
         report = Report(request.number, request_values(request.counters))
         return [report, *self._closing(request)] if request.is_open else []

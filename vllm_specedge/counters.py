@@ -42,6 +42,8 @@ ENGINE_COUNTERS = (
     ("dropped_closed", "Proposals for requests that were over."),
     ("dropped_token_id", "Proposals with a token id outside of the vocabulary."),
     ("unexpected_frames", "Frames a gateway should not send."),
+    ("opened_requests", "Requests that the engine began to keep a proposal tree for."),
+    ("closed_requests", "Requests whose proposal tree was given up: as many, once all are over."),
     ("collected_commits", "Commits that edges heard of with later ones, since their drafts were not verified."),
 )
 """What an engine reports in Stats, in this order: the same over all requests, and what is counted only in total."""

@@ -23,7 +23,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings, HTTP2Settings
 from granian.server.embed import Server
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
@@ -51,6 +51,7 @@ logger = logging.getLogger("vllm_specedge.gateway")
 
 MAX_QUEUED_BYTES = 8 << 20
 """An edge that lets more than this pile up is closed: the longest context fits, at 5 bytes a token."""
+CHUNK_BYTES = 64 << 10
 MAX_FRAMES_PER_S = 2000
 """An edge that sends more is closed: 32 requests at 30 steps a second need half of it."""
 MAX_BYTES_PER_S = 1 << 20
@@ -88,6 +89,16 @@ class Connection:
     uplink: "asyncio.Task[object] | None" = None
     closed_s: float | None = None
 
+    def next_chunk(self) -> bytes:
+        """As much of what is queued as is given to the web server at a time: what is there is out of our hands."""
+        frames: list[bytes] = []
+        num_bytes = 0
+        while self.outbox and num_bytes < CHUNK_BYTES:
+            frames.append(self.outbox.popleft())
+            num_bytes += len(frames[-1])
+        self.queued_bytes -= num_bytes
+        return b"".join(frames)
+
     @property
     def roles(self) -> frozenset[str]:
         return self.token.roles if self.token is not None else frozenset(ROLES)
@@ -106,6 +117,12 @@ class Gateway:
         self.registry = CollectorRegistry()
         self.registry.register(RouterCollector(self.router))
         self._histograms = RequestHistograms(self.registry)
+        ProcessCollector(registry=self.registry)
+        for name, help_text, value in (
+            ("connections", "Connections of edges, admitted or not.", lambda: len(self._connections)),
+            ("tasks", "Tasks of the gateway's event loop.", lambda: len(asyncio.all_tasks())),
+        ):
+            Gauge(f"specedge_gateway_{name}", help_text, registry=self.registry).set_function(value)
         self._heartbeat_s = limits.heartbeat_ms / 1000
         self._tokens = TokenFile(Path(options.tokens_file)) if options.tokens_file else None
         self._connections: dict[int, Connection] = {}
@@ -159,10 +176,7 @@ class Gateway:
         try:
             while True:
                 while connection.outbox:
-                    data = b"".join(connection.outbox)
-                    connection.outbox.clear()
-                    connection.queued_bytes = 0
-                    yield data
+                    yield connection.next_chunk()
                 if connection.closed_s is not None:
                     return
                 connection.wake.clear()

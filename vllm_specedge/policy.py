@@ -14,6 +14,7 @@ Rule 4: the order in which rows are given changes nothing; among equals the more
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import takewhile
 from math import inf
 from typing import TypeAlias
 
@@ -260,12 +261,21 @@ def _best(
         longest_s = _longest_s(plain, load, step_s, limits) - waited_s
         number = _scan(tokens[:best], growth_s, size, step_s, longest_s, stretch_s, waited_s)
         if not number and load.probe is Probe.VERIFY:
-            most_s = min(longest_s, stretch_s) - step_s
-            number = sum(growth <= most_s for growth in growth_s[: max(1, num_rows // PROBE_PART)])
+            number = _fitting(growth_s[: max(1, num_rows // PROBE_PART)], min(longest_s, stretch_s) - step_s)
         if number in (0, best) or step_s + growth_s[number - 1] <= _longest_s(rows, load, step_s, limits) - waited_s:
             return number
         best = number
     return 0
+
+
+def _fitting(growth_s: Sequence[float], most_s: float) -> int:
+    """How many of the first tokens make the step longer by no more."""
+    return sum(1 for _ in takewhile(lambda growth: growth <= most_s, growth_s))
+
+
+def _cautious(growth_s: float) -> float:
+    """What is gained by a step that becomes shorter is not thought to be more than it is."""
+    return growth_s * CAUTION if growth_s > 0.0 else growth_s
 
 
 def _scan(
@@ -282,8 +292,8 @@ def _scan(
     for number, (growth, token) in enumerate(zip(growth_s, tokens, strict=False), 1):
         expected -= token[0]
         if step_s + growth > longest_s:
-            break
-        total_s = step_s + CAUTION * growth
+            continue  # a larger step may be shorter (stepcost.py, rule 2)
+        total_s = step_s + _cautious(growth)
         if step_s + growth > stretch_s and expected * step_s < FAST * size * (waited_s + total_s):
             continue
         if expected > best_rate * total_s * (1 + 1e-9):
@@ -318,7 +328,7 @@ class _Prices:
         best = total = 0.0
         for survival, growth_s in zip(survivals, self.growth_s, strict=False):
             total += survival
-            best = max(best, total - self.rate * CAUTION * growth_s)
+            best = max(best, total - self.rate * _cautious(growth_s))
         return best
 
 

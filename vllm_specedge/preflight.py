@@ -1,6 +1,7 @@
 """What can be seen to be wrong before a gateway starts: its address, its tokens, its certificate."""
 
 import os
+import resource
 import socket
 import ssl
 from pathlib import Path
@@ -9,13 +10,30 @@ from vllm_specedge.config import EdgeOptions, split_address
 from vllm_specedge.errors import UserError
 from vllm_specedge.tokens import TokenFile
 
+SPARE_FILES = 256
+"""Beside those of edges: connections that shake hands or are turned away, logs, libraries."""
+
 
 def check_start(options: EdgeOptions) -> None:
     """Raises UserError with one sentence that says what to change."""
+    _allow_files(options.max_edges + SPARE_FILES)
     _check_listen(options.listen)
     if options.tokens_file:
         TokenFile(Path(options.tokens_file)).records()
     check_certificate(options)
+
+
+def _allow_files(num_wanted: int) -> None:
+    """Each edge is an open file, of which services commonly may have 1,024 until they ask for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= num_wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < num_wanted:
+        text = (
+            f"'max_edges' takes {num_wanted} open files, and this system allows {hard}: lower it, or raise 'ulimit -n'."
+        )
+        raise UserError(text)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_wanted, hard))
 
 
 def _check_listen(address: str) -> None:

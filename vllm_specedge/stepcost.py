@@ -7,7 +7,8 @@ together by a Kalman filter: what is seen at one size moves what is thought of t
 away (a Gaussian process over log2 tokens), and what was not seen for long becomes uncertain again.
 
 Rule 1: one outlier moves it by little: what surprises by more than MAX_SURPRISE deviations is thought to be noise.
-Rule 2: more tokens never take less time, whatever noise says.
+Rule 2: more tokens are thought to take less time only where that was seen: some kernels are slower for two rows than
+for four (a third on the test machine), and to think otherwise makes what comes after look free.
 Rule 3: sizes that were seen often are looked at now and then only, for an update costs a tenth of a millisecond.
 """
 
@@ -29,6 +30,8 @@ FORGETTING = 1 / 2048
 """The part by which, with each step, what is known becomes as uncertain again as before anything was seen."""
 SETTLED, SETTLED_EVERY = 32, 4
 """After so many steps of a size one of so many is looked at."""
+_MIN_SEEN = 4
+"""Steps of a size, after which what it takes is known by itself."""
 _NOISE_GAIN = 0.03
 _FIRST_NOISE = 0.1
 _MIN_NOISE = 0.01
@@ -56,7 +59,7 @@ class StepCost:
         self._covariance: list[list[float]] = []
         self._noise = _FIRST_NOISE
         self._curve: list[float] = []
-        """The knots' means, made to rise."""
+        """The knots' means; those that were not seen, made to rise."""
         self._seen = [0] * _NUM_KNOTS
         if profile:
             sizes = sorted(profile)
@@ -79,7 +82,7 @@ class StepCost:
         ):
             self._prior[index][index] = (deviation * first) ** 2
         self._covariance = [list(row) for row in self._prior]
-        self._curve = rising
+        self._curve = list(rising)
 
     @property
     def parts_s(self) -> tuple[Sequence[float], float, float, float]:
@@ -132,8 +135,11 @@ class StepCost:
                 value - gain * other + FORGETTING * (before - value)
                 for value, other, before in zip(row, spread, prior, strict=True)
             ]
-        floor = self._mean[0] if self._mean[0] > 0.0 else 1e-9
-        self._curve = list(accumulate(self._mean[:_NUM_KNOTS], max, initial=floor))[1:]
+        least = 1e-9
+        for index, seen in enumerate(self._seen):
+            mean = self._mean[index]
+            least = max(1e-9, mean) if seen >= _MIN_SEEN else max(least, mean)
+            self._curve[index] = least
 
     def __call__(self, requests: int, tokens: int, context: int, prefilled: int = 0) -> float:
         """Seconds of a step that verifies nothing; 0 before anything is known."""

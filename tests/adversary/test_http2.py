@@ -2,9 +2,11 @@
 
 import asyncio
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import h2.config
 import h2.connection
@@ -14,11 +16,21 @@ import psutil
 import pytest
 from stack import wait_for
 
+from benchmarks.light_edge import LightEdge
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.link import Gateway, Link, LinkError
 from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, running_gateway
-from vllm_specedge.frames import PROTOCOL_VERSION, Greet, Hello
+from vllm_specedge.frames import (
+    MAX_TOKENS_PER_FRAME,
+    MAX_UINT32,
+    PROTOCOL_VERSION,
+    Commit,
+    Greet,
+    Hello,
+    Open,
+)
+from vllm_specedge.gateway import MAX_QUEUED_BYTES
 
 MAX_GROWTH_BYTES = 24 << 20
 NUM_ROUNDS = 40
@@ -233,3 +245,87 @@ def test_a_key_that_was_guessed_gets_nothing(gateway: Running, key: str) -> None
     with httpx.Client(trust_env=False, http1=False, http2=True) as client:
         answer = client.post(f"{gateway.url}/edge/v1/up", headers={"x-specedge-connection": key})
     assert answer.status_code == 409
+
+
+@contextmanager
+def edge_that_does_not_read(port: int) -> Iterator[LightEdge]:
+    """Admitted, private, and alive by its heartbeats; it takes nothing from its socket any more."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def connect() -> tuple[LightEdge, "asyncio.Task[None]"]:
+        make = lambda: LightEdge("slow", "http", lambda *_: None, "private", max_requests=32)  # noqa: E731
+        _, edge = await loop.create_connection(make, "127.0.0.1", port)
+        async with asyncio.timeout(DEADLINE_S):
+            await edge.is_live.wait()
+        edge.stop_reading()
+        return edge, asyncio.create_task(beat(edge))
+
+    async def beat(edge: LightEdge) -> None:
+        while True:
+            edge.ping()
+            await asyncio.sleep(1.0)
+
+    async def end(edge: LightEdge, beating: "asyncio.Task[None]") -> None:
+        beating.cancel()
+        edge.close()
+        await edge.is_closed.wait()
+
+    edge, beating = asyncio.run_coroutine_threadsafe(connect(), loop).result(DEADLINE_S)
+    try:
+        yield edge
+    finally:
+        asyncio.run_coroutine_threadsafe(end(edge, beating), loop).result(DEADLINE_S)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(DEADLINE_S)
+        loop.close()
+
+
+def counter(gateway: Running, name: str) -> float:
+    lines = httpx.get(f"{gateway.url}/metrics", trust_env=False).text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"specedge_gateway_{name}_total ")).split()[1])
+
+
+def flood(engine: Engine, session: str) -> int:
+    """Requests whose contexts grow by 63 MB of commits; honest requests are served meanwhile. Returns the bytes."""
+    widest = (MAX_UINT32,) * MAX_TOKENS_PER_FRAME
+    numbers, num_commits, batch = range(1 << 20, (1 << 20) + 32), 480, 16
+    for request in numbers:
+        engine.link.send([Open(request, 4, 5, 32, session), Commit(request, 0, (1, 2, 3, 4))])
+    for at in range(0, num_commits, batch):
+        for request in numbers:
+            bases = range(4 + at * len(widest), 4 + (at + batch) * len(widest), len(widest))
+            engine.link.send([Commit(request, base, widest) for base in bases])
+        assert engine.generate(f"meanwhile-{at}", 5) > 0
+    return len(numbers) * num_commits * 4 * len(widest)
+
+
+@contextmanager
+def flooded(directory: Path, *, is_read: bool) -> Iterator[tuple[Running, Engine, int, int]]:
+    """A gateway, by how much it grew while an edge that does not read was flooded, or nobody, and with how much."""
+    directory.mkdir()
+    with running_gateway(directory) as gateway, ExitStack() as stack:
+        engine = Engine(gateway.endpoint)
+        stack.callback(engine.link.stop)
+        wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
+        stack.enter_context(edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "honest")))
+        slow = stack.enter_context(edge_that_does_not_read(gateway.port))
+        assert engine.generate("before", 20) > 0
+        process = psutil.Process(gateway.process.popen.pid)
+        before = process.memory_info().rss
+        num_bytes = flood(engine, "a session of nobody" if is_read else slow.session)
+        yield gateway, engine, process.memory_info().rss - before, num_bytes
+
+
+def test_who_does_not_read_is_closed_and_no_queue_grows(tmp_path: Path) -> None:
+    with flooded(tmp_path / "kept", is_read=True) as (gateway, _, kept_bytes, _):
+        # Every request's context is kept, whoever drafts for it.
+        assert counter(gateway, "slow_edges") == 0
+    with flooded(tmp_path / "queued", is_read=False) as (gateway, engine, grown_bytes, num_bytes):
+        engine.wait(lambda: counter(gateway, "slow_edges") == 1)
+        may_be_more = MAX_QUEUED_BYTES + MAX_GROWTH_BYTES
+        assert num_bytes > may_be_more, "or nothing would be shown"
+        assert grown_bytes < kept_bytes + may_be_more
+        engine.wait(lambda: engine.book.num_edges == 1)
+        assert engine.generate("after", 20) > 0

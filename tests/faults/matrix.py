@@ -3,16 +3,21 @@ is broken.
 
     PYTHONPATH=examples python -m tests.faults.matrix [--only edge-killed] [--short]
 
-A real `vllm serve`, its gateway, two real edges (one behind a relay, one in a network namespace of its own where this
-may be made) and the OpenAI client, which asks four things at a time and compares every answer with what the server said
-before there were edges. A fault is noticed when the gateway's or the engine's view shows it, and over when all edges
-are there again and drafts are accepted. No request may fail, except where the engine itself is killed.
+A real `vllm serve`, its gateway with TLS and tokens, two real edges (one behind a relay, one in a network namespace of
+its own where this may be made) and the OpenAI client, which asks four things at a time and compares every answer with
+what the server said before there were edges. A fault is noticed when the gateway's or the engine's view shows it, and
+over when all edges are there again and drafts are accepted; one that nobody is to notice has to be over before it ends.
+No request may fail, except where the engine itself is killed.
+
+A namespace and a file system that is full take root; clocks that jump take libfaketime. What cannot be had is left out,
+and said.
 """
 
 import json
 import os
 import random
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -21,16 +26,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
 import httpx2 as httpx
 import psutil
+import trustme
 import typer
+from certificates import write_certificate
 from openai import OpenAI, OpenAIError
 from stack import BIN, EDGE_CORE, MODEL_NAME, Process, Server, start, start_server, wait_for
 
 from benchmarks.relay import Relay
+from vllm_specedge.tokens import TokenFile
 
 CACHE = Path(__file__).parents[2] / ".cache"
 NUM_ASKING, NUM_TOKENS = 4, 48
@@ -39,6 +48,8 @@ LASTS_S = 10.0
 LIMIT_S = 90.0
 POLL_S = 0.1
 NAMESPACE, HOST_IP, EDGE_IP = "specedge-faults", "10.213.7.1", "10.213.7.2"
+LOG_BYTES = 16 << 20
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 PROMPTS = tuple(
     f"Repeat these lines, all of them.\n{line}\n{line}\n{line}\n"
     for line in (
@@ -58,15 +69,24 @@ class Load:
 
     url: str
     expected: dict[str, str] = field(default_factory=dict)
+    num_asking: int = NUM_ASKING
     num_requests: int = 0
     num_wrong: int = 0
     num_failed: int = 0
+    longest_pause_s: float = 0.0
+    """Between two chunks of one answer."""
     _stopped: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, client: OpenAI, prompt: str) -> str:
-        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0}
-        return client.completions.create(**body, extra_body={"ignore_eos": True}).choices[0].text
+        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "stream": True}
+        text, heard_s = "", None
+        for chunk in client.completions.create(**body, extra_body={"ignore_eos": True}):
+            now_s = time.monotonic()
+            if heard_s is not None:
+                self.longest_pause_s = max(self.longest_pause_s, now_s - heard_s)
+            text, heard_s = text + chunk.choices[0].text, now_s
+        return text
 
     def learn(self) -> None:
         """What the server says without edges."""
@@ -75,7 +95,7 @@ class Load:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        threads = [threading.Thread(target=self._run, args=(number,)) for number in range(NUM_ASKING)]
+        threads = [threading.Thread(target=self._run, args=(number,)) for number in range(self.num_asking)]
         for thread in threads:
             thread.start()
         try:
@@ -104,25 +124,93 @@ class Load:
                     self.num_failed += is_failed
 
 
+@dataclass(frozen=True)
+class Credentials:
+    """What the gateway and its edges show each other."""
+
+    directory: Path
+    authority: trustme.CA = field(default_factory=trustme.CA)
+
+    def __post_init__(self) -> None:
+        self.certify()
+        self.token.write_text(TokenFile(self.tokens).issue("edges", "pool"))
+
+    @property
+    def tokens(self) -> Path:
+        return self.directory / "tokens.json"
+
+    @property
+    def token(self) -> Path:
+        return self.directory / "token"
+
+    @property
+    def trusted(self) -> Path:
+        return self.directory / "ca.pem"
+
+    def certify(self, *, is_expired: bool = False) -> None:
+        """A new certificate in place of the last one."""
+        not_after = datetime.now(UTC) - timedelta(days=1) if is_expired else None
+        write_certificate(self.directory, self.authority, "localhost", HOST_IP, not_after=not_after)
+
+    @property
+    def gateway_options(self) -> dict[str, str]:
+        files = {"tls_cert": "cert.pem", "tls_key": "key.pem", "tokens_file": "tokens.json"}
+        return {option: str(self.directory / name) for option, name in files.items()}
+
+    @property
+    def edge_options(self) -> list[str]:
+        return ["--token-file", str(self.token), "--ca-file", str(self.trusted)]
+
+
+class Clock:
+    """The wall clock of the server and its gateway; their monotonic clocks go on as ever."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.set("+0")
+
+    def set(self, offset: str) -> None:
+        """As libfaketime has them: "+1d", "-2d"."""
+        self._file.write_text(offset)
+
+    @property
+    def env(self) -> dict[str, str]:
+        if FAKETIME is None:
+            return {}
+        only_wall = dict.fromkeys(("DONT_FAKE_MONOTONIC", "FAKETIME_DONT_FAKE_MONOTONIC"), "1")
+        where = {"FAKETIME_TIMESTAMP_FILE": str(self._file), "FAKETIME_CACHE_DURATION": "1"}
+        return {"LD_PRELOAD": str(FAKETIME), **only_wall, **where}
+
+
 @dataclass
 class Site:
     """Everything that runs, and how to look at it."""
 
     logs: Path
+    credentials: Credentials
+    clock: Clock
     port: int
     gateway_port: int
     has_namespace: bool
     stack: ExitStack
+    max_seqs: int = 8
     relay: Relay | None = None
     server: Server | None = None
     edges: list[Process] = field(default_factory=list)
 
     def start_server(self) -> None:
         config = {"method": "edge", "num_speculative_tokens": 5, "listen": f"0.0.0.0:{self.gateway_port}"}
-        config |= {"insecure": True, "ngram": False}
-        arguments = ["--max-model-len", "1024", "--max-num-seqs", "8", "--speculative-config", json.dumps(config)]
+        config |= {"ngram": False, **self.credentials.gateway_options}
+        arguments = [
+            "--max-model-len",
+            "1024",
+            "--max-num-seqs",
+            str(self.max_seqs),
+            "--speculative-config",
+            json.dumps(config),
+        ]
         log = self.logs / f"server-{time.monotonic_ns()}.log"
-        self.server = start_server(CACHE / MODEL_NAME, log, self.port, *arguments, gateway_port=self.gateway_port)
+        self.server = start_server(CACHE / MODEL_NAME, log, self.port, *arguments, env=self.clock.env)
         self.stack.callback(self.server.process.stop)
         wait_for(self.server.process, f"{self.server.url}/health")
 
@@ -130,8 +218,9 @@ class Site:
         """The first behind the relay, the second in its namespace."""
         assert self.relay is not None
         is_apart = number == 1 and self.has_namespace
-        url = f"http://{HOST_IP}:{self.gateway_port}" if is_apart else self.relay.url
-        command = [str(BIN / "edge-client"), "connect", url, "--draft", "ngram", "--name", f"edge-{number}", "--quiet"]
+        url = f"https://{HOST_IP}:{self.gateway_port}" if is_apart else f"https://localhost:{self.relay.port}"
+        command = [str(BIN / "edge-client"), "connect", url, "--draft", "ngram", "--name", f"edge-{number}"]
+        command += self.credentials.edge_options
         prefix = ["ip", "netns", "exec", NAMESPACE] if is_apart else []
         log = self.logs / f"edge-{number}-{time.monotonic_ns()}.log"
         process = start([*prefix, *command, "--wait", "30"], log, core=EDGE_CORE)
@@ -142,16 +231,25 @@ class Site:
     def num_edges(self) -> int | None:
         """That the gateway has; None if it does not answer."""
         with suppress(httpx.HTTPError, ValueError, KeyError):
-            answer = httpx.get(f"http://127.0.0.1:{self.gateway_port}/healthz", trust_env=False, timeout=1.0).json()
+            answer = self._get("healthz").json()
             return int(answer["edges"]) if answer["engines"] else None
         return None
 
     @property
     def num_accepted(self) -> float:
-        assert self.server is not None
-        with suppress(httpx.HTTPError, KeyError):
-            return self.server.metrics()["specedge_engine_accepted_tokens"]
+        return self.metric("specedge_engine_accepted_tokens_total")
+
+    def metric(self, name: str) -> float:
+        """One of the gateway's; 0 if it does not answer."""
+        with suppress(httpx.HTTPError, StopIteration):
+            lines = self._get("metrics").text.splitlines()
+            return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
         return 0.0
+
+    def _get(self, path: str) -> httpx.Response:
+        """What the gateway says."""
+        context = ssl.create_default_context(cafile=self.credentials.trusted)
+        return httpx.get(f"https://localhost:{self.gateway_port}/{path}", trust_env=False, timeout=1.0, verify=context)
 
     def child(self, name: str) -> psutil.Process:
         assert self.server is not None
@@ -174,8 +272,10 @@ class Fault:
     end: Callable[[Site], None] = lambda site: None
     lasts_s: float = 0.0
     kills_engine: bool = False
-    needs_namespace: bool = False
+    is_harmless: bool = False
+    """Nobody is to notice it: edges draft before it ends."""
     is_noticed: Callable[[Site], bool] = lambda site: site.num_edges != len(site.edges)
+    can_be_made: Callable[[Site], bool] = lambda site: True
 
 
 def send(number: signal.Signals, edge: int) -> Callable[[Site], None]:
@@ -206,6 +306,34 @@ def resets(site: Site) -> None:
         time.sleep(1.0)
 
 
+def crawl(site: Site) -> None:
+    """An edge that reads and writes for a twentieth of the time."""
+    for _ in range(int(LASTS_S)):
+        site.edges[0].popen.send_signal(signal.SIGSTOP)
+        time.sleep(0.95)
+        site.edges[0].popen.send_signal(signal.SIGCONT)
+        time.sleep(0.05)
+
+
+def fill(site: Site) -> None:
+    """No log can be written any more; an edge starts meanwhile."""
+    with suppress(OSError), (site.logs / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+    site.edges[0].popen.kill()
+    site.start_edge(0)
+
+
+def jump(site: Site) -> None:
+    for offset in ("+1d", "-2d", "+0"):
+        site.clock.set(offset)
+        time.sleep(LASTS_S / 3)
+
+
+def expire(site: Site) -> None:
+    site.credentials.certify(is_expired=True)
+
+
 def link(state: str) -> Callable[[Site], None]:
     return lambda site: run("ip", "link", "set", "specedge-f0", state)
 
@@ -221,10 +349,28 @@ FAULTS = (
     Fault("gateway-killed", lambda site: site.gateway.kill()),
     Fault("edge-stopped", send(signal.SIGSTOP, 0), send(signal.SIGCONT, 0), LASTS_S),
     Fault("gateway-stopped", lambda site: site.gateway.suspend(), lambda site: site.gateway.resume(), LASTS_S),
-    Fault("network-cut", link("down"), link("up"), LASTS_S, needs_namespace=True),
+    Fault("network-cut", link("down"), link("up"), LASTS_S, can_be_made=lambda site: site.has_namespace),
     Fault("nothing-passes", delay(3600.0), delay(0.0), LASTS_S),
     Fault("jitter-500-ms", jitter, delay(0.0), is_noticed=lambda site: True),
     Fault("reset-each-second", resets, is_noticed=lambda site: True),
+    Fault("edge-crawls", crawl, is_noticed=lambda site: True),
+    Fault(
+        "disk-full",
+        fill,
+        lambda site: (site.logs / "filler").unlink(),
+        LASTS_S,
+        is_harmless=True,
+        can_be_made=lambda site: site.logs.is_mount(),
+        is_noticed=lambda site: True,
+    ),
+    Fault(
+        "clock-jumps",
+        jump,
+        is_harmless=True,
+        can_be_made=lambda site: FAKETIME is not None,
+        is_noticed=lambda site: True,
+    ),
+    Fault("certificate-expired", expire, lambda site: site.credentials.certify(), LASTS_S),
     Fault("engine-killed", kill_engine, lambda site: site.start_server(), kills_engine=True),
 )
 SHORT = ("edge-killed", "gateway-killed")
@@ -236,6 +382,7 @@ class Result:
     num_requests: int
     num_wrong: int
     num_failed: int
+    longest_pause_s: float
     noticed_s: float | None
     recovered_s: float | None
 
@@ -248,7 +395,7 @@ class Result:
     def row(self) -> list[str]:
         times = (f"{each:.1f}" if each is not None else "never" for each in (self.noticed_s, self.recovered_s))
         counts = map(str, (self.num_requests, self.num_wrong, self.num_failed))
-        return [self.fault.name, *counts, *times, "ok" if self.is_kept else "BROKEN"]
+        return [self.fault.name, *counts, f"{self.longest_pause_s:.2f}", *times, "ok" if self.is_kept else "BROKEN"]
 
 
 def until(condition: Callable[[], bool]) -> float | None:
@@ -270,11 +417,16 @@ def suffer(site: Site, fault: Fault, load: Load) -> Result:
         began_s = time.monotonic()
         fault.begin(site)
         noticed_s = until(lambda: fault.is_noticed(site))
+        if fault.is_harmless:
+            accepted = site.num_accepted
+            recovered_s = until(lambda: site.is_well(accepted))
         time.sleep(max(0.0, fault.lasts_s - (time.monotonic() - began_s)))
         fault.end(site)
-        accepted = site.num_accepted
-        recovered_s = until(lambda: site.is_well(accepted))
-    return Result(fault, load.num_requests, load.num_wrong, load.num_failed, noticed_s, recovered_s)
+        if not fault.is_harmless:
+            accepted = site.num_accepted
+            recovered_s = until(lambda: site.is_well(accepted))
+    counts = (load.num_requests, load.num_wrong, load.num_failed)
+    return Result(fault, *counts, load.longest_pause_s, noticed_s, recovered_s)
 
 
 # -- the network -----------------------------------------------------------------------------------------------------
@@ -304,9 +456,29 @@ def namespace() -> Iterator[bool]:
         yield has_namespace
 
 
-def chosen(only: Sequence[str], is_short: bool, has_namespace: bool) -> list[Fault]:
+@contextmanager
+def small_disk() -> Iterator[Path]:
+    """A directory on a file system of its own; an ordinary one where that cannot be made (it takes root)."""
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        try:
+            run("mount", "-t", "tmpfs", "-o", f"size={LOG_BYTES}", "tmpfs", name)
+            stack.callback(run, "umount", "--lazy", name)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"No file system for logs ({error}): none is filled.", file=sys.stderr)
+        yield Path(name)
+
+
+def chosen(only: Sequence[str], is_short: bool, site: Site) -> list[Fault]:
+    """Those that were asked for. What cannot be made here is said and left out."""
+    unknown = set(only) - {fault.name for fault in FAULTS}
+    if unknown:
+        raise typer.BadParameter(f"there is no fault {', '.join(sorted(unknown))}")
     names = only or (SHORT if is_short else [fault.name for fault in FAULTS])
-    return [fault for fault in FAULTS if fault.name in names and (has_namespace or not fault.needs_namespace)]
+    wanted = [fault for fault in FAULTS if fault.name in names]
+    for fault in wanted:
+        if not fault.can_be_made(site):
+            print(f"{fault.name} cannot be made here.", file=sys.stderr)
+    return [fault for fault in wanted if fault.can_be_made(site)]
 
 
 def main(
@@ -315,12 +487,17 @@ def main(
     port: Annotated[int, typer.Option(help="Of the server; the gateway has the next.")] = 8040,
 ) -> None:
     """What can go wrong around a server, under load."""
-    header = ("fault", "requests", "wrong", "failed", "noticed after s", "over after s", "")
-    print(f"| {' | '.join(header)} |\n| --- |{' ---: |' * 5} --- |")
+    header = ("fault", "requests", "wrong", "failed", "longest pause s", "noticed after s", "over after s", "")
     is_kept = True
-    with ExitStack() as stack, tempfile.TemporaryDirectory() as logs:
-        has_namespace = stack.enter_context(namespace())
-        site = Site(Path(logs), port, port + 1, has_namespace, stack)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        small_disk() as logs,
+        namespace() as has_namespace,
+        ExitStack() as stack,
+    ):
+        credentials, clock = Credentials(Path(name)), Clock(Path(name) / "clock")
+        site = Site(logs, credentials, clock, port, port + 1, has_namespace, stack)
+        faults = chosen(only or (), short, site)
         site.start_server()
         assert site.server is not None
         first = Load(site.server.url)
@@ -329,7 +506,8 @@ def main(
         for number in range(2):
             site.start_edge(number)
         psutil.Process().cpu_affinity([EDGE_CORE])
-        for fault in chosen(only or (), short, has_namespace):
+        print(f"| {' | '.join(header)} |\n| --- |{' ---: |' * 6} --- |")
+        for fault in faults:
             result = suffer(site, fault, Load(site.server.url, first.expected))
             print(f"| {' | '.join(result.row())} |", flush=True)
             is_kept = is_kept and result.is_kept

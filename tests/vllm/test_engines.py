@@ -1,0 +1,106 @@
+"""More than one engine, or more than one worker: tensor parallel, data parallel, and servers that share a gateway."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+import torch
+from stack import BIN, Process, start, start_server, wait_for
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .conftest import MODEL, VOCAB_SIZE, Completion, Target, assert_same, counting, replay, running_edge
+
+GATEWAY_PORT = 8250
+NUM_TOKENS = 48
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights with the embedded model's tokenizer: what it says makes no sense, but is the same."""
+    directory = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, **shape, **heads)).save_pretrained(directory)
+    for name in TOKENIZER:
+        if (MODEL / name).exists():
+            shutil.copy(MODEL / name, directory)
+    return directory
+
+
+@contextmanager
+def server(model: Path, logs: Path, port: int, *arguments: str, cores: str = "0", **config: object) -> Iterator[Target]:
+    edge = {"method": "edge", "num_speculative_tokens": 4, "ngram": False, "mode": "wait", **config}
+    shared = ("--max-model-len", "512", "--max-num-seqs", "8", "--speculative-config", json.dumps(edge))
+    env = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    log = logs / f"{port}.log"
+    running = start_server(model, log, port, *shared, *arguments, gateway_port=GATEWAY_PORT, env=env)
+    target = Target(running)
+    try:
+        wait_for(running.process, f"{running.url}/health")
+        yield target
+    finally:
+        target.http.close()
+        running.process.stop()
+
+
+@pytest.mark.parametrize("kind", ["tensor", "data"])
+def test_two_ranks_are_lossless_and_use_drafts(tiny: Path, tmp_path: Path, prompts: list[str], kind: str) -> None:
+    some = prompts[:8]
+    option = f"--{kind}-parallel-size"
+    with server(tiny, tmp_path, 8251, option, "2", cores="0|1", listen=f"127.0.0.1:{GATEWAY_PORT}") as target:
+        wait_for(target.server.process, f"{target.server.gateway_url}/healthz", "engines", 2 if kind == "data" else 1)
+        expected = target.greedy_all(some, NUM_TOKENS)
+        assert any(len(set(completion.token_ids)) > 1 for completion in expected)
+        with running_edge(target, replay(expected)), counting(target) as counted:
+            assert_same(expected, target.greedy_all(some, NUM_TOKENS))
+            counted.settle(len(some) * NUM_TOKENS)
+            assert counted["accepted_tokens"] > len(some) * NUM_TOKENS // 3
+            assert counted["accepted_tokens"] == counted["verified_tokens"]
+
+
+@contextmanager
+def gateway(directory: Path) -> Iterator[tuple[Process, str]]:
+    """One that runs by itself, and where engines find it."""
+    endpoint = f"ipc://{directory}/engines"
+    command = [str(BIN / "vllm-specedge"), "gateway", "--engines", endpoint, "--listen", f"127.0.0.1:{GATEWAY_PORT}"]
+    process = start(command, directory / "gateway.log")
+    try:
+        yield process, endpoint
+    finally:
+        process.stop()
+
+
+def use_drafts(target: Target, expected: list[Completion], prompts: list[str]) -> None:
+    """The answers are the same, and drafts were accepted on the way (by either engine; the other has no requests)."""
+    with counting(target) as counted:
+        assert_same(expected, target.greedy_all(prompts, NUM_TOKENS))
+        counted.settle(len(prompts) * NUM_TOKENS)
+        assert counted["accepted_tokens"] > len(prompts) * NUM_TOKENS // 3
+
+
+def test_two_servers_share_a_gateway_and_one_is_killed_and_comes_back(
+    tiny: Path, tmp_path: Path, prompts: list[str]
+) -> None:
+    some = prompts[:4]
+    with gateway(tmp_path) as (process, endpoint), ExitStack() as first_stack, ExitStack() as stack:
+        url = f"http://127.0.0.1:{GATEWAY_PORT}/healthz"
+        first = first_stack.enter_context(server(tiny, tmp_path, 8252, gateway=endpoint))
+        second = stack.enter_context(server(tiny, tmp_path, 8253, gateway=endpoint))
+        wait_for(process, url, "engines", 2)
+        expected = first.greedy_all(some, NUM_TOKENS)
+        stack.enter_context(running_edge(second, replay(expected)))
+        use_drafts(first, expected, some)
+        use_drafts(second, expected, some)
+        first.server.process.popen.kill()
+        first_stack.close()
+        use_drafts(second, expected, some)
+        again = stack.enter_context(server(tiny, tmp_path, 8252, gateway=endpoint))
+        use_drafts(again, expected, some)
+        use_drafts(second, expected, some)
+        assert httpx.get(url, trust_env=False).json()["edges"] == 1

@@ -1,0 +1,20 @@
+"""The fault matrix on real processes, in short; all of it is `make test-faults`."""
+
+import os
+import subprocess
+import sys
+
+from tests.faults.matrix import SHORT
+
+from .conftest import ROOT
+
+LIMIT_S = 420
+
+
+def test_the_fault_matrix_in_short() -> None:
+    command = [sys.executable, "-m", "tests.faults.matrix", "--short", "--port", "8240"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "examples"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [line for line in result.stdout.splitlines() if line.endswith("| ok |")]
+    assert [row.split()[1] for row in rows] == list(SHORT)
