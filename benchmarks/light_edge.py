@@ -4,6 +4,7 @@ thousand of them at a tenth of the edge client's price a frame."""
 import asyncio
 import time
 from collections.abc import Callable
+from typing import cast
 
 import h2.config
 import h2.connection
@@ -45,8 +46,7 @@ class LightEdge(asyncio.Protocol):
         self._down = self._up = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's for TLS is none by class
         self._h2.initiate_connection()
         self._down = self._request("GET", "/edge/v1/down")
         self._flush()

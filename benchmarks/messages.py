@@ -95,7 +95,7 @@ class Bench:
     context: ssl.SSLContext | None
     active: list[LightEdge] = field(default_factory=list)
     idle: list[LightEdge] = field(default_factory=list)
-    _numbers: count[int] = field(default_factory=lambda: count(len(DRAFT)))
+    _numbers: "count[int]" = field(default_factory=lambda: count(len(DRAFT)))
     _left_s: dict[int, float] = field(default_factory=dict)
     """When the frame that carries this token left."""
     _down_s: list[float] = field(default_factory=list)

@@ -51,6 +51,7 @@ logger = logging.getLogger("vllm_specedge.gateway")
 
 MAX_QUEUED_BYTES = 8 << 20
 """An edge that lets more than this pile up is closed: the longest context fits, at 5 bytes a token."""
+BACKLOG = 1024
 CHUNK_BYTES = 64 << 10
 MAX_FRAMES_PER_S = 2000
 """An edge that sends more is closed: 32 requests at 30 steps a second need half of it."""
@@ -423,6 +424,9 @@ def _server(app: FastAPI, options: EdgeOptions) -> Server:
         # PINGs notice a dead peer below; application heartbeats notice one that is alive but stuck.
         http2_settings=HTTP2Settings(keep_alive_interval=5000, keep_alive_timeout=5, max_headers_size=64 * 1024),
         websockets=False,
+        backlog=BACKLOG,
+        # The web server would take 128 connections if nothing were said. Ours are bounded, and answered, in `connect`.
+        backpressure=options.max_edges + MAX_UNFINISHED_CONNECTIONS + BACKLOG,
         log_enabled=False,
         ssl_cert=Path(options.tls_cert) if options.tls_cert else None,
         ssl_key=Path(options.tls_key) if options.tls_key else None,

@@ -10,7 +10,7 @@ from vllm_specedge.config import EdgeOptions, split_address
 from vllm_specedge.errors import UserError
 from vllm_specedge.tokens import TokenFile
 
-SPARE_FILES = 256
+SPARE_FILES = 2048
 """Beside those of edges: connections that shake hands or are turned away, logs, libraries."""
 
 
