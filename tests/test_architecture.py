@@ -87,6 +87,7 @@ LEVELS: list[set[str]] = [
         "edge_client.speculation",
     },
     {
+        "vllm_specedge.engine_socket",
         "vllm_specedge.link",
         "vllm_specedge.supervisor",
         "edge_client.link",
@@ -97,6 +98,7 @@ LEVELS: list[set[str]] = [
     },
     {"vllm_specedge.preflight", "edge_client.drafters.hf", "edge_client.drafters.llama"},
     {"vllm_specedge.gateway", "vllm_specedge.adapter", "edge_client.client", "edge_client.drafters.load"},
+    {"vllm_specedge.web"},
     {"vllm_specedge.simulation_models", "vllm_specedge.simulation_report", "vllm_specedge.simulator"},
     {"vllm_specedge.cli", "edge_client.cli"},
 ]

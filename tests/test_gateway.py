@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx2 as httpx
@@ -22,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from raw_client import pack, unpack
 from stack import BIN, Process, start, wait_for
 
+from benchmarks.light_edge import LightEdge
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.link import Gateway, Link, LinkError
@@ -636,3 +638,27 @@ def test_a_gateway_asks_for_as_many_open_files_as_it_may_have_edges(tmp_path: Pa
     result = subprocess.run(none, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 2
     assert "'max_edges'" in result.stderr
+
+
+def test_a_gateway_takes_as_many_edges_as_it_is_told_to(tmp_path: Path) -> None:
+    num_edges = 160  # more than the web server's own bound
+
+    async def connect(port: int) -> None:
+        loop = asyncio.get_running_loop()
+        edges = []
+        for number in range(num_edges):
+            make = partial(LightEdge, f"edge-{number}", "http", lambda *_: None)
+            edges.append((await loop.create_connection(make, "127.0.0.1", port))[1])
+        async with asyncio.timeout(DEADLINE_S):
+            await asyncio.gather(*(edge.is_live.wait() for edge in edges))
+        for edge in edges:
+            edge.close()
+
+    with running_gateway(tmp_path, "--max-edges", str(num_edges)) as gateway:
+        engine = Engine(gateway.endpoint)
+        try:
+            wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
+            asyncio.run(connect(gateway.port))
+            engine.wait(lambda: engine.book.num_edges == 0)
+        finally:
+            engine.link.stop()

@@ -49,7 +49,7 @@ def gateway(
     logging.basicConfig(
         level=logging.INFO, format="%(levelname)s %(asctime)s [gateway] %(message)s", datefmt="%m-%d %H:%M:%S"
     )
-    from vllm_specedge.gateway import serve  # noqa: PLC0415 - the other commands need no web server
+    from vllm_specedge.web import serve  # noqa: PLC0415 - the other commands need no web server
 
     options = parse_options(values)
     try:

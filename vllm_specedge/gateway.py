@@ -1,37 +1,25 @@
-"""The gateway process: HTTP/2 to the edges, ZeroMQ to the engines, the Router in between.
+"""The gateway's connections: edges on one side, engines on the other, the Router in between.
 
 This file moves bytes and minds deadlines; it decides nothing about drafts. One GET (downlink) and one POST (uplink)
-make an edge's connection, each endless, on any ASGI server that speaks HTTP/2 (docs/protocol.md).
+make an edge's connection, each endless (docs/protocol.md); `web` has their HTTP side.
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
-import signal
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import zmq
-import zmq.asyncio
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings, HTTP2Settings
-from granian.server.embed import Server
-from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from starlette.requests import ClientDisconnect
+from fastapi import HTTPException
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
-from vllm_specedge import __version__
-from vllm_specedge.config import EdgeOptions, split_address
+from vllm_specedge.config import EdgeOptions
+from vllm_specedge.engine_socket import EngineSocket
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.frames import (
-    MEDIA_TYPE,
     PROTOCOL_VERSION,
     Bye,
     Frame,
@@ -41,8 +29,7 @@ from vllm_specedge.frames import (
     bye,
     encode,
 )
-from vllm_specedge.metrics import RequestHistograms, RouterCollector, report_row
-from vllm_specedge.preflight import check_certificate, check_start
+from vllm_specedge.metrics import RequestHistograms, RouterCollector
 from vllm_specedge.router import ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.session import Role, Session, State
 from vllm_specedge.tokens import TokenFile, TokenRecord
@@ -51,7 +38,6 @@ logger = logging.getLogger("vllm_specedge.gateway")
 
 MAX_QUEUED_BYTES = 8 << 20
 """An edge that lets more than this pile up is closed: the longest context fits, at 5 bytes a token."""
-BACKLOG = 1024
 CHUNK_BYTES = 64 << 10
 MAX_FRAMES_PER_S = 2000
 """An edge that sends more is closed: 32 requests at 30 steps a second need half of it."""
@@ -60,8 +46,6 @@ MAX_BYTES_PER_S = 1 << 20
 MAX_HANDSHAKE_S = 10.0
 STOP_S = 1.0
 FLUSH_S = 0.1
-RENEWAL_S = 2.0
-"""So often the certificate's files are looked at."""
 DEAD_HEARTBEATS = 3
 ENGINE_DEAD_S = 15.0
 MAX_UNFINISHED_CONNECTIONS = 64
@@ -133,10 +117,7 @@ class Gateway:
         self._effects: deque[Effect] = deque()
         self._is_carrying_out = False
         self._is_stopping = False
-        self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._socket.bind(engine_endpoint)
+        self._engines = EngineSocket(engine_endpoint, self._heard)
 
     # -- edges -----------------------------------------------------------------------------------------------------
 
@@ -183,7 +164,7 @@ class Gateway:
                 connection.wake.clear()
                 await connection.wake.wait()
         finally:
-            self._forget(connection)
+            self.forget(connection)
 
     async def uplink(self, connection: Connection, chunks: AsyncIterator[bytes]) -> None:
         """Everything one edge says, until it stops or is closed."""
@@ -198,8 +179,6 @@ class Gateway:
                     return
         except RemoteProtocolError as error:
             self._close(connection, bye(error.code, str(error)))
-        except ClientDisconnect:
-            pass
         except Exception:  # noqa: BLE001 - the outermost edge of this task
             self._failed(f"The uplink of edge {connection.id} failed")
         self._close(connection, bye(ByeCode.GOING_AWAY, "the uplink ended"))
@@ -250,7 +229,8 @@ class Gateway:
         connection.wake.set()
         self._carry_out(self.router.edge_left(connection.id))
 
-    def _forget(self, connection: Connection) -> None:
+    def forget(self, connection: Connection) -> None:
+        """Its downlink is over."""
         self._close(connection, None)
         for task in (connection.downlink, connection.uplink):
             # Either would wait for ever for a peer that does not even read its Bye.
@@ -273,8 +253,7 @@ class Gateway:
 
     def _carry_out_one(self, effect: Effect) -> None:
         if not isinstance(effect, ToEdge):
-            # A ROUTER socket queues or drops at once; the future is done when it returns.
-            self._socket.send_multipart([effect.engine, encode(effect.frame)])
+            self._engines.send(effect.engine, encode(effect.frame))
             return
         connection = self._connections.get(effect.edge)
         if connection is None or connection.closed_s is not None or connection.session.state is State.CLOSED:
@@ -302,21 +281,27 @@ class Gateway:
             await asyncio.wait(downlinks, timeout=STOP_S)
             await asyncio.sleep(FLUSH_S)  # an HTTP/2 client loses what it reads together with the server's GOAWAY
 
+    def close(self) -> None:
+        """No engine is heard any more."""
+        self._engines.close()
+
     # -- engines ---------------------------------------------------------------------------------------------------
 
-    async def serve_engines(self) -> None:
-        """Take in what engines say, for ever."""
-        while True:
-            engine, data = await self._socket.recv_multipart()
-            self._engine_heard_s[engine] = time.monotonic()
-            try:
-                for frame in FrameReader().feed(data):
-                    self._from_engine(engine, frame)
-            except RemoteProtocolError as error:
-                self._carry_out(self.router.engine_left(engine))
-                logger.warning("An engine was dropped: %s", error)
-            except Exception:  # noqa: BLE001 - the outermost edge of this task
-                self._failed("A message of an engine's failed")
+    def serve_engines(self) -> None:
+        """Take in what engines say from now on."""
+        self._engines.start()
+
+    def _heard(self, engine: bytes, data: bytes) -> None:
+        """One message of an engine's."""
+        self._engine_heard_s[engine] = time.monotonic()
+        try:
+            for frame in FrameReader().feed(data):
+                self._from_engine(engine, frame)
+        except RemoteProtocolError as error:
+            self._carry_out(self.router.engine_left(engine))
+            logger.warning("An engine was dropped: %s", error)
+        except Exception:  # noqa: BLE001 - the outermost edge of this message
+            self._failed("A message of an engine's failed")
 
     def _from_engine(self, engine: bytes, frame: Frame) -> None:
         num_reports = self.router.counters["reports"]
@@ -367,133 +352,4 @@ class Gateway:
             self.router.counters["silent_edges"] += 1
             self._close(connection, bye(ByeCode.SILENT, f"nothing heard for {limit_s:.0f} s"))
         elif connection.closed_s is not None and now_s - connection.closed_s > DEAD_HEARTBEATS * self._heartbeat_s:
-            self._forget(connection)
-
-
-def make_app(gateway: Gateway) -> FastAPI:
-    """The gateway's HTTP side."""
-    app = FastAPI(title="vLLM-SpecEdge gateway", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-
-    def authorized(request: Request) -> TokenRecord | None:
-        return gateway.authorize(request.headers.get("authorization"))
-
-    @app.get("/edge/v1/down")
-    async def down(request: Request) -> StreamingResponse:
-        connection = gateway.connect(authorized(request))
-        return StreamingResponse(gateway.downlink(connection), media_type=MEDIA_TYPE)
-
-    @app.post("/edge/v1/up")
-    async def up(request: Request) -> Response:
-        authorized(request)
-        connection = gateway.find(request.headers.get("x-specedge-connection", ""))
-        if connection is None:
-            raise HTTPException(409, "No downlink waits under this key.")
-        await gateway.uplink(connection, request.stream())
-        return Response(status_code=204)
-
-    @app.get("/healthz")
-    async def healthz() -> JSONResponse:
-        num_engines = len(gateway.router.engines)
-        return JSONResponse({"engines": num_engines, "edges": len(gateway.router.edges)}, 200 if num_engines else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(gateway.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/requests")
-    async def requests() -> JSONResponse:
-        """What each of the requests that closed last came to, newest first.
-
-        Open to whoever reaches the gateway, as /metrics is, whose totals give the same away to who reads them often:
-        how long answers are and how well drafts do, in numbers, but no token, no text and no name of a request.
-        """
-        return JSONResponse({"requests": [report_row(report) for report in reversed(gateway.router.reports)]})
-
-    return app
-
-
-def _server(app: FastAPI, options: EdgeOptions) -> Server:
-    host, port = split_address(options.listen)
-    return Server(
-        app,
-        address=host,
-        port=port,
-        interface=Interfaces.ASGINL,
-        http=HTTPModes.auto,
-        http1_settings=HTTP1Settings(header_read_timeout=int(MAX_HANDSHAKE_S * 1000), max_buffer_size=64 * 1024),
-        # PINGs notice a dead peer below; application heartbeats notice one that is alive but stuck.
-        http2_settings=HTTP2Settings(keep_alive_interval=5000, keep_alive_timeout=5, max_headers_size=64 * 1024),
-        websockets=False,
-        backlog=BACKLOG,
-        # The web server would take 128 connections if nothing were said. Ours are bounded, and answered, in `connect`.
-        backpressure=options.max_edges + MAX_UNFINISHED_CONNECTIONS + BACKLOG,
-        log_enabled=False,
-        ssl_cert=Path(options.tls_cert) if options.tls_cert else None,
-        ssl_key=Path(options.tls_key) if options.tls_key else None,
-        ssl_ca=Path(options.tls_client_ca) if options.tls_client_ca else None,
-        ssl_client_verify=bool(options.tls_client_ca),
-    )
-
-
-async def _certificate_changed(options: EdgeOptions) -> None:
-    """Return when there are other TLS files than at the start, and they can be used."""
-    paths = [Path(name) for name in (options.tls_cert, options.tls_key, options.tls_client_ca) if name]
-
-    def stamps() -> list[tuple[int, int]]:
-        return [(stat.st_mtime_ns, stat.st_ino) for stat in (path.stat() for path in paths)]
-
-    first = stamps()
-    while True:
-        await asyncio.sleep(RENEWAL_S)
-        # Files are replaced one after the other: until they match again the old ones stay in use.
-        with contextlib.suppress(OSError, UserError):
-            if stamps() != first:
-                check_certificate(options)
-                return
-
-
-async def _ended_with_parent() -> None:
-    """Return when standard input closes: the engine that started this process is gone."""
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    await reader.read()
-
-
-async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: bool) -> bool:
-    """Run a gateway until SIGTERM, SIGINT or, if asked to, the end of standard input. Raises UserError at start.
-
-    Returns whether it ended because of a new certificate, and is to be started again. The web server reads it at its
-    start only; edges come back by themselves, and requests go on meanwhile.
-    """
-    try:
-        gateway = Gateway(options, engine_endpoint)
-    except zmq.ZMQError as error:
-        raise UserError(f"Engines cannot be served at {engine_endpoint} ({error}): choose another endpoint.") from None
-    check_start(options)
-    server = _server(make_app(gateway), options)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    serving = asyncio.create_task(server.serve())
-    tasks = [
-        serving,
-        asyncio.create_task(gateway.serve_engines()),
-        asyncio.create_task(gateway.watch()),
-        asyncio.create_task(stop.wait()),
-    ]
-    if ends_with_stdin:
-        tasks.append(asyncio.create_task(_ended_with_parent()))
-    renewal = asyncio.create_task(_certificate_changed(options)) if options.tls_cert else None
-    if renewal is not None:
-        tasks.append(renewal)
-    logger.info("Gateway listens for edges on %s", options.listen)
-    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    await gateway.say_bye()
-    # Not cancelled: its threads would outlive the interpreter.
-    server.stop()  # type: ignore[no-untyped-call]
-    await asyncio.wait({serving}, timeout=STOP_S)
-    for task in pending:
-        task.cancel()
-    for task in done:
-        task.result()
-    return renewal in done
+            self.forget(connection)

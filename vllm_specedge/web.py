@@ -1,0 +1,216 @@
+"""The gateway process's HTTP side: two endless streams for each edge, and what an operator looks at.
+
+The streams are plain ASGI: what a framework keeps for a request (dependencies, task groups, wrapped channels) was a
+third of an idle edge's memory, and they are open for as long as an edge is.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import zmq
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import JSONResponse, Response
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings, HTTP2Settings
+from granian.server.embed import Server
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from vllm_specedge import __version__
+from vllm_specedge.config import EdgeOptions, split_address
+from vllm_specedge.errors import UserError
+from vllm_specedge.frames import MEDIA_TYPE
+from vllm_specedge.gateway import MAX_HANDSHAKE_S, MAX_UNFINISHED_CONNECTIONS, STOP_S, Connection, Gateway
+from vllm_specedge.metrics import report_row
+from vllm_specedge.preflight import check_certificate, check_start
+
+logger = logging.getLogger("vllm_specedge.web")
+
+BACKLOG = 1024
+RENEWAL_S = 2.0
+"""So often the certificate's files are looked at."""
+
+
+class Downlinks:
+    """ASGI: GET; from the gateway to one edge, for as long as both are there."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = self._gateway.connect(self._gateway.authorize(_header(scope, b"authorization")))
+        await _start(send, 200, (b"content-type", MEDIA_TYPE.encode()))
+        watching = asyncio.create_task(self._watch(receive, connection))
+        try:
+            async for chunk in self._gateway.downlink(connection):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body"})
+        except asyncio.CancelledError:
+            pass  # by the gateway: this edge is gone, or does not even read its Bye
+        finally:
+            watching.cancel()
+
+    async def _watch(self, receive: Receive, connection: Connection) -> None:
+        """Until the edge hangs up."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gateway.forget(connection)
+
+
+class Uplinks:
+    """ASGI: POST; what one edge says. Its downlink's key says whose it is."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._gateway.authorize(_header(scope, b"authorization"))
+        connection = self._gateway.find(_header(scope, b"x-specedge-connection") or "")
+        if connection is None:
+            raise HTTPException(409, "No downlink waits under this key.")
+        await self._gateway.uplink(connection, _chunks(receive))
+        await _start(send, 204)
+        await send({"type": "http.response.body"})
+
+
+async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
+    """A request's body, until it ends or its sender is gone."""
+    message = await receive()
+    while message["type"] == "http.request":
+        if message.get("body"):
+            yield message["body"]
+        if not message.get("more_body"):
+            return
+        message = await receive()
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+async def _start(send: Send, status: int, *headers: tuple[bytes, bytes]) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+
+
+def make_app(gateway: Gateway) -> FastAPI:
+    """All that the gateway answers."""
+    app = FastAPI(title="vLLM-SpecEdge gateway", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.routes += [
+        Route("/edge/v1/down", Downlinks(gateway), methods=["GET"]),
+        Route("/edge/v1/up", Uplinks(gateway), methods=["POST"]),
+    ]
+
+    @app.get("/healthz")
+    async def healthz() -> JSONResponse:
+        num_engines = len(gateway.router.engines)
+        return JSONResponse({"engines": num_engines, "edges": len(gateway.router.edges)}, 200 if num_engines else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(gateway.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/requests")
+    async def requests() -> JSONResponse:
+        """What each of the requests that closed last came to, newest first.
+
+        Open to whoever reaches the gateway, as /metrics is, whose totals give the same away to who reads them often:
+        how long answers are and how well drafts do, in numbers, but no token, no text and no name of a request.
+        """
+        return JSONResponse({"requests": [report_row(report) for report in reversed(gateway.router.reports)]})
+
+    return app
+
+
+def _server(app: FastAPI, options: EdgeOptions) -> Server:
+    host, port = split_address(options.listen)
+    return Server(
+        app,
+        address=host,
+        port=port,
+        interface=Interfaces.ASGINL,
+        http=HTTPModes.auto,
+        http1_settings=HTTP1Settings(header_read_timeout=int(MAX_HANDSHAKE_S * 1000), max_buffer_size=64 * 1024),
+        # PINGs notice a dead peer below; application heartbeats notice one that is alive but stuck.
+        http2_settings=HTTP2Settings(keep_alive_interval=5000, keep_alive_timeout=5, max_headers_size=64 * 1024),
+        websockets=False,
+        backlog=BACKLOG,
+        # The web server would take 128 connections if nothing were said. Ours are bounded, and answered, in `connect`.
+        backpressure=options.max_edges + MAX_UNFINISHED_CONNECTIONS + BACKLOG,
+        log_enabled=False,
+        ssl_cert=Path(options.tls_cert) if options.tls_cert else None,
+        ssl_key=Path(options.tls_key) if options.tls_key else None,
+        ssl_ca=Path(options.tls_client_ca) if options.tls_client_ca else None,
+        ssl_client_verify=bool(options.tls_client_ca),
+    )
+
+
+async def _certificate_changed(options: EdgeOptions) -> None:
+    """Return when there are other TLS files than at the start, and they can be used."""
+    paths = [Path(name) for name in (options.tls_cert, options.tls_key, options.tls_client_ca) if name]
+
+    def stamps() -> list[tuple[int, int]]:
+        return [(stat.st_mtime_ns, stat.st_ino) for stat in (path.stat() for path in paths)]
+
+    first = stamps()
+    while True:
+        await asyncio.sleep(RENEWAL_S)
+        # Files are replaced one after the other: until they match again the old ones stay in use.
+        with contextlib.suppress(OSError, UserError):
+            if stamps() != first:
+                check_certificate(options)
+                return
+
+
+async def _ended_with_parent() -> None:
+    """Return when standard input closes: the engine that started this process is gone."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    await reader.read()
+
+
+async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: bool) -> bool:
+    """Run a gateway until SIGTERM, SIGINT or, if asked to, the end of standard input. Raises UserError at start.
+
+    Returns whether it ended because of a new certificate, and is to be started again. The web server reads it at its
+    start only; edges come back by themselves, and requests go on meanwhile.
+    """
+    try:
+        gateway = Gateway(options, engine_endpoint)
+    except zmq.ZMQError as error:
+        raise UserError(f"Engines cannot be served at {engine_endpoint} ({error}): choose another endpoint.") from None
+    check_start(options)
+    server = _server(make_app(gateway), options)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    gateway.serve_engines()
+    serving = asyncio.create_task(server.serve())
+    tasks = [
+        serving,
+        asyncio.create_task(gateway.watch()),
+        asyncio.create_task(stop.wait()),
+    ]
+    if ends_with_stdin:
+        tasks.append(asyncio.create_task(_ended_with_parent()))
+    renewal = asyncio.create_task(_certificate_changed(options)) if options.tls_cert else None
+    if renewal is not None:
+        tasks.append(renewal)
+    logger.info("Gateway listens for edges on %s", options.listen)
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    await gateway.say_bye()
+    gateway.close()
+    # Not cancelled: its threads would outlive the interpreter.
+    server.stop()  # type: ignore[no-untyped-call]
+    await asyncio.wait({serving}, timeout=STOP_S)
+    for task in pending:
+        task.cancel()
+    for task in done:
+        task.result()
+    return renewal in done
