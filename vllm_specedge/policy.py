@@ -259,7 +259,7 @@ def _best(
         verified = {index for _, index, _ in tokens[:best]}
         plain = [row for index, row in enumerate(rows) if index not in verified]
         longest_s = _longest_s(plain, load, step_s, limits) - waited_s
-        number = _scan(tokens[:best], growth_s, size, step_s, longest_s, stretch_s, waited_s)
+        number = _scan(tokens[:best], growth_s, _Step(size, step_s, waited_s, longest_s, stretch_s))
         if not number and load.probe is Probe.VERIFY:
             number = _fitting(growth_s[: max(1, num_rows // PROBE_PART)], min(longest_s, stretch_s) - step_s)
         if number in (0, best) or step_s + growth_s[number - 1] <= _longest_s(rows, load, step_s, limits) - waited_s:
@@ -278,23 +278,32 @@ def _cautious(growth_s: float) -> float:
     return growth_s * CAUTION if growth_s > 0.0 else growth_s
 
 
-def _scan(
-    tokens: Sequence[_Token],
-    growth_s: Sequence[float],
-    size: int,
-    step_s: float,
-    longest_s: float,
-    stretch_s: float,
-    waited_s: float,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step before any draft is in it."""
+
+    size: int
+    """Tokens."""
+    plain_s: float
+    waited_s: float
+    """So long the one of its rows that was held longest has waited for it."""
+    longest_s: float
+    """What it may take with drafts, whoever has none."""
+    stretch_s: float
+    """What it may take if it does not make tokens come FAST times as fast."""
+
+
+def _scan(tokens: Sequence[_Token], growth_s: Sequence[float], step: _Step) -> int:
+    """How many of the tokens make most tokens a second; `growth_s`: how much longer the step takes with 1, 2, ..."""
     # Tokens of prompts count as made: else they would make drafts look cheap, whose time they pay for.
-    best, best_rate, expected = 0, size / step_s, float(size)
+    best, best_rate, expected = 0, step.size / step.plain_s, float(step.size)
     for number, (growth, token) in enumerate(zip(growth_s, tokens, strict=False), 1):
         expected -= token[0]
-        if step_s + growth > longest_s:
+        took_s = step.plain_s + growth
+        if took_s > step.longest_s:
             continue  # a larger step may be shorter (stepcost.py, rule 2)
-        total_s = step_s + _cautious(growth)
-        if step_s + growth > stretch_s and expected * step_s < FAST * size * (waited_s + total_s):
+        total_s = step.plain_s + _cautious(growth)
+        if took_s > step.stretch_s and expected * step.plain_s < FAST * step.size * (step.waited_s + total_s):
             continue
         if expected > best_rate * total_s * (1 + 1e-9):
             best, best_rate = number, expected / total_s
@@ -357,12 +366,13 @@ def _hold(
     if prices is None:
         return
     longest_s = min(_longest_s(rows, load, prices.step_s, limits), prices.step_s * limits.max_stretch)
-    decision.wait_until_s = _wait(rows, waiting, prices, longest_s, limits, now_s)
+    moment = _Moment(rows, waiting, prices, longest_s, limits.hold_limit_s, now_s)
+    decision.wait_until_s = _wait(moment)
     if decision.wait_until_s is not None:
         decision.holds = dict.fromkeys((row.key for row in rows), decision.wait_until_s)
         decision.lengths = {}
         return
-    _leave_out(rows, waiting, prices, longest_s, limits, now_s, decision)
+    decision.holds = _left_out(moment)
 
 
 def _prices(
@@ -387,25 +397,32 @@ def _prices(
     )
 
 
-def _wait(
-    rows: Sequence[Candidate],
-    waiting: Sequence[_Waiting],
-    prices: _Prices,
-    longest_s: float,
-    limits: HoldLimits,
-    now_s: float,
-) -> float | None:
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """What is to be decided about: who could run, and who of them could wait."""
+
+    rows: Sequence[Candidate]
+    waiting: Sequence[_Waiting]
+    prices: _Prices
+    longest_s: float
+    """What a step may take, and what waiting for it takes."""
+    hold_limit_s: float
+    now_s: float
+
+
+def _wait(moment: _Moment) -> float | None:
     """Until when all wait for drafts, or None to run now.
 
     Waiting w seconds costs rate * w. It brings, for each draft that comes meanwhile, what it is worth times the chance
     that going on without it would spoil it; and it avoids a plain step, which makes less than an average one (the
     renewal argument for one request: wait if value * (1 - kept) > rate * w - kept * (speedup - 1)).
     """
-    oldest_s = min(row.since_s for row in rows)
+    prices, now_s = moment.prices, moment.now_s
+    oldest_s = min(row.since_s for row in moment.rows)
     least_s = prices.step_s + prices.verifying_s + sum(prices.growth_s[:1])
-    limit_s = oldest_s + min(limits.hold_limit_s, longest_s - least_s)
+    limit_s = oldest_s + min(moment.hold_limit_s, moment.longest_s - least_s)
     best, best_until_s, gain = 0.0, None, -prices.rate * prices.verifying_s
-    for draft in sorted((draft for _, draft in waiting), key=lambda draft: draft.arrives_s):
+    for draft in sorted((draft for _, draft in moment.waiting), key=lambda draft: draft.arrives_s):
         value = prices.value(draft.survivals)
         if value > 0.0:
             gain += draft.punctual * (value * (1.0 - draft.kept) + draft.kept * prices.excess)
@@ -418,29 +435,22 @@ def _wait(
     return best_until_s
 
 
-def _leave_out(
-    rows: Sequence[Candidate],
-    waiting: Sequence[_Waiting],
-    prices: _Prices,
-    longest_s: float,
-    limits: HoldLimits,
-    now_s: float,
-    decision: Decision,
-) -> None:
-    """Hold those whose draft will be there when this step ends, where that is worth more than a plain token now.
+def _left_out(moment: _Moment) -> dict[str, float]:
+    """Those to hold, and until when: their drafts will be there when this step ends, for more than a plain token now.
 
     A row left out makes the step shorter; where compute is full that is worth nearly the token that the row makes. So
     groups form: while one is verified, the others' edges draft.
     """
-    end_s = now_s + prices.step_s
+    prices = moment.prices
+    end_s = moment.now_s + prices.step_s
     left_out = []
-    for row, draft in waiting:
+    for row, draft in moment.waiting:
         waits_s = end_s - row.since_s
-        if draft.arrives_s > end_s or waits_s > limits.hold_limit_s or waits_s + prices.step_s > longest_s:
+        if draft.arrives_s > end_s or waits_s > moment.hold_limit_s or waits_s + prices.step_s > moment.longest_s:
             continue
         value = prices.value(draft.survivals)
         if value > 0.0 and draft.punctual * value * (1.0 - draft.kept) > 1.0 - prices.rate * prices.saved_s:
             left_out.append((draft.arrives_s, row.order, row.key))
-    if len(left_out) == len(rows):  # somebody has to run meanwhile: those whose drafts come last
-        left_out = sorted(left_out)[: len(rows) // 2]
-    decision.holds = {key: end_s for _, _, key in left_out}
+    if len(left_out) == len(moment.rows):  # somebody has to run meanwhile: those whose drafts come last
+        left_out = sorted(left_out)[: len(moment.rows) // 2]
+    return {key: end_s for _, _, key in left_out}
