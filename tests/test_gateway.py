@@ -27,6 +27,7 @@ from benchmarks.light_edge import LightEdge
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.link import Gateway, Link, LinkError
+from tests.faults.matrix import FAKETIME, Clock
 from vllm_specedge.book import DraftBook, Row
 from vllm_specedge.config import EdgeOptions
 from vllm_specedge.counters import REQUEST_COUNTERS
@@ -125,11 +126,13 @@ class Running:
 
 
 @contextmanager
-def running_gateway(directory: Path, *arguments: str, verify: str = "") -> Iterator[Running]:
+def running_gateway(
+    directory: Path, *arguments: str, verify: str = "", env: dict[str, str] | None = None
+) -> Iterator[Running]:
     port, endpoint = free_port(), f"ipc://{directory}/engines"
     listen = f"127.0.0.1:{port}"
     command = [str(BIN / "vllm-specedge"), "gateway", "--engines", endpoint, "--listen", listen, *arguments]
-    process = start(command, directory / "gateway.log")
+    process = start(command, directory / "gateway.log", env)
     try:
         wait_for_port(process, port)
         yield Running(process, f"{'https' if verify else 'http'}://localhost:{port}", endpoint, port)
@@ -660,5 +663,27 @@ def test_a_gateway_takes_as_many_edges_as_it_is_told_to(tmp_path: Path) -> None:
             wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
             asyncio.run(connect(gateway.port))
             engine.wait(lambda: engine.book.num_edges == 0)
+        finally:
+            engine.link.stop()
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime")
+def test_the_wall_clock_may_jump(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "clock")
+    tokens = TokenFile(tmp_path / "tokens.json")
+    token = tokens.issue("edge", "pool", expires_s=time.time() + 7 * 86400)
+    options = [*write_certificate(tmp_path, trustme.CA()), "--tokens-file", str(tmp_path / "tokens.json")]
+    ca = str(tmp_path / "ca.pem")
+    with running_gateway(tmp_path, *options, verify=ca, env=clock.env) as gateway:
+        engine = Engine(gateway.endpoint)
+        client = EdgeClient(Gateway(gateway.url, token, ca), NgramDrafter(), "edge")
+        try:
+            with edge_in_thread(client):
+                for offset in ("+0", "+1d", "-2d", "+0"):
+                    clock.set(offset)
+                    assert engine.generate(f"at {offset}", 40) > 0
+                assert client.totals == [], "it had to connect again"
+                clock.set("+8d")
+                engine.wait(lambda: engine.book.num_edges == 0)  # now its token has expired
         finally:
             engine.link.stop()

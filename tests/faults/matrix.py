@@ -16,6 +16,7 @@ and said.
 import json
 import os
 import random
+import shutil
 import signal
 import ssl
 import subprocess
@@ -49,6 +50,8 @@ LIMIT_S = 90.0
 POLL_S = 0.1
 NAMESPACE, HOST_IP, EDGE_IP = "specedge-faults", "10.213.7.1", "10.213.7.2"
 LOG_BYTES = 16 << 20
+KEPT = CACHE / "faults"
+"""Where logs are when all is over."""
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 PROMPTS = tuple(
     f"Repeat these lines, all of them.\n{line}\n{line}\n{line}\n"
@@ -163,7 +166,7 @@ class Credentials:
 
 
 class Clock:
-    """The wall clock of the server and its gateway; their monotonic clocks go on as ever."""
+    """The wall clock of a process; its monotonic clock goes on. (Not of vLLM's: libfaketime breaks its sleeps.)"""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -210,11 +213,11 @@ class Site:
             json.dumps(config),
         ]
         log = self.logs / f"server-{time.monotonic_ns()}.log"
-        self.server = start_server(CACHE / MODEL_NAME, log, self.port, *arguments, env=self.clock.env)
+        self.server = start_server(CACHE / MODEL_NAME, log, self.port, *arguments)
         self.stack.callback(self.server.process.stop)
         wait_for(self.server.process, f"{self.server.url}/health")
 
-    def start_edge(self, number: int) -> None:
+    def start_edge(self, number: int, env: dict[str, str] | None = None) -> None:
         """The first behind the relay, the second in its namespace."""
         assert self.relay is not None
         is_apart = number == 1 and self.has_namespace
@@ -223,7 +226,7 @@ class Site:
         command += self.credentials.edge_options
         prefix = ["ip", "netns", "exec", NAMESPACE] if is_apart else []
         log = self.logs / f"edge-{number}-{time.monotonic_ns()}.log"
-        process = start([*prefix, *command, "--wait", "30"], log, core=EDGE_CORE)
+        process = start([*prefix, *command, "--wait", "30"], log, env, core=EDGE_CORE)
         self.stack.callback(process.stop)
         self.edges[number : number + 1] = [process]
 
@@ -325,6 +328,9 @@ def fill(site: Site) -> None:
 
 
 def jump(site: Site) -> None:
+    """An edge's, as a laptop's does that was asleep. (The gateway's: tests/test_gateway.py.)"""
+    site.edges[0].popen.kill()
+    site.start_edge(0, site.clock.env)
     for offset in ("+1d", "-2d", "+0"):
         site.clock.set(offset)
         time.sleep(LASTS_S / 3)
@@ -465,7 +471,12 @@ def small_disk() -> Iterator[Path]:
             stack.callback(run, "umount", "--lazy", name)
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"No file system for logs ({error}): none is filled.", file=sys.stderr)
-        yield Path(name)
+        try:
+            yield Path(name)
+        finally:
+            for log in Path(name).glob("*.log"):
+                KEPT.mkdir(parents=True, exist_ok=True)
+                shutil.copy(log, KEPT)
 
 
 def chosen(only: Sequence[str], is_short: bool, site: Site) -> list[Fault]:
