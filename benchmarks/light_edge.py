@@ -55,8 +55,9 @@ class LightEdge(asyncio.Protocol):
         for event in self._h2.receive_data(data):
             if isinstance(event, h2.events.DataReceived):
                 self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-                for frame in self._session.receive(event.data):
-                    self._take(frame)
+                if event.stream_id == self._down:  # the uplink's answer, when that ends, is no frame
+                    for frame in self._session.receive(event.data):
+                        self._take(frame)
             elif isinstance(event, h2.events.StreamReset | h2.events.StreamEnded | h2.events.ConnectionTerminated):
                 self.close()
         self._flush()

@@ -208,3 +208,15 @@ def test_importing_the_packages_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_the_wall_clock_decides_nothing_but_when_tokens_and_reports_end(module: str) -> None:
+    """It jumps. All else goes by the monotonic clock, or is told the time. (A report of an engine's load is a file, with
+    a file's time: a jump makes one of them old, and the next is written within 0.1 s.)"""
+    reads = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(MODULES[module].read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.time", "datetime.now", "datetime.utcnow")
+    ]
+    assert not reads or module in ("vllm_specedge.admission", "vllm_specedge.gateway", "vllm_specedge.cli")

@@ -643,6 +643,11 @@ def test_a_gateway_asks_for_as_many_open_files_as_it_may_have_edges(tmp_path: Pa
     assert "'max_edges'" in result.stderr
 
 
+def metric(gateway: Running, name: str) -> float:
+    lines = httpx.get(f"{gateway.url}/metrics", trust_env=False).text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+
 def test_a_gateway_takes_as_many_edges_as_it_is_told_to(tmp_path: Path) -> None:
     num_edges = 160  # more than the web server's own bound
 
@@ -654,6 +659,8 @@ def test_a_gateway_takes_as_many_edges_as_it_is_told_to(tmp_path: Path) -> None:
             edges.append((await loop.create_connection(make, "127.0.0.1", port))[1])
         async with asyncio.timeout(DEADLINE_S):
             await asyncio.gather(*(edge.is_live.wait() for edge in edges))
+        is_seen = await asyncio.to_thread(metric, gateway, "specedge_gateway_connections")
+        assert is_seen == num_edges
         for edge in edges:
             edge.close()
 
@@ -663,6 +670,9 @@ def test_a_gateway_takes_as_many_edges_as_it_is_told_to(tmp_path: Path) -> None:
             wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
             asyncio.run(connect(gateway.port))
             engine.wait(lambda: engine.book.num_edges == 0)
+            engine.wait(lambda: metric(gateway, "specedge_gateway_connections") == 0)
+            assert 0 < metric(gateway, "specedge_gateway_tasks") < num_edges
+            assert 0 < metric(gateway, "process_open_fds") < num_edges
         finally:
             engine.link.stop()
 
@@ -679,10 +689,12 @@ def test_the_wall_clock_may_jump(tmp_path: Path) -> None:
         client = EdgeClient(Gateway(gateway.url, token, ca), NgramDrafter(), "edge")
         try:
             with edge_in_thread(client):
-                for offset in ("+0", "+1d", "-2d", "+0"):
+                assert engine.generate("before", 40) > 0
+                num_connections = len(client.totals)
+                for offset in ("+1d", "-2d", "+0"):
                     clock.set(offset)
                     assert engine.generate(f"at {offset}", 40) > 0
-                assert client.totals == [], "it had to connect again"
+                assert len(client.totals) == num_connections, "it had to connect again"
                 clock.set("+8d")
                 engine.wait(lambda: engine.book.num_edges == 0)  # now its token has expired
         finally:

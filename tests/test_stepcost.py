@@ -47,8 +47,8 @@ def assert_near(cost: StepCost, curve: Curve, sizes: Sequence[int], tolerance: f
 
 
 def uneven(tokens: int) -> float:
-    """As SmolLM2 in float32 on one core of an EPYC: two rows and three take longer than four."""
-    return {1: 0.046, 2: 0.058, 3: 0.058}.get(tokens, 0.026 + 0.0034 * tokens)
+    """As SmolLM2 in float32 on one core of an EPYC: two rows take longer than four."""
+    return {1: 0.047, 2: 0.056, 3: 0.043}.get(tokens, 0.026 + 0.0034 * tokens)
 
 
 @pytest.mark.parametrize("seed", range(3))

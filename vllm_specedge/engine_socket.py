@@ -1,7 +1,8 @@
 """The gateway's end of the line to its engines: a ZeroMQ ROUTER socket in an event loop.
 
-zmq.asyncio makes a future and several callbacks a message, which were a quarter of the gateway's time. Here what is to
-be sent is kept until the loop's next turn, and goes as one message an engine; then all that has come is taken in.
+zmq.asyncio makes a future and several callbacks a message, a fifth of the gateway's Python at 4,000 frames a second
+each way. Here what is to be sent is kept until the loop's next turn, and goes as one message an engine; then all that
+has come is taken in.
 """
 
 import asyncio
@@ -46,10 +47,9 @@ class EngineSocket:
         self._want_turn()
 
     def close(self) -> None:
-        """What is still to be sent is."""
+        """No engine is heard or told anything any more."""
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
-        self._send_all()
         self._socket.close()
 
     def _want_turn(self) -> None:

@@ -153,18 +153,15 @@ class Gateway:
         return connection
 
     async def downlink(self, connection: Connection) -> AsyncIterator[bytes]:
-        """Everything queued for one edge, in as few chunks as come; ends after a Bye or when the edge is gone."""
+        """Everything queued for one edge, in chunks; ends after a Bye. Whoever sends it on calls `forget` at the end."""
         connection.downlink = asyncio.current_task()
-        try:
-            while True:
-                while connection.outbox:
-                    yield connection.next_chunk()
-                if connection.closed_s is not None:
-                    return
-                connection.wake.clear()
-                await connection.wake.wait()
-        finally:
-            self.forget(connection)
+        while True:
+            while connection.outbox:
+                yield connection.next_chunk()
+            if connection.closed_s is not None:
+                return
+            connection.wake.clear()
+            await connection.wake.wait()
 
     async def uplink(self, connection: Connection, chunks: AsyncIterator[bytes]) -> None:
         """Everything one edge says, until it stops or is closed."""

@@ -10,30 +10,33 @@ from vllm_specedge.config import EdgeOptions, split_address
 from vllm_specedge.errors import UserError
 from vllm_specedge.tokens import TokenFile
 
-SPARE_FILES = 2048
-"""Beside those of edges: connections that shake hands or are turned away, logs, libraries."""
+OTHER_FILES, MANY_FILES = 128, 2048
+"""Beside those of edges: what there must be, and what is asked for, since others may be turned away meanwhile."""
 
 
 def check_start(options: EdgeOptions) -> None:
     """Raises UserError with one sentence that says what to change."""
-    _allow_files(options.max_edges + SPARE_FILES)
+    _check_files(options.max_edges)
     _check_listen(options.listen)
     if options.tokens_file:
         TokenFile(Path(options.tokens_file)).records()
     check_certificate(options)
 
 
-def _allow_files(num_wanted: int) -> None:
+def _check_files(max_edges: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = max_edges + OTHER_FILES
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        text = f"'max_edges' takes {needed} open files, and this system allows {hard}: lower it, or raise 'ulimit -n'."
+        raise UserError(text)
+
+
+def allow_files(max_edges: int) -> None:
     """Each edge is an open file, of which services commonly may have 1,024 until they ask for more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= num_wanted:
-        return
-    if hard != resource.RLIM_INFINITY and hard < num_wanted:
-        text = (
-            f"'max_edges' takes {num_wanted} open files, and this system allows {hard}: lower it, or raise 'ulimit -n'."
-        )
-        raise UserError(text)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (num_wanted, hard))
+    wanted = max_edges + MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, max_edges + MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _check_listen(address: str) -> None:

@@ -1,7 +1,7 @@
 """The gateway process's HTTP side: two endless streams for each edge, and what an operator looks at.
 
-The streams are plain ASGI: what a framework keeps for a request (dependencies, task groups, wrapped channels) was a
-third of an idle edge's memory, and they are open for as long as an edge is.
+The streams are plain ASGI, for they are open as long as an edge is: what a framework keeps for a request (dependencies,
+task groups, wrapped channels) made an idle edge over TLS 84 kB, and 64 without it (benchmarks/LOG.md).
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from vllm_specedge.errors import UserError
 from vllm_specedge.frames import MEDIA_TYPE
 from vllm_specedge.gateway import MAX_HANDSHAKE_S, MAX_UNFINISHED_CONNECTIONS, STOP_S, Connection, Gateway
 from vllm_specedge.metrics import report_row
-from vllm_specedge.preflight import check_certificate, check_start
+from vllm_specedge.preflight import allow_files, check_certificate, check_start
 
 logger = logging.getLogger("vllm_specedge.web")
 
@@ -46,9 +46,9 @@ class Downlinks:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection = self._gateway.connect(self._gateway.authorize(_header(scope, b"authorization")))
-        await _start(send, 200, (b"content-type", MEDIA_TYPE.encode()))
         watching = asyncio.create_task(self._watch(receive, connection))
         try:
+            await _start(send, 200, (b"content-type", MEDIA_TYPE.encode()))
             async for chunk in self._gateway.downlink(connection):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body"})
@@ -56,6 +56,7 @@ class Downlinks:
             pass  # by the gateway: this edge is gone, or does not even read its Bye
         finally:
             watching.cancel()
+            self._gateway.forget(connection)
 
     async def _watch(self, receive: Receive, connection: Connection) -> None:
         """Until the edge hangs up."""
@@ -75,7 +76,8 @@ class Uplinks:
         connection = self._gateway.find(_header(scope, b"x-specedge-connection") or "")
         if connection is None:
             raise HTTPException(409, "No downlink waits under this key.")
-        await self._gateway.uplink(connection, _chunks(receive))
+        with contextlib.suppress(asyncio.CancelledError):  # by the gateway: its downlink is over
+            await self._gateway.uplink(connection, _chunks(receive))
         await _start(send, 204)
         await send({"type": "http.response.body"})
 
@@ -186,6 +188,7 @@ async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: boo
     except zmq.ZMQError as error:
         raise UserError(f"Engines cannot be served at {engine_endpoint} ({error}): choose another endpoint.") from None
     check_start(options)
+    allow_files(options.max_edges)
     server = _server(make_app(gateway), options)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

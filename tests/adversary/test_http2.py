@@ -20,7 +20,7 @@ from benchmarks.light_edge import LightEdge
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.link import Gateway, Link, LinkError
-from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, running_gateway
+from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, metric, running_gateway
 from vllm_specedge.frames import (
     MAX_TOKENS_PER_FRAME,
     MAX_UINT32,
@@ -282,11 +282,6 @@ def edge_that_does_not_read(port: int) -> Iterator[LightEdge]:
         loop.close()
 
 
-def counter(gateway: Running, name: str) -> float:
-    lines = httpx.get(f"{gateway.url}/metrics", trust_env=False).text.splitlines()
-    return float(next(line for line in lines if line.startswith(f"specedge_gateway_{name}_total ")).split()[1])
-
-
 def flood(engine: Engine, session: str) -> int:
     """Requests whose contexts grow by 63 MB of commits; honest requests are served meanwhile. Returns the bytes."""
     widest = (MAX_UINT32,) * MAX_TOKENS_PER_FRAME
@@ -321,9 +316,9 @@ def flooded(directory: Path, *, is_read: bool) -> Iterator[tuple[Running, Engine
 def test_who_does_not_read_is_closed_and_no_queue_grows(tmp_path: Path) -> None:
     with flooded(tmp_path / "kept", is_read=True) as (gateway, _, kept_bytes, _):
         # Every request's context is kept, whoever drafts for it.
-        assert counter(gateway, "slow_edges") == 0
+        assert metric(gateway, "specedge_gateway_slow_edges_total") == 0
     with flooded(tmp_path / "queued", is_read=False) as (gateway, engine, grown_bytes, num_bytes):
-        engine.wait(lambda: counter(gateway, "slow_edges") == 1)
+        engine.wait(lambda: metric(gateway, "specedge_gateway_slow_edges_total") == 1)
         may_be_more = MAX_QUEUED_BYTES + MAX_GROWTH_BYTES
         assert num_bytes > may_be_more, "or nothing would be shown"
         assert grown_bytes < kept_bytes + may_be_more

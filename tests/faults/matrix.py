@@ -87,7 +87,8 @@ class Load:
         for chunk in client.completions.create(**body, extra_body={"ignore_eos": True}):
             now_s = time.monotonic()
             if heard_s is not None:
-                self.longest_pause_s = max(self.longest_pause_s, now_s - heard_s)
+                with self._lock:
+                    self.longest_pause_s = max(self.longest_pause_s, now_s - heard_s)
             text, heard_s = text + chunk.choices[0].text, now_s
         return text
 
