@@ -153,7 +153,7 @@ class Gateway:
         return connection
 
     async def downlink(self, connection: Connection) -> AsyncIterator[bytes]:
-        """Everything queued for one edge, in chunks; ends after a Bye. Whoever sends it on calls `forget` at the end."""
+        """Everything queued for one edge, in chunks, until a Bye. Whoever sends it on calls `forget` at the end."""
         connection.downlink = asyncio.current_task()
         while True:
             while connection.outbox:
