@@ -212,8 +212,8 @@ def test_importing_the_packages_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_the_wall_clock_decides_nothing_but_when_tokens_and_reports_end(module: str) -> None:
-    """It jumps. All else goes by the monotonic clock, or is told the time. (A report of an engine's load is a file, with
-    a file's time: a jump makes one of them old, and the next is written within 0.1 s.)"""
+    """It jumps. All else goes by the monotonic clock, or is told the time. (An engine's report of its load is a file,
+    with a file's time: a jump makes one of them old, and the next is written within 0.1 s.)"""
     reads = [
         ast.unparse(node)
         for node in ast.walk(ast.parse(MODULES[module].read_text()))

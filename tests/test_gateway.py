@@ -50,7 +50,6 @@ from vllm_specedge.frames import (
     pack_tokens,
     unpack_tokens,
 )
-from vllm_specedge.gateway import MAX_BYTES_PER_S
 from vllm_specedge.link import EngineLink
 from vllm_specedge.policy import HoldLimits
 from vllm_specedge.supervisor import GatewayProcess
@@ -467,15 +466,26 @@ def test_a_revoked_token_ends_the_edge_that_uses_it(guarded: tuple[Running, Toke
 
 def test_whoever_sends_too_many_bytes_is_closed(gateway: Running, engine: Engine) -> None:
     del engine
+    is_welcome = asyncio.Event()
+    link = Link(Gateway(gateway.url), hello(), lambda frame: is_welcome.set() if isinstance(frame, Welcome) else None)
 
-    def flood(frame: Frame) -> None:
-        if isinstance(frame, Welcome):
-            for _ in range(MAX_BYTES_PER_S // 500):  # enough for several seconds, however slow this machine is
+    async def flood() -> None:
+        """All the time: what is queued for the link at once is bounded too, and a second is over soon."""
+        await is_welcome.wait()
+        while True:
+            for _ in range(100):
                 link.send(Propose(0, 0, (MAX_UINT32,) * 1000))
+            await asyncio.sleep(0.01)
 
-    link = Link(Gateway(gateway.url), hello(), flood)
+    async def run() -> None:
+        flooding = asyncio.create_task(flood())
+        try:
+            await until_closed(link)
+        finally:
+            flooding.cancel()
+
     with pytest.raises(UserError, match="KiB a second"):
-        asyncio.run(until_closed(link))
+        asyncio.run(run())
 
 
 def test_a_new_certificate_is_taken_up_and_everybody_comes_back(tmp_path: Path) -> None:
