@@ -58,7 +58,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Ten minutes; ARGS="--only gateway-killed" for one of them.
+# Ten minutes, some of it as root; ARGS="--only gateway-killed" for one of them.
 test-faults: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python -m tests.faults.matrix $(ARGS)
 

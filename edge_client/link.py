@@ -89,8 +89,9 @@ class Link:
     _heartbeat_s: float = FIRST_SILENCE_S / SILENCE_HEARTBEATS
 
     def send(self, frame: Frame) -> None:
-        """Queue a frame. One that finds the queue full is dropped: the link is too slow for it to be of use."""
-        if self._queued_bytes > MAX_QUEUED_BYTES:
+        """Queue a frame. One is dropped that finds the queue full, for the link is too slow for it to be of use, or the
+        connection ended: a forward pass may be under way when the gateway says Bye."""
+        if self._queued_bytes > MAX_QUEUED_BYTES or self.session.state is State.CLOSED:
             self.dropped_frames += 1
             return
         data = self.session.send(frame)

@@ -41,12 +41,14 @@ from vllm_specedge.frames import (
     Close,
     EngineHello,
     Frame,
+    Greet,
     Hello,
     Open,
     Propose,
     Report,
     Stats,
     Welcome,
+    encode,
     pack_tokens,
     unpack_tokens,
 )
@@ -709,3 +711,13 @@ def test_the_wall_clock_may_jump(tmp_path: Path) -> None:
                 engine.wait(lambda: engine.book.num_edges == 0)  # now its token has expired
         finally:
             engine.link.stop()
+
+
+def test_what_an_edge_would_say_after_the_gateway_s_bye_is_dropped() -> None:
+    """It was drafting meanwhile. (Found by an expired certificate: the gateway said Bye, and the edge ended too.)"""
+    link = Link(Gateway("http://localhost:1"), hello(), lambda _: None)
+    link.session.receive(
+        encode(Greet("key", PROTOCOL_VERSION)) + encode(Bye(ByeCode.GOING_AWAY, "the gateway is stopping"))
+    )
+    link.send(Propose(0, 0, (1,)))
+    assert link.dropped_frames == 1
