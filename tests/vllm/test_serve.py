@@ -1,0 +1,230 @@
+"""`edge-client serve`: an OpenAI endpoint on this machine, as OpenAI's own client sees it."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2 as httpx
+import openai
+import pytest
+from stack import BIN, EDGE_CORE, MODEL_NAME, Process, start, wait_for
+
+from .conftest import Target, counting
+
+PORT = 8270
+REPEATING = "Repeat this line: I like rivers. I like rivers. I like rivers. I like"
+QUESTION = [{"role": "user", "content": "Name three colours."}]
+
+
+@dataclass
+class Endpoint:
+    """A running `edge-client serve`."""
+
+    process: Process
+    url: str
+    client: openai.OpenAI
+    direct: openai.OpenAI
+    """The server itself."""
+    target: Target
+
+
+@pytest.fixture(scope="module")
+def endpoint(edge_target: Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    server = edge_target.server
+    command = [str(BIN / "edge-client"), "serve", server.gateway_url, "--server", f"{server.url}/v1"]
+    log = tmp_path_factory.mktemp("serve") / "edge.log"
+    process = start([*command, "--port", str(PORT), "--allow-origin", "https://chat.example.org"], log, core=EDGE_CORE)
+    url = f"http://127.0.0.1:{PORT}/v1"
+    try:
+        wait_for(process, f"{server.gateway_url}/healthz", "edges", 1)
+        with (
+            openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client,
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as direct,
+        ):
+            yield Endpoint(process, url, client, direct, edge_target)
+    finally:
+        process.stop()
+    assert "OpenAI endpoint: " in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def completion(client: openai.OpenAI, num_tokens: int = 48) -> str:
+    body = {"model": MODEL_NAME, "prompt": REPEATING, "max_tokens": num_tokens, "temperature": 0}
+    return client.completions.create(**body).choices[0].text
+
+
+def test_the_models_are_the_server_s(endpoint: Endpoint) -> None:
+    assert [model.id for model in endpoint.client.models.list()] == [MODEL_NAME]
+
+
+def test_answers_are_the_same_and_drafted_for_here(endpoint: Endpoint) -> None:
+    with counting(endpoint.target) as counted:
+        expected = completion(endpoint.direct)
+        assert completion(endpoint.client) == expected
+        counted.settle(2 * 48)
+        assert counted["accepted_tokens"] > 0
+
+
+def test_what_does_not_come_this_way_is_not_drafted_for_here(endpoint: Endpoint) -> None:
+    assigned = endpoint.target.server.metrics()["specedge_gateway_assigned"]
+    completion(endpoint.direct)
+    assert endpoint.target.server.metrics()["specedge_gateway_assigned"] == assigned
+    completion(endpoint.client)
+    assert endpoint.target.server.metrics()["specedge_gateway_assigned"] == assigned + 1
+
+
+def test_a_chat_as_a_whole_and_as_a_stream(endpoint: Endpoint) -> None:
+    body = {"model": MODEL_NAME, "messages": QUESTION, "max_tokens": 32, "temperature": 0}
+    whole = endpoint.client.chat.completions.create(**body)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 32
+    chunks = list(endpoint.client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == whole.choices[0].message.content
+    assert len(chunks) > 4, "it came at once"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 32
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({"model": "another"}, openai.NotFoundError),
+        ({"model": MODEL_NAME, "temperature": -1}, openai.BadRequestError),
+        ({"model": MODEL_NAME, "max_tokens": 10**9}, openai.BadRequestError),
+    ],
+)
+def test_errors_are_the_server_s_own(
+    endpoint: Endpoint, body: dict[str, object], error: type[openai.APIStatusError]
+) -> None:
+    found = []
+    for client in (endpoint.direct, endpoint.client):
+        with pytest.raises(error) as raised:
+            client.chat.completions.create(messages=QUESTION, **body)  # type: ignore[call-overload]
+        found.append((raised.value.status_code, raised.value.body))
+    assert found[0] == found[1]
+
+
+def test_what_is_no_json_is_refused_by_the_server(endpoint: Endpoint) -> None:
+    answers = [
+        httpx.post(f"{url}/chat/completions", content=b"{", headers={"content-type": "application/json"})
+        for url in (endpoint.url, f"{endpoint.target.server.url}/v1")
+    ]
+    assert answers[0].status_code == answers[1].status_code >= 400
+    assert answers[0].json() == answers[1].json()
+
+
+def test_a_program_that_hangs_up_stops_the_server_s_work(endpoint: Endpoint) -> None:
+    body = {"model": MODEL_NAME, "prompt": REPEATING, "max_tokens": 1500, "temperature": 0, "stream": True}
+    with counting(endpoint.target) as counted:
+        with httpx.stream("POST", f"{endpoint.url}/completions", json=body) as answer:
+            next(answer.iter_bytes())
+        running = f"{endpoint.target.server.url}/metrics"
+        wait_until_idle(running)
+        assert counted["committed_tokens"] < 1500
+
+
+def wait_until_idle(url: str) -> None:
+    for _ in range(200):
+        lines = httpx.get(url, trust_env=False).text.splitlines()
+        if all(float(line.rpartition(" ")[2]) == 0 for line in lines if line.startswith("vllm:num_requests_running")):
+            return
+    raise AssertionError("the server goes on")
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://chat.example.org"])
+def test_pages_of_this_machine_and_those_that_are_allowed_may_use_it(endpoint: Endpoint, origin: str) -> None:
+    asked = {
+        "origin": origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "content-type",
+    }
+    answer = httpx.options(f"{endpoint.url}/chat/completions", headers=asked)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == origin
+    assert httpx.get(f"{endpoint.url}/models", headers={"origin": origin}).status_code == 200
+
+
+def test_other_pages_may_not_even_ask(endpoint: Endpoint) -> None:
+    headers = {"origin": "https://evil.example.org", "content-type": "text/plain"}
+    body = json.dumps({"model": MODEL_NAME, "prompt": "x", "max_tokens": 1})
+    answer = httpx.post(f"{endpoint.url}/completions", headers=headers, content=body)
+    assert answer.status_code == 403
+    assert "--allow-origin" in answer.json()["error"]["message"]
+    assert httpx.get(f"{endpoint.url}/models", headers={"host": "evil.example.org"}).status_code == 400
+
+
+def test_a_server_that_is_away_is_said_as_openai_says_errors(
+    endpoint: Endpoint, edge_target: Target, tmp_path: Path
+) -> None:
+    command = [str(BIN / "edge-client"), "serve", edge_target.server.gateway_url, "--server", "http://127.0.0.1:9/v1"]
+    process = start([*command, "--port", str(PORT + 1)], tmp_path / "edge.log")
+    try:
+        wait_for(process, f"{edge_target.server.gateway_url}/healthz", "edges", 2)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT + 1}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="cannot be reached") as raised, client:
+            client.models.list()
+        assert raised.value.status_code == 502
+    finally:
+        process.stop()
+
+
+def test_a_port_that_is_taken_is_one_sentence(endpoint: Endpoint) -> None:
+    server = endpoint.target.server
+    command = [str(BIN / "edge-client"), "serve", server.gateway_url, "--server", f"{server.url}/v1"]
+    result = subprocess.run([*command, "--port", str(PORT)], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0
+    assert "choose another --port" in result.stderr
+
+
+GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+REPEAT = "Write a poem that repeats the line 'I like rivers' ten times."
+
+
+def chat(target: Target, *arguments: str, stdin: str | None = None, colours: bool = False) -> str:
+    """What `edge-client chat` prints."""
+    server = target.server
+    command = [str(BIN / "edge-client"), "chat", server.gateway_url, "--server", f"{server.url}/v1", *arguments]
+    env = {**os.environ, **({"FORCE_COLOR": "1", "TERM": "xterm"} if colours else {})}
+    done = subprocess.run(
+        [*command, "--max-tokens", "80", "--temperature", "0"],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=env,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_chat_shows_which_tokens_were_drafts(endpoint: Endpoint) -> None:
+    said = chat(endpoint.target, "--ask", REPEAT, colours=True)
+    drafted = "".join(re.findall(re.escape(GREEN) + "(.*?)" + re.escape(PLAIN), said, re.DOTALL))
+    assert len(drafted) > 20, said
+    part = int(re.search(r"(\d+)% of them accepted drafts", said)[1])  # type: ignore[index]
+    assert part > 20
+    assert re.sub(r"\x1b\[[\d;]*m", "", said).startswith(f"> {REPEAT}\n")
+
+
+def test_a_conversation_is_typed_and_compared(endpoint: Endpoint) -> None:
+    said = chat(endpoint.target, stdin=f"{REPEAT}\n/alone\n/again\n/what\n/with\n/quit\n")
+    assert said.count("tokens without this machine,") == 1
+    assert said.count("tokens with this machine,") == 1
+    assert re.search(r"With this machine \d\.\d\d times as fast as without\.", said)
+    assert said.count("/quit") == 2, "help is printed at first and for what is no command"
+
+
+def test_a_server_that_is_none_is_one_sentence(endpoint: Endpoint) -> None:
+    gateway = endpoint.target.server.gateway_url
+    command = [str(BIN / "edge-client"), "chat", gateway, "--server", gateway, "--ask", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "does not answer as an OpenAI endpoint" in done.stderr
+    assert "Traceback" not in done.stderr
