@@ -5,12 +5,12 @@ Rule 2: whatever the gateway says may be late, wrong or hostile: it is checked, 
 Rule 3: nothing is published while no edge could use it, and seldom where drafts are not verified.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from vllm_specedge.acceptance import Acceptance
-from vllm_specedge.counters import request_values
+from vllm_specedge.counters import Group, request_values
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.frames import (
     MAX_UINT32,
@@ -58,6 +58,8 @@ first, when what it costs is hardly known, and after twice as many steps each ti
 PLAIN_PROBE_AFTER = 256
 """Steps in a row that verified something; then one does not, to see what that costs now."""
 SPEEDUP_MEMORY = 0.98
+MAX_GROUPS = 128
+"""Steps that are kept until they are reported, the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,12 @@ class DraftBook:
         self._plain_step_s = 0.0
         """What the last step would have taken without drafts, and with all that could have been in it."""
         self._gained_s = self._spent_s = 0.0
+        self._plain_s = 0.0
+        """What all tokens so far would have taken without drafts."""
+        self.groups: deque[Group] = deque(maxlen=MAX_GROUPS)
+        """The last steps, for whoever looks at them; the one under way is not among them."""
+        self._last_step: tuple[Step, int, int] | None = None
+        """And what was verified and accepted before it."""
 
     @property
     def has_lookup_due(self) -> bool:
@@ -403,7 +411,9 @@ class DraftBook:
 
     def _pace(self, request: _Request, num_tokens: int, now_s: float) -> None:
         if self._plain_step_s and request.committed_s:
-            self._gained_s += num_tokens * self._plain_step_s / self._num_rows
+            plain_s = num_tokens * self._plain_step_s / self._num_rows
+            self._gained_s += plain_s
+            self._plain_s += plain_s
             request.gained_s = SPEEDUP_MEMORY * request.gained_s + num_tokens * self._plain_step_s
             request.spent_s = SPEEDUP_MEMORY * request.spent_s + now_s - request.committed_s
         request.committed_s = now_s
@@ -432,6 +442,7 @@ class DraftBook:
         self._add(request, f"{kind}accepted_tokens", lesson.num_accepted)
         if lesson.is_suggestion:
             self.lookups.accepted(lesson.num_accepted)
+            self.counters["ngram_verified_drafts"] += 1
         else:
             self.counters["verified_drafts"] += 1
 
@@ -488,6 +499,7 @@ class DraftBook:
     def stepped(self, step: Step) -> None:
         """A step is done; what it decided is told by `commit`, next."""
         self.learn()
+        self._note_step(step)
         self.counters["engine_steps"] += 1
         took_s = step.ended_s - step.started_s
         self.counters["engine_step_us"] += int(took_s * 1e6)
@@ -499,7 +511,20 @@ class DraftBook:
         self._plain_step_s = 0.0
         if not step.prefilled and self._num_rows:
             self._spent_s += step.ended_s - since_s
+            self.counters["decode_us"] += int((step.ended_s - since_s) * 1e6)
+            self.counters["plain_decode_us"] = int(self._plain_s * 1e6)
             self._plain_step_s = self.cost(self._num_rows, self._num_rows, self._row_context)
+
+    def _note_step(self, step: Step) -> None:
+        """What the step before came to is known now."""
+        verified = self.counters["verified_tokens"] + self.counters["ngram_verified_tokens"]
+        accepted = self.counters["accepted_tokens"] + self.counters["ngram_accepted_tokens"]
+        if self._last_step is not None:
+            last, verified_before, accepted_before = self._last_step
+            took_s = last.ended_s - last.started_s
+            counts = (last.requests, verified - verified_before, accepted - accepted_before)
+            self.groups.append(Group(last.ended_s, took_s, *counts))
+        self._last_step = (step, verified, accepted)
 
     def plan(self, rows: Iterable[Row], now_s: float, load: Load = NOTHING_ELSE) -> Plan:
         """What each row does next: verify a draft, wait for one, or decode plainly."""

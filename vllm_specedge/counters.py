@@ -1,8 +1,11 @@
 """What an engine counts, of each request and in all: names and meanings, in the order in which they travel. Pure."""
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 
-from vllm_specedge.frames import MAX_UINT32, StepTimes
+from vllm_specedge.frames import MAX_UINT32, Groups, StepTimes
 from vllm_specedge.stepcost import StepCost
 
 REQUEST_COUNTERS = (
@@ -24,10 +27,16 @@ REQUEST_COUNTERS = (
     ("ahead_tokens", "Draft tokens in the trunk when a step began, summed over steps."),
 )
 """What an engine reports of one request, in this order."""
+VERIFIED, ACCEPTED = (
+    next(index for index, (name, _) in enumerate(REQUEST_COUNTERS) if name == wanted)
+    for wanted in ("verified_tokens", "accepted_tokens")
+)
+"""Where these are among them."""
 
 ENGINE_COUNTERS = (
     *REQUEST_COUNTERS,
     ("verified_drafts", "Drafts of edges that the target verified."),
+    ("ngram_verified_drafts", "Drafts of vLLM's own n-gram lookup that the target verified."),
     ("proposals_kept", "Proposals kept in a proposal tree."),
     ("proposals_late", "Proposals for positions that were decided already."),
     ("proposals_mismatch", "Proposals that contradicted what was decided meanwhile."),
@@ -35,6 +44,8 @@ ENGINE_COUNTERS = (
     ("proposals_full", "Proposals cut because the request's tree was full."),
     ("engine_steps", "Steps of the engine."),
     ("engine_step_us", "Microseconds that these took, in total."),
+    ("decode_us", "Microseconds from the end of one step to that of the next, where no prompt was computed."),
+    ("plain_decode_us", "Microseconds that the tokens of these steps are thought to take without drafts."),
     ("holds", "Times a request was held for its draft."),
     ("missed_holds", "Holds that ended without a draft."),
     ("wakes", "Times a draft woke a parked engine."),
@@ -54,6 +65,38 @@ def engine_values(counters: Counter[str]) -> tuple[int, ...]:
     return tuple(counters[name] % 2**32 for name, _ in ENGINE_COUNTERS)
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One step of the engine, as people look at it."""
+
+    ended_s: float
+    took_s: float
+    requests: int
+    verified: int
+    """Draft tokens."""
+    accepted: int
+
+
+GROUP_VALUES = 5
+"""Numbers of each in a Groups frame."""
+
+
+def groups_frame(groups: Sequence[Group], now_s: float) -> Groups:
+    """Steps as Groups carries them."""
+    values = (
+        (_whole(1e6 * (now_s - each.ended_s)), _whole(1e6 * each.took_s), each.requests, each.verified, each.accepted)
+        for each in groups
+    )
+    return Groups(tuple(chain.from_iterable(values)))
+
+
+def groups_of(frame: Groups, now_s: float) -> list[Group]:
+    """The steps of a frame that has just come; what is no whole step is left out."""
+    values, each = frame.values, GROUP_VALUES
+    rows = (values[at : at + each] for at in range(0, len(values) - each + 1, each))
+    return [Group(now_s - ago / 1e6, took / 1e6, *counts) for ago, took, *counts in rows]
+
+
 def step_times(cost: StepCost) -> StepTimes:
     """What the engine has learnt its steps to take, as StepTimes carries it."""
     curve_s, *others_s = cost.parts_s
@@ -61,7 +104,7 @@ def step_times(cost: StepCost) -> StepTimes:
 
 
 def _whole(number: float) -> int:
-    return min(round(number), MAX_UINT32)
+    return min(max(0, round(number)), MAX_UINT32)
 
 
 def request_values(counters: Counter[str]) -> tuple[int, ...]:

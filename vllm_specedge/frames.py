@@ -237,6 +237,18 @@ class StepTimes:
     """For each request in a step that verifies something."""
 
 
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Engine to gateway, with Stats: its last steps, for people to look at.
+
+    `values`: five numbers a step: microseconds from its end to now, and that it took; its requests; their draft tokens
+    that were verified, and accepted.
+    """
+
+    CODE: ClassVar[int] = 39
+    values: tuple[int, ...]
+
+
 Frame: TypeAlias = (
     Greet
     | Hello
@@ -255,6 +267,7 @@ Frame: TypeAlias = (
     | Stats
     | Report
     | StepTimes
+    | Groups
 )
 
 

@@ -17,6 +17,7 @@ from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
 from vllm_specedge.config import EdgeOptions
+from vllm_specedge.counters import groups_of
 from vllm_specedge.engine_socket import EngineSocket
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.frames import (
@@ -25,11 +26,15 @@ from vllm_specedge.frames import (
     Frame,
     FrameReader,
     Greet,
+    Groups,
     Hello,
+    Ping,
+    Pong,
     bye,
     encode,
 )
 from vllm_specedge.metrics import RequestHistograms, RouterCollector
+from vllm_specedge.overview import Overview
 from vllm_specedge.router import ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.session import Role, Session, State
 from vllm_specedge.tokens import TokenFile, TokenRecord
@@ -47,6 +52,8 @@ MAX_HANDSHAKE_S = 10.0
 STOP_S = 1.0
 FLUSH_S = 0.1
 DEAD_HEARTBEATS = 3
+RTT_STAMP = 1 << 31
+"""Pings with this stamp and above are the gateway's own, to know how far away an edge is; the router's are below."""
 ENGINE_DEAD_S = 15.0
 MAX_UNFINISHED_CONNECTIONS = 64
 """Beyond max_edges, so many connections may be shaking hands or being turned away."""
@@ -73,6 +80,7 @@ class Connection:
     downlink: "asyncio.Task[object] | None" = None
     uplink: "asyncio.Task[object] | None" = None
     closed_s: float | None = None
+    rtt_s: float | None = None
 
     def next_chunk(self) -> bytes:
         """As much of what is queued as is given to the web server at a time: what is there is out of our hands."""
@@ -89,6 +97,10 @@ class Connection:
         return self.token.roles if self.token is not None else frozenset(ROLES)
 
 
+def _stamp_us() -> int:
+    return RTT_STAMP + int(time.monotonic() * 1e6) % RTT_STAMP
+
+
 class Gateway:
     """Carries out what the Router decides."""
 
@@ -102,6 +114,7 @@ class Gateway:
         self.registry = CollectorRegistry()
         self.registry.register(RouterCollector(self.router))
         self._histograms = RequestHistograms(self.registry)
+        self._overview = Overview()
         ProcessCollector(registry=self.registry)
         for name, help_text, value in (
             ("connections", "Connections of edges, admitted or not.", lambda: len(self._connections)),
@@ -117,6 +130,8 @@ class Gateway:
         self._effects: deque[Effect] = deque()
         self._is_carrying_out = False
         self._is_stopping = False
+        self.num_watching = 0
+        """How many look at the status page."""
         self._engines = EngineSocket(engine_endpoint, self._heard)
 
     # -- edges -----------------------------------------------------------------------------------------------------
@@ -204,6 +219,8 @@ class Gateway:
             self._carry_out(self.router.edge_hello(connection.id, frame, session, connection.roles))
             if connection.session.state is State.LIVE:
                 logger.info("Edge %s (%.60r, %.60r) joined as %s", connection.id, frame.name, frame.client, frame.role)
+        elif isinstance(frame, Pong) and frame.stamp >= RTT_STAMP:
+            connection.rtt_s = ((_stamp_us() - frame.stamp) % RTT_STAMP) / 1e6
         else:
             self._carry_out(self.router.from_edge(connection.id, frame))
 
@@ -300,7 +317,15 @@ class Gateway:
         except Exception:  # noqa: BLE001 - the outermost edge of this message
             self._failed("A message of an engine's failed")
 
+    def view(self) -> dict[str, object]:
+        """What the status page shows."""
+        now_s = time.monotonic()
+        rtts_s = {each.id: each.rtt_s for each in self._connections.values() if each.rtt_s is not None}
+        return self._overview.view(self.router, rtts_s, now_s)
+
     def _from_engine(self, engine: bytes, frame: Frame) -> None:
+        if isinstance(frame, Groups) and engine in self.router.engines:
+            self._overview.steps(groups_of(frame, time.monotonic()))
         num_reports = self.router.counters["reports"]
         self._carry_out(self.router.from_engine(engine, frame))
         if self.router.counters["reports"] > num_reports:
@@ -319,6 +344,9 @@ class Gateway:
         for connection in list(self._connections.values()):
             connection.num_frames = connection.num_bytes = 0
             self._watch_connection(connection, now_s)
+            if connection.session.state is State.LIVE:
+                self._send(connection, Ping(_stamp_us()))
+        self._overview.sample(self.router, now_s)
         self._end_revoked()
         for engine, heard_s in list(self._engine_heard_s.items()):
             if now_s - heard_s > ENGINE_DEAD_S:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from vllm_specedge.counters import ACCEPTED, VERIFIED
 from vllm_specedge.errors import ByeCode, RemoteProtocolError
 from vllm_specedge.frames import (
     PROTOCOL_VERSION,
@@ -26,6 +27,7 @@ from vllm_specedge.frames import (
     EngineHello,
     EngineWelcome,
     Frame,
+    Groups,
     Hello,
     Open,
     Ping,
@@ -118,6 +120,11 @@ class EdgeInfo:
     num_pings: int = 0
     next_number: int = 0
     num_proposed_tokens: int = 0
+    num_committed_tokens: int = 0
+    """Of its requests, decided while it drafted for them."""
+    num_verified_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Of its drafts, as far as engines have reported: when a request ends, to whoever has it then."""
 
     @property
     def has_room(self) -> bool:
@@ -243,6 +250,8 @@ class Router:
                 known.step_times = frame
             case Report():
                 self._report(engine, known, frame)
+            case Groups():
+                pass  # for people: the gateway shows them
             case _:
                 self.counters["unexpected_engine_frames"] += 1
         return []
@@ -292,6 +301,7 @@ class Router:
         request.tokens.extend(commit.tokens[known - commit.base :])
         self._num_tokens += new
         if request.edge is not None:
+            self.edges[request.edge].num_committed_tokens += new
             return [ToEdge(request.edge, Commit(request.number, commit.base, commit.tokens))]
         return self._assign(key, request) if request.is_known and not was_known else []
 
@@ -303,6 +313,10 @@ class Router:
         request.has_report = True
         self.counters["reports"] += 1
         self.reports.append(RequestReport(engine.number, report.values[:MAX_REPORT_VALUES]))
+        if request.edge is not None and len(report.values) > max(VERIFIED, ACCEPTED):
+            edge = self.edges[request.edge]
+            edge.num_verified_tokens += report.values[VERIFIED]
+            edge.num_accepted_tokens += report.values[ACCEPTED]
 
     def _close(self, key: _Key, reason: int) -> list[Effect]:
         effects = self._drop(key, reason)

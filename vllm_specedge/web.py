@@ -6,6 +6,7 @@ task groups, wrapped channels) made an idle edge over TLS 84 kB, and 64 without 
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import zmq
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings, HTTP2Settings
 from granian.server.embed import Server
@@ -34,6 +36,14 @@ from vllm_specedge.preflight import allow_files, check_certificate, check_start
 logger = logging.getLogger("vllm_specedge.web")
 
 BACKLOG = 1024
+PAGE = Path(__file__).with_name("page")
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+EVENT_S = 1.0
+MAX_WATCHING = 16
 RENEWAL_S = 2.0
 """So often the certificate's files are looked at."""
 
@@ -101,6 +111,16 @@ async def _start(send: Send, status: int, *headers: tuple[bytes, bytes]) -> None
     await send({"type": "http.response.start", "status": status, "headers": list(headers)})
 
 
+async def _events(gateway: Gateway) -> AsyncIterator[str]:
+    gateway.num_watching += 1
+    try:
+        while True:
+            yield f"data: {json.dumps(gateway.view(), separators=(',', ':'))}\n\n"
+            await asyncio.sleep(EVENT_S)
+    finally:
+        gateway.num_watching -= 1
+
+
 def make_app(gateway: Gateway) -> FastAPI:
     """All that the gateway answers."""
     app = FastAPI(title="vLLM-SpecEdge gateway", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
@@ -108,6 +128,25 @@ def make_app(gateway: Gateway) -> FastAPI:
         Route("/edge/v1/down", Downlinks(gateway), methods=["GET"]),
         Route("/edge/v1/up", Uplinks(gateway), methods=["POST"]),
     ]
+
+    @app.get("/")
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+    app.mount("/page", StaticFiles(directory=PAGE))
+
+    @app.get("/status.json")
+    async def status() -> JSONResponse:
+        return JSONResponse(gateway.view())
+
+    @app.get("/status/events")
+    async def events() -> StreamingResponse:
+        """What the page shows, every second: as open as /metrics and /requests, and for as many as look at a time."""
+        if gateway.num_watching >= MAX_WATCHING:
+            raise HTTPException(503, "Too many look at this page: try again later.")
+        return StreamingResponse(
+            _events(gateway), media_type="text/event-stream", headers={"cache-control": "no-store"}
+        )
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:

@@ -28,7 +28,7 @@ from vllm_specedge.adapter.ngrams import NgramLookup
 from vllm_specedge.adapter.profile import step_profile
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.book import DraftBook, Plan, Row, Step
-from vllm_specedge.counters import engine_values, step_times
+from vllm_specedge.counters import engine_values, groups_frame, step_times
 from vllm_specedge.frames import Bye, Frame, Stats, is_text
 from vllm_specedge.policy import HoldLimits, Load
 
@@ -306,7 +306,12 @@ class EdgeScheduler(Scheduler):
 
     def _stats(self) -> list[Frame]:
         """Called by the link's thread."""
-        return [Stats(engine_values(self.book.counters)), step_times(self.book.cost)]
+        groups = [self.book.groups.popleft() for _ in range(len(self.book.groups))]
+        return [
+            Stats(engine_values(self.book.counters)),
+            step_times(self.book.cost),
+            groups_frame(groups, time.monotonic()),
+        ]
 
     # -- waiting ---------------------------------------------------------------------------------------------------
 
