@@ -38,11 +38,16 @@ _WRAP = 2**32
 class _Sample:
     at_s: float
     totals: tuple[int, ...]
-    """In the order of _NAMES, of all engines."""
+    """In the order of _NAMES: what all engines have counted since they were first seen."""
 
 
 def _ratio(part: float, whole: float) -> float | None:
     return round(part / whole, 3) if whole > 0 else None
+
+
+def _at(values: Sequence[int], index: int) -> int:
+    """An engine of another release may count less."""
+    return values[index] if index < len(values) else 0
 
 
 class Overview:
@@ -51,6 +56,9 @@ class Overview:
     def __init__(self) -> None:
         self._samples: deque[_Sample] = deque(maxlen=int(HOUR_S / SAMPLE_S) + 1)
         self._groups: deque[Group] = deque(maxlen=MAX_GROUPS)
+        self._totals = (0,) * len(_NAMES)
+        self._seen: dict[bytes, tuple[int, ...]] = {}
+        """What each engine had counted last; what it counted before it was known here is nobody's."""
         self._edge_tokens: dict[int, int] = {}
         self._edge_rates: dict[int, float] = {}
 
@@ -63,15 +71,24 @@ class Overview:
         if self._samples and now_s - self._samples[-1].at_s < SAMPLE_S:
             return
         since_s = now_s - self._samples[-1].at_s if self._samples else 0.0
-        engines = router.engine_counters()
-        totals = (sum(values[index] for values in engines if index < len(values)) for index in _INDICES)
-        self._samples.append(_Sample(now_s, tuple(totals)))
+        self._count(router)
+        self._samples.append(_Sample(now_s, self._totals))
         tokens = {edge: info.num_committed_tokens for edge, info in router.edges.items()}
         self._edge_rates = {
             edge: (number - self._edge_tokens.get(edge, number)) / since_s if since_s else 0.0
             for edge, number in tokens.items()
         }
         self._edge_tokens = tokens
+
+    def _count(self, router: Router) -> None:
+        """Add what engines have counted since the last time; they come, go and wrap around."""
+        counted = {name: engine.counters for name, engine in router.engines.items() if engine.counters}
+        now = {name: tuple(_at(values, index) for index in _INDICES) for name, values in counted.items()}
+        for name, values in now.items():
+            before = self._seen.get(name, values)
+            triples = zip(self._totals, values, before, strict=True)
+            self._totals = tuple(total + (new - old) % _WRAP for total, new, old in triples)
+        self._seen = now
 
     def view(self, router: Router, rtts_s: Mapping[int, float], now_s: float) -> dict[str, object]:
         """Everything that the page shows, ready for JSON. `rtts_s`: by edge, where it is known."""
@@ -108,7 +125,7 @@ class Overview:
         if first is last:
             first = self._samples[-2]
         pairs = zip(_NAMES, last.totals, first.totals, strict=True)
-        return self._figures({name: (new - old) % _WRAP for name, new, old in pairs}, last.at_s - first.at_s)
+        return self._figures({name: new - old for name, new, old in pairs}, last.at_s - first.at_s)
 
     def _figures(self, more: Mapping[str, int], seconds: float) -> dict[str, float | None]:
         verified = more["verified_tokens"] + more["ngram_verified_tokens"]
