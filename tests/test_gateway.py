@@ -52,10 +52,13 @@ from vllm_specedge.frames import (
     pack_tokens,
     unpack_tokens,
 )
+from vllm_specedge.gateway import Gateway as EdgeGateway
 from vllm_specedge.link import EngineLink
 from vllm_specedge.policy import HoldLimits
+from vllm_specedge.router import ROLES
 from vllm_specedge.supervisor import GatewayProcess
 from vllm_specedge.tokens import TokenFile
+from vllm_specedge.web import make_app
 
 DEADLINE_S = 20.0
 VOCAB_SIZE = 100
@@ -721,3 +724,30 @@ def test_what_an_edge_would_say_after_the_gateway_s_bye_is_dropped() -> None:
     )
     link.send(Propose(0, 0, (1,)))
     assert link.dropped_frames == 1
+
+
+@pytest.mark.parametrize(
+    ("reader", "is_public", "shown"),
+    [
+        ("127.0.0.1", False, "my laptop"),
+        ("::1", False, "my laptop"),
+        ("192.0.2.7", False, ""),
+        ("", False, ""),
+        ("192.0.2.7", True, "my laptop"),
+    ],
+)
+def test_names_of_edges_are_for_this_machine(tmp_path: Path, reader: str, is_public: bool, shown: str) -> None:
+    """The real app, asked from addresses that this machine may not have."""
+
+    async def names() -> list[str]:
+        gateway = EdgeGateway(EdgeOptions(public_names=is_public), f"ipc://{tmp_path}/engines")
+        gateway.router.from_engine(b"a", EngineHello(PROTOCOL_VERSION, "toy", FINGERPRINT, VOCAB_SIZE))
+        named = Hello(PROTOCOL_VERSION, "test", "my laptop", "pool", FINGERPRINT, 4)
+        gateway.router.edge_hello(1, named, "session", frozenset(ROLES))
+        transport = httpx.ASGITransport(make_app(gateway), client=(reader, 1234))
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            view = (await client.get("/status.json")).json()
+        gateway.close()
+        return [edge["name"] for edge in view["edges"]]
+
+    assert asyncio.run(names()) == [shown]

@@ -42,6 +42,9 @@ def gateway(
     credit_tokens: Annotated[int, typer.Option(help="How far past the last commit edges may draft.")] = 32,
     max_edges: Annotated[int, typer.Option(help="Edges at once.")] = 256,
     max_requests_per_edge: Annotated[int, typer.Option(help="Requests an edge at once.")] = 32,
+    public_names: Annotated[
+        bool, typer.Option("--public-names", help="Edges' names on the status page for all who reach it.")
+    ] = False,
     ends_with_stdin: Annotated[bool, typer.Option("--ends-with-stdin", hidden=True)] = False,
 ) -> None:
     """Run a gateway by itself, for one or more vLLM servers that name it as their `gateway`."""

@@ -69,6 +69,8 @@ class EdgeOptions(BaseModel):
     """The longest. Of the two, one that is given alone stands for both."""
     max_edges: int = Field(256, ge=1, le=100_000)
     max_requests_per_edge: int = Field(32, ge=1, le=4096)
+    public_names: bool = False
+    """Show what edges call themselves to all who can reach the status page, not on the gateway's machine only."""
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,7 @@ from pathlib import Path
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
-from vllm_specedge.config import EdgeOptions
+from vllm_specedge.config import EdgeOptions, is_loopback
 from vllm_specedge.counters import groups_of
 from vllm_specedge.engine_socket import EngineSocket
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
@@ -130,6 +130,7 @@ class Gateway:
         self._effects: deque[Effect] = deque()
         self._is_carrying_out = False
         self._is_stopping = False
+        self._has_public_names = options.public_names
         self.num_watching = 0
         """How many look at the status page."""
         self._engines = EngineSocket(engine_endpoint, self._heard)
@@ -317,11 +318,12 @@ class Gateway:
         except Exception:  # noqa: BLE001 - the outermost edge of this message
             self._failed("A message of an engine's failed")
 
-    def view(self) -> dict[str, object]:
-        """What the status page shows."""
+    def view(self, reader: str) -> dict[str, object]:
+        """What the status page shows to a reader at this address."""
         now_s = time.monotonic()
         rtts_s = {each.id: each.rtt_s for each in self._connections.values() if each.rtt_s is not None}
-        return self._overview.view(self.router, rtts_s, now_s)
+        has_names = self._has_public_names or is_loopback(reader)
+        return self._overview.view(self.router, rtts_s, now_s, has_names)
 
     def _from_engine(self, engine: bytes, frame: Frame) -> None:
         if isinstance(frame, Groups) and engine in self.router.engines:

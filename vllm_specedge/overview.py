@@ -90,7 +90,9 @@ class Overview:
             self._totals = tuple(total + (new - old) % _WRAP for total, new, old in triples)
         self._seen = now
 
-    def view(self, router: Router, rtts_s: Mapping[int, float], now_s: float) -> dict[str, object]:
+    def view(
+        self, router: Router, rtts_s: Mapping[int, float], now_s: float, has_names: bool = True
+    ) -> dict[str, object]:
         """Everything that the page shows, ready for JSON. `rtts_s`: by edge, where it is known."""
         return {
             "models": sorted({engine.hello.model for engine in router.engines.values()}),
@@ -98,7 +100,7 @@ class Overview:
             "requests": router.num_requests,
             "now": self._over(NOW_S),
             "hour": self._over(HOUR_S),
-            "edges": [self._edge(edge, info, rtts_s.get(edge)) for edge, info in router.edges.items()],
+            "edges": [self._edge(edge, info, rtts_s.get(edge), has_names) for edge, info in router.edges.items()],
             "groups": self._recent(now_s),
         }
 
@@ -145,10 +147,10 @@ class Overview:
             "holds_per_s": _ratio(more["holds"], seconds),
         }
 
-    def _edge(self, edge: int, info: EdgeInfo, rtt_s: float | None) -> dict[str, object]:
+    def _edge(self, edge: int, info: EdgeInfo, rtt_s: float | None, has_name: bool) -> dict[str, object]:
         return {
             "number": edge,
-            "name": info.hello.name[:MAX_NAME],
+            "name": info.hello.name[:MAX_NAME] if has_name else "",
             "client": info.hello.client[:MAX_NAME],
             "role": info.hello.role[:MAX_NAME],
             "rtt_ms": round(1e3 * rtt_s, 1) if rtt_s is not None else None,

@@ -98,5 +98,6 @@ GATEWAY_OPTIONS = frozenset(
         "credit_tokens",
         "max_edges",
         "max_requests_per_edge",
+        "public_names",
     }
 )

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import zmq
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from granian.constants import HTTPModes, Interfaces
@@ -111,11 +111,15 @@ async def _start(send: Send, status: int, *headers: tuple[bytes, bytes]) -> None
     await send({"type": "http.response.start", "status": status, "headers": list(headers)})
 
 
-async def _events(gateway: Gateway) -> AsyncIterator[str]:
+def _reader(request: Request) -> str:
+    return request.client.host if request.client is not None else ""
+
+
+async def _events(gateway: Gateway, reader: str) -> AsyncIterator[str]:
     gateway.num_watching += 1
     try:
         while True:
-            yield f"data: {json.dumps(gateway.view(), separators=(',', ':'))}\n\n"
+            yield f"data: {json.dumps(gateway.view(reader), separators=(',', ':'))}\n\n"
             await asyncio.sleep(EVENT_S)
     finally:
         gateway.num_watching -= 1
@@ -136,16 +140,16 @@ def make_app(gateway: Gateway) -> FastAPI:
     app.mount("/page", StaticFiles(directory=PAGE))
 
     @app.get("/status.json")
-    async def status() -> JSONResponse:
-        return JSONResponse(gateway.view())
+    async def status(request: Request) -> JSONResponse:
+        return JSONResponse(gateway.view(_reader(request)))
 
     @app.get("/status/events")
-    async def events() -> StreamingResponse:
+    async def events(request: Request) -> StreamingResponse:
         """What the page shows, every second: as open as /metrics and /requests, and for as many as look at a time."""
         if gateway.num_watching >= MAX_WATCHING:
             raise HTTPException(503, "Too many look at this page: try again later.")
         return StreamingResponse(
-            _events(gateway), media_type="text/event-stream", headers={"cache-control": "no-store"}
+            _events(gateway, _reader(request)), media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
 
     @app.get("/healthz")
