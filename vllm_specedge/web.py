@@ -1,7 +1,8 @@
 """The gateway process's HTTP side: two endless streams for each edge, and what an operator looks at.
 
-The streams are plain ASGI, for they are open as long as an edge is: what a framework keeps for a request (dependencies,
-task groups, wrapped channels) made an idle edge over TLS 84 kB, and 64 without it (benchmarks/LOG.md).
+The streams are plain ASGI, and come before the framework, for they are open as long as an edge is: what a framework
+keeps for a request (dependencies, task groups, wrapped channels, and a frame for each of its layers) made an idle edge
+over TLS 84 kB, and the layers alone 64 (benchmarks/LOG.md).
 """
 
 import asyncio
@@ -22,8 +23,7 @@ from granian.http import HTTP1Settings, HTTP2Settings
 from granian.server.embed import Server
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_specedge import __version__
 from vllm_specedge.config import EdgeOptions, split_address
@@ -125,13 +125,31 @@ async def _events(gateway: Gateway, reader: str) -> AsyncIterator[str]:
         gateway.num_watching -= 1
 
 
-def make_app(gateway: Gateway) -> FastAPI:
+def make_app(gateway: Gateway) -> ASGIApp:
     """All that the gateway answers."""
+    pages = _pages(gateway)
+    streams: dict[tuple[str, str], ASGIApp] = {
+        ("GET", "/edge/v1/down"): Downlinks(gateway),
+        ("POST", "/edge/v1/up"): Uplinks(gateway),
+    }
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        stream = streams.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if stream is None:
+            await pages(scope, receive, send)
+            return
+        try:
+            await stream(scope, receive, send)
+        except HTTPException as error:  # before it began
+            answer = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+            await answer(scope, receive, send)
+
+    return app
+
+
+def _pages(gateway: Gateway) -> FastAPI:
+    """What people and their tools look at."""
     app = FastAPI(title="vLLM-SpecEdge gateway", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    app.router.routes += [
-        Route("/edge/v1/down", Downlinks(gateway), methods=["GET"]),
-        Route("/edge/v1/up", Uplinks(gateway), methods=["POST"]),
-    ]
 
     @app.get("/")
     async def page() -> FileResponse:
@@ -173,7 +191,7 @@ def make_app(gateway: Gateway) -> FastAPI:
     return app
 
 
-def _server(app: FastAPI, options: EdgeOptions) -> Server:
+def _server(app: ASGIApp, options: EdgeOptions) -> Server:
     host, port = split_address(options.listen)
     return Server(
         app,
