@@ -10,7 +10,7 @@ import os
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import httpx2 as httpx
 import uvicorn
@@ -20,6 +20,7 @@ from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from vllm_specedge.errors import UserError
+from vllm_specedge.prediction import KEY, prediction_text
 
 COMPLETIONS = ("chat/completions", "completions")
 METHODS = ["GET", "POST", "DELETE"]
@@ -123,17 +124,21 @@ async def _raw(answer: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def with_session(body: bytes, session: str) -> bytes:
-    """The same request, drafted for by this edge. What is no JSON object is the server's to refuse."""
+    """The same request, drafted for by this edge, and with its predicted output where the server reads it.
+
+    What is no JSON object is the server's to refuse.
+    """
     try:
         asked = json.loads(body)
     except ValueError:
         return body
-    if not session or not isinstance(asked, dict):
+    if not isinstance(asked, dict) or not isinstance(asked.get("vllm_xargs") or {}, dict):
         return body
-    others = asked.get("vllm_xargs")
-    if others is not None and not isinstance(others, dict):
-        return body
-    return json.dumps({**asked, "vllm_xargs": {"specedge": session, **(others or {})}}).encode()
+    more = {"specedge": session} if session else {}
+    if asked.get("prediction") is not None:
+        with suppress(ValueError):  # the server's to refuse, too
+            more[KEY] = prediction_text(asked["prediction"])
+    return json.dumps({**asked, "vllm_xargs": {**more, **(asked.get("vllm_xargs") or {})}}).encode() if more else body
 
 
 def _error(status: int, message: str, kind: str) -> JSONResponse:

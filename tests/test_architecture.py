@@ -26,6 +26,7 @@ PURE = {
     "vllm_specedge.lookups",
     "vllm_specedge.rests",
     "vllm_specedge.counters",
+    "vllm_specedge.prediction",
     "edge_client.drafttree",
     "edge_client.pace",
     "edge_client.speculation",
@@ -58,6 +59,7 @@ LEVELS: list[set[str]] = [
         "vllm_specedge.errors",
         "vllm_specedge.estimates",
         "vllm_specedge.fingerprint",
+        "vllm_specedge.prediction",
         "vllm_specedge.proposals",
         "vllm_specedge.rests",
         "vllm_specedge.stepcost",
@@ -84,6 +86,7 @@ LEVELS: list[set[str]] = [
         "vllm_specedge.book",
         "vllm_specedge.metrics",
         "vllm_specedge.overview",
+        "vllm_specedge.prediction_front",
         "vllm_specedge.tokens",
         "edge_client.speculation",
     },
@@ -117,6 +120,7 @@ EDGE_MAY_IMPORT = {
     "vllm_specedge.estimates",
     "vllm_specedge.frames",
     "vllm_specedge.fingerprint",
+    "vllm_specedge.prediction",
     "vllm_specedge.session",
 }
 MAY_IMPORT_EDGE = {"vllm_specedge.simulator"}

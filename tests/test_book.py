@@ -18,6 +18,7 @@ from vllm_specedge.book import (
     DraftBook,
     Plan,
     Row,
+    Source,
     Step,
 )
 from vllm_specedge.counters import REQUEST_COUNTERS, request_values
@@ -795,6 +796,52 @@ def test_what_a_suggestion_was_worth_says_nothing_of_the_edge() -> None:
     assert (counters["ngram_verified_tokens"], counters["ngram_accepted_tokens"]) == (60, 30)
 
 
+# -- predicted outputs --------------------------------------------------------------------------------------------
+
+
+def test_a_prediction_is_verified_where_there_is_no_edge_and_followed_as_the_answer_grows() -> None:
+    book = new_book(num_edges=0)
+    tokens = list(PROMPT)
+    book.open("r", tokens, "")
+    tokens += [1, 2]
+    book.commit("r", 0, 1.0)
+    book.predict("r", [1, 2, 3, 4, 5, 6, 7, 8])  # comes late, and is caught up with
+    assert book.predicted == {"r"}
+    assert book.plan([Row("r", 9)], 1.0) == Plan(drafts={"r": [3, 4, 5, 6]})
+    tokens += [3, 4, 9]  # the target says another token than 5
+    book.commit("r", 4, 2.0)
+    assert book.plan([Row("r", 9)], 2.0) == Plan(drafts={"r": [6, 7, 8]})
+    book.learn()
+    assert book.counters["prediction_verified_tokens"] == 4
+    assert book.counters["prediction_accepted_tokens"] == 2
+    assert book.counters["prediction_verified_drafts"] == 1
+    book.close("r")
+    assert book.predicted == set()
+
+
+@pytest.mark.parametrize("said", [[], [1, VOCAB_SIZE], [-1, 1]])
+def test_a_prediction_that_is_none_is_left_out_and_counted(said: list[int]) -> None:
+    book = new_book(num_edges=0)
+    book.open("r", list(PROMPT), "")
+    book.predict("r", said)
+    book.predict("another", [1])
+    assert book.predicted == set()
+    assert book.counters["refused_predictions"] == 1
+    assert book.plan([Row("r", 9)], 1.0) == Plan()
+
+
+def test_what_a_prediction_was_worth_says_nothing_of_the_edge() -> None:
+    serving = Serving()
+    rates, verified = list(serving.rates), serving.book.counters["verified_tokens"]
+    serving.book.predict("r", [18, 19, 20, 21, 22, *[7] * 40])
+    for _ in range(20):
+        draft = serving.plan().drafts.get("r", [])
+        serving.decode(8, num_verified=len(draft))
+    assert serving.rates == rates
+    assert serving.book.counters["verified_tokens"] == verified
+    assert serving.book.counters["prediction_verified_tokens"] > 0
+
+
 # -- counters -----------------------------------------------------------------------------------------------------
 
 
@@ -826,6 +873,8 @@ def test_what_an_engine_reports_is_what_happened() -> None:
         "accepted_tokens": 1 + 1 + 2,
         "ngram_verified_tokens": 0,
         "ngram_accepted_tokens": 0,
+        "prediction_verified_tokens": 0,
+        "prediction_accepted_tokens": 0,
         "tree_hits": 1,
         "round_trips_saved": 1,
         "ahead_tokens": 1 + 1 + 3 + 2,
@@ -891,7 +940,7 @@ frames = (
 )
 runs = st.lists(few, max_size=6)
 acts = (
-    st.builds(Act, st.sampled_from(["step", "step", "suggest", "plan"]), st.integers(0, 1), runs)
+    st.builds(Act, st.sampled_from(["step", "step", "suggest", "predict", "plan"]), st.integers(0, 1), runs)
     | st.builds(GoodDraft, st.integers(0, 1), st.integers(0, 3), runs, st.lists(st.tuples(near, near), max_size=2))
     | st.builds(Act, st.sampled_from(["open", "close", "step"]), st.integers(0, 2), runs)
     | frames
@@ -950,7 +999,13 @@ class Engine:
             assert 0 < len(draft) <= min(self.limit, MAX_DRAFT)
             assert all(0 <= token < VOCAB_SIZE for token in draft)
             request = self.book._requests[id_]
-            known = request.suggestion if request.is_suggestion else request.tree.chain(len(draft))
+            match request.source:
+                case Source.NGRAM:
+                    known = request.suggestion
+                case Source.PREDICTION:
+                    known = request.prediction.draft(len(draft))
+                case Source.EDGE:
+                    known = request.tree.chain(len(draft))
             assert draft == list(known[: len(draft)])
         assert all(self.now_s < until_s <= self.now_s + 0.1 for until_s in plan.holds.values())
         assert plan.wait_until_s is None or plan.holds.keys() == self.views.keys()
@@ -964,6 +1019,8 @@ class Engine:
             self._close(id_)
         elif act.kind == "suggest":
             self.book.suggest(id_, act.tokens)
+        elif act.kind == "predict":
+            self.book.predict(id_, act.tokens)
         elif act.kind == "step" and view is not None:
             self._step(id_, view, act.tokens)
 
@@ -1032,9 +1089,10 @@ def test_every_proposed_and_every_committed_token_is_accounted_for(
         said = {name: counters.get(name, 0) for name, _ in REQUEST_COUNTERS}
         discarded = sum(number for name, number in said.items() if name.startswith("discarded_"))
         assert said["proposed_tokens"] == said["repeated_tokens"] + discarded + counters["held"]
-        accepted = said["accepted_tokens"] + said["ngram_accepted_tokens"]
+        accepted = sum(said[f"{source.value}accepted_tokens"] for source in Source)
         assert said["committed_tokens"] == said["steps"] + accepted
         assert said["ngram_accepted_tokens"] <= said["ngram_verified_tokens"]
+        assert said["prediction_accepted_tokens"] <= said["prediction_verified_tokens"]
         assert said["accepted_tokens"] <= min(said["verified_tokens"], counters["held"])
         assert said["tree_hits"] <= said["round_trips_saved"] <= said["steps"]
     for name, _ in REQUEST_COUNTERS:

@@ -8,6 +8,7 @@ Rule 3: nothing is published while no edge could use it, and seldom where drafts
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from vllm_specedge.acceptance import Acceptance
 from vllm_specedge.counters import Group, request_values
@@ -37,6 +38,7 @@ from vllm_specedge.policy import (
     awaited,
     decide,
 )
+from vllm_specedge.prediction import Prediction
 from vllm_specedge.proposals import Advance, Fate, Insertion, ProposalTree
 from vllm_specedge.rests import Rest
 from vllm_specedge.stepcost import StepCost
@@ -60,6 +62,14 @@ PLAIN_PROBE_AFTER = 256
 SPEEDUP_MEMORY = 0.98
 MAX_GROUPS = 128
 """Steps that are kept until they are reported, the last ones."""
+
+
+class Source(Enum):
+    """Whose draft a step verifies; the value is what its counters' names begin with."""
+
+    EDGE = ""
+    NGRAM = "ngram_"
+    PREDICTION = "prediction_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +117,7 @@ class _Request:
     tokens: Sequence[int]
     """All its tokens, prompt first: a live view that grows with the request."""
     session: str
+    num_prompt: int
     tree: ProposalTree
     is_open: bool = False
     """The gateway knows it."""
@@ -130,8 +141,10 @@ class _Request:
     """When its last token was decided."""
     suggestion: tuple[int, ...] = ()
     """What vLLM's own n-gram lookup found for this position."""
-    is_suggestion: bool = False
-    """The step under way verifies the suggestion, not a draft of an edge's."""
+    prediction: Prediction | None = None
+    """What its user foretold of the answer."""
+    source: Source = Source.EDGE
+    """Whose draft the step under way verifies, if it verifies one."""
     record: EdgeRecord = field(default_factory=EdgeRecord)
     """Its edge's."""
     gained_s: float = 0.0
@@ -139,6 +152,7 @@ class _Request:
     """What its last tokens would have taken without drafts, and what they took; old ones count less."""
     acceptance: Acceptance = field(default_factory=Acceptance)
     ngram_acceptance: Acceptance = field(default_factory=Acceptance)
+    prediction_acceptance: Acceptance = field(default_factory=Acceptance)
     counters: Counter[str] = field(default_factory=Counter)
     """Its own, in the names of counters.REQUEST_COUNTERS."""
 
@@ -156,8 +170,9 @@ class _Lesson:
     decided: Sequence[int]
     num_verified: int
     suggestion: Sequence[int]
-    is_suggestion: bool
-    """It was what the step verified."""
+    predicted: Sequence[int]
+    source: Source
+    """Whose draft the step verified."""
     num_ahead: int
     """Tokens of the trunk before."""
     done: Advance
@@ -190,6 +205,9 @@ class DraftBook:
         self._acceptance = Acceptance()
         """How right drafts are here, whoever's: what is expected of an edge before it has shown its own."""
         self._ngram_acceptance = Acceptance()
+        self._prediction_acceptance = Acceptance()
+        self.predicted: set[str] = set()
+        """The requests with a predicted output."""
         self._records: OrderedDict[int, EdgeRecord] = OrderedDict()
         self._lessons: list[_Lesson] = []
         self._num_refused = self._num_verifying = 0
@@ -336,7 +354,7 @@ class DraftBook:
         """A request was added; `tokens` is a live view of all its token ids, prompt first."""
         number = self._next_number
         self._next_number = (number + 1) & MAX_UINT32
-        request = _Request(number, tokens, session, ProposalTree(len(tokens)))
+        request = _Request(number, tokens, session, len(tokens), ProposalTree(len(tokens)))
         request.ngram_acceptance = Acceptance(self._ngram_acceptance)
         self._requests[request_id] = request
         self._ids[number] = request_id
@@ -368,6 +386,7 @@ class DraftBook:
         self._pace(request, num_tokens, now_s)
         num_ahead, decided = request.tree.num_ahead, tuple(request.tokens[base:])
         draft = request.tree.chain(max(num_tokens, num_verified + 1))
+        predicted = self._walk(request, decided) if request.prediction is not None else ()
         done = request.tree.advance(decided)
         self._lessons.append(
             _Lesson(
@@ -378,15 +397,16 @@ class DraftBook:
                 decided,
                 num_verified,
                 request.suggestion,
-                request.is_suggestion,
+                predicted,
+                request.source,
                 num_ahead,
                 done,
                 request.tree.num_ahead > 0,
             )
         )
-        is_verified = num_verified > 0 and not request.is_suggestion
+        is_verified = num_verified > 0 and request.source is Source.EDGE
         is_due = request.rest.committed(num_tokens, request.is_refused, is_verified)
-        request.suggestion, request.is_suggestion = (), False
+        request.suggestion, request.source = (), Source.EDGE
         request.has_passed = request.is_awaited = request.is_refused = False
         request.held_since_s = None
         if not self.num_edges:
@@ -422,7 +442,7 @@ class DraftBook:
         """Count what was committed, and learn from it: may be late, so the engine does it while the workers compute."""
         for lesson in self._lessons:
             self._count(lesson)
-            if lesson.num_verified and not lesson.is_suggestion:
+            if lesson.num_verified and lesson.source is Source.EDGE:
                 self._learn_verified(lesson)
             self._learn_unverified(lesson)
         self._lessons.clear()
@@ -437,14 +457,12 @@ class DraftBook:
         self._add(request, "round_trips_saved", lesson.is_saved)
         if not lesson.num_verified:
             return
-        kind = "ngram_" if lesson.is_suggestion else ""
+        kind = lesson.source.value
         self._add(request, f"{kind}verified_tokens", lesson.num_verified)
         self._add(request, f"{kind}accepted_tokens", lesson.num_accepted)
-        if lesson.is_suggestion:
+        self.counters[f"{kind}verified_drafts"] += 1
+        if lesson.source is Source.NGRAM:
             self.lookups.accepted(lesson.num_accepted)
-            self.counters["ngram_verified_drafts"] += 1
-        else:
-            self.counters["verified_drafts"] += 1
 
     def _learn_verified(self, lesson: _Lesson) -> None:
         """Where all was accepted, the token behind shows how right the next one was that was not verified.
@@ -463,12 +481,15 @@ class DraftBook:
 
     def _learn_unverified(self, lesson: _Lesson) -> None:
         """What was there and not verified shows how right it was too: so that it can pay again."""
-        decided = lesson.decided
-        if lesson.suggestion:
-            num_right = _num_equal(lesson.suggestion, decided)
-            num_known = min(len(lesson.suggestion), len(decided))
-            lesson.request.ngram_acceptance.observe(num_right, num_known)
-        if not lesson.num_verified or lesson.is_suggestion:
+        decided, request = lesson.decided, lesson.request
+        others = (
+            (lesson.suggestion, request.ngram_acceptance),
+            (lesson.predicted, request.prediction_acceptance),
+        )
+        for said, acceptance in others:
+            if said:
+                acceptance.observe(_num_equal(said, decided), min(len(said), len(decided)))
+        if not lesson.num_verified or lesson.source is not Source.EDGE:
             draft = lesson.draft[: len(decided)]
             lesson.acceptance.observe(_num_equal(draft, decided), len(draft))
 
@@ -478,9 +499,30 @@ class DraftBook:
         if request is not None:
             request.suggestion = tuple(tokens)
 
+    def predict(self, request_id: str, tokens: Sequence[int]) -> None:
+        """What a request's user foretold of its answer; may come while it is being answered. Nothing: it was no use."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        if not tokens or any(not 0 <= token < self._vocab_size for token in tokens):
+            self.counters["refused_predictions"] += 1
+            return
+        request.prediction = Prediction(tokens)
+        request.prediction.advance(request.tokens[request.num_prompt : request.tree.length])
+        request.prediction_acceptance = Acceptance(self._prediction_acceptance)
+        self.predicted.add(request_id)
+
+    def _walk(self, request: _Request, decided: Sequence[int]) -> Sequence[int]:
+        """A predicted answer has grown; what had been foretold instead."""
+        assert request.prediction is not None
+        foretold = request.prediction.draft(max(self._max_draft, len(decided)))
+        request.prediction.advance(decided)
+        return foretold
+
     def close(self, request_id: str) -> list[Frame]:
         """A request finished or was aborted."""
         self.learn()
+        self.predicted.discard(request_id)
         request = self._requests.pop(request_id, None)
         if request is None:
             return []
@@ -517,8 +559,9 @@ class DraftBook:
 
     def _note_step(self, step: Step) -> None:
         """What the step before came to is known now."""
-        verified = self.counters["verified_tokens"] + self.counters["ngram_verified_tokens"]
-        accepted = self.counters["accepted_tokens"] + self.counters["ngram_accepted_tokens"]
+        verified, accepted = (
+            sum(self.counters[f"{source.value}{what}_tokens"] for source in Source) for what in ("verified", "accepted")
+        )
         if self._last_step is not None:
             last, verified_before, accepted_before = self._last_step
             took_s = last.ended_s - last.started_s
@@ -545,7 +588,7 @@ class DraftBook:
             self._note_verified(bool(drafts), bool(plan.drafts))
         for candidate in candidates:
             request = self._requests[candidate.key]
-            is_left_out = candidate.key not in plan.drafts or request.is_suggestion
+            is_left_out = candidate.key not in plan.drafts or request.source is not Source.EDGE
             request.is_refused = is_left_out and request.tree.num_ahead > 0
             self._note(request, candidate, candidate.key in plan.holds, now_s)
         return plan
@@ -567,19 +610,14 @@ class DraftBook:
     def _candidate(self, row: Row, request: _Request, drafts: dict[str, Sequence[int]], now_s: float) -> Candidate:
         """What could be verified for a request (its tokens go to `drafts`), or else what is expected for it."""
         limit = min(row.limit, self._max_draft)
-        request.is_suggestion = False
+        request.source = Source.EDGE
         survivals: Sequence[float] = ()
         if limit > 0:
-            draft: Sequence[int] = request.tree.chain(limit)
-            survivals = request.acceptance.survivals(len(draft))
-            if request.suggestion:
-                suggested = request.ngram_acceptance.survivals(min(limit, len(request.suggestion)))
-                if sum(suggested) > sum(survivals):
-                    request.is_suggestion, draft, survivals = True, request.suggestion, suggested
+            draft, survivals = self._best(request, limit)
             if draft:
                 drafts[row.request_id] = draft
         expected = None
-        if limit > 0 and (request.is_suggestion or not survivals):
+        if limit > 0 and (request.source is not Source.EDGE or not survivals):
             expected = self._awaited(request, limit)
         return Candidate(
             key=row.request_id,
@@ -591,6 +629,21 @@ class DraftBook:
             pace=request.gained_s / request.spent_s if request.spent_s > 0.0 else 1.0,
             waited_s=now_s - request.held_since_s if request.held_since_s is not None else 0.0,
         )
+
+    def _best(self, request: _Request, limit: int) -> tuple[Sequence[int], Sequence[float]]:
+        """The draft of which most is expected to be accepted, whose ever it is, and its survivals."""
+        draft: Sequence[int] = request.tree.chain(limit)
+        survivals = request.acceptance.survivals(len(draft))
+        if request.suggestion:
+            suggested = request.ngram_acceptance.survivals(min(limit, len(request.suggestion)))
+            if sum(suggested) > sum(survivals):
+                request.source, draft, survivals = Source.NGRAM, request.suggestion, suggested
+        if request.prediction is not None:
+            foretold = request.prediction.draft(limit)
+            predicted = request.prediction_acceptance.survivals(len(foretold))
+            if sum(predicted) > sum(survivals):
+                request.source, draft, survivals = Source.PREDICTION, foretold, predicted
+        return draft, survivals
 
     def _awaited(self, request: _Request, limit: int) -> Awaited | None:
         can_answer = request.is_assigned and request.has_answered and not request.has_passed
@@ -605,7 +658,7 @@ class DraftBook:
         """Whether a request begins to wait for its draft, or has waited in vain."""
         if is_held and request.held_since_s is None:
             request.held_since_s = now_s
-        if candidate.survivals and not request.is_suggestion:
+        if candidate.survivals and request.source is Source.EDGE:
             return  # the draft is there
         if is_held and candidate.awaited is not None:
             self.counters["holds"] += not request.is_awaited

@@ -22,6 +22,8 @@ REQUEST_COUNTERS = (
     ("accepted_tokens", "Draft tokens of edges that the target accepted."),
     ("ngram_verified_tokens", "Tokens of vLLM's own n-gram lookup that the target verified."),
     ("ngram_accepted_tokens", "Tokens of vLLM's own n-gram lookup that the target accepted."),
+    ("prediction_verified_tokens", "Tokens of users' predicted outputs that the target verified."),
+    ("prediction_accepted_tokens", "Tokens of users' predicted outputs that the target accepted."),
     ("tree_hits", "Rejections after which a branch of the tree held the next draft."),
     ("round_trips_saved", "Steps whose next draft was in the tree already when they ended."),
     ("ahead_tokens", "Draft tokens in the trunk when a step began, summed over steps."),
@@ -37,6 +39,7 @@ ENGINE_COUNTERS = (
     *REQUEST_COUNTERS,
     ("verified_drafts", "Drafts of edges that the target verified."),
     ("ngram_verified_drafts", "Drafts of vLLM's own n-gram lookup that the target verified."),
+    ("prediction_verified_drafts", "Drafts out of users' predicted outputs that the target verified."),
     ("proposals_kept", "Proposals kept in a proposal tree."),
     ("proposals_late", "Proposals for positions that were decided already."),
     ("proposals_mismatch", "Proposals that contradicted what was decided meanwhile."),
@@ -55,6 +58,7 @@ ENGINE_COUNTERS = (
     ("unexpected_frames", "Frames a gateway should not send."),
     ("opened_requests", "Requests that the engine began to keep a proposal tree for."),
     ("closed_requests", "Requests whose proposal tree was given up: as many, once all are over."),
+    ("refused_predictions", "Predicted outputs that were left out: no text, no token ids, or too many at a time."),
     ("collected_commits", "Commits that edges heard of with later ones, since their drafts were not verified."),
 )
 """What an engine reports in Stats, in this order: the same over all requests, and what is counted only in total."""

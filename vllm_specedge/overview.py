@@ -22,14 +22,18 @@ _NAMES = (
     "accepted_tokens",
     "ngram_verified_tokens",
     "ngram_accepted_tokens",
+    "prediction_verified_tokens",
+    "prediction_accepted_tokens",
     "verified_drafts",
     "ngram_verified_drafts",
+    "prediction_verified_drafts",
     "engine_steps",
     "engine_step_us",
     "decode_us",
     "plain_decode_us",
     "holds",
 )
+_SOURCES = ("", "ngram_", "prediction_")
 _INDICES = tuple(next(i for i, (known, _) in enumerate(ENGINE_COUNTERS) if known == name) for name in _NAMES)
 _WRAP = 2**32
 
@@ -130,9 +134,9 @@ class Overview:
         return self._figures({name: new - old for name, new, old in pairs}, last.at_s - first.at_s)
 
     def _figures(self, more: Mapping[str, int], seconds: float) -> dict[str, float | None]:
-        verified = more["verified_tokens"] + more["ngram_verified_tokens"]
-        accepted = more["accepted_tokens"] + more["ngram_accepted_tokens"]
-        plain = more["steps"] - more["verified_drafts"] - more["ngram_verified_drafts"]
+        verified = sum(more[f"{source}verified_tokens"] for source in _SOURCES)
+        accepted = sum(more[f"{source}accepted_tokens"] for source in _SOURCES)
+        plain = more["steps"] - sum(more[f"{source}verified_drafts"] for source in _SOURCES)
         return {
             "tokens_per_s": _ratio(more["committed_tokens"], seconds),
             "step_ms": _ratio(more["engine_step_us"] / 1e3, more["engine_steps"]),
@@ -143,6 +147,7 @@ class Overview:
             "verified_per_s": _ratio(verified, seconds),
             "edge_share": _ratio(more["verified_drafts"], more["steps"]),
             "ngram_share": _ratio(more["ngram_verified_drafts"], more["steps"]),
+            "prediction_share": _ratio(more["prediction_verified_drafts"], more["steps"]),
             "plain_share": _ratio(max(0, plain), more["steps"]),
             "holds_per_s": _ratio(more["holds"], seconds),
         }

@@ -105,7 +105,9 @@ def book(data: bytes) -> None:
         lambda: Act("step", chance.ConsumeIntInRange(0, 1), run(6)),
         lambda: GoodDraft(chance.ConsumeIntInRange(0, 1), chance.ConsumeIntInRange(0, 3), run(8), branches()),
         proposal,
-        lambda: Act(["open", "close", "suggest", "plan"][chance.ConsumeIntInRange(0, 3)], len(run(2)), run(5)),
+        lambda: Act(
+            ["open", "close", "suggest", "predict", "plan"][chance.ConsumeIntInRange(0, 4)], len(run(2)), run(5)
+        ),
         lambda: Assign(chance.ConsumeIntInRange(0, 3), chance.ConsumeIntInRange(0, 2)),
         lambda: Edges(chance.ConsumeIntInRange(0, 2)),
     ]

@@ -29,7 +29,12 @@ CONCURRENCY = 16
 GATEWAY_PORT = 8110
 IMPATIENT = -7
 """The priority of requests that no server could please: the others are not to notice that there is such a class."""
-MIDDLEWARE = "vllm_specedge.admission.AdmissionMiddleware"
+MIDDLEWARES = (
+    "--middleware",
+    "vllm_specedge.admission.AdmissionMiddleware",
+    "--middleware",
+    "vllm_specedge.prediction_front.PredictionMiddleware",
+)
 KV_BYTES = 200 * 2**20
 """Room for 34 blocks of 128 tokens: one context of 2,048 tokens fits, eight of 650 do not."""
 
@@ -101,7 +106,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
     # Everybody is held and all is verified: the default leaves out most of both on a busy CPU.
     config |= {"mode": "wait", "hold_limit_ms": 50}
     config["slo"] = {str(IMPATIENT): {"itl_ms": 1}}
-    edge = ("--speculative-config", json.dumps(config), "--max-num-batched-tokens", "512", "--middleware", MIDDLEWARE)
+    edge = ("--speculative-config", json.dumps(config), "--max-num-batched-tokens", "512", *MIDDLEWARES)
     kv = ("--kv-cache-memory-bytes", str(KV_BYTES))
     with ExitStack() as stack:
         both = []

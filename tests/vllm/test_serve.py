@@ -90,6 +90,18 @@ def test_a_chat_as_a_whole_and_as_a_stream(endpoint: Endpoint) -> None:
     assert chunks[-1].usage.completion_tokens == 32
 
 
+def test_an_answer_may_be_foretold(endpoint: Endpoint) -> None:
+    body = {"model": MODEL_NAME, "messages": QUESTION, "max_tokens": 32, "temperature": 0}
+    answer = endpoint.direct.chat.completions.create(**body).choices[0].message.content
+    prediction = {"type": "content", "content": answer}
+    with counting(endpoint.target) as counted:
+        got = endpoint.client.chat.completions.create(**body, prediction=prediction)
+        assert got.choices[0].message.content == answer
+        counted.settle(got.usage.completion_tokens)
+        assert counted["prediction_accepted_tokens"] + counted["accepted_tokens"] > 0
+    assert got.usage.completion_tokens_details.accepted_prediction_tokens > 0
+
+
 @pytest.mark.parametrize(
     ("body", "error"),
     [

@@ -25,12 +25,14 @@ from zmq import ZMQError
 from vllm_specedge.adapter import hooks
 from vllm_specedge.adapter.load import LoadReport
 from vllm_specedge.adapter.ngrams import NgramLookup
+from vllm_specedge.adapter.predictions import Predictions
 from vllm_specedge.adapter.profile import step_profile
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.book import DraftBook, Plan, Row, Step
 from vllm_specedge.counters import engine_values, groups_frame, step_times
 from vllm_specedge.frames import Bye, Frame, Stats, is_text
 from vllm_specedge.policy import HoldLimits, Load
+from vllm_specedge.prediction import KEY
 
 logger = init_logger("vllm.specedge.scheduler")
 
@@ -61,6 +63,7 @@ class EdgeScheduler(Scheduler):
         self._suggested: set[str] = set()
         self._link = None
         self._process = None
+        self._predictions: Predictions | None = None
         problems = hooks.problems()
         if problems:
             logger.warning("Serving without edge drafts: %s", "; ".join(problems))
@@ -85,13 +88,14 @@ class EdgeScheduler(Scheduler):
         self._targets = options.targets
         self._load = LoadReport(self.vllm_config, self._targets) if options.slo else None
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
+        self._predictions = Predictions(tokenizer, self.max_model_len)
         try:
             self._link, self._process = start_link(
                 self.vllm_config, options, tokenizer, wake=self._wake, stats=self._stats
             )
         except (OSError, ZMQError):
             logger.exception("Serving without edge drafts: the gateway cannot be started")
-        self._is_drafting = self._ngrams is not None or self._link is not None
+        self._is_drafting = True
 
     # -- what vLLM calls -------------------------------------------------------------------------------------------
 
@@ -141,6 +145,8 @@ class EdgeScheduler(Scheduler):
             self._link.stop()
         if self._process is not None:
             self._process.stop()
+        if self._predictions is not None:
+            self._predictions.stop()
         super().shutdown()
 
     # -- before a step ---------------------------------------------------------------------------------------------
@@ -166,15 +172,19 @@ class EdgeScheduler(Scheduler):
 
     def _plan(self) -> Plan:
         self._take_in()
+        while self._predictions.read:
+            self.book.predict(*self._predictions.read.popleft())
         rows, load = self._look()
         return self.book.plan(rows, time.monotonic(), load)
 
     def _look(self) -> tuple[list[Row], Load]:
         """Who could decode in the next step, and what else there is to do.
 
-        Without edges only those with a suggestion are rows, for a row costs microseconds and there may be hundreds.
+        Without edges only those with something to verify are rows, for a row costs microseconds and there may be
+        hundreds.
         """
         has_edges, is_scarce = bool(self.book.num_edges), self._is_scarce()
+        drafted = self._suggested | self.book.predicted
         rows, prefill, context, num_others, step_limit_s = [], 0, 0, 0, inf
         for request in self.running:
             num_left = request.num_tokens - request.num_computed_tokens
@@ -183,7 +193,7 @@ class EdgeScheduler(Scheduler):
                 continue
             context += request.num_tokens
             step_limit_s = min(step_limit_s, self._targets.of(request.priority).itl_s)
-            if not has_edges and request.request_id not in self._suggested:
+            if not has_edges and request.request_id not in drafted:
                 num_others += 1
                 continue
             left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens)
@@ -290,6 +300,9 @@ class EdgeScheduler(Scheduler):
         if self._ngrams is not None:
             self._ngrams.open(request.request_id)
         self._send(self.book.open(request.request_id, request.all_token_ids, session))
+        foretold = (parameters.extra_args or {}).get(KEY)
+        if foretold is not None:
+            self._predictions.submit(request.request_id, foretold)
 
     def _close(self, request: Request) -> None:
         self._plan_ahead = None

@@ -6,7 +6,7 @@ const times = value => value == null ? "–" : `${value.toFixed(2)}×`;
 const part = value => value == null ? "–" : `${Math.round(100 * value)} %`;
 const SHAPES = "http://www.w3.org/2000/svg";
 const RUNGS = [["edge_share", "edge", "an edge's draft"], ["ngram_share", "ngram", "lookup in the prompt"],
-  ["plain_share", "plain", "plain decoding"]];
+  ["prediction_share", "prediction", "predicted outputs"], ["plain_share", "plain", "plain decoding"]];
 const WINDOW_MS = 8000, WIDTH = 1000, HEIGHT = 112, FLOOR = 96;
 
 function element(name, text, ...children) {

@@ -1,0 +1,93 @@
+"""Predicted outputs: whatever is foretold, the answer stays its own; an edited text is followed."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_specedge.prediction import MAX_ASTRAY, Prediction
+
+texts = st.lists(st.integers(0, 5), max_size=40) | st.lists(st.integers(0, 500), max_size=80)
+
+
+def answered(prediction: Prediction, answer: Sequence[int], limit: int = 5) -> int:
+    """The steps that such an answer takes, each verifying what is foretold then."""
+    at = num_steps = 0
+    while at < len(answer):
+        draft = prediction.draft(limit)
+        assert len(draft) <= limit
+        num_right = next(
+            (i for i, pair in enumerate(zip(draft, answer[at:], strict=False)) if pair[0] != pair[1]), None
+        )
+        num_right = min(len(draft), len(answer) - at) if num_right is None else num_right
+        decided = answer[at : at + num_right + 1]
+        prediction.advance(decided)
+        at += len(decided)
+        num_steps += 1
+    return num_steps
+
+
+@given(texts, texts, st.integers(1, 8))
+def test_whatever_is_foretold_any_answer_can_be_given(foretold: list[int], answer: list[int], limit: int) -> None:
+    prediction = Prediction(foretold)
+    assert answered(prediction, answer, limit) <= len(answer)
+    assert 0 <= prediction.num_accepted <= len(answer)
+
+
+@given(texts, st.integers(1, 8))
+def test_what_comes_as_foretold_is_all_accepted(answer: list[int], limit: int) -> None:
+    prediction = Prediction(answer)
+    assert answered(prediction, answer, limit) == -(-len(answer) // (limit + 1))
+    assert prediction.num_accepted == len(answer)
+
+
+@given(texts, texts, st.data())
+def test_how_the_answer_is_cut_into_steps_does_not_matter(
+    foretold: list[int], answer: list[int], data: st.DataObject
+) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(answer)), max_size=5)))
+    whole, pieces = Prediction(foretold), Prediction(foretold)
+    whole.advance(answer)
+    for start, end in zip([0, *cuts], [*cuts, len(answer)], strict=True):
+        pieces.advance(answer[start:end])
+    assert whole.draft(9) == pieces.draft(9)
+    assert whole.num_accepted == pieces.num_accepted
+
+
+TEXT = [(7 * i * i + 3 * i) % 997 for i in range(600)]
+"""Pairs of its tokens are rare."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "most_steps"),
+    [
+        (TEXT, 100),
+        ([1000 + i if i % 40 == 10 else token for i, token in enumerate(TEXT)], 130),
+        ([*TEXT[:100], *range(1000, 1007), *TEXT[100:]], 112),
+        ([*TEXT[:300], *TEXT[330:]], 102),
+        ([*TEXT[300:], *TEXT[:300]], 108),
+        (list(range(1000, 1100)), 100),
+    ],
+    ids=["as foretold", "tokens replaced", "tokens added", "tokens left out", "halves exchanged", "another answer"],
+)
+def test_an_edited_text_is_followed(answer: list[int], most_steps: int) -> None:
+    assert answered(Prediction(TEXT), answer) <= most_steps
+
+
+def test_an_answer_that_goes_astray_is_left_alone_until_it_comes_back() -> None:
+    prediction = Prediction(TEXT)
+    prediction.advance(range(1000, 1000 + MAX_ASTRAY))
+    assert prediction.draft(5) == ()
+    prediction.advance(TEXT[50:51])
+    assert prediction.draft(5) == ()
+    prediction.advance(TEXT[51:52])
+    assert prediction.draft(5) == TEXT[52:57]
+
+
+def test_a_text_that_repeats_itself_is_no_more_work_than_another() -> None:
+    """Of the many places where its last tokens stand, few are looked at."""
+    prediction = Prediction([1, 2] * 20_000)
+    prediction.advance([3, *[1, 2] * 10, 3])
+    prediction.advance([1, 2])
+    assert prediction.draft(4) == [1, 2, 1, 2]

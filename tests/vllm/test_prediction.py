@@ -1,0 +1,109 @@
+"""Predicted outputs on the real server: OpenAI's own client foretells answers, right and wrong."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+from stack import MODEL_NAME
+
+from .conftest import Completion, Target, assert_same, counting, replay, running_edge
+
+QUESTION = [{"role": "user", "content": "Write a short story about a lost dog."}]
+NUM_TOKENS = 96
+
+
+@pytest.fixture(scope="module")
+def client(edge_target: Target) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{edge_target.server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def ask(client: OpenAI, foretold: Any = openai.NOT_GIVEN, **more: Any) -> Any:
+    prediction = {"type": "content", "content": foretold} if isinstance(foretold, str) else foretold
+    body = {"model": MODEL_NAME, "messages": QUESTION, "max_tokens": NUM_TOKENS, "temperature": 0, **more}
+    return client.chat.completions.create(**body, prediction=prediction)
+
+
+@pytest.fixture(scope="module")
+def answer(plain: Target) -> str:
+    """What the server without speculation says."""
+    with OpenAI(base_url=f"{plain.server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        return ask(client).choices[0].message.content
+
+
+def test_an_answer_that_was_foretold_takes_few_steps(client: OpenAI, edge_target: Target, answer: str) -> None:
+    with counting(edge_target) as counted:
+        got = ask(client, answer)
+        assert got.choices[0].message.content == answer
+        counted.settle(NUM_TOKENS)
+        assert counted["prediction_accepted_tokens"] >= 0.6 * NUM_TOKENS
+        assert counted["steps"] <= 0.4 * NUM_TOKENS
+    details = got.usage.completion_tokens_details
+    assert got.usage.completion_tokens == NUM_TOKENS
+    assert details.accepted_prediction_tokens >= NUM_TOKENS - 2
+    assert details.rejected_prediction_tokens <= 2
+
+
+def test_an_edited_text_is_followed_and_the_answer_is_the_server_s_own(
+    client: OpenAI, edge_target: Target, answer: str
+) -> None:
+    words = answer.split(" ")
+    foretold = " ".join("zebra" if number % 20 == 10 else word for number, word in enumerate(words))
+    with counting(edge_target) as counted:
+        parts = [{"type": "text", "text": text} for text in (foretold[:50], foretold[50:])]
+        got = ask(client, {"type": "content", "content": parts})
+        assert got.choices[0].message.content == answer
+        counted.settle(NUM_TOKENS)
+        assert counted["steps"] < 0.7 * NUM_TOKENS
+    details = got.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens > 0.6 * NUM_TOKENS
+    assert details.rejected_prediction_tokens >= len(words) // 20
+
+
+def test_a_stream_says_in_its_last_usage_what_became_of_it(client: OpenAI, answer: str) -> None:
+    chunks = list(ask(client, answer, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == answer
+    assert chunks[-1].usage.completion_tokens_details.accepted_prediction_tokens >= NUM_TOKENS - 2
+
+
+def test_what_is_no_prediction_is_refused_as_openai_does(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="prediction must be"):
+        ask(client, {"type": "content", "content": 7})
+
+
+@pytest.mark.parametrize(
+    "foretold",
+    ["nothing of this is in the answer " * 20, "", [1, 2, 3] * 100, [-1], [10**9], [0.5], ["x"], 7, "x" * 2_000_000],
+    ids=["wrong", "empty", "wrong ids", "negative", "past the vocabulary", "no ids", "text", "a number", "very long"],
+)
+def test_whatever_is_foretold_the_answer_is_the_server_s_own(client: OpenAI, answer: str, foretold: Any) -> None:
+    got = ask(client, extra_body={"vllm_xargs": {"specedge_prediction": foretold}})
+    assert got.choices[0].message.content == answer
+
+
+def test_many_at_once_beside_an_edge(edge_target: Target, prompts: list[str], expected: list[Completion]) -> None:
+    """Half of them are foretold rightly, each another; the others rightly only at first."""
+
+    def one(number: int) -> Completion:
+        ids = list(expected[number].token_ids)
+        foretold = ids if number % 2 else [*ids[:8], *ids[12:]]
+        return edge_target.greedy(prompts[number], vllm_xargs={"specedge_prediction": foretold})
+
+    with (
+        running_edge(edge_target, replay(expected, accuracy=0.7)),
+        counting(edge_target) as counted,
+        ThreadPoolExecutor(8) as executor,
+    ):
+        assert_same(expected, list(executor.map(one, range(len(prompts)))))
+        counted.settle(sum(len(each.token_ids) for each in expected))
+        assert counted["prediction_accepted_tokens"] > 0
+        assert counted["accepted_tokens"] > 0
+
+
+def test_sampled_answers_may_be_foretold_too(client: OpenAI, answer: str) -> None:
+    got = ask(client, answer, temperature=0.9, n=2)
+    assert len(got.choices) == 2
+    assert got.usage.completion_tokens_details.accepted_prediction_tokens >= 0
