@@ -423,6 +423,7 @@ def test_tokens_and_tls(tmp_path: Path) -> None:
             with httpx.Client(trust_env=False, verify=ssl.create_default_context(cafile=ca)) as client:
                 assert client.get(f"{gateway.url}/requests").status_code == 200
                 assert client.get(f"{gateway.url}/edge/v1/down").status_code == 401
+                assert "specedge_gateway_unauthorized_total 4.0" in client.get(f"{gateway.url}/metrics").text
         finally:
             engine.link.stop()
         log = gateway.process.log.read_text()
@@ -448,6 +449,7 @@ def test_a_token_serves_so_many_edges_at_once(guarded: tuple[Running, TokenFile,
         error = refused(gateway.url, hello(), token)
         assert isinstance(error, LinkError)  # it may come back
         assert "429" in str(error)
+        assert "specedge_gateway_turned_away_total 1.0" in httpx.get(f"{gateway.url}/metrics", trust_env=False).text
     with edge_in_thread(EdgeClient(Gateway(gateway.url, token), NgramDrafter(), "edge")):
         pass
 
