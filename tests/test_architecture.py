@@ -58,6 +58,7 @@ LEVELS: list[set[str]] = [
         "vllm_specedge.errors",
         "vllm_specedge.estimates",
         "vllm_specedge.fingerprint",
+        "vllm_specedge.log_format",
         "vllm_specedge.proposals",
         "vllm_specedge.rests",
         "vllm_specedge.stepcost",
