@@ -33,6 +33,8 @@ from .conftest import CACHE, ROOT
 DEPLOY = ROOT / "deploy"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "specedge.json"
 PAUSE_S = 0.5
+HEALTH_PAUSE_S = 2.0
+"""Each check starts an interpreter."""
 DEADLINE_S = 90.0
 QUESTION = "Repeat this list three times: red, green, blue, yellow, black, white, orange, purple."
 
@@ -68,11 +70,11 @@ class Stack:
         return float(found[0]["value"][1]) if found else 0.0
 
 
-def wait_until(is_so: Callable[[], bool], what: str, limit_s: float = DEADLINE_S) -> None:
+def wait_until(is_so: Callable[[], bool], what: str, limit_s: float = DEADLINE_S, pause_s: float = PAUSE_S) -> None:
     pause, end_s = threading.Event(), time.monotonic() + limit_s
     while not is_so():
         assert time.monotonic() < end_s, what
-        pause.wait(PAUSE_S)
+        pause.wait(pause_s)
 
 
 def wait_healthy(service: Service, process: Process, env: dict[str, str]) -> None:
@@ -85,7 +87,7 @@ def wait_healthy(service: Service, process: Process, env: dict[str, str]) -> Non
         return checked.returncode == 0
 
     try:
-        wait_until(is_healthy, "it did not become healthy", START_LIMIT_S)
+        wait_until(is_healthy, "it did not become healthy", START_LIMIT_S, HEALTH_PAUSE_S)
     except AssertionError as error:
         raise process.fail(f"{service.name}: {error}") from None
 
