@@ -47,11 +47,18 @@ class Process:
             child.kill()
 
 
-def start(command: list[str], log: Path, env: dict[str, str] | None = None, core: int | None = None) -> Process:
+def start(
+    command: list[str],
+    log: Path,
+    env: dict[str, str] | None = None,
+    core: int | None = None,
+    cwd: Path | None = None,
+) -> Process:
     """Start a process, on one core if asked to."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    both = {**os.environ, **(env or {})}
     with log.open("wb") as file:
-        popen = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+        popen = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=both, cwd=cwd)
     if core is not None:
         psutil.Process(popen.pid).cpu_affinity([core])
     return Process(popen, log)

@@ -1,6 +1,7 @@
 """A real gateway process, real sockets, the real edge client; only the engine behind it has no vLLM."""
 
 import asyncio
+import json
 import signal
 import socket
 import ssl
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -426,11 +428,37 @@ def test_tokens_and_tls(tmp_path: Path) -> None:
             with httpx.Client(trust_env=False, verify=ssl.create_default_context(cafile=ca)) as client:
                 assert client.get(f"{gateway.url}/requests").status_code == 200
                 assert client.get(f"{gateway.url}/edge/v1/down").status_code == 401
+                assert "specedge_gateway_unauthorized_total 4.0" in client.get(f"{gateway.url}/metrics").text
         finally:
             engine.link.stop()
         log = gateway.process.log.read_text()
     assert pool not in log
     assert private not in log
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_the_log_is_json_where_that_is_asked_for(tmp_path: Path, how: str) -> None:
+    tokens = TokenFile(tmp_path / "tokens.json")
+    token = tokens.issue("one", "pool")
+    arguments = ["--log-format", "json"] if how == "option" else []
+    env = {"SPECEDGE_LOG_FORMAT": "json"} if how == "environment" else {}
+    with running_gateway(tmp_path, "--tokens-file", str(tokens.path), *arguments, env=env) as gateway:
+        engine = Engine(gateway.endpoint)
+        try:
+            wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
+            name = 'a "name"\nof two lines'
+            with edge_in_thread(EdgeClient(Gateway(gateway.url, token), NgramDrafter(), name)):
+                assert engine.generate("in JSON", 20) > 0
+            assert "refused this token" in str(refused(gateway.url, hello(), "se-wrong"))
+        finally:
+            engine.link.stop()
+    log = gateway.process.log.read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert all(line.keys() == {"time", "level", "logger", "message"} for line in lines)
+    joined = next(line for line in lines if "joined" in line["message"])
+    assert (joined["level"], joined["logger"]) == ("info", "vllm_specedge.gateway")
+    assert datetime.fromisoformat(joined["time"]).utcoffset() == timedelta(0)
+    assert token not in log
 
 
 @pytest.fixture
@@ -451,6 +479,7 @@ def test_a_token_serves_so_many_edges_at_once(guarded: tuple[Running, TokenFile,
         error = refused(gateway.url, hello(), token)
         assert isinstance(error, LinkError)  # it may come back
         assert "429" in str(error)
+        assert "specedge_gateway_turned_away_total 1.0" in httpx.get(f"{gateway.url}/metrics", trust_env=False).text
     with edge_in_thread(EdgeClient(Gateway(gateway.url, token), NgramDrafter(), "edge")):
         pass
 

@@ -43,11 +43,13 @@ def test_every_metric_is_there_from_the_start_under_its_own_name() -> None:
     values = exposed(Router(RouterLimits()))
     assert values.keys() == {
         "specedge_edges",
+        "specedge_max_edges",
         "specedge_engines",
         "specedge_requests",
         *(f"specedge_gateway_{name}_total" for name, _ in GATEWAY_COUNTERS),
         *(f"specedge_engine_{name}_total" for name, _ in ENGINE_COUNTERS),
     }
+    assert values.pop("specedge_max_edges") == RouterLimits().max_edges
     assert set(values.values()) == {0.0}
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from vllm_specedge import __version__
 from vllm_specedge.config import check_endpoint, parse_options
 from vllm_specedge.errors import UserError
+from vllm_specedge.log_format import LogFormat, begin_logging
 from vllm_specedge.policy import HoldLimits
 from vllm_specedge.supervisor import USER_ERROR_STATUS
 from vllm_specedge.tokens import TokenFile
@@ -27,6 +28,9 @@ token_app = typer.Typer(help="Who may connect as an edge.", no_args_is_help=True
 app.add_typer(token_app, name="token")
 
 DEFAULT_TOKENS_FILE = Path("~/.config/vllm-specedge/tokens.json").expanduser()
+LOG_FORMAT_VARIABLE = "SPECEDGE_LOG_FORMAT"
+"""Also for the gateway that an engine starts: it inherits the engine's environment."""
+NOT_OPTIONS = ("engines", "log_format", "ends_with_stdin")
 TokensFile = Annotated[Path, typer.Option(help="The gateway's tokens file.")]
 
 
@@ -45,13 +49,14 @@ def gateway(
     public_names: Annotated[
         bool, typer.Option("--public-names", help="Edges' names on the status page for all who reach it.")
     ] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option(envvar=LOG_FORMAT_VARIABLE, help="Lines of text, or of one JSON object each.")
+    ] = "text",
     ends_with_stdin: Annotated[bool, typer.Option("--ends-with-stdin", hidden=True)] = False,
 ) -> None:
     """Run a gateway by itself, for one or more vLLM servers that name it as their `gateway`."""
-    values = {name: value for name, value in locals().items() if name not in ("engines", "ends_with_stdin")}
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname)s %(asctime)s [gateway] %(message)s", datefmt="%m-%d %H:%M:%S"
-    )
+    values = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
+    begin_logging(log_format)
     from vllm_specedge.web import serve  # noqa: PLC0415 - the other commands need no web server
 
     options = parse_options(values)

@@ -148,6 +148,7 @@ class Gateway:
             logger.error("%s", error)
             raise HTTPException(503, "The gateway cannot read its tokens.") from None
         if found is None:
+            self.router.counters["unauthorized"] += 1
             raise HTTPException(401, "This gateway needs a valid token.", {"WWW-Authenticate": "Bearer"})
         return found
 
@@ -156,10 +157,12 @@ class Gateway:
         if self._is_stopping:
             raise HTTPException(503, "The gateway is stopping.")
         if len(self._connections) >= self.router.limits.max_edges + MAX_UNFINISHED_CONNECTIONS:
+            self.router.counters["turned_away"] += 1
             raise HTTPException(503, "Too many connections: try again later.")
         if token is not None and token.max_edges:
             num_open = sum(each.token == token and each.closed_s is None for each in self._connections.values())
             if num_open >= token.max_edges:
+                self.router.counters["turned_away"] += 1
                 raise HTTPException(429, f"This token has its {token.max_edges} connections.")
         now_s = time.monotonic()
         connection = Connection(self._next_id, secrets.token_urlsafe(16), token, now_s, now_s)

@@ -27,6 +27,8 @@ GATEWAY_COUNTERS = (
     ("dropped_reports", "Counters of requests that the gateway does not know or has them of."),
     ("unexpected_engine_frames", "Frames an engine should not send."),
     ("refused", "Edges refused or closed with a Bye."),
+    ("unauthorized", "Connections turned away because of their token."),
+    ("turned_away", "Connections turned away because there were as many as the gateway or their token takes."),
     ("slow_edges", "Edges closed because they did not read."),
     ("silent_edges", "Edges closed because they said nothing."),
     ("task_errors", "Errors that ended a task; each is in the log."),
@@ -89,6 +91,7 @@ class RouterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         router = self._router
         yield GaugeMetricFamily("specedge_edges", "Edges connected.", len(router.edges))
+        yield GaugeMetricFamily("specedge_max_edges", "Edges that the gateway takes.", router.limits.max_edges)
         yield GaugeMetricFamily("specedge_engines", "vLLM engines connected.", len(router.engines))
         yield GaugeMetricFamily("specedge_requests", "Live requests known to the gateway.", router.num_requests)
         for name, help_text in GATEWAY_COUNTERS:

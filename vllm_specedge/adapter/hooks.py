@@ -40,6 +40,12 @@ NGRAM_HOOKS = (
     ),
 )
 """What the n-gram drafts need beside; without it only they are off. Importing it loads numba: half a second, 65 MB."""
+TRACING_HOOKS = (
+    Hook("vllm.config:ObservabilityConfig.otlp_traces_endpoint"),
+    Hook("vllm.tracing:extract_trace_context", ("headers",)),
+    Hook("vllm.tracing:instrument_manual", ("span_name", "start_time", "attributes", "context")),
+)
+"""What spans of requests need beside; without it only they are off."""
 SOURCES = (
     ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "next_decode_eligible_step"),
     ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "spec_token_ids"),
@@ -96,6 +102,11 @@ def ngram_problems() -> list[str]:
     return [problem for problem in map(_problem, NGRAM_HOOKS) if problem is not None]
 
 
+def tracing_problems() -> list[str]:
+    """What stands between spans of requests and the vLLM that is installed; empty when nothing does."""
+    return [problem for problem in map(_problem, TRACING_HOOKS) if problem is not None]
+
+
 def report(print_line: Callable[[str], None]) -> list[str]:
     """Check, and say so a line each."""
     import vllm
@@ -106,5 +117,7 @@ def report(print_line: Callable[[str], None]) -> list[str]:
         print_line(f"problem: {problem}")
     for problem in ngram_problems():
         print_line(f"No n-gram drafts: {problem}")
+    for problem in tracing_problems():
+        print_line(f"No traces of drafts: {problem}")
     print_line("Edges cannot be used with it." if found else f"All {len(HOOKS) + len(SOURCES)} hooks are there.")
     return found

@@ -28,6 +28,7 @@ from vllm_specedge.adapter.ngrams import NgramLookup
 from vllm_specedge.adapter.predictions import Predictions
 from vllm_specedge.adapter.profile import step_profile
 from vllm_specedge.adapter.start import engine_options, start_link
+from vllm_specedge.adapter.tracing import RequestSpans, request_spans
 from vllm_specedge.book import DraftBook, Plan, Row, Step
 from vllm_specedge.counters import engine_values, groups_frame, step_times
 from vllm_specedge.frames import Bye, Frame, Stats, is_text
@@ -61,6 +62,7 @@ class EdgeScheduler(Scheduler):
         self._is_drafting = False
         self._ngrams: NgramLookup | None = None
         self._suggested: set[str] = set()
+        self._spans: RequestSpans | None = None
         self._link = None
         self._process = None
         self._predictions: Predictions | None = None
@@ -86,6 +88,7 @@ class EdgeScheduler(Scheduler):
             profile=step_profile(engine, self.max_num_scheduled_tokens),
         )
         self._targets = options.targets
+        self._spans = request_spans(self.vllm_config)
         self._load = LoadReport(self.vllm_config, self._targets) if options.slo else None
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
         self._predictions = Predictions(tokenizer, self.max_model_len)
@@ -160,6 +163,9 @@ class EdgeScheduler(Scheduler):
             is_held = request.request_id in plan.holds
             # schedule() adds one to current_step before it compares, so + 2 skips exactly the coming step.
             request.next_decode_eligible_step = self.current_step + 2 if is_held else 0
+        if self._spans is not None:
+            for request_id in plan.holds:
+                self._spans.held(request_id)
         if plan.drafts:
             drafts = DraftTokenIds(list(plan.drafts), list(plan.drafts.values()))
             super().update_draft_token_ids(drafts)
@@ -246,6 +252,8 @@ class EdgeScheduler(Scheduler):
         frames: list[Frame] = []
         for request_id in num_scheduled_tokens:
             frames += self._commit(request_id, now_s)
+            if self._spans is not None and request_id in self.requests:
+                self._trace(self.requests[request_id])
         self._send(frames)
         self._suggest()
 
@@ -269,6 +277,10 @@ class EdgeScheduler(Scheduler):
 
     def _commit(self, request_id: str, now_s: float) -> list[Frame]:
         return self.book.commit(request_id, len(self._verifying.get(request_id, ())), now_s)
+
+    def _trace(self, request: Request) -> None:
+        num_verified = len(self._verifying.get(request.request_id, ()))
+        self._spans.stepped(request, num_verified, self._step_started_s)
 
     def _learn(self) -> None:
         self.book.learn()
@@ -299,6 +311,8 @@ class EdgeScheduler(Scheduler):
         session = session if is_text(session) else ""
         if self._ngrams is not None:
             self._ngrams.open(request.request_id)
+        if self._spans is not None:
+            self._spans.open(request)
         self._send(self.book.open(request.request_id, request.all_token_ids, session))
         foretold = (parameters.extra_args or {}).get(KEY)
         if foretold is not None:
@@ -310,6 +324,9 @@ class EdgeScheduler(Scheduler):
             self._load.num_finished += 1
         if self._ngrams is not None:
             self._ngrams.close(request.request_id)
+        if self._spans is not None:
+            self._trace(request)
+            self._spans.close(request)
         last = self._commit(request.request_id, time.monotonic())
         self._send([*last, *self.book.close(request.request_id)])
 
