@@ -124,14 +124,10 @@ class HfDrafter:
         )
 
 
-def choose_device(wanted: str) -> str:
-    """`auto`: the first there is of CUDA, MPS, CPU. Raises UserError for one that is not there."""
+def devices_of_torch() -> list[str]:
+    """What the torch that is installed here can use, best first."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return next(device for device, is_there in there.items() if is_there)
-    if not there.get(wanted.partition(":")[0], False):
-        raise UserError(f"There is no device '{wanted}' here: choose {', '.join(d for d, ok in there.items() if ok)}.")
-    return wanted
+    return [device for device, is_there in there.items() if is_there]
 
 
 def load_hf_drafter(name: str, device: str, kept: list[int] | None, fingerprint: str) -> HfDrafter:
