@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from edge_client.drafters import Drafter, DrafterOptions
-from edge_client.drafters.load import load_drafter
+from edge_client.drafters.load import fetched, load_drafter
 from edge_client.forecast import (
     ASSUMED_ACCEPTANCE,
     Knowledge,
@@ -119,7 +119,7 @@ def _look_at_draft(asked: Asked, found: Diagnosis) -> tuple[Drafter | None, Pass
     chosen: list[str] = []
     try:
         started_s = time.monotonic()
-        drafter = load_drafter(asked.options, chosen.append)
+        drafter = load_drafter(fetched(asked.options, is_quiet=False), chosen.append)
     except UserError as error:
         found.checks.append(Check("draft model", False, str(error)))
         return None, None

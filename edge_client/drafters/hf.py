@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from edge_client.drafters import Candidate
 from edge_client.drafters.entries import Entries
+from edge_client.drafters.hub import model_name
 from edge_client.drafters.passes import candidates, tree_bias
 from vllm_specedge.errors import UserError
 from vllm_specedge.fingerprint import vocabulary_fingerprint
@@ -136,7 +137,7 @@ def load_hf_drafter(name: str, device: str, kept: list[int] | None, fingerprint:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.float16)
     except (OSError, ValueError) as error:
         raise no_model(name, error) from None
-    return HfDrafter(model.to(device).eval(), fingerprint, Path(name).name, kept)
+    return HfDrafter(model.to(device).eval(), fingerprint, model_name(Path(name)), kept)
 
 
 def no_model(name: str, error: Exception) -> UserError:

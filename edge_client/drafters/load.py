@@ -5,10 +5,12 @@ What loads torch or llama.cpp is imported only when a model is asked for.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from edge_client.drafters import Drafter, DrafterOptions
 from edge_client.drafters.devices import choose_device
+from edge_client.drafters.hub import fetch, is_hub_name
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.drafters.vocabulary import draft_vocabulary
 from vllm_specedge.errors import UserError
@@ -17,6 +19,17 @@ GGUF_SUFFIX = ".gguf"
 
 Say = Callable[[str], None]
 """What to do with the line that says what was chosen, and why."""
+
+
+def fetched(options: DrafterOptions, is_quiet: bool) -> DrafterOptions:
+    """The same with a draft that is on this machine: what is on the hub is downloaded. Raises UserError."""
+    if options.draft == "ngram" or not is_hub_name(options.draft):
+        return options
+    try:
+        return replace(options, draft=str(fetch(options.draft, is_quiet)))
+    except ImportError as error:
+        text = f"A draft from the hub needs {error.name}: pip install 'vllm-specedge[hf]', or name a local draft."
+        raise UserError(text) from None
 
 
 def load_drafter(options: DrafterOptions, say: Say = lambda line: None) -> Drafter:
