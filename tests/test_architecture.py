@@ -77,6 +77,7 @@ LEVELS: list[set[str]] = [
         "vllm_specedge.policy",
         "vllm_specedge.slo",
         "edge_client.drafters.devices",
+        "edge_client.drafters.hub",
         "edge_client.drafters.lanes",
         "edge_client.sensors",
         "edge_client.settings",
