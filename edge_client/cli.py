@@ -266,8 +266,9 @@ def doctor(
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
     asked = examination.Asked(gateway, options, role, name[:100], max_width, spec_tokens, acceptance)
     errors, console = Console(stderr=True), Console(highlight=False)
-    with errors.status("Measuring ...") if errors.is_terminal else nullcontext():
-        found = examination.diagnose(asked)
+    if errors.is_terminal:
+        errors.print("Measuring; this takes some seconds ...")
+    found = examination.diagnose(asked)
     for table in examination.tables(found):
         console.print(table)
     console.print(f"This machine {found.verdict}.", soft_wrap=True)

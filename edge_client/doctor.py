@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import httpx2 as httpx
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from edge_client.drafters import Drafter, DrafterOptions
 from edge_client.drafters.load import fetched, load_drafter
@@ -99,7 +100,7 @@ def diagnose(asked: Asked) -> Diagnosis:
     reached = asyncio.run(_look_at_gateway(asked, drafter, found))
     known = asyncio.run(_ask_metrics(asked, found)) if reached is not None else None
     if times is None or reached is None or known is None or known.server is None or not drafter:
-        found.verdict = "not known: the checks above say what to mend first"
+        found.verdict = "cannot be judged: mend what failed above first"
         return found
     acceptance = _acceptance(asked, known, found)
     width = min(asked.max_width or drafter.max_width, drafter.max_width)
@@ -282,7 +283,7 @@ def tables(found: Diagnosis) -> list[Table]:
     """The checks, and tokens per second with and without this machine."""
     checks = Table("check", "", "found", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for check in found.checks:
-        checks.add_row(check.name, "ok" if check.is_good else "[red]FAILED[/]", check.text)
+        checks.add_row(check.name, "ok" if check.is_good else "[red]FAILED[/]", Text(check.text))
     if not found.speeds:
         return [checks]
     speeds = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))

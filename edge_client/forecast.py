@@ -135,7 +135,8 @@ def verdict(measured: Measured, speeds: Sequence[Speeds]) -> str:
     """Whether it would help, how much or why not, in plain words."""
     if would_help(speeds):
         best = max(speeds, key=lambda each: each.ratio)
-        return f"would help: about {best.ratio:.1f} times at {_requests(best.requests)}"
+        times = f"{best.ratio:.1f}" if best.ratio >= 1.1 else f"{best.ratio:.2f}"
+        return f"would help: about {times} times at {_requests(best.requests)}"
     first = speeds[0]
     return f"would not help: {first.ratio:.2f} times at {_requests(first.requests)}; {_obstacle(measured)}"
 

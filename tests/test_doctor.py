@@ -1,5 +1,6 @@
 """`edge-client doctor` against a real gateway process; the engine behind it says what a server has learnt."""
 
+import io
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from rich.console import Console
 from stack import BIN, wait_for
 
-from edge_client.doctor import Asked, Diagnosis, diagnose, time_passes
+from edge_client.doctor import Asked, Check, Diagnosis, diagnose, tables, time_passes
 from edge_client.drafters import DrafterOptions
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.link import Gateway
@@ -95,13 +97,21 @@ def test_another_vocabulary_is_said(gateway: Running) -> None:
     assert list(failed(found)) == ["vocabulary"]
     assert "The draft model's tokenizer is not that of toy" in failed(found)["vocabulary"]
     assert "round trip" in [check.name for check in found.checks if check.is_good]
-    assert found.verdict == "not known: the checks above say what to mend first"
+    assert found.verdict == "cannot be judged: mend what failed above first"
 
 
 def test_a_draft_that_cannot_be_loaded_is_one_check_of_several(gateway: Running) -> None:
     found = look(gateway.url, "/nowhere.gguf")
     assert list(failed(found)) == ["draft model"]
     assert "round trip" in [check.name for check in found.checks]
+
+
+def test_what_is_in_brackets_is_shown() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    for table in tables(Diagnosis([Check("draft model", False, "pip install 'vllm-specedge[hf]'")])):
+        console.print(table)
+    said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "draft model FAILED pip install 'vllm-specedge[hf]'" in said
 
 
 def test_no_gateway_and_no_server(tmp_path: Path) -> None:

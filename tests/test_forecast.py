@@ -103,3 +103,4 @@ def test_where_only_more_requests_gain_it_says_so() -> None:
     assert verdict(measured(), [Speeds(1, 40.0, 40.0), Speeds(4, 100.0, 130.0)]) == (
         "would help: about 1.3 times at 4 requests"
     )
+    assert verdict(measured(), [Speeds(1, 100.0, 103.0)]) == "would help: about 1.03 times at 1 request"

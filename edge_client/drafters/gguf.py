@@ -8,6 +8,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from edge_client.drafters import Candidate
@@ -52,6 +53,7 @@ class GgufSequence:
         self._model.cut(self._lanes.keep(length, moved))
 
     def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        self._model.reclaim()
         self._model.check_room(len(self._lanes) + len(tokens), len(tokens))
         lane, start, _ = self._lanes.append(len(tokens))
         for done in range(0, len(tokens), BATCH_TOKENS):
@@ -62,6 +64,7 @@ class GgufSequence:
         return self._model.candidates([len(rows) - 1], width)[0]
 
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        self._model.reclaim()
         rows = self._lanes.branch(parents)
         self._model.check_room(max(row.position for row in rows) + 1, len(tokens))
         self._model.run(tokens, rows, range(len(rows)))
@@ -103,8 +106,7 @@ class GgufModel:
         options.kv_unified = True  # lanes share cells
         options.swa_full = True  # a window that forgot its past could not be rolled back
         options.no_perf = True
-        if threads:
-            options.n_threads = options.n_threads_batch = threads
+        options.n_threads = options.n_threads_batch = threads or psutil.cpu_count(logical=False) or options.n_threads
         context = llama_cpp.llama_init_from_model(self._model, options)
         if not context:
             raise _unusable(file, _errors[-1] if _errors else "there is no room for its cache")
@@ -136,14 +138,17 @@ class GgufModel:
         if end > self.context_tokens:
             raise ValueError(f"{end} tokens do not fit a context of {self.context_tokens}")
 
+    def reclaim(self) -> None:
+        """Give back the lanes and cells of contexts that were dropped."""
+        while self.abandoned:
+            self.cut(self.abandoned.popleft().keep(0, ()))
+
     def cut(self, cuts: Sequence[Cut]) -> None:
         for lane, position in cuts:
             llama_cpp.llama_memory_seq_rm(self._memory, lane, position, -1)
 
     def run(self, tokens: Sequence[int], rows: Sequence[Row], said: Sequence[int]) -> None:
         """One forward pass; logits of the rows in `said`. Raises RuntimeError where the cache is full, say."""
-        while self.abandoned:
-            self.cut(self.abandoned.popleft().keep(0, ()))
         batch = self._batch
         batch.n_tokens = len(rows)
         for i, (token, (lane, position, source)) in enumerate(zip(tokens, rows, strict=True)):
