@@ -7,24 +7,32 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.logging import RichHandler
 from rich.text import Text
 
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
 
 try:
+    from edge_client import settings
     from edge_client.client import EdgeClient
+    from edge_client.cooling import cooler_share
     from edge_client.drafters import Drafter, DrafterOptions
-    from edge_client.drafters.load import load_drafter
+    from edge_client.drafters.load import fetched, load_drafter
     from edge_client.link import Gateway
     from edge_client.pace import Pace
+    from edge_client.sensors import hottest_c
+    from edge_client.view import AcceptedRate, heat, panel, status_line, summary
 except ImportError as error:  # the server's installation has the command, but not all that it needs
     sys.exit(f"edge-client: {error.name} is missing: pip install 'vllm-specedge[edge]'")
 
@@ -33,6 +41,7 @@ app = typer.Typer(help="Draft tokens for a vLLM server.", no_args_is_help=True, 
 TOKEN_VARIABLE = "SPECEDGE_TOKEN"  # noqa: S105 - a name, not a secret
 THIS_MACHINE = platform.node()
 STATUS_S = 0.5
+COOLING_S = 2.0
 PLAIN_STATUS_S = 10.0
 
 
@@ -47,12 +56,44 @@ def _read(file: Path, what: str) -> str:
         raise UserError(f"The {what} file {file} cannot be read: {error.strerror}.") from None
 
 
+def _configure(context: typer.Context, file: Path | None) -> Path | None:
+    """Make what the user's file says this command's defaults: what its line says comes before them."""
+    chosen = file or Path(typer.get_app_dir("specedge")) / "edge.toml"
+    if file is None and not chosen.exists():
+        return None
+    functions = {command.callback.__name__: command.callback for command in app.registered_commands if command.callback}
+    kinds = {name: get_type_hints(function, include_extras=True) for name, function in functions.items()}
+    names = {name: kinds[name].keys() - {"config", "return"} for name in kinds}
+    command = str(context.info_name)
+    values = settings.options_of(command, settings.read(chosen), names, chosen)
+    for name, value in values.items():
+        settings.kind_of(kinds[command][name]).check(name, value, chosen)
+        if name in settings.SECRETS.values() and os.name == "posix" and Path(value).exists():
+            settings.check_secret(name, Path(value), Path(value).stat().st_mode, chosen)
+    if TOKEN_VARIABLE in os.environ:  # the environment comes before the file
+        values.pop("token_file", None)
+    context.default_map = values
+    return file
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file with options; default: edge.toml in your configuration folder.",
+        callback=_configure,
+        is_eager=True,
+    ),
+]
 Url = Annotated[str, typer.Argument(help="The gateway, such as https://gpu.example.org:8100.")]
-Draft = Annotated[str, typer.Option(help="Draft model: a directory, a Hugging Face name, or 'ngram'.")]
+Draft = Annotated[
+    str,
+    typer.Option(help="Draft model: a directory, GGUF file, OWNER/NAME, hf:OWNER/NAME/FILE.gguf, or 'ngram'."),
+]
 OwnTokenFile = Annotated[Path | None, typer.Option(help=f"File with your token; or set {TOKEN_VARIABLE}.")]
 CaFile = Annotated[str, typer.Option(help="Trust this certificate authority (PEM).")]
 CertFile = Annotated[str, typer.Option(help="Your certificate and its key (PEM), if the gateway asks.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Send the token without TLS, beyond this machine.")]
+Role = Annotated[str, typer.Option(help="pool: for any request; private: only for those that name this edge.")]
 Name = Annotated[str, typer.Option(help="What the operator sees.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Threads = Annotated[int, typer.Option(help="CPU threads for the draft model; 0: torch's choice.")]
@@ -65,11 +106,14 @@ MaxWidth = Annotated[
     int, typer.Option(help="Draft tokens of one pass at most; 1: no branches, 0: as the model can.", min=0)
 ]
 MaxTokensPerS = Annotated[float, typer.Option(help="Draft no faster, on battery say; 0: as fast as it goes.", min=0.0)]
+MaxTemperature = Annotated[
+    float, typer.Option(help="Draft less of the time while the machine's hottest sensor is above; 0: no cap.", min=0.0)
+]
 UplinkBytes = Annotated[float, typer.Option(help="Send no more for each token that is generated, on average.", min=8.0)]
 ServerUrl = Annotated[str, typer.Option(help="The server's OpenAI endpoint, such as https://gpu.example.org/v1.")]
 ApiKeyFile = Annotated[Path | None, typer.Option(help="File with the key that the server asks for.")]
 Wait = Annotated[float, typer.Option(help="Keep trying for so many seconds if the gateway is not there yet.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No status line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
 
 
 @app.command()
@@ -80,9 +124,7 @@ def connect(
     ca_file: CaFile = "",
     cert_file: CertFile = "",
     insecure: Insecure = False,
-    role: Annotated[
-        str, typer.Option(help="pool: for any request; private: only for those that name this edge.")
-    ] = "pool",
+    role: Role = "pool",
     name: Name = THIS_MACHINE,
     device: Device = "auto",
     threads: Threads = 0,
@@ -91,17 +133,20 @@ def connect(
     max_requests: MaxRequests = 8,
     max_width: MaxWidth = 0,
     max_tokens_per_s: MaxTokensPerS = 0.0,
+    max_temperature_c: MaxTemperature = 0.0,
     uplink_bytes_per_token: UplinkBytes = 23.0,
     wait: Wait = 0.0,
     quiet: Quiet = False,
+    config: Config = None,
 ) -> None:
     """Connect to a gateway and draft for it until Ctrl-C."""
     gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
+    cooler = _Cooler(max_temperature_c)
     pace = Pace(uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
     console, drafter = _begin(options, quiet)
     client = EdgeClient(gateway, drafter, name[:100], role, max_requests, max_width, pace)
-    asyncio.run(_run(client, wait, console, quiet))
+    asyncio.run(_run(client, wait, console, quiet, cooler))
 
 
 @app.command()
@@ -125,12 +170,15 @@ def serve(
     draft_vocab: DraftVocab = None,
     draft_vocab_file: DraftVocabFile = None,
     max_requests: MaxRequests = 8,
+    max_temperature_c: MaxTemperature = 0.0,
     wait: Wait = 0.0,
     quiet: Quiet = False,
+    config: Config = None,
 ) -> None:
     """An OpenAI endpoint on this machine: passes on to the server, and drafts for its own requests only."""
     gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
     key = _read(api_key_file, "key") if api_key_file is not None else ""
+    cooler = _Cooler(max_temperature_c)
     console, drafter = _begin(DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file), quiet)
     client = EdgeClient(gateway, drafter, name[:100], "private", max_requests)
     from edge_client.serve import listening, make_app, serve_beside  # noqa: PLC0415 - `connect` needs no web server
@@ -139,7 +187,7 @@ def serve(
     with listening(host, port) as listener:
         if not quiet:
             _say(console, f"OpenAI endpoint: http://{host}:{port}/v1")
-        asyncio.run(serve_beside(endpoint, listener, _run(client, wait, console, quiet)))
+        asyncio.run(serve_beside(endpoint, listener, _run(client, wait, console, quiet, cooler)))
 
 
 @app.command()
@@ -162,6 +210,7 @@ def chat(
     draft_vocab: DraftVocab = None,
     draft_vocab_file: DraftVocabFile = None,
     wait: Wait = 0.0,
+    config: Config = None,
 ) -> None:
     """A chat that shows which tokens were accepted drafts, and how fast they come."""
     from edge_client.chat import Chat, Server, chat_beside  # noqa: PLC0415 - `connect` has no use for it
@@ -188,45 +237,117 @@ def chat(
     os._exit(0)  # a thread may still wait for a line, and Python would wait for it
 
 
+@app.command()
+def doctor(
+    url: Url,
+    draft: Draft = "ngram",
+    token_file: OwnTokenFile = None,
+    ca_file: CaFile = "",
+    cert_file: CertFile = "",
+    insecure: Insecure = False,
+    role: Role = "pool",
+    name: Name = THIS_MACHINE,
+    device: Device = "auto",
+    threads: Threads = 0,
+    draft_vocab: DraftVocab = None,
+    draft_vocab_file: DraftVocabFile = None,
+    max_width: MaxWidth = 0,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(help="How often a draft token is right; default: as the server has seen.", min=0, max=1),
+    ] = None,
+    spec_tokens: Annotated[int, typer.Option(help="The server's --spec-tokens.", min=1, max=64)] = 5,
+    config: Config = None,
+) -> None:
+    """Check this machine, its draft and the gateway, and say whether it would help. Ends with 0 if so, else with 1."""
+    from edge_client import doctor as examination  # noqa: PLC0415 - the other commands need no simulator
+
+    gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
+    options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
+    asked = examination.Asked(gateway, options, role, name[:100], max_width, spec_tokens, acceptance)
+    errors, console = Console(stderr=True), Console(highlight=False)
+    if errors.is_terminal:
+        errors.print("Measuring; this takes some seconds ...")
+    found = examination.diagnose(asked)
+    for table in examination.tables(found):
+        console.print(table)
+    console.print(f"This machine {found.verdict}.", soft_wrap=True)
+    raise typer.Exit(0 if found.is_good else 1)
+
+
 def _begin(options: DrafterOptions, quiet: bool) -> tuple[Console, Drafter]:
-    logging.basicConfig(level=logging.WARNING, format="edge-client: %(message)s", stream=sys.stderr)
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
+    # A panel that is drawn in place moves down for what is logged, if it is logged through the same console.
+    plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    logging.basicConfig(
+        level=logging.ERROR if quiet else logging.WARNING,
+        format="edge-client: %(message)s",
+        handlers=[plain if console.is_terminal else logging.StreamHandler(sys.stderr)],
+    )
+    lines: list[str] = []
+    options = fetched(options, is_quiet=quiet)  # it shows a bar of its own
     with console.status(f"Loading {options.draft} ...") if console.is_terminal and not quiet else nullcontext():
-        return console, load_drafter(options)
+        drafter = load_drafter(options, lines.append)
+    for line in lines if not quiet else ():
+        _say(console, line)
+    return console, drafter
 
 
-async def _run(client: EdgeClient, wait_s: float, console: Console, quiet: bool) -> None:
+async def _run(client: EdgeClient, wait_s: float, console: Console, quiet: bool, cooler: "_Cooler") -> None:
     loop = asyncio.get_running_loop()
     running = asyncio.create_task(client.run(wait_s))
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, running.cancel)
-    status = asyncio.create_task(_show(client, console)) if not quiet else None
+    beside = [asyncio.create_task(cooler.run(client.pace))]
+    if not quiet:
+        heat = partial(_heat, client, cooler)
+        beside.append(asyncio.create_task(_show(client, console, heat)))
     try:
         with suppress(asyncio.CancelledError):
             await running
     finally:
-        if status is not None:
-            status.cancel()
-            await asyncio.gather(status, return_exceptions=True)
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
+        if not quiet:
             _say(console, summary(client))
 
 
-async def _show(client: EdgeClient, console: Console) -> None:
-    """One line that changes in place on a terminal; a line now and then elsewhere."""
-    before, before_s = 0, time.monotonic()
+def _heat(client: EdgeClient, cooler: "_Cooler") -> str:
+    return heat(cooler.temperature_c, cooler.cap_c, client.pace.share)
+
+
+async def _show(client: EdgeClient, console: Console, heat: Callable[[], str]) -> None:
+    """A panel that changes in place on a terminal; a line now and then elsewhere."""
+    rate = AcceptedRate(time.monotonic())
     client.on_change = lambda: _announce(client, console)
     if not console.is_terminal:
         while True:
             await asyncio.sleep(PLAIN_STATUS_S)
-            now, now_s = client.speculation.stats.accepted_tokens, time.monotonic()
-            _say(console, status_line(client, max(0, now - before) / (now_s - before_s)))
-            before, before_s = now, now_s
-    with Live(status_line(client, 0.0), console=console, refresh_per_second=1 / STATUS_S) as live:
+            _say(console, status_line(client, rate(client, time.monotonic())))
+    with Live(panel(client, 0.0), console=console, refresh_per_second=1 / STATUS_S) as live:
         while True:
             await asyncio.sleep(STATUS_S)
-            now, now_s = client.speculation.stats.accepted_tokens, time.monotonic()
-            live.update(status_line(client, max(0, now - before) / (now_s - before_s)))
-            before, before_s = now, now_s
+            live.update(panel(client, rate(client, time.monotonic()), heat()))
+
+
+@dataclass(slots=True)
+class _Cooler:
+    """Keeps a machine below a temperature by drafting less of the time."""
+
+    cap_c: float
+    """0: none."""
+    temperature_c: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError where there is no sensor."""
+        self.temperature_c = hottest_c() if self.cap_c else None
+
+    async def run(self, pace: Pace) -> None:
+        while self.cap_c:
+            self.temperature_c = await asyncio.to_thread(hottest_c)
+            pace.share = cooler_share(self.temperature_c, self.cap_c, pace.share)
+            await asyncio.sleep(COOLING_S)
 
 
 def _announce(client: EdgeClient, console: Console) -> None:
@@ -241,28 +362,6 @@ def _say(console: Console, line: str | Text) -> None:
     """Nothing stops drafting because it cannot be written down: the disk of a log is full, a terminal is gone."""
     with suppress(OSError):
         console.print(line, soft_wrap=True)
-
-
-def status_line(client: EdgeClient, accepted_per_s: float) -> Text:
-    """Who is served with what, how well, and how far away it is."""
-    stats = client.speculation.stats
-    acceptance = "-" if stats.acceptance is None else f"{stats.acceptance:.0%}"
-    rtt = "-" if client.rtt_s is None else f"{client.rtt_s * 1000:.1f} ms"
-    return Text(
-        f"{client.state} {client.model} | {client.drafter.description} | {len(client.speculation)} requests | "
-        f"acceptance {acceptance} | {accepted_per_s:.0f} accepted tokens/s | RTT {rtt}",
-        no_wrap=True,
-        overflow="ellipsis",
-    )
-
-
-def summary(client: EdgeClient) -> str:
-    """What this run came to."""
-    totals = client.totals
-    num_requests = sum(stats.num_requests for stats in totals)
-    proposed = sum(stats.proposed_tokens for stats in totals)
-    accepted = sum(stats.accepted_tokens for stats in totals)
-    return f"Drafted for {num_requests} requests: {proposed} tokens proposed, {accepted} accepted."
 
 
 def _version(value: bool) -> None:

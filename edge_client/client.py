@@ -185,7 +185,7 @@ class EdgeClient:
                 continue
             done_s = time.monotonic()
             self._send(self.speculation.drafted(job, said, done_s - now_s, done_s))
-            self.pace.drafted(len(said), now_s)
+            self.pace.drafted(len(said), now_s, done_s - now_s)
 
     async def _rest(self, now_s: float) -> None:
         """Until a frame comes, or something is due."""

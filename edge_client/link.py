@@ -75,11 +75,12 @@ class Gateway:
 
 @dataclass(slots=True)
 class Link:
-    """One connection, from Hello to Bye. `on_frame` gets every frame but the heartbeats."""
+    """One connection, from Hello to Bye. `on_frame` gets every frame but the heartbeats, `on_pong` each round trip."""
 
     gateway: Gateway
     hello: Hello
     on_frame: Callable[[Frame], None]
+    on_pong: Callable[[float], None] = lambda rtt_s: None
     rtt_s: float | None = None
     session: Session = field(default_factory=lambda: Session(Role.EDGE))
     dropped_frames: int = 0
@@ -169,11 +170,12 @@ class Link:
                 raise LinkError(text)
             case Pong():
                 self.rtt_s = (_stamp_us() - frame.stamp) % 2**32 / 1e6
+                self.on_pong(self.rtt_s)
             case Ping():
                 self.send(Pong(frame.stamp))
             case Welcome():
                 self._heartbeat_s = frame.heartbeat_ms / 1000
-                self.send(Ping(_stamp_us()))  # at once: how far away the gateway is decides how to draft
+                self.ping()  # at once: how far away the gateway is decides how to draft
                 self.on_frame(frame)
             case _:
                 self.on_frame(frame)
@@ -182,8 +184,12 @@ class Link:
         """Ping every heartbeat: the gateway answers, so that each side hears from the other."""
         while True:
             if self.session.state is State.LIVE:
-                self.send(Ping(_stamp_us()))
+                self.ping()
             await asyncio.sleep(self._heartbeat_s)
+
+    def ping(self) -> None:
+        """Measure the round trip: `rtt_s`, once it is answered."""
+        self.send(Ping(_stamp_us()))
 
     def close(self) -> None:
         """Say Bye, so that the gateway gives this edge's requests to others at once."""

@@ -64,13 +64,17 @@ class Pace:
     """Draft no faster; 0: as fast as it goes."""
     floor: float = 0.05
     """Draft tokens that are less probable are not drafted; follows from what they may cost."""
+    share: float = 1.0
+    """The part of the time to draft in, at most: less where it gets too hot."""
     rest_until_s: float = 0.0
-    """No pass before, to keep to `max_tokens_per_s`."""
+    """No pass before, to keep to `max_tokens_per_s` and `share`."""
     _bytes: float = 0.0
     _tokens: float = 0.0
 
-    def drafted(self, num_tokens: int, started_s: float) -> None:
+    def drafted(self, num_tokens: int, started_s: float, took_s: float = 0.0) -> None:
         """A pass that started then drafted so many tokens: the next one may have to wait, by `rest_until_s`."""
+        if self.share < 1.0:
+            self.rest_until_s = max(self.rest_until_s, started_s + took_s / self.share)
         if self.max_tokens_per_s:
             self.rest_until_s = max(self.rest_until_s, started_s) + num_tokens / self.max_tokens_per_s
 

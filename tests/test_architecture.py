@@ -28,18 +28,23 @@ PURE = {
     "vllm_specedge.rests",
     "vllm_specedge.counters",
     "vllm_specedge.prediction",
+    "edge_client.cooling",
     "edge_client.drafttree",
     "edge_client.pace",
     "edge_client.speculation",
     "edge_client.drafters",
+    "edge_client.drafters.devices",
     "edge_client.drafters.entries",
+    "edge_client.drafters.lanes",
 }
 IMPURE_LIBRARIES = {
     "asyncio",
     "fastapi",
+    "llama_cpp",
     "logging",
     "numpy",
     "os",
+    "psutil",
     "random",
     "secrets",
     "select",
@@ -67,6 +72,7 @@ LEVELS: list[set[str]] = [
         "vllm_specedge.rests",
         "vllm_specedge.stepcost",
         "edge_client",
+        "edge_client.cooling",
         "edge_client.drafters",
         "edge_client.drafters.entries",
     },
@@ -75,6 +81,11 @@ LEVELS: list[set[str]] = [
         "vllm_specedge.lookups",
         "vllm_specedge.policy",
         "vllm_specedge.slo",
+        "edge_client.drafters.devices",
+        "edge_client.drafters.hub",
+        "edge_client.drafters.lanes",
+        "edge_client.sensors",
+        "edge_client.settings",
         "edge_client.drafttree",
     },
     {
@@ -103,7 +114,7 @@ LEVELS: list[set[str]] = [
         "edge_client.drafters.passes",
         "edge_client.drafters.vocabulary",
     },
-    {"vllm_specedge.preflight", "edge_client.drafters.hf", "edge_client.drafters.llama"},
+    {"vllm_specedge.preflight", "edge_client.drafters.gguf", "edge_client.drafters.hf", "edge_client.drafters.llama"},
     {
         "vllm_specedge.gateway",
         "vllm_specedge.adapter",
@@ -111,9 +122,11 @@ LEVELS: list[set[str]] = [
         "edge_client.drafters.load",
         "edge_client.serve",
         "edge_client.chat",
+        "edge_client.view",
     },
     {"vllm_specedge.web"},
     {"vllm_specedge.simulation_models", "vllm_specedge.simulation_report", "vllm_specedge.simulator"},
+    {"edge_client.doctor", "edge_client.forecast"},
     {"vllm_specedge.cli", "edge_client.cli"},
 ]
 """Lowest first. A module imports from its own level or below; on its own level, no two import each other."""
@@ -126,6 +139,9 @@ EDGE_MAY_IMPORT = {
     "vllm_specedge.prediction",
     "vllm_specedge.session",
 }
+MAY_SIMULATE = {"edge_client.forecast"}
+"""It asks the simulator whether this machine would help."""
+SIMULATOR = {"vllm_specedge.simulation_models", "vllm_specedge.simulation_report", "vllm_specedge.simulator"}
 MAY_IMPORT_EDGE = {"vllm_specedge.simulator"}
 """It runs the pure part of a real edge, on virtual time. Nothing else of the server knows the edge's side."""
 
@@ -169,7 +185,7 @@ def level_of(module: str) -> int:
 
 
 def test_the_modules_named_here_exist() -> None:
-    named = PURE | EDGE_MAY_IMPORT | MAY_IMPORT_EDGE | set().union(*LEVELS)
+    named = PURE | EDGE_MAY_IMPORT | MAY_IMPORT_EDGE | MAY_SIMULATE | SIMULATOR | set().union(*LEVELS)
     assert named <= MODULES.keys()
 
 
@@ -184,7 +200,8 @@ def test_vllm_and_torch_stay_in_their_folders(module: str) -> None:
     libraries = {top(name) for name in imports_of(module)}
     is_adapter = is_in(module, "vllm_specedge.adapter")
     assert "vllm" not in libraries or is_adapter
-    assert not libraries & {"torch", "transformers"} or is_adapter or is_in(module, "edge_client.drafters")
+    of_models = {"torch", "transformers", "llama_cpp"}
+    assert not libraries & of_models or is_adapter or is_in(module, "edge_client.drafters")
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -194,7 +211,8 @@ def test_the_two_sides_share_the_protocol_and_nothing_else(module: str) -> None:
         of_the_edge = {name for name in imports if is_in(name, "edge_client")}
         assert of_the_edge <= (PURE if module in MAY_IMPORT_EDGE else set())
     else:
-        assert {name for name in imports if is_in(name, "vllm_specedge")} <= EDGE_MAY_IMPORT
+        allowed = EDGE_MAY_IMPORT | (SIMULATOR if module in MAY_SIMULATE else set())
+        assert {name for name in imports if is_in(name, "vllm_specedge")} <= allowed
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -219,7 +237,7 @@ def test_imports_point_down(module: str) -> None:
 def test_importing_the_packages_loads_nothing_heavy() -> None:
     code = (
         "import sys, vllm_specedge, edge_client, edge_client.cli\n"
-        "print(sorted({'torch', 'vllm', 'transformers', 'numpy', 'zmq', 'fastapi'} & sys.modules.keys()))"
+        "print(sorted({'torch', 'vllm', 'transformers', 'llama_cpp', 'numpy', 'zmq', 'fastapi'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

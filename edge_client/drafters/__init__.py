@@ -62,7 +62,7 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DrafterOptions:
-    """What to draft with: `draft` is `ngram`, or a Hugging Face model by directory or hub name."""
+    """What to draft with: `draft` is `ngram`, a GGUF file, or a Hugging Face model by directory or hub name."""
 
     draft: str
     device: str = "auto"

@@ -58,7 +58,7 @@ class Entries:
         kept = [*range(start, length), *moved]
         numbers = {start - 1: start - 1} | {old: new for new, old in enumerate(kept, start)}
         try:
-            parents = [numbers[self._parent(old)] for old in kept]
+            parents = [numbers[self.parent(old)] for old in kept]
         except (KeyError, IndexError):
             raise ValueError(f"{list(moved)} cannot be kept after {length} entries without their parents") from None
         if kept != sorted(set(kept)):
@@ -75,8 +75,15 @@ class Entries:
         seen = self._tree[entry - self.trunk].seen if entry >= self.trunk else 0
         return [bool(seen >> index & 1) for index in range(len(self._tree))]
 
-    def _parent(self, entry: int) -> int:
+    def parent(self, entry: int) -> int:
+        """The entry that this one follows; -1 for entry 0."""
         return entry - 1 if entry < self.trunk else self._tree[entry - self.trunk].parent
+
+    @property
+    def leaves(self) -> list[int]:
+        """The entries that nothing follows, in ascending order; of a chain, its last."""
+        followed = {entry.parent for entry in self._tree}
+        return [entry for entry in range(max(0, self.trunk - 1), len(self)) if entry not in followed]
 
     def _set(self, start: int, parents: list[int]) -> None:
         """Make the first `start` entries a chain, and what follows have these parents."""

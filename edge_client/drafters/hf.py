@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from edge_client.drafters import Candidate
 from edge_client.drafters.entries import Entries
+from edge_client.drafters.hub import model_name
 from edge_client.drafters.passes import candidates, tree_bias
 from vllm_specedge.errors import UserError
 from vllm_specedge.fingerprint import vocabulary_fingerprint
@@ -124,14 +125,10 @@ class HfDrafter:
         )
 
 
-def choose_device(wanted: str) -> str:
-    """`auto`: the first there is of CUDA, MPS, CPU. Raises UserError for one that is not there."""
+def devices_of_torch() -> list[str]:
+    """What the torch that is installed here can use, best first."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return next(device for device, is_there in there.items() if is_there)
-    if not there.get(wanted.partition(":")[0], False):
-        raise UserError(f"There is no device '{wanted}' here: choose {', '.join(d for d, ok in there.items() if ok)}.")
-    return wanted
+    return [device for device, is_there in there.items() if is_there]
 
 
 def load_hf_drafter(name: str, device: str, kept: list[int] | None, fingerprint: str) -> HfDrafter:
@@ -140,7 +137,7 @@ def load_hf_drafter(name: str, device: str, kept: list[int] | None, fingerprint:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.float16)
     except (OSError, ValueError) as error:
         raise no_model(name, error) from None
-    return HfDrafter(model.to(device).eval(), fingerprint, Path(name).name, kept)
+    return HfDrafter(model.to(device).eval(), fingerprint, model_name(Path(name)), kept)
 
 
 def no_model(name: str, error: Exception) -> UserError:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from edge_client.drafters import Candidate
 from edge_client.drafters.entries import Entries
+from edge_client.drafters.hub import model_name
 from edge_client.drafters.llama_weights import Layer, Llama, Shape, load_llama, read_config, rope_tables
 from edge_client.drafters.passes import candidates, tree_bias
 
@@ -215,7 +216,7 @@ class LlamaDrafter:
         self.fingerprint = fingerprint
         self.max_context_tokens = self._model.context
         head = f"{len(kept)} of {self._model.shape.vocab} tokens" if kept else "full vocabulary"
-        self.description = f"{directory.name} on cpu, int8, {head}"
+        self.description = f"{model_name(directory)} on cpu, int8, {head}"
 
     def open(self) -> FastSequence:
         return FastSequence(self._model)

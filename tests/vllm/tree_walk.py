@@ -26,6 +26,8 @@ class TreeWalk:
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     num_checked: int = 0
+    tolerance: float = 1e-3
+    """Of a probability. Quantized activations jump where a batch's shape changes a last bit; a wrong mask is worse."""
 
     def path(self, entry: int) -> list[int]:
         """The entries that lead to one, itself included."""
@@ -38,8 +40,9 @@ class TreeWalk:
     def check(self, said: list[Candidate], entry: int) -> None:
         alone = self.alone([self.tokens[above] for above in self.path(entry)])
         assert len(said) == WIDTH
-        assert said[0].token == alone[0].token
-        assert [ours.probability for ours in said] == pytest.approx([theirs.probability for theirs in alone], abs=1e-3)
+        assert said[0].token == alone[0].token or alone[0].probability - alone[1].probability < self.tolerance
+        expected = [theirs.probability for theirs in alone]
+        assert [ours.probability for ours in said] == pytest.approx(expected, abs=self.tolerance)
         self.num_checked += 1
 
     def append(self, tokens: Sequence[int]) -> None:

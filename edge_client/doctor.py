@@ -1,0 +1,294 @@
+"""`edge-client doctor`: tries a machine, its draft model and the way to a gateway, and says whether it would help."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import httpx2 as httpx
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from edge_client.drafters import Drafter, DrafterOptions
+from edge_client.drafters.load import fetched, load_drafter
+from edge_client.forecast import (
+    ASSUMED_ACCEPTANCE,
+    Knowledge,
+    Measured,
+    Speeds,
+    forecast,
+    knowledge,
+    verdict,
+    would_help,
+)
+from edge_client.link import Gateway, Link, LinkError
+from vllm_specedge import __version__
+from vllm_specedge.errors import UserError
+from vllm_specedge.frames import PROTOCOL_VERSION, Frame, Hello, Welcome
+
+NUM_PASSES = 9
+NUM_PINGS = 9
+WIDE_ROWS = 8
+CONTEXT_TOKENS = 64
+DEADLINE_S = 20.0
+BYE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the table: what was found, or what to do."""
+
+    name: str
+    is_good: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to look at."""
+
+    gateway: Gateway
+    options: DrafterOptions
+    role: str
+    name: str
+    max_width: int
+    """Rows of a pass; 0: as the drafter can."""
+    spec_tokens: int
+    acceptance: float | None
+    """None: what the server has counted, else ASSUMED_ACCEPTANCE."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassTimes:
+    """Medians of several forward passes."""
+
+    one_s: float
+    wide_s: float
+    rows: int
+
+
+@dataclass(slots=True)
+class Reached:
+    """An admission, and what it showed."""
+
+    model: str = ""
+    rtts_s: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Diagnosis:
+    """What was found."""
+
+    checks: list[Check] = field(default_factory=list)
+    speeds: list[Speeds] = field(default_factory=list)
+    verdict: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """All checks passed, and the machine would help."""
+        return all(check.is_good for check in self.checks) and would_help(self.speeds)
+
+
+def diagnose(asked: Asked) -> Diagnosis:
+    """Check one thing after the other. Raises UserError for options that cannot be used."""
+    asked.gateway.client()  # what cannot be used of it is said at once
+    found = Diagnosis()
+    drafter, times = _look_at_draft(asked, found)
+    reached = asyncio.run(_look_at_gateway(asked, drafter, found))
+    known = asyncio.run(_ask_metrics(asked, found)) if reached is not None else None
+    if times is None or reached is None or known is None or known.server is None or not drafter:
+        found.verdict = "cannot be judged: mend what failed above first"
+        return found
+    acceptance = _acceptance(asked, known, found)
+    width = min(asked.max_width or drafter.max_width, drafter.max_width)
+    rtt_s = statistics.median(reached.rtts_s)
+    measured = Measured(
+        times.one_s, times.wide_s, times.rows, width, rtt_s, known.server, acceptance, asked.spec_tokens
+    )
+    found.speeds = forecast(measured)
+    found.verdict = verdict(measured, found.speeds)
+    return found
+
+
+# -- the draft -----------------------------------------------------------------------------------------------------
+
+
+def _look_at_draft(asked: Asked, found: Diagnosis) -> tuple[Drafter | None, PassTimes | None]:
+    chosen: list[str] = []
+    try:
+        started_s = time.monotonic()
+        drafter = load_drafter(fetched(asked.options, is_quiet=False), chosen.append)
+    except UserError as error:
+        found.checks.append(Check("draft model", False, str(error)))
+        return None, None
+    took_s = time.monotonic() - started_s
+    found.checks.append(Check("device", True, " ".join(chosen)))
+    found.checks.append(Check("draft model", True, f"{drafter.description}; loaded in {took_s:.1f} s"))
+    try:
+        times = time_passes(drafter, time.perf_counter)
+    except Exception as error:  # noqa: BLE001 - whatever a model's code does: it cannot draft, which is what is asked
+        text = f"A forward pass fails ({error!s:.120}): choose another draft or --device cpu."
+        found.checks.append(Check("forward pass", False, text))
+        return drafter, None
+    wide = f", {1e3 * times.wide_s:.1f} ms of {times.rows}" if times.rows > 1 else " (it has no wider ones)"
+    found.checks.append(
+        Check("forward pass", True, f"{1e3 * times.one_s:.1f} ms of 1 row{wide}, median of {NUM_PASSES}")
+    )
+    return drafter, times
+
+
+def time_passes(drafter: Drafter, clock: Callable[[], float]) -> PassTimes:
+    """Medians of forward passes behind a short context; the first of each kind is not counted."""
+    sequence = drafter.open()
+    sequence.append(range(1, 1 + CONTEXT_TOKENS), 1)
+    rows = min(WIDE_ROWS, drafter.max_width)
+
+    def one() -> None:
+        sequence.append([1], 1)
+
+    def wide() -> None:
+        sequence.branch(range(1, 1 + rows), [CONTEXT_TOKENS - 1] * rows, 1)
+
+    def durations(run_pass: Callable[[], None]) -> Iterator[float]:
+        for _ in range(NUM_PASSES + 1):
+            started_s = clock()
+            run_pass()
+            yield clock() - started_s
+            sequence.keep(CONTEXT_TOKENS)
+
+    one_s = statistics.median(list(durations(one))[1:])
+    return PassTimes(one_s, statistics.median(list(durations(wide))[1:]) if rows > 1 else one_s, rows)
+
+
+# -- the gateway ---------------------------------------------------------------------------------------------------
+
+
+async def _look_at_gateway(asked: Asked, drafter: Drafter | None, found: Diagnosis) -> Reached | None:
+    try:
+        answer = await _get(asked.gateway, "/healthz")
+    except LinkError as error:
+        todo = "start the server with --speculative-config edge, or mend the URL"
+        text = f"{asked.gateway.url} does not answer ({error}): {todo}."
+        found.checks.append(Check("gateway", False, text))
+        return None
+    found.checks.append(Check("gateway", True, f"{asked.gateway.url} answers"))
+    if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        found.checks.append(Check("server", False, "No vLLM server is connected to this gateway: start one."))
+        return None
+    try:
+        # Without a vocabulary first: what is refused then is the token, the role or the protocol's version.
+        reached = await _reach(asked, "")
+    except (LinkError, UserError) as error:
+        found.checks.append(Check("admission", False, _sentence(error)))
+        return None
+    rtt_ms = 1e3 * statistics.median(reached.rtts_s)
+    token = "the token is accepted" if asked.gateway.token else "no token is needed"
+    found.checks.append(Check("admission", True, f"{token}; it serves {reached.model}"))
+    found.checks.append(Check("round trip", True, f"{rtt_ms:.1f} ms, median of {len(reached.rtts_s)}"))
+    if drafter is None:
+        return reached
+    if not drafter.fingerprint:
+        found.checks.append(Check("vocabulary", True, "prompt lookup takes any"))
+        return reached
+    try:
+        await _reach(asked, drafter.fingerprint)
+    except (LinkError, UserError) as error:
+        found.checks.append(Check("vocabulary", False, _sentence(error)))
+        return None
+    found.checks.append(Check("vocabulary", True, "the draft's is the server's"))
+    return reached
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"The connection fails ({error}): try again."
+
+
+async def _get(gateway: Gateway, path: str) -> httpx.Response:
+    """Raises LinkError, and UserError for what is no gateway's URL."""
+    try:
+        async with gateway.client() as client:
+            return await client.get(path)
+    except httpx.UnsupportedProtocol:
+        raise UserError(f"'{gateway.url}' is no gateway URL: it starts with http:// or https://.") from None
+    except (httpx.HTTPError, OSError) as error:
+        raise LinkError(str(error) or type(error).__name__) from None
+
+
+async def _reach(asked: Asked, fingerprint: str) -> Reached:
+    """Connect as an edge that takes no requests, measure some round trips and leave. Raises LinkError or UserError."""
+    reached, is_done = Reached(), asyncio.Event()
+
+    def on_frame(frame: Frame) -> None:
+        if isinstance(frame, Welcome):
+            reached.model = frame.model
+
+    def on_pong(rtt_s: float) -> None:
+        reached.rtts_s.append(rtt_s)
+        if len(reached.rtts_s) < NUM_PINGS:
+            link.ping()
+        else:
+            is_done.set()
+
+    hello = Hello(PROTOCOL_VERSION, f"edge-client/{__version__}", asked.name, asked.role, fingerprint, 0)
+    link = Link(asked.gateway, hello, on_frame, on_pong)
+    running, waiting = asyncio.create_task(link.run()), asyncio.create_task(is_done.wait())
+    try:
+        await asyncio.wait({running, waiting}, timeout=DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()  # it raises
+        if not waiting.done():
+            raise LinkError(f"{NUM_PINGS} round trips took more than {DEADLINE_S:.0f} s")
+        link.close()
+        await asyncio.wait({running}, timeout=BYE_S)
+    finally:
+        for task in (running, waiting):
+            task.cancel()
+        await asyncio.gather(running, waiting, return_exceptions=True)
+    return reached
+
+
+async def _ask_metrics(asked: Asked, found: Diagnosis) -> Knowledge | None:
+    known = None
+    with suppress(LinkError, ValueError):
+        known = knowledge((await _get(asked.gateway, "/metrics")).text)
+    if known is None or known.server is None:
+        text = "The server has not said yet what its steps take: send it a request, and try again."
+        found.checks.append(Check("server", False, text))
+        return None
+    step_ms = 1e3 * known.server.step_s(1, 1)
+    verifying_ms = 1e3 * known.server.step_s(1, 1 + asked.spec_tokens, is_verifying=True)
+    text = f"a step takes {step_ms:.1f} ms, one that verifies {asked.spec_tokens} tokens {verifying_ms:.1f} ms"
+    found.checks.append(Check("server", True, text))
+    return known
+
+
+def _acceptance(asked: Asked, known: Knowledge, found: Diagnosis) -> float:
+    if asked.acceptance is not None:
+        acceptance, source = asked.acceptance, "as --acceptance says"
+    elif known.acceptance is not None:
+        acceptance, source = known.acceptance, "of the edges that this server had until now"
+    else:
+        acceptance, source = ASSUMED_ACCEPTANCE, "assumed: --acceptance says otherwise"
+    found.checks.append(Check("acceptance", True, f"{acceptance:.2f}, {source}"))
+    return acceptance
+
+
+# -- shown ---------------------------------------------------------------------------------------------------------
+
+
+def tables(found: Diagnosis) -> list[Table]:
+    """The checks, and tokens per second with and without this machine."""
+    checks = Table("check", "", "found", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for check in found.checks:
+        checks.add_row(check.name, "ok" if check.is_good else "[red]FAILED[/]", Text(check.text))
+    if not found.speeds:
+        return [checks]
+    speeds = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for title in ("requests", "tokens/s without", "with this machine", "times"):
+        speeds.add_column(title, justify="right")
+    for each in found.speeds:
+        speeds.add_row(str(each.requests), f"{each.plain:.1f}", f"{each.edge:.1f}", f"{each.ratio:.2f}")
+    return [checks, speeds]

@@ -1,0 +1,220 @@
+"""A GGUF file as the draft, by llama.cpp: one cache for all contexts, whose branches are lanes of it (see `lanes`)."""
+
+import ctypes
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from edge_client.drafters import Candidate
+from edge_client.drafters.lanes import Cut, Lanes, Row
+from vllm_specedge.errors import UserError
+from vllm_specedge.fingerprint import vocabulary_fingerprint
+
+MAGIC = b"GGUF"
+MAX_CONTEXT_TOKENS = 4096
+NUM_CONTEXTS = 2
+"""So many contexts of full length fit the cache, or many that are short."""
+NUM_LANES = 256
+"""As many sequences as llama.cpp's cache can tell apart."""
+MAX_WIDTH = 8
+BATCH_TOKENS = 256
+"""A longer chain goes through the model in pieces of this."""
+ERROR_LEVEL = 3
+ALL_LAYERS = -1
+
+_errors: deque[str] = deque(maxlen=1)
+"""The last error that llama.cpp logged: what it returns says no more than that there was one."""
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    if level == ERROR_LEVEL:
+        _errors.append(text.decode("utf-8", "replace").strip())
+
+
+class GgufSequence:
+    """One request's context: some lanes of its drafter's cache."""
+
+    def __init__(self, model: "GgufModel") -> None:
+        self._model = model
+        self._lanes = Lanes(model.free_lanes)
+
+    def __del__(self) -> None:
+        # In whatever thread drops it: the cells are given back by the one that drafts.
+        self._model.abandoned.append(self._lanes)
+
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
+        self._model.cut(self._lanes.keep(length, moved))
+
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        self._model.reclaim()
+        self._model.check_room(len(self._lanes) + len(tokens), len(tokens))
+        lane, start, _ = self._lanes.append(len(tokens))
+        for done in range(0, len(tokens), BATCH_TOKENS):
+            piece = tokens[done : done + BATCH_TOKENS]
+            rows = [Row(lane, start + done + i, None) for i in range(len(piece))]
+            is_last = done + len(piece) == len(tokens)
+            self._model.run(piece, rows, [len(piece) - 1] if is_last else [])
+        return self._model.candidates([len(rows) - 1], width)[0]
+
+    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        self._model.reclaim()
+        rows = self._lanes.branch(parents)
+        self._model.check_room(max(row.position for row in rows) + 1, len(tokens))
+        self._model.run(tokens, rows, range(len(rows)))
+        return self._model.candidates(range(len(rows)), width)
+
+
+class GgufModel:
+    """The weights, the cache and llama.cpp's handles on them. Used from one thread, but for `abandoned`."""
+
+    def __init__(self, file: Path, is_offloaded: bool, threads: int) -> None:
+        """Raises UserError."""
+        llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        _errors.clear()
+        options = llama_cpp.llama_model_default_params()
+        options.n_gpu_layers = ALL_LAYERS if is_offloaded else 0
+        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), options)
+        if not self._model:
+            raise _unusable(file, _errors[-1] if _errors else "no reason given")
+        if llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model):
+            raise _unusable(file, "its states cannot be rolled back")
+        if llama_cpp.llama_model_has_encoder(self._model):
+            raise _unusable(file, "it is no decoder")
+        self.vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
+        self.context_tokens = min(int(llama_cpp.llama_model_n_ctx_train(self._model)), MAX_CONTEXT_TOKENS)
+        self._context = self._make_context(file, threads)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        self.free_lanes = list(range(NUM_LANES))
+        self.abandoned: deque[Lanes] = deque()
+        """Lanes of contexts that nobody has any more."""
+
+    def _make_context(self, file: Path, threads: int) -> Any:
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = NUM_CONTEXTS * self.context_tokens
+        options.n_batch = options.n_ubatch = BATCH_TOKENS
+        options.n_seq_max = NUM_LANES
+        options.kv_unified = True  # lanes share cells
+        options.swa_full = True  # a window that forgot its past could not be rolled back
+        options.no_perf = True
+        options.n_threads = options.n_threads_batch = threads or psutil.cpu_count(logical=False) or options.n_threads
+        context = llama_cpp.llama_init_from_model(self._model, options)
+        if not context:
+            raise _unusable(file, _errors[-1] if _errors else "there is no room for its cache")
+        return context
+
+    @property
+    def description(self) -> str:
+        """The kind of model, its size and the format of its weights, as llama.cpp says it."""
+        text = ctypes.create_string_buffer(128)
+        llama_cpp.llama_model_desc(self._model, text, len(text))
+        return text.value.decode("utf-8", "replace")
+
+    def vocabulary(self) -> dict[str, int]:
+        """Its tokens, spelled as in a tokenizer.json, without those that only fill the vocabulary up to its size."""
+        texts = (llama_cpp.llama_vocab_get_text(self.vocab, id_).decode("utf-8", "replace") for id_ in self._ids())
+        return {text: id_ for id_, text in enumerate(texts) if not self._is_filling(id_, text)}
+
+    def _ids(self) -> range:
+        return range(self.vocab_size)
+
+    def _is_filling(self, id_: int, text: str) -> bool:
+        unused = llama_cpp.llama_vocab_get_attr(self.vocab, id_) & llama_cpp.LLAMA_TOKEN_ATTR_UNUSED
+        return bool(unused) and text == f"[PAD{id_}]"
+
+    def check_room(self, end: int, num_tokens: int) -> None:
+        """Raises ValueError where a context would become longer than may be, or nothing is to be run."""
+        if not num_tokens:
+            raise ValueError("a context grows by one token at least")
+        if end > self.context_tokens:
+            raise ValueError(f"{end} tokens do not fit a context of {self.context_tokens}")
+
+    def reclaim(self) -> None:
+        """Give back the lanes and cells of contexts that were dropped."""
+        while self.abandoned:
+            self.cut(self.abandoned.popleft().keep(0, ()))
+
+    def cut(self, cuts: Sequence[Cut]) -> None:
+        for lane, position in cuts:
+            llama_cpp.llama_memory_seq_rm(self._memory, lane, position, -1)
+
+    def run(self, tokens: Sequence[int], rows: Sequence[Row], said: Sequence[int]) -> None:
+        """One forward pass; logits of the rows in `said`. Raises RuntimeError where the cache is full, say."""
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for i, (token, (lane, position, source)) in enumerate(zip(tokens, rows, strict=True)):
+            if source is not None:
+                llama_cpp.llama_memory_seq_cp(self._memory, source, lane, 0, position)
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, lane
+            batch.logits[i] = i in said
+        status = llama_cpp.llama_decode(self._context, batch)
+        if status:
+            raise RuntimeError(f"llama.cpp's cache is full, or it failed (status {status})")
+
+    def candidates(self, rows: Sequence[int], width: int) -> list[list[Candidate]]:
+        """The `width` most probable next tokens by each of these rows of the last pass."""
+        return [_best(self._logits(row), width) for row in rows]
+
+    def _logits(self, row: int) -> NDArray[np.float32]:
+        """[vocabulary], overwritten by the next pass."""
+        pointer = llama_cpp.llama_get_logits_ith(self._context, row)
+        return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,))
+
+
+def _best(logits: NDArray[np.float32], width: int) -> list[Candidate]:
+    width = min(width, len(logits))
+    ids = np.argpartition(logits, -width)[-width:]
+    ids = ids[np.argsort(-logits[ids])]
+    peak = logits[ids[0]]
+    probabilities = np.exp(logits[ids] - peak) / np.exp(logits - peak).sum()
+    return [Candidate(*pair) for pair in zip(ids.tolist(), probabilities.tolist(), strict=True)]
+
+
+def _unusable(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} cannot be drafted with ({reason:.160}): name another GGUF file, or draft with 'ngram'.")
+
+
+class GgufDrafter:
+    """A GGUF file, on llama.cpp's accelerator or the CPU."""
+
+    max_width = MAX_WIDTH
+
+    def __init__(self, file: Path, device: str, threads: int) -> None:
+        """Raises UserError."""
+        self._model = GgufModel(file, device != "cpu", threads)
+        self.fingerprint = vocabulary_fingerprint(self._model.vocabulary())
+        self.max_context_tokens = self._model.context_tokens
+        self.description = f"{file.name} on {device}, llama.cpp, {self._model.description}"
+
+    def open(self) -> GgufSequence:
+        return GgufSequence(self._model)
+
+
+def devices_of_llama_cpp() -> list[str]:
+    """What the llama.cpp that is installed here can use, best first."""
+    info = llama_cpp.llama_print_system_info().decode()
+    named = {"cuda": "CUDA", "mps": "MTL"}
+    found = [device for device, name in named.items() if name in info or (device == "mps" and "Metal" in info)]
+    if not found and llama_cpp.llama_supports_gpu_offload():
+        found = ["gpu"]  # Vulkan, ROCm and others
+    return [*found, "cpu"]
+
+
+def check_gguf(file: Path) -> None:
+    """Raises UserError for what is no GGUF file."""
+    try:
+        with file.open("rb") as opened:
+            magic = opened.read(len(MAGIC))
+    except OSError as error:
+        raise UserError(f"The draft {file} cannot be read: {error.strerror}.") from None
+    if magic != MAGIC:
+        raise UserError(f"{file} is no GGUF file: name one, or a model directory without the ending .gguf.")

@@ -1,0 +1,63 @@
+"""Draft models from the Hugging Face hub, fetched once and kept in its cache."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from vllm_specedge.errors import UserError
+
+PREFIX = "hf:"
+"""`hf:OWNER/NAME/FILE.gguf` is one file of a repository."""
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_WEIGHTS = ("*.safetensors", "*.bin")
+"""The first kind that a repository has is fetched: many have the same weights in several."""
+
+
+def is_hub_name(draft: str) -> bool:
+    """Whether it is no place on this machine, but may be a repository or `hf:` and a file of one."""
+    if draft.startswith(PREFIX):
+        return True
+    return bool(_NAME.fullmatch(draft)) and not Path(draft).exists()
+
+
+def fetch(draft: str, is_quiet: bool) -> Path:
+    """A model's directory or a GGUF file on this machine, after it was downloaded with a progress bar, if it had to be.
+
+    Raises UserError, and ImportError without huggingface_hub.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download  # noqa: PLC0415 - an optional extra
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415
+
+    if is_quiet:
+        disable_progress_bars()
+    owner, repo, file = [*draft.removeprefix(PREFIX).split("/", 2), "", ""][:3]
+    if draft.startswith(PREFIX) and not file:
+        raise UserError(f"'{draft}' names no file: hf:OWNER/NAME/FILE.gguf does.")
+    try:
+        return Path(hf_hub_download(f"{owner}/{repo}", file)) if file else _snapshot(snapshot_download, draft)
+    except HFValidationError:
+        raise UserError(f"'{draft}' is no name on the hub: it looks like OWNER/NAME.") from None
+    except LocalEntryNotFoundError:
+        text = f"'{draft}' is not on this machine and no model hub can be reached: name a local draft, or 'ngram'."
+        raise UserError(text) from None
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"'{draft}' cannot be fetched ({reason:.120}): name another draft, or 'ngram'.") from None
+
+
+def _snapshot(download: Callable[..., str], name: str) -> Path:
+    directory = Path()
+    for weights in _WEIGHTS:
+        directory = Path(download(name, allow_patterns=[*_MODEL_FILES, weights]))
+        if any(directory.glob(weights)):
+            break
+    return directory
+
+
+def model_name(directory: Path) -> str:
+    """What people call the model in a directory; those of the hub's cache are named by a commit."""
+    if directory.parent.name == "snapshots":
+        return directory.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return directory.name

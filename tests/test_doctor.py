@@ -1,0 +1,191 @@
+"""`edge-client doctor` against a real gateway process; the engine behind it says what a server has learnt."""
+
+import io
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from rich.console import Console
+from stack import BIN, wait_for
+
+from edge_client.doctor import Asked, Check, Diagnosis, diagnose, tables, time_passes
+from edge_client.drafters import DrafterOptions
+from edge_client.drafters.ngram import NgramDrafter
+from edge_client.link import Gateway
+from tests.helpers import ListSequence
+from tests.test_gateway import DEADLINE_S, Engine, Running, free_port, metric, running_gateway
+from tests.test_gguf_drafter import GGUF
+from vllm_specedge.counters import ENGINE_COUNTERS
+from vllm_specedge.errors import UserError
+from vllm_specedge.frames import PROTOCOL_VERSION, EngineHello, Frame, Stats, StepTimes
+from vllm_specedge.link import EngineLink
+from vllm_specedge.stepcost import KNOTS
+from vllm_specedge.tokens import TokenFile
+
+SLOW_GPU = StepTimes(tuple(200_000 + 100 * knot for knot in KNOTS), 0, 0, 0)
+"""A model so large that any draft pays: 0.2 s a step, 0.1 ms a token."""
+
+
+def learnt(endpoint: str, fingerprint: str, *frames: Frame) -> EngineLink:
+    link = EngineLink(endpoint, EngineHello(PROTOCOL_VERSION, "toy", fingerprint, 49152), lambda: None, lambda: frames)
+    link.start()
+    return link
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    counted = {"verified_drafts": 100, "verified_tokens": 300, "accepted_tokens": 240}
+    stats = Stats(tuple(counted.get(name, 0) for name, _ in ENGINE_COUNTERS))
+    with running_gateway(tmp_path_factory.mktemp("gateway")) as running:
+        link = learnt(running.endpoint, "f" * 64, stats, SLOW_GPU)
+        until_learnt(running)
+        yield running
+        link.stop()
+
+
+def until_learnt(running: Running) -> None:
+    """Wait until the gateway knows what the engine says once a second."""
+    deadline = threading.Event()
+    for _ in range(int(DEADLINE_S / 0.1)):
+        if "specedge_engine_step_seconds{" in httpx.get(f"{running.url}/metrics", trust_env=False).text:
+            return
+        deadline.wait(0.1)
+    raise running.process.fail("the gateway was not told what steps take")
+
+
+def look(url: str, draft: str = "ngram", token: str = "", acceptance: float | None = None, ca: str = "") -> Diagnosis:
+    options = DrafterOptions(draft, device="cpu", threads=1)
+    return diagnose(Asked(Gateway(url, token, ca), options, "pool", "test", 0, 5, acceptance))
+
+
+def failed(found: Diagnosis) -> dict[str, str]:
+    assert found.is_good == (not any(not check.is_good for check in found.checks) and bool(found.speeds))
+    return {check.name: check.text for check in found.checks if not check.is_good}
+
+
+def test_a_machine_that_would_help(gateway: Running) -> None:
+    done = subprocess.run(
+        [str(BIN / "edge-client"), "doctor", gateway.url, "--draft", "ngram"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "FAILED" not in done.stdout
+    for said in ("Drafting by prompt lookup", "no token is needed", "it serves toy", "a step takes 200.1 ms"):
+        assert said in " ".join(done.stdout.split())
+    assert "This machine would help: about" in done.stdout
+
+
+def test_acceptance_is_what_the_server_has_counted_unless_it_is_given(gateway: Running) -> None:
+    found = look(gateway.url)
+    assert not failed(found)
+    [acceptance] = [check.text for check in found.checks if check.name == "acceptance"]
+    assert acceptance.startswith("0.89, of the edges that this server had")
+    assert found.speeds[0].ratio > 1.5
+    found = look(gateway.url, acceptance=0.01)
+    assert not found.is_good
+    assert found.verdict.startswith("would not help: ")
+
+
+def test_another_vocabulary_is_said(gateway: Running) -> None:
+    found = look(gateway.url, str(GGUF))
+    assert list(failed(found)) == ["vocabulary"]
+    assert "The draft model's tokenizer is not that of toy" in failed(found)["vocabulary"]
+    assert "round trip" in [check.name for check in found.checks if check.is_good]
+    assert found.verdict == "cannot be judged: mend what failed above first"
+
+
+def test_a_draft_that_cannot_be_loaded_is_one_check_of_several(gateway: Running) -> None:
+    found = look(gateway.url, "/nowhere.gguf")
+    assert list(failed(found)) == ["draft model"]
+    assert "round trip" in [check.name for check in found.checks]
+
+
+def test_what_is_in_brackets_is_shown() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    for table in tables(Diagnosis([Check("draft model", False, "pip install 'vllm-specedge[hf]'")])):
+        console.print(table)
+    said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "draft model FAILED pip install 'vllm-specedge[hf]'" in said
+
+
+def test_no_gateway_and_no_server(tmp_path: Path) -> None:
+    found = look(f"http://127.0.0.1:{free_port()}")
+    assert list(failed(found)) == ["gateway"]
+    assert "start the server with --speculative-config edge" in failed(found)["gateway"]
+    with running_gateway(tmp_path) as running:
+        assert failed(look(running.url)) == {"server": "No vLLM server is connected to this gateway: start one."}
+        link = learnt(running.endpoint, "f" * 64, StepTimes((), 0, 0, 0))
+        wait_for(running.process, f"{running.url}/healthz", "engines", 1)
+        assert "has not said yet what its steps take" in failed(look(running.url))["server"]
+        link.stop()
+
+
+def test_a_token_is_accepted_or_refused(tmp_path: Path) -> None:
+    tokens = TokenFile(tmp_path / "tokens.json")
+    token = tokens.issue("pool", "pool")
+    with running_gateway(tmp_path, "--tokens-file", str(tmp_path / "tokens.json")) as running:
+        link = learnt(running.endpoint, "f" * 64, SLOW_GPU)
+        until_learnt(running)
+        assert "name its file with --token-file" in failed(look(running.url, token="se-wrong"))["admission"]
+        found = look(running.url, token=token)
+        assert not failed(found)
+        assert "the token is accepted; it serves toy" in [check.text for check in found.checks]
+        assert any("assumed" in check.text for check in found.checks if check.name == "acceptance")
+        link.stop()
+
+
+def test_it_takes_no_requests_from_others(tmp_path: Path) -> None:
+    with running_gateway(tmp_path) as running:
+        engine = Engine(running.endpoint)
+        wait_for(running.process, f"{running.url}/healthz", "engines", 1)
+        engine.link.send(engine.book.open("waiting", [1] * 20, ""))
+        assert "admission" not in failed(look(running.url))
+        assert metric(running, "specedge_gateway_assigned_total") == 0
+        engine.link.stop()
+
+
+def test_a_users_fault_ends_with_2() -> None:
+    with pytest.raises(UserError, match="is no gateway URL"):
+        look("localhost:8100")
+    with pytest.raises(UserError, match="CA file"):
+        look("https://localhost:1", ca="/nowhere")
+
+
+class Clock:
+    """Passes take as long as the next number says."""
+
+    def __init__(self, *durations_s: float) -> None:
+        self.left, self.now_s, self.is_start = list(durations_s), 0.0, True
+
+    def __call__(self) -> float:
+        if not self.is_start:
+            self.now_s += self.left.pop(0)
+        self.is_start = not self.is_start
+        return self.now_s
+
+
+class ToyDrafter:
+    fingerprint, max_context_tokens, max_width, description = "", 4096, 8, "toy"
+
+    def __init__(self) -> None:
+        self.opened: list[ListSequence] = []
+
+    def open(self) -> ListSequence:
+        self.opened.append(ListSequence(lambda tokens: []))
+        return self.opened[-1]
+
+
+def test_passes_are_timed_by_their_median_and_the_first_is_left_out() -> None:
+    ones, wides = [9.0, 1, 1, 1, 1, 2, 3, 3, 3, 90], [9.0, 4, 4, 4, 4, 5, 6, 6, 6, 90]
+    drafter = ToyDrafter()
+    times = time_passes(drafter, Clock(*ones, *wides))
+    assert (times.one_s, times.wide_s, times.rows) == (2, 5, 8)
+    assert len(drafter.opened[0].entries) == 64, "each pass is taken back"
+    narrow = time_passes(NgramDrafter(), Clock(*ones))
+    assert (narrow.one_s, narrow.wide_s, narrow.rows) == (2, 2, 1)
