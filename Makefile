@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 MODEL := .cache/smollm2
 DRAFT := .cache/smollm2-draft
 
-.PHONY: help demo test test-fast test-vllm test-faults soak fuzz check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
+.PHONY: help demo play test test-fast test-vllm test-faults soak fuzz check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
 help:
 	@echo "make demo            a real server, a real edge, the same questions with and without it"
 	@echo "make demo EDGE=ngram the same with prompt lookup, on tasks where that helps"
+	@echo "make play            the demo's server and an edge that stay: a status page to look at, a chat"
 	@echo "make test            every test, on a real vLLM (about 15 minutes once installed)"
 	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
 	@echo "make test-faults     what can go wrong around a server under load: a table (ten minutes)"
@@ -39,6 +40,9 @@ model: $(MODEL)/config.json $(DRAFT)/config.json
 
 demo: $(VENV)/.installed model
 	@$(BIN)/python examples/demo.py $(EDGE)
+
+play: $(VENV)/.installed model
+	@$(BIN)/python examples/play.py
 
 test: test-fast test-vllm
 

@@ -1,0 +1,131 @@
+"""Every command in the documents is one that there is, with options that it takes; every link leads somewhere."""
+
+import re
+import shlex
+import subprocess
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import edge_client.cli
+import vllm_specedge.cli
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*.md")])
+COMMANDS = {
+    "edge-client": typer.main.get_command(edge_client.cli.app),
+    "vllm-specedge": typer.main.get_command(vllm_specedge.cli.app),
+}
+ELSEWHERE = {"vllm"}
+"""What a test on the real vLLM parses (tests/vllm/test_documents.py)."""
+OTHERS = {"cd", "curl", "docker", "promtool", "source", "python", "ssh", "systemctl", "mkdir", "cp", "launchctl", "git"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One line of a document."""
+
+    document: str
+    line: str
+    is_whole: bool = True
+    """Not only a mention of an option or two."""
+
+    def __str__(self) -> str:
+        return f"{self.document}: {self.line}"
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.line, comments=True)
+
+
+def commands() -> list[Command]:
+    """Lines of blocks that are for a shell, and what stands in the text as a command with options."""
+    found = []
+    for document in DOCUMENTS:
+        name, text = document.relative_to(ROOT).as_posix(), document.read_text()
+        blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        blocks += re.findall(r"^    ((?:edge-client|vllm-specedge|make) .*)$", text, re.MULTILINE)
+        for block in blocks:
+            found += [Command(name, line) for line in _lines(block)]
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        quoted = re.findall(r"`((?:edge-client|vllm-specedge) [^`]+)`", prose)
+        found += [Command(name, " ".join(each.split()), is_whole=False) for each in quoted]
+    return found
+
+
+def _lines(block: str) -> list[str]:
+    """Commands of a block; one may go on in the next line, after a backslash or inside of quotes."""
+    lines, begun = [], ""
+    for line in block.splitlines():
+        begun += line
+        if begun.endswith("\\"):
+            begun = begun[:-1]
+            continue
+        try:
+            words = shlex.split(begun, comments=True)
+        except ValueError:  # a quote is open
+            begun += "\n"
+            continue
+        if words:
+            lines.append(begun)
+        begun = ""
+    assert not begun, f"a command is never finished: {begun}"
+    return lines
+
+
+ALL = commands()
+
+
+def of(*programs: str) -> list[Command]:
+    return [command for command in ALL if command.words and command.words[0] in programs]
+
+
+def test_there_are_commands_and_each_is_looked_at() -> None:
+    assert len(ALL) > 20
+    known = {*COMMANDS, *ELSEWHERE, *OTHERS, "make", "pip"}
+    assert {command.words[0] for command in ALL} <= known
+
+
+@pytest.mark.parametrize("command", of(*COMMANDS), ids=str)
+def test_a_command_of_ours_is_one_that_it_takes(command: Command) -> None:
+    """Parsed by the command itself, down to the last subcommand; nothing is run."""
+    program, *words = command.words
+    found = COMMANDS[program]
+    while words and hasattr(found, "commands") and not words[0].startswith("-"):
+        found = found.commands[words.pop(0)]
+    if command.is_whole:
+        found.make_context(program, words)
+    known = {name for parameter in found.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word for word in words if word.startswith("--")} <= known | {"--help"}
+
+
+@pytest.mark.parametrize("command", of("make"), ids=str)
+def test_a_make_target_is_there(command: Command) -> None:
+    targets = [word for word in command.words[1:] if "=" not in word]
+    declared = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets
+    assert set(targets) <= set(declared)
+
+
+@pytest.mark.parametrize("command", of("pip"), ids=str)
+def test_an_extra_is_there(command: Command) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word in command.words:
+        for names in re.findall(r"\[(.+)\]", word):
+            assert set(names.split(",")) <= extras.keys()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_shell_blocks_are_shell(document: Path) -> None:
+    for block in re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE):
+        checked = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
+        assert checked.returncode == 0, checked.stderr

@@ -1,0 +1,115 @@
+"""Every command of ours in the documents is run as it stands there, against a real server; only names are put in."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from stack import BIN, DRAFT, MODEL
+
+from tests.test_documents import Command, of
+
+from .conftest import Target
+
+LIMIT_S = 120
+ENDLESS = {
+    ("edge-client", "connect"): "connected",
+    ("edge-client", "serve"): "OpenAI endpoint: ",
+    ("vllm-specedge", "gateway"): "Gateway listens",
+}
+"""What says that it is at work; then it is told to end."""
+WHOLE = [command for command in of("edge-client", "vllm-specedge") if command.is_whole]
+PORTS = iter(range(8280, 8300))
+
+
+def filled(command: Command, target: Target, directory: Path) -> list[str]:
+    """Its words, with this machine's names in the place of the document's."""
+    server = target.server
+    names = {
+        "https://gpu.example.org:8100": server.gateway_url,
+        "http://127.0.0.1:8100": server.gateway_url,
+        "https://gpu.example.org/v1": f"{server.url}/v1",
+        "DRAFT_MODEL": str(DRAFT),
+        "MODEL": str(DRAFT),
+        "ipc:///run/specedge/engines": f"ipc://{directory}/engines",
+        "127.0.0.1:8100": f"127.0.0.1:{next(PORTS)}",
+        "results.json": str(Path(__file__).parents[2] / "benchmarks" / "results" / "never-slower.json"),
+    }
+    program, *words = [names.get(word, word) for word in command.words]
+    return [str(BIN / program), *words]
+
+
+@pytest.mark.parametrize("command", WHOLE, ids=str)
+def test_a_command_of_ours_does_what_it_says(command: Command, edge_target: Target, tmp_path: Path) -> None:
+    words = filled(command, edge_target, tmp_path)
+    sign = ENDLESS.get((command.words[0], command.words[1]))
+    if command.words[1:3] in (["token", "list"], ["token", "revoke"]):
+        issue = [words[0], "token", "issue", "anna", "--tokens-file", "tokens.json"]
+        subprocess.run(issue, cwd=tmp_path, capture_output=True, timeout=LIMIT_S, check=True)
+    if sign is not None:
+        run_until(words, sign, tmp_path)
+        return
+    done = subprocess.run(
+        words, cwd=tmp_path, input="", capture_output=True, text=True, timeout=5 * LIMIT_S, check=False
+    )
+    assert done.returncode in ((0, 1) if words[1] == "doctor" else (0,)), done.stderr
+    assert done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def run_until(words: Sequence[str], sign: str, directory: Path) -> None:
+    """Until it says so; then it is interrupted, and ends well."""
+    with subprocess.Popen(words, cwd=directory, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        deadline = threading.Timer(LIMIT_S, process.kill)
+        deadline.start()
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if sign in line:
+                break
+        process.send_signal(signal.SIGINT)
+        said.append(process.stderr.read())
+        deadline.cancel()
+    assert sign in "".join(said)
+    assert "Traceback" not in "".join(said)
+    assert process.returncode == 0
+
+
+PARSE = """
+import json, sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+args = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
+validate_parsed_serve_args(args)
+print(json.dumps([AsyncEngineArgs.from_cli_args(args).speculative_config, args.middleware], default=str))
+"""
+
+
+@pytest.mark.parametrize("command", of("vllm"), ids=str)
+def test_a_server_s_command_is_one_that_vllm_takes(command: Command) -> None:
+    """By vLLM's own parser; other tests run servers with such options."""
+    program, what, *words = command.words
+    assert (program, what) == ("vllm", "serve")
+    words = [str(MODEL) if word == "MODEL" else word for word in words]
+    parsed = subprocess.run(
+        [str(BIN / "python"), "-c", PARSE, *words],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert parsed.returncode == 0, parsed.stderr
+    config, _ = json.loads(parsed.stdout.strip().splitlines()[-1])
+    assert re.search("edge|EdgeProposer", json.dumps(config))
+    assert shlex.join(words)

@@ -1,0 +1,47 @@
+"""`make play`, as the README says it: the status page, and a chat whose drafts are coloured."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx2 as httpx
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 240
+
+
+def test_a_server_to_look_at_and_to_chat_with() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "play.py"), "--port", "8290", "--gateway-port", "8291"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        deadline = threading.Timer(LIMIT_S, process.kill)
+        deadline.start()
+        said = ""
+        for line in process.stdout:
+            said += line
+            if "Ctrl-C" in line:
+                break
+        page = re.search(r"Status page: (\S+)", said)
+        chat = re.search(r"Chat, in another terminal: (.+)", said)
+        assert page, said
+        assert chat, said
+        assert "<title>vLLM-SpecEdge</title>" in httpx.get(page[1], trust_env=False).text
+        asked = subprocess.run(
+            [*shlex.split(chat[1]), "--ask", "Why is the sky blue?", "--temperature", "0", "--max-tokens", "64"],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+            env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm", "HF_HUB_OFFLINE": "1"},
+        )
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        deadline.cancel()
+    assert asked.returncode == 0, asked.stderr
+    assert "\x1b[32m" in asked.stdout, "no token was an accepted draft"
+    assert process.returncode == 0
