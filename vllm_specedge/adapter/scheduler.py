@@ -163,12 +163,15 @@ class EdgeScheduler(Scheduler):
             is_held = request.request_id in plan.holds
             # schedule() adds one to current_step before it compares, so + 2 skips exactly the coming step.
             request.next_decode_eligible_step = self.current_step + 2 if is_held else 0
-        if self._spans is not None:
-            for request_id in plan.holds:
-                self._spans.held(request_id)
+        self._note_holds(plan)
         if plan.drafts:
             drafts = DraftTokenIds(list(plan.drafts), list(plan.drafts.values()))
             super().update_draft_token_ids(drafts)
+
+    def _note_holds(self, plan: Plan) -> None:
+        if self._spans is not None:
+            for request_id in plan.holds:
+                self._spans.held(request_id)
 
     def _planned(self) -> Plan:
         """The plan for the next step. The engine asks several times for one step whether there is something to do."""
@@ -362,6 +365,7 @@ class EdgeScheduler(Scheduler):
         plan = self._planned()
         if plan.wait_until_s is None:
             return False
+        self._note_holds(plan)
         self._plan_ahead = None  # time goes by
         # Set before the timer is set and the inbox looked at: the link looks at the flag after both.
         self._is_parked = self._was_parked = True
