@@ -9,8 +9,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import httpx2 as httpx
 import uvicorn
@@ -155,9 +155,17 @@ def listening(host: str, port: int) -> socket.socket:
         raise UserError(f"The endpoint cannot listen on {host}:{port} ({reason}): choose another --port.") from None
 
 
+class _Server(uvicorn.Server):
+    """Signals are its caller's: one that is interrupted has done as it was told, and ends with status 0."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 async def serve_beside(app: FastAPI, listener: socket.socket, drafting: Coroutine[None, None, None]) -> None:
     """Endpoint and drafting side by side; when one ends, so does the other."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S))
+    server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S))
     beside = asyncio.create_task(drafting)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({beside, serving}, return_when=asyncio.FIRST_COMPLETED)

@@ -117,6 +117,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
             stack.callback(both[-1].http.close)
         for target in both:
             wait_for(target.server.process, f"{target.server.url}/health")
+        wait_for(both[1].server.process, f"{both[1].server.gateway_url}/healthz", "engines", 1)
         yield both[0], both[1]
 
 

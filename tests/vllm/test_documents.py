@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from stack import BIN, DRAFT, MODEL
+from stack import BIN
 
 from tests.test_documents import Command, of
 
-from .conftest import Target
+from .conftest import MODEL, Target
 
+DRAFT = MODEL.parent / "smollm2-draft"
 LIMIT_S = 120
 ENDLESS = {
     ("edge-client", "connect"): "connected",
@@ -58,7 +59,9 @@ def test_a_command_of_ours_does_what_it_says(command: Command, edge_target: Targ
     done = subprocess.run(
         words, cwd=tmp_path, input="", capture_output=True, text=True, timeout=5 * LIMIT_S, check=False
     )
-    assert done.returncode in ((0, 1) if words[1] == "doctor" else (0,)), done.stderr
+    # A machine may not help, and a simulation may be off: both say so by their status too.
+    is_verdict = words[1] == "doctor" or "--compare" in words
+    assert done.returncode in ((0, 1) if is_verdict else (0,)), done.stderr
     assert done.stdout
     assert "Traceback" not in done.stderr
 
@@ -87,7 +90,10 @@ import json, sys
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+except ModuleNotFoundError:  # where it was before
+    from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 args = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
 validate_parsed_serve_args(args)
