@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import signal
 import subprocess
 import threading
@@ -87,9 +85,9 @@ def run_until(words: Sequence[str], sign: str, directory: Path) -> None:
 
 PARSE = """
 import json, sys
+import vllm.engine.arg_utils
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-from vllm.engine.arg_utils import AsyncEngineArgs
 try:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 except ModuleNotFoundError:  # where it was before
@@ -97,7 +95,7 @@ except ModuleNotFoundError:  # where it was before
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 args = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
 validate_parsed_serve_args(args)
-print(json.dumps([AsyncEngineArgs.from_cli_args(args).speculative_config, args.middleware], default=str))
+print(json.dumps(args.speculative_config))
 """
 
 
@@ -116,6 +114,5 @@ def test_a_server_s_command_is_one_that_vllm_takes(command: Command) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert parsed.returncode == 0, parsed.stderr
-    config, _ = json.loads(parsed.stdout.strip().splitlines()[-1])
-    assert re.search("edge|EdgeProposer", json.dumps(config))
-    assert shlex.join(words)
+    config = json.loads(parsed.stdout.strip().splitlines()[-1])
+    assert config.get("method") == "edge" or config["model"].endswith("EdgeProposer")
