@@ -30,6 +30,8 @@ logger = logging.getLogger("edge_client")
 FIRST_PAUSE_S = 0.25
 MAX_PAUSE_S = 30.0
 LASTING_S = 60.0
+MAX_CLIENT = 120
+"""Of what is said of this client: file names are long."""
 BYE_S = 1.0
 MAX_KEPT = 4
 """Contexts of ended requests that a follow-up may go on from."""
@@ -69,7 +71,7 @@ class EdgeClient:
         """A new connection starts from nothing: the gateway opens again what this edge is to draft for."""
         hello = Hello(
             version=PROTOCOL_VERSION,
-            client=f"edge-client/{__version__}",
+            client=f"edge-client/{__version__} ({self.drafter.description})"[:MAX_CLIENT],
             name=self.name,
             role=self.role,
             fingerprint=self.drafter.fingerprint,

@@ -14,7 +14,7 @@ SAMPLE_S = 2.0
 NOW_S, HOUR_S = 10.0, 3600.0
 GROUPS_S = 8.0
 MAX_GROUPS = 1024
-MAX_NAME = 60
+MAX_NAME, MAX_CLIENT = 60, 120
 _NAMES = (
     "steps",
     "committed_tokens",
@@ -156,7 +156,7 @@ class Overview:
         return {
             "number": edge,
             "name": info.hello.name[:MAX_NAME] if has_name else "",
-            "client": info.hello.client[:MAX_NAME],
+            "client": info.hello.client[:MAX_CLIENT] if has_name else "",
             "role": info.hello.role[:MAX_NAME],
             "rtt_ms": round(1e3 * rtt_s, 1) if rtt_s is not None else None,
             "requests": len(info.requests),

@@ -19,7 +19,7 @@ DRAFT = MODEL.parent / "smollm2-draft"
 LIMIT_S = 120
 ENDLESS = {
     ("edge-client", "connect"): "connected",
-    ("edge-client", "serve"): "OpenAI endpoint: ",
+    ("edge-client", "serve"): "connected",
     ("vllm-specedge", "gateway"): "Gateway listens",
 }
 """What says that it is at work; then it is told to end."""

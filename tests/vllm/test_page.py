@@ -78,6 +78,7 @@ def test_an_edge_comes_is_seen_at_work_and_dies(
             row = text_of(page, "#edges tr")
             assert row.startswith("kitchen laptop")
             assert "ms" in row
+            assert "prompt lookup" in row, "what it drafts with"
             assert text_of(page, "#speedup").endswith("\N{MULTIPLICATION SIGN}")
             assert page.locator("#timeline rect.edge").count() > 0, "no accepted drafts in the timeline"
             assert page.locator("#rungs .edge").bounding_box()["width"] > 1

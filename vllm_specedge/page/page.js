@@ -55,7 +55,7 @@ function showTimeline(groups) {
 }
 
 function edgeRow(edge) {
-  const name = element("td", edge.name || `edge ${edge.number}`, element("small", `${edge.client} · ${edge.role}`));
+  const name = element("td", edge.name || `edge ${edge.number}`, element("small", edge.client ? `${edge.client} · ${edge.role}` : edge.role));
   const cells = [["away", edge.rtt_ms == null ? "–" : `${edge.rtt_ms} ms`], ["requests", edge.requests],
     ["tokens/s", number(edge.tokens_per_s, 1)], ["accepted", part(edge.acceptance)], ["proposed", edge.proposed]];
   return element("tr", undefined, name, ...cells.map(([label, value]) => {
