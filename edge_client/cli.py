@@ -178,16 +178,16 @@ def serve(
     """An OpenAI endpoint on this machine: passes on to the server, and drafts for its own requests only."""
     gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
     key = _read(api_key_file, "key") if api_key_file is not None else ""
-    cooler = _Cooler(max_temperature_c)
-    console, drafter = _begin(DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file), quiet)
-    client = EdgeClient(gateway, drafter, name[:100], "private", max_requests)
     from edge_client.serve import listening, make_app, serve_beside  # noqa: PLC0415 - `connect` needs no web server
 
-    endpoint = make_app(server, lambda: client.session if client.model else "", key, allow_origin or ())
-    with listening(host, port) as listener:
+    with listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
+        console, drafter = _begin(DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file), quiet)
+        client = EdgeClient(gateway, drafter, name[:100], "private", max_requests)
+        endpoint = make_app(server, lambda: client.session if client.model else "", key, allow_origin or ())
         if not quiet:
             _say(console, f"OpenAI endpoint: http://{host}:{port}/v1")
-        asyncio.run(serve_beside(endpoint, listener, _run(client, wait, console, quiet, cooler)))
+        drafting = _run(client, wait, console, quiet, _Cooler(max_temperature_c))
+        asyncio.run(serve_beside(endpoint, listener, drafting))
 
 
 @app.command()
