@@ -99,6 +99,7 @@ class Bench:
     _left_s: dict[int, float] = field(default_factory=dict)
     """When the frame that carries this token left."""
     _down_s: list[float] = field(default_factory=list)
+    _up_s: list[float] = field(default_factory=list)
     _known: list[int] = field(default_factory=list)
     """Tokens of each active edge's request, as the engine knows it; its number is the edge's index."""
 
@@ -153,21 +154,29 @@ class Bench:
         self.engine.inbox.clear()
         self._left_s.clear()
         self._down_s.clear()
+        self._up_s.clear()
         before, started_s = self.gateway.cpu_times(), time.monotonic()
         num_sent = await self._send(rate, seconds, together, started_s)
         took_s, after = time.monotonic() - started_s, self.gateway.cpu_times()
         await asyncio.sleep(0.5)  # what is on its way
-        up_s = [at_s - self._left_s[frame.tokens[0]] for at_s, frame in self.engine.inbox if isinstance(frame, Propose)]
+        self._hear()
         used_s = after.user + after.system - before.user - before.system
         return Result(
             edges=f"{len(self.active)} + {len(self.idle)}",
             rate=num_sent / took_s,
             down_ms=percentiles_ms(self._down_s),
-            up_ms=percentiles_ms(up_s),
-            lost=2 * num_sent - len(up_s) - len(self._down_s),
+            up_ms=percentiles_ms(self._up_s),
+            lost=2 * num_sent - len(self._up_s) - len(self._down_s),
             gateway_us=1e6 * used_s / (2 * num_sent),
             busy=used_s / took_s,
         )
+
+    def _hear(self) -> None:
+        """What has come to the engine's end, whose inbox is bounded."""
+        while self.engine.inbox:
+            at_s, frame = self.engine.inbox.popleft()
+            if isinstance(frame, Propose):
+                self._up_s.append(at_s - self._left_s[frame.tokens[0]])
 
     async def _send(self, rate: float, seconds: float, together: int, started_s: float) -> int:
         """A commit and a proposal of each edge in its turn; how many of each."""
@@ -181,6 +190,7 @@ class Bench:
             self.engine.send([self._commit(index) for index in indices])
             for index in indices:
                 self._propose(self.active[index])
+            self._hear()
             num_sent += num_due
         return num_sent
 
