@@ -62,6 +62,7 @@ LEVELS: list[set[str]] = [
     {
         "vllm_specedge",
         "vllm_specedge.acceptance",
+        "vllm_specedge.asgi",
         "vllm_specedge.errors",
         "vllm_specedge.estimates",
         "vllm_specedge.fingerprint",

@@ -54,10 +54,12 @@ from vllm_specedge.frames import (
     pack_tokens,
     unpack_tokens,
 )
+from vllm_specedge.gateway import RTT_TICKS
 from vllm_specedge.gateway import Gateway as EdgeGateway
 from vllm_specedge.link import EngineLink
 from vllm_specedge.policy import HoldLimits
 from vllm_specedge.router import ROLES
+from vllm_specedge.session import State
 from vllm_specedge.supervisor import GatewayProcess
 from vllm_specedge.tokens import TokenFile
 from vllm_specedge.web import make_app
@@ -780,3 +782,24 @@ def test_names_of_edges_are_for_this_machine(tmp_path: Path, reader: str, is_pub
         return [edge["name"] for edge in view["edges"]]
 
     assert asyncio.run(names()) == [shown]
+
+
+def test_edges_are_asked_how_far_away_they_are_but_not_all_at_a_time(tmp_path: Path) -> None:
+    async def asked() -> list[list[int]]:
+        gateway = EdgeGateway(EdgeOptions(), f"ipc://{tmp_path}/engines")
+        connections = [gateway.connect(None) for _ in range(3 * RTT_TICKS)]
+        for connection in connections:
+            connection.session.state, connection.rtt_s = State.LIVE, 0.01
+            connection.outbox.clear()  # its greeting
+        looks = []
+        for _ in range(RTT_TICKS):
+            gateway._watch(connections[0].heard_s)
+            looks.append([connection.id for connection in connections if connection.outbox])
+            for connection in connections:
+                connection.outbox.clear()
+        gateway.close()
+        return looks
+
+    looks = asyncio.run(asked())
+    assert {len(each) for each in looks} == {3}
+    assert len({id_ for each in looks for id_ in each}) == 3 * RTT_TICKS

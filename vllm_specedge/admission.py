@@ -11,11 +11,13 @@ Rule 2: the same answer as an overloaded OpenAI service gives, which its clients
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
+
+from vllm_specedge.asgi import App, Receive, Send, answer_json, read_body
 
 LOAD_VARIABLE = "SPECEDGE_LOAD"
 """The directory of the engines' load files; set by the front end when there are targets, inherited by its engines."""
@@ -25,11 +27,6 @@ DEFAULT_CLASS = "default"
 MAX_BODY_BYTES = 1 << 20
 """The priority is not looked for in a longer body: it counts as of the default class."""
 _PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
-
-_Message: TypeAlias = MutableMapping[str, Any]
-_Receive: TypeAlias = Callable[[], Awaitable[_Message]]
-_Send: TypeAlias = Callable[[_Message], Awaitable[None]]
-_App: TypeAlias = Callable[[MutableMapping[str, Any], _Receive, _Send], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,37 +97,20 @@ def _room(room: Mapping[str, int], class_: str) -> int:
 class AdmissionMiddleware:
     """ASGI middleware for vLLM's `--middleware`. Without targets it lets everything through."""
 
-    def __init__(self, app: _App) -> None:
+    def __init__(self, app: App) -> None:
         self._app = app
         directory = os.environ.get(LOAD_VARIABLE)
         self._front = _Front(Path(directory)) if directory else None
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if self._front is None or scope["type"] != "http" or not scope["path"].endswith(_PATHS):
             await self._app(scope, receive, send)
             return
-        class_, receive = await _class_of(receive)
-        if self._front.take(class_):
+        body, _, receive = await read_body(receive, MAX_BODY_BYTES)
+        if self._front.take(_priority(body)):
             await self._app(scope, receive, send)
         else:
             await _refuse(send, self._front.retry_after_s)
-
-
-async def _class_of(receive: _Receive) -> tuple[str, _Receive]:
-    """The class of a request by its body, and a way to read that body again."""
-    messages = [await receive()]
-    size = len(messages[0].get("body", b""))
-    while messages[-1].get("more_body") and size < MAX_BODY_BYTES:
-        messages.append(await receive())
-        size += len(messages[-1].get("body", b""))
-    body = b"".join(message.get("body", b"") for message in messages)
-    left = iter(messages)
-
-    async def again() -> _Message:
-        message = next(left, None)
-        return message if message is not None else await receive()
-
-    return _priority(body), again
 
 
 def _priority(body: bytes) -> str:
@@ -141,13 +121,7 @@ def _priority(body: bytes) -> str:
     return str(priority)
 
 
-async def _refuse(send: _Send, retry_after_s: int) -> None:
+async def _refuse(send: Send, retry_after_s: int) -> None:
     text = "The server is at its limit: it could not answer within its latency targets. Try again later."
-    body = json.dumps({"error": {"message": text, "type": "overloaded_error", "param": None, "code": 503}}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"retry-after", str(retry_after_s).encode()),
-    ]
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    error = {"message": text, "type": "overloaded_error", "param": None, "code": 503}
+    await answer_json(send, 503, {"error": error}, {b"retry-after": str(retry_after_s).encode()})

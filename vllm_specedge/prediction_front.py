@@ -15,6 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
+from vllm_specedge.asgi import App, Message, Receive, Send, answer_json, first, read_body
 from vllm_specedge.prediction import KEY, Prediction, take_prediction
 
 logger = logging.getLogger("vllm.specedge.prediction")
@@ -24,41 +25,39 @@ MAX_BODY_BYTES = 64 << 20
 _PATHS = ("/v1/chat/completions", "/v1/completions")
 _MARKS = (b'"prediction"', f'"{KEY}"'.encode())
 
-_Message: TypeAlias = MutableMapping[str, Any]
-_Receive: TypeAlias = Callable[[], Awaitable[_Message]]
-_Send: TypeAlias = Callable[[_Message], Awaitable[None]]
-_App: TypeAlias = Callable[[MutableMapping[str, Any], _Receive, _Send], Awaitable[None]]
 Encode: TypeAlias = Callable[[str], list[int]]
 
 
 class PredictionMiddleware:
     """ASGI middleware for vLLM's `--middleware`."""
 
-    def __init__(self, app: _App) -> None:
+    def __init__(self, app: App) -> None:
         self._app = app
         self._encode: Encode | None = None
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(_PATHS):
             await self._app(scope, receive, send)
             return
-        body, again = await _body_of(receive)
-        asked = _asked(body)
+        body, is_whole, again = await read_body(receive, MAX_BODY_BYTES)
+        asked = _asked(body) if is_whole else None
         if asked is None:
             await self._app(scope, again, send)
             return
         try:
             text = take_prediction(asked)
         except ValueError as error:
-            await _refuse(send, str(error))
+            refusal = {"message": str(error), "type": "invalid_request_error", "param": "prediction", "code": 400}
+            await answer_json(send, 400, {"error": refusal})
             return
         if not text:
             await self._app(scope, again, send)
             return
         body = json.dumps(asked).encode()
-        await self._app(_with_length(scope, len(body)), _once(body, receive), self._answer(scope, send, text))
+        whole: Message = {"type": "http.request", "body": body, "more_body": False}
+        await self._app(_with_length(scope, len(body)), first([whole], receive), self._answer(scope, send, text))
 
-    def _answer(self, scope: MutableMapping[str, Any], send: _Send, text: str) -> _Send:
+    def _answer(self, scope: MutableMapping[str, Any], send: Send, text: str) -> Send:
         async def usage(answers: list[str]) -> dict[str, int]:
             try:
                 return await asyncio.to_thread(prediction_usage, text, answers, self._encoder(scope))
@@ -94,16 +93,16 @@ def prediction_usage(foretold: str, answers: list[str], encode: Encode) -> dict[
 class Answer:
     """Passes an answer on, as `send` would, and adds to its usage."""
 
-    def __init__(self, send: _Send, usage: Callable[[list[str]], Awaitable[dict[str, int]]]) -> None:
+    def __init__(self, send: Send, usage: Callable[[list[str]], Awaitable[dict[str, int]]]) -> None:
         self._send = send
         self._usage = usage
-        self._start: _Message | None = None
+        self._start: Message | None = None
         """Held back until the whole answer is there, for it says how long that is."""
         self._is_stream = False
         self._rest = b""
         self._texts: dict[int, str] = {}
 
-    async def __call__(self, message: _Message) -> None:
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             kind = dict(message["headers"]).get(b"content-type", b"")
             self._is_stream = kind.startswith(b"text/event-stream")
@@ -120,7 +119,7 @@ class Answer:
             return
         await self._send(message)
 
-    async def _whole(self, start: _Message) -> None:
+    async def _whole(self, start: Message) -> None:
         body = await self._with_usage(self._rest)
         kept = [pair for pair in start["headers"] if pair[0].lower() != b"content-length"]
         await self._send({**start, "headers": [*kept, (b"content-length", str(len(body)).encode())]})
@@ -168,41 +167,6 @@ def _asked(body: bytes) -> dict[str, Any] | None:
     return asked if isinstance(asked, dict) else None
 
 
-async def _body_of(receive: _Receive) -> tuple[bytes, _Receive]:
-    """A request's body, empty if it is too long, and a way to read it again."""
-    messages = [await receive()]
-    size = len(messages[0].get("body", b""))
-    while messages[-1].get("more_body") and size < MAX_BODY_BYTES:
-        messages.append(await receive())
-        size += len(messages[-1].get("body", b""))
-    is_whole = not messages[-1].get("more_body")
-    left = iter(messages)
-
-    async def again() -> _Message:
-        message = next(left, None)
-        return message if message is not None else await receive()
-
-    return b"".join(message.get("body", b"") for message in messages) if is_whole else b"", again
-
-
-def _once(body: bytes, receive: _Receive) -> _Receive:
-    left = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def again() -> _Message:
-        message = next(left, None)
-        return message if message is not None else await receive()
-
-    return again
-
-
 def _with_length(scope: MutableMapping[str, Any], num_bytes: int) -> MutableMapping[str, Any]:
     kept = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
     return {**scope, "headers": [*kept, (b"content-length", str(num_bytes).encode())]}
-
-
-async def _refuse(send: _Send, text: str) -> None:
-    error = {"message": text, "type": "invalid_request_error", "param": "prediction", "code": 400}
-    body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

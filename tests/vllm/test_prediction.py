@@ -104,6 +104,10 @@ def test_many_at_once_beside_an_edge(edge_target: Target, prompts: list[str], ex
 
 
 def test_sampled_answers_may_be_foretold_too(client: OpenAI, answer: str) -> None:
-    got = ask(client, answer, temperature=0.9, n=2)
-    assert len(got.choices) == 2
-    assert got.usage.completion_tokens_details.accepted_prediction_tokens >= 0
+    greedy, sampled = (ask(client, answer, **more) for more in ({}, {"temperature": 0.9, "n": 2}))
+    assert len({choice.message.content for choice in sampled.choices}) == 2
+    foretold, of_both = (
+        details.accepted_prediction_tokens + details.rejected_prediction_tokens
+        for details in (each.usage.completion_tokens_details for each in (greedy, sampled))
+    )
+    assert of_both == 2 * foretold, "every token of the prediction is accepted or rejected, for each answer"
