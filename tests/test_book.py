@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.helpers import any_frame
 from vllm_specedge.book import (
     FIRST_PROBE_AFTER,
+    FORCED_AFTER,
     MAX_OPENED_TOKENS,
     MAX_RECORDS,
     NOTHING_ELSE,
@@ -47,9 +48,11 @@ ANSWER_S = 0.005
 STEP_S = 0.2
 
 
-def new_book(num_edges: int = 1, mode: str = "auto", token_s: float = 0.0, max_slowdown: float = inf) -> DraftBook:
+def new_book(
+    num_edges: int = 1, mode: str = "auto", token_s: float = 0.0, max_slowdown: float = inf, max_stretch: float = inf
+) -> DraftBook:
     """Each further token makes a step so much longer."""
-    limits = HoldLimits(0.1, mode, max_slowdown=max_slowdown, max_stretch=inf)
+    limits = HoldLimits(0.1, mode, max_slowdown=max_slowdown, max_stretch=max_stretch)
     book = DraftBook(VOCAB_SIZE, MAX_DRAFT, limits, {1: STEP_S, 65: STEP_S + 64 * token_s})
     if num_edges:
         assert book.receive(Edges(num_edges), 0.0) == []
@@ -1144,6 +1147,17 @@ def test_where_drafts_do_not_pay_a_little_is_tried_now_and_then_until_they_do() 
     assert refused == [FIRST_PROBE_AFTER * 2**number for number in range(4)] + [PROBE_AFTER] * 2
     assert sum(while_costly) == len(tries)
     while_free = [verified_of_three(serving, 0.0) for _ in range(20 * PROBE_AFTER)]
+    assert min(while_free[-20:]) > 0
+
+
+def test_what_seems_to_cost_more_than_is_allowed_is_tried_all_the_same_or_it_would_seem_so_for_ever() -> None:
+    serving = Serving(new_book(token_s=2 * STEP_S, max_stretch=1.5))
+    while_costly = [verified_of_three(serving, 2 * STEP_S) for _ in range(4 * FORCED_AFTER * PROBE_AFTER)]
+    tries = [index for index, number in enumerate(while_costly) if number]
+    refused = [after - before - 1 for before, after in pairwise([-1, *tries])]
+    assert refused[:5] == [FORCED_AFTER * FIRST_PROBE_AFTER * 2**number for number in range(5)]
+    assert set(refused[5:]) == {FORCED_AFTER * PROBE_AFTER}
+    while_free = [verified_of_three(serving, 0.0) for _ in range(20 * FORCED_AFTER * PROBE_AFTER)]
     assert min(while_free[-20:]) > 0
 
 

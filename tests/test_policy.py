@@ -172,6 +172,9 @@ loads = st.builds(
 )
 
 
+unforced = loads.filter(lambda load: load.probe is not Probe.FORCED)
+
+
 @st.composite
 def situations(
     draw: st.DrawFn,
@@ -241,7 +244,7 @@ def test_drafts_stay_within_every_bound(situation: Situation) -> None:
     assert num_verified <= max(0, load.room - situation.num_rows - load.prefill)
 
 
-@given(situations(limits=limits_of_any_kind.filter(lambda limits: limits.mode in BUDGET_MODES)))
+@given(situations(load=unforced, limits=limits_of_any_kind.filter(lambda limits: limits.mode in BUDGET_MODES)))
 def test_a_step_with_drafts_takes_no_longer_than_it_may_with_the_wait_before_it(situation: Situation) -> None:
     lengths = situation.decide().lengths
     if not lengths or not is_known(situation.cost):
@@ -263,7 +266,7 @@ def test_a_step_may_be_long_that_makes_tokens_come_twice_as_fast() -> None:
         assert decide(rows, NOTHING_ELSE, cost, 1.0, limits, 0.0).lengths == {"r": num_verified}
 
 
-@given(situations(limits=limits_of_any_kind.filter(lambda limits: limits.mode in BUDGET_MODES)))
+@given(situations(load=unforced, limits=limits_of_any_kind.filter(lambda limits: limits.mode in BUDGET_MODES)))
 def test_nobody_s_tokens_come_much_slower_because_of_drafts_than_those_before_came_sooner(situation: Situation) -> None:
     lengths = situation.decide().lengths
     if not lengths or not is_known(situation.cost):
@@ -317,7 +320,23 @@ def test_a_probe_does_not_make_a_step_longer_than_it_may() -> None:
         assert sum(decide(rows, Load(probe=Probe.VERIFY), FULL, 1.0, limits, 0.0).lengths.values()) == num_verified
 
 
-unprobed = loads.map(lambda load: replace(load, probe=Probe.NONE if load.probe is Probe.VERIFY else load.probe))
+@given(situations())
+def test_a_forced_probe_verifies_a_little_whatever_it_seems_to_cost(situation: Situation) -> None:
+    """What it seems to cost may be wrong, and would stay so: nothing but a probe shows it."""
+    forced = replace(situation, load=replace(situation.load, probe=Probe.FORCED)).decide()
+    plain = replace(situation, load=replace(situation.load, probe=Probe.NONE)).decide()
+    num_rows = len(situation.candidates) + situation.load.num_others
+    num_tokens = sum(len(row.survivals) for row in situation.candidates)
+    has_room = situation.load.room > num_rows + situation.load.prefill
+    if plain.lengths or forced.wait_until_s is not None or not num_tokens or not has_room:
+        return
+    number = sum(forced.lengths.values())
+    assert 1 <= number <= max(1, num_rows // PROBE_PART)
+
+
+unprobed = loads.map(
+    lambda load: replace(load, probe=Probe.NONE if load.probe in (Probe.VERIFY, Probe.FORCED) else load.probe)
+)
 
 
 @given(situations(load=unprobed, limits=in_mode["budget"]))

@@ -57,6 +57,8 @@ NOTHING_ELSE = Load()
 FIRST_PROBE_AFTER, PROBE_AFTER = 4, 64
 """So many steps with drafts that did not seem worth it; then a little is verified, to see what it costs now. Soon at
 first, when what it costs is hardly known, and after twice as many steps each time."""
+FORCED_AFTER = 2
+"""A probe that would slow somebody by more than allowed waits for so many times as many steps, and is made then."""
 PLAIN_PROBE_AFTER = 256
 """Steps in a row that verified something; then one does not, to see what that costs now."""
 SPEEDUP_MEMORY = 0.98
@@ -604,7 +606,7 @@ class DraftBook:
 
     def _probe(self) -> Probe:
         if self._num_refused >= self._probe_after:
-            return Probe.VERIFY
+            return Probe.FORCED if self._num_refused >= FORCED_AFTER * self._probe_after else Probe.VERIFY
         return Probe.PLAIN if self._num_verifying >= PLAIN_PROBE_AFTER else Probe.NONE
 
     def _candidate(self, row: Row, request: _Request, drafts: dict[str, Sequence[int]], now_s: float) -> Candidate:

@@ -43,7 +43,9 @@ class Probe(Enum):
 
     NONE = "none"
     VERIFY = "verify"
-    """A little, even where it seems not to pay."""
+    """A little, even where it seems not to pay, as long as nobody seems to be slowed by more than allowed."""
+    FORCED = "forced"
+    """A little, whatever it seems to cost: else a cost that was once thought too high would never be seen again."""
     PLAIN = "plain"
     """Nothing."""
 
@@ -216,7 +218,8 @@ def _budget(rows: Sequence[Candidate], load: Load, cost: StepCost, limits: HoldL
     tokens.sort()
     tokens = tokens[: max(0, load.room - num_rows - load.prefill)]
     if limits.mode in BUDGET_MODES:
-        tokens = tokens[: _best(tokens, rows, load, cost, limits)]
+        number = _best(tokens, rows, load, cost, limits)
+        tokens = tokens[: _num_probed(num_rows) if not number and load.probe is Probe.FORCED else number]
     lengths: dict[str, int] = {}
     for _, index, _ in tokens:
         key = rows[index].key
@@ -261,11 +264,15 @@ def _best(
         longest_s = _longest_s(plain, load, step_s, limits) - waited_s
         number = _scan(tokens[:best], growth_s, _Step(size, step_s, waited_s, longest_s, stretch_s))
         if not number and load.probe is Probe.VERIFY:
-            number = _fitting(growth_s[: max(1, num_rows // PROBE_PART)], min(longest_s, stretch_s) - step_s)
+            number = _fitting(growth_s[: _num_probed(num_rows)], min(longest_s, stretch_s) - step_s)
         if number in (0, best) or step_s + growth_s[number - 1] <= _longest_s(rows, load, step_s, limits) - waited_s:
             return number
         best = number
     return 0
+
+
+def _num_probed(num_rows: int) -> int:
+    return max(1, num_rows // PROBE_PART)
 
 
 def _fitting(growth_s: Sequence[float], most_s: float) -> int:
