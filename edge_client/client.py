@@ -17,7 +17,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from edge_client.drafters import Candidate, Drafter, DraftSequence
+from edge_client.drafters import CacheFullError, Candidate, Drafter, DraftSequence
 from edge_client.link import Gateway, Link, LinkError
 from edge_client.pace import Pace
 from edge_client.speculation import Job, Speculation, SpeculationStats
@@ -181,6 +181,11 @@ class EdgeClient:
                 continue
             try:
                 said = await loop.run_in_executor(self._executor, _run, self._sequence(job), job)
+            except CacheFullError as error:
+                logger.warning("Request %s is given back: there is %s", job.request, error)
+                self.speculation.forget_kept()
+                self._send(self.speculation.decline(job.request))
+                continue
             except Exception:
                 logger.exception("The draft model failed: request %s is given back", job.request)
                 self._send(self.speculation.decline(job.request))

@@ -165,6 +165,10 @@ class Speculation:
         self._kept.pop(number, None)
         return [Close(number, CloseReason.DECLINED)] if self._requests.pop(number, None) is not None else []
 
+    def forget_kept(self) -> None:
+        """The cache is full: contexts of ended requests are the first to go."""
+        self._kept.clear()
+
     def _end(self, number: int) -> None:
         request = self._requests.pop(number, None)
         if request is None or not self._max_kept or request.tree.num_prefix < MIN_SHARED_TOKENS:

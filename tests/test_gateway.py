@@ -27,7 +27,8 @@ from stack import BIN, Process, start, wait_for
 
 from benchmarks.light_edge import LightEdge
 from edge_client.client import EdgeClient
-from edge_client.drafters.ngram import NgramDrafter
+from edge_client.drafters import CacheFullError
+from edge_client.drafters.ngram import NgramDrafter, NgramSequence
 from edge_client.link import Gateway, Link, LinkError
 from tests.faults.matrix import FAKETIME, Clock
 from vllm_specedge.book import DraftBook, Row
@@ -218,6 +219,27 @@ def test_drafts_are_accepted(gateway: Running, engine: Engine) -> None:
         assert engine.generate("one", 60) >= 30
         assert engine.generate("two", 20) >= 10
     engine.wait(lambda: engine.book.num_edges == 0)
+
+
+class FullDrafter(NgramDrafter):
+    """Its cache has no room."""
+
+    def open(self) -> NgramSequence:
+        raise CacheFullError("no room for anything")
+
+
+def test_an_edge_whose_cache_is_full_gives_its_requests_back(
+    gateway: Running, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with edge_in_thread(EdgeClient(Gateway(gateway.url), FullDrafter(), "full")):
+        engine.wait(lambda: engine.book.num_edges == 1)
+        engine.link.send(engine.book.open("for nobody", [1, 2, 3], ""))
+        engine.wait(lambda: any("is given back" in record.message for record in caplog.records))
+        engine.link.send(engine.book.close("for nobody"))
+        with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "other")):
+            engine.wait(lambda: engine.book.num_edges == 2)
+            assert engine.generate("for the other", 60) > 0
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_another_edge_takes_over_when_one_dies(gateway: Running, engine: Engine) -> None:

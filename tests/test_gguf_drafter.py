@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_client.drafters import Candidate, DrafterOptions, gguf
+from edge_client.drafters import CacheFullError, Candidate, DrafterOptions, gguf
 from edge_client.drafters.gguf import GgufDrafter
 from edge_client.drafters.load import load_drafter
 from tests.vllm.tree_walk import WIDTH, TreeWalk
@@ -111,6 +111,18 @@ def test_contexts_that_are_dropped_give_back_what_they_had(drafter: GgufDrafter)
     del sequence
     drafter.open().append(TEXT[:2], 1)
     assert len(drafter._model.free_lanes) == num_free
+
+
+def test_a_full_cache_is_said_and_what_is_dropped_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "MAX_CONTEXT_TOKENS", 256)
+    drafter = GgufDrafter(GGUF, "cpu", threads=1)
+    full = [drafter.open() for _ in range(gguf.NUM_CONTEXTS)]
+    for sequence in full:
+        sequence.append([1] * 256, 1)
+    with pytest.raises(CacheFullError, match="no room"):
+        drafter.open().append(TEXT, 1)
+    del full, sequence
+    assert drafter.open().append(TEXT, 1)
 
 
 def test_the_loader_takes_a_gguf_file_by_its_name() -> None:

@@ -3,6 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_client.drafters import CacheFullError
 from edge_client.drafters.lanes import Cut, Lanes, Row
 
 NUM_LANES = 12
@@ -85,7 +86,7 @@ def test_every_row_sees_its_ancestors_and_nothing_else(data: st.DataObject) -> N
             before = (dict(cache.lanes), list(walk.paths))
             try:
                 walk.branch(parents, cells)
-            except ValueError:
+            except CacheFullError:
                 assert (dict(cache.lanes), walk.paths) == before, "nothing is half done where lanes are few"
         elif what == "keep":
             length = data.draw(st.integers(0, size), "length")

@@ -568,6 +568,13 @@ def test_a_request_that_the_draft_model_failed_on_is_given_back() -> None:
     assert edge.finish() == []
 
 
+def test_where_the_cache_is_full_contexts_of_ended_requests_are_forgotten() -> None:
+    edge = with_an_ended_request()
+    assert edge.speculation.needs(0)
+    edge.speculation.forget_kept()
+    assert not edge.speculation.needs(0)
+
+
 def test_a_number_that_is_opened_again_begins_anew() -> None:
     edge = opened()
     edge.draft(2)

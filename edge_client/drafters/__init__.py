@@ -13,6 +13,10 @@ class Candidate(NamedTuple):
     probability: float
 
 
+class CacheFullError(Exception):
+    """A drafter's cache has no room for a pass; what the context holds afterwards is not defined."""
+
+
 class DraftSequence(Protocol):
     """One request's context inside of a drafter: entries 0, 1, ..., each a token and its keys and values.
 

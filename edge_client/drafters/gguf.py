@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from edge_client.drafters import Candidate
+from edge_client.drafters import CacheFullError, Candidate
 from edge_client.drafters.lanes import Cut, Lanes, Row
 from vllm_specedge.errors import UserError
 from vllm_specedge.fingerprint import vocabulary_fingerprint
@@ -25,6 +25,8 @@ NUM_LANES = 256
 MAX_WIDTH = 8
 BATCH_TOKENS = 256
 """A longer chain goes through the model in pieces of this."""
+NO_ROOM = 1
+"""What llama_decode returns where its cache is full."""
 ERROR_LEVEL = 3
 ALL_LAYERS = -1
 
@@ -148,7 +150,7 @@ class GgufModel:
             llama_cpp.llama_memory_seq_rm(self._memory, lane, position, -1)
 
     def run(self, tokens: Sequence[int], rows: Sequence[Row], said: Sequence[int]) -> None:
-        """One forward pass; logits of the rows in `said`. Raises RuntimeError where the cache is full, say."""
+        """One forward pass; logits of the rows in `said`. Raises CacheFullError, RuntimeError for all else."""
         batch = self._batch
         batch.n_tokens = len(rows)
         for i, (token, (lane, position, source)) in enumerate(zip(tokens, rows, strict=True)):
@@ -157,8 +159,10 @@ class GgufModel:
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, lane
             batch.logits[i] = i in said
         status = llama_cpp.llama_decode(self._context, batch)
+        if status == NO_ROOM:
+            raise CacheFullError(f"no room for {len(rows)} tokens in llama.cpp's cache")
         if status:
-            raise RuntimeError(f"llama.cpp's cache is full, or it failed (status {status})")
+            raise RuntimeError(f"llama.cpp failed (status {status})")
 
     def candidates(self, rows: Sequence[int], width: int) -> list[list[Candidate]]:
         """The `width` most probable next tokens by each of these rows of the last pass."""

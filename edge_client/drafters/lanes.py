@@ -8,6 +8,7 @@ copies marks and no keys or values. Pure: what is to be done to the cache is wha
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from edge_client.drafters import CacheFullError
 from edge_client.drafters.entries import Entries
 
 
@@ -40,7 +41,8 @@ class Lanes:
         return len(self._entries)
 
     def append(self, count: int) -> Row:
-        """Add a chain of entries; returns where its first goes. Raises ValueError for a tree, or if no lane is free."""
+        """Add a chain of entries; returns where its first goes. Raises ValueError for a tree, CacheFullError if no lane
+        is free."""
         start = len(self._entries)
         lane = self._of_leaf.get(start - 1)
         if lane is None and not start:
@@ -51,10 +53,10 @@ class Lanes:
         return Row(lane, start, None)
 
     def branch(self, parents: Sequence[int]) -> list[Row]:
-        """Add an entry behind each of `parents`. Raises ValueError if one is not there, or no lane is free."""
+        """Add an entry behind each of `parents`. Raises ValueError if one is not there, CacheFullError if no lane is."""
         num_new = sum(parent not in self._of_leaf or parent in parents[:i] for i, parent in enumerate(parents))
         if num_new > len(self._free):
-            raise ValueError(f"{num_new} more branches than there are lanes for")
+            raise CacheFullError(f"no lanes for {num_new} more branches")
         start = len(self._entries)
         lane_of = {parent: self._through(parent) for parent in set(parents) if 0 <= parent < start}
         self._entries.branch(parents)
@@ -110,5 +112,5 @@ class Lanes:
 
     def _take(self) -> int:
         if not self._free:
-            raise ValueError("no lane is free")
+            raise CacheFullError("no lane is free")
         return self._free.pop()
