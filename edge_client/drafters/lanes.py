@@ -53,7 +53,7 @@ class Lanes:
         return Row(lane, start, None)
 
     def branch(self, parents: Sequence[int]) -> list[Row]:
-        """Add an entry behind each of `parents`. Raises ValueError if one is not there, CacheFullError if no lane is."""
+        """Add an entry behind each of `parents`. Raises ValueError if one is missing, CacheFullError if lanes are."""
         num_new = sum(parent not in self._of_leaf or parent in parents[:i] for i, parent in enumerate(parents))
         if num_new > len(self._free):
             raise CacheFullError(f"no lanes for {num_new} more branches")
