@@ -1,5 +1,7 @@
 """vLLM's rejection sampler with drafts of no probability, as edges send them: what comes out is the target's."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,16 @@ from scipy.stats import chisquare
 from vllm.platforms import current_platform
 
 from vllm_specedge.adapter import cpu_kernels
+from vllm_specedge.adapter.sampling import shorten
 
 # As vLLM's workers do, before they import what uses the kernels: without Triton the CPU's C++ kernels take their place.
 current_platform.import_kernels()
 if hasattr(current_platform, "register_triton_kernel_overrides"):
     current_platform.register_triton_kernel_overrides()
 cpu_kernels.mend()
+shorten()
 
+from vllm.v1.sample import rejection_sampler  # noqa: E402
 from vllm.v1.sample.logits_processor import LogitsProcessors  # noqa: E402
 from vllm.v1.sample.metadata import SamplingMetadata  # noqa: E402
 from vllm.v1.sample.rejection_sampler import RejectionSampler, expand_batch_to_tokens  # noqa: E402
@@ -24,7 +29,8 @@ VOCABULARY = 6
 NUM_ROWS = 20_000
 
 
-def sampling(num_rows: int) -> SamplingMetadata:
+def sampling(num_rows: int, seeds: Sequence[int] = ()) -> SamplingMetadata:
+    """Sampled at temperature 1; those first rows that have a seed, by it."""
     none = torch.zeros(num_rows)
     return SamplingMetadata(
         temperature=torch.ones(num_rows),
@@ -32,7 +38,7 @@ def sampling(num_rows: int) -> SamplingMetadata:
         all_random=True,
         top_p=None,
         top_k=None,
-        generators={},
+        generators={row: torch.Generator().manual_seed(seed) for row, seed in enumerate(seeds)},
         max_num_logprobs=None,
         no_penalties=True,
         prompt_token_ids=None,
@@ -87,3 +93,38 @@ def test_expanding_values_of_every_type() -> None:
     for values in (torch.tensor([0.5, 9.0, 0.0]), torch.tensor([7, 9, 0], dtype=torch.int32)):
         got = expand_batch_to_tokens(values, ends, 3, replace_from=0, replace_to=1)
         assert got.tolist() == [values[0].item(), values[0].item(), 1]
+
+
+def test_a_step_without_drafts_is_sampled_as_without_speculation() -> None:
+    """Seeded requests say the same tokens, as far as nothing is verified for anyone."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, VOCABULARY)
+    seeds = (1, 2, 3)
+    plain = Sampler()(logits=logits.clone(), sampling_metadata=sampling(3, seeds)).sampled_token_ids
+    ids = RejectionSampler(Sampler())(metadata([[], [], []]), None, logits, sampling(3, seeds)).sampled_token_ids
+    assert ids.tolist() == plain.tolist()
+
+
+def test_what_is_drawn_is_what_vllm_draws_for_those_with_drafts() -> None:
+    """Seeded requests draw from their own generators, so what vLLM's own function gives them can be compared."""
+    drafts = [[1, 2], [], [3], []]
+    made, seeds = metadata(drafts), (5, 6, 7, 8)
+    probabilities = torch.softmax(torch.randn(3, VOCABULARY), -1)
+
+    def recovered(sample: Callable[..., torch.Tensor]) -> list[int]:
+        numbers = made.num_draft_tokens, made.cu_num_draft_tokens, made.draft_token_ids
+        arguments = (made.max_spec_len, *numbers, None, probabilities, sampling(4, seeds), torch.device("cpu"))
+        return sample(*arguments).tolist()  # type: ignore[no-any-return]
+
+    shortened = rejection_sampler.sample_recovered_tokens
+    assert recovered(shortened) == recovered(shortened.__wrapped__)
+    drawn: list[int] = []
+    original = torch.Tensor.exponential_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.Tensor,
+            "exponential_",
+            lambda self, *a, **k: (drawn.append(self.numel()), original(self, *a, **k))[1],
+        )
+        recovered(shortened)
+    assert drawn == [2 * VOCABULARY, VOCABULARY, VOCABULARY]

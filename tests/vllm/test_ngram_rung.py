@@ -12,7 +12,7 @@ from demo import TEXT
 from vllm.v1.spec_decode import ngram_proposer
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
-from vllm_specedge.adapter import cpu_kernels, hooks
+from vllm_specedge.adapter import cpu_kernels, hooks, sampling
 from vllm_specedge.adapter.ngrams import NgramLookup
 from vllm_specedge.adapter.proposer import EdgeProposer
 from vllm_specedge.adapter.rewrite import SCHEDULER
@@ -166,6 +166,7 @@ def test_a_lookup_that_cannot_be_compiled_is_off(monkeypatch: pytest.MonkeyPatch
 
 def test_the_worker_drafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels, "mend", lambda: None)
+    monkeypatch.setattr(sampling, "shorten", lambda: None)
     assert EdgeProposer(None).propose([[1] * 20, []], "no array", slot_mappings=None) == [[], []]
 
 

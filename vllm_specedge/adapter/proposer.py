@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_specedge.adapter import cpu_kernels
+from vllm_specedge.adapter import cpu_kernels, sampling
 
 
 class EdgeProposer:
@@ -15,6 +15,7 @@ class EdgeProposer:
     def __init__(self, vllm_config: Any) -> None:
         del vllm_config
         cpu_kernels.mend()
+        sampling.shorten()
 
     def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         """One list of draft tokens a batch row: none."""
