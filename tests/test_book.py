@@ -39,7 +39,7 @@ from vllm_specedge.frames import (
     Report,
 )
 from vllm_specedge.policy import EdgeRecord, HoldLimits, Load
-from vllm_specedge.rests import REST_AFTER, REST_TOKENS
+from vllm_specedge.rests import REST_AFTER, REST_TOKENS, UNUSED_AFTER
 
 VOCAB_SIZE = 100
 MAX_DRAFT = 4
@@ -219,6 +219,45 @@ def test_a_request_that_rests_is_not_held() -> None:
     for token in range(30, 30 + REST_AFTER + 2):
         refuse(serving, token)
     assert serving.plan().holds == {}
+
+
+def late_and_wrong(serving: Serving, token: int) -> list[Frame]:
+    """A step without a draft; the one that comes meanwhile is wrong, so that there is none afterwards either."""
+    assert serving.plan(load=Load(is_pressed=True)).drafts == {}
+    serving.propose([99])
+    return serving.decode(token)
+
+
+def test_an_edge_whose_drafts_are_never_there_in_time_hears_of_many_tokens_at_once() -> None:
+    serving = Serving()
+    sizes = [len(frames) for frames in (late_and_wrong(serving, 30) for _ in range(UNUSED_AFTER + 2 * REST_TOKENS + 9))]
+    assert sizes[:UNUSED_AFTER] == [1] * UNUSED_AFTER
+    assert sum(sizes[UNUSED_AFTER:]) == 2
+    serving.propose([70, 71])
+    assert serving.plan().drafts == {"r": [70, 71]}
+    assert serving.decode(70, 71, 72, num_verified=2) != []
+    assert late_and_wrong(serving, 30) != []
+
+
+def test_further_requests_of_such_an_edge_rest_from_its_first_answer_on() -> None:
+    serving = Serving()
+    for _ in range(UNUSED_AFTER + 1):
+        late_and_wrong(serving, 30)
+    tokens = [1, 2, 3]
+    serving.book.open("other", tokens, "")
+    serving.receive(Assign(1, 1))
+    tokens.append(4)
+    assert serving.book.commit("other", 0, serving.now_s) != []
+    serving.receive(Propose(1, 3, (4, 99)))
+    tokens.append(5)
+    assert serving.book.commit("other", 0, serving.now_s) == []
+
+
+def test_who_has_not_answered_yet_hears_of_every_token() -> None:
+    """A long prompt takes its edge a while."""
+    serving = Serving()
+    serving.receive(Assign(0, 2))
+    assert all(serving.decode(30) != [] for _ in range(2 * UNUSED_AFTER))
 
 
 def test_a_draft_that_came_during_the_step_was_not_refused() -> None:

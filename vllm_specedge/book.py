@@ -407,7 +407,10 @@ class DraftBook:
             )
         )
         is_verified = num_verified > 0 and request.source is Source.EDGE
-        is_due = request.rest.committed(num_tokens, request.is_refused, is_verified)
+        if request.has_answered or is_verified:
+            request.record.num_unused = 0 if is_verified else request.record.num_unused + 1
+        num_unused = request.record.num_unused if request.has_answered else 0
+        is_due = request.rest.committed(num_tokens, request.is_refused, is_verified, num_unused)
         request.suggestion, request.source = (), Source.EDGE
         request.has_passed = request.is_awaited = request.is_refused = False
         request.held_since_s = None

@@ -80,6 +80,8 @@ class EdgeRecord:
     """How often a draft came before it was late."""
     num_misses: int = 0
     """Answers in a row that were waited for in vain."""
+    num_unused: int = 0
+    """Commits in a row, of the requests that it answers, that verified no draft of it."""
 
     def answered(self, after_s: float, in_time: bool, num_tokens: int) -> None:
         """An answer came so long after the commit it answers; `in_time`: before the request went on without it."""

@@ -2,13 +2,16 @@
 
 A draft that is not verified costs all the same: each commit is work for the engine, the gateway and the edge. So a
 request whose drafts were left unverified for a while rests: its tokens are collected, and its edge hears of many at
-once. What the edge then proposes is verified if that pays by now, which ends the rest.
+once. So do all requests of an edge of which nothing was verified for long, whose drafts are wrong or too late before
+anybody could refuse them. What the edge then proposes is verified if that pays by now, which ends the rest.
 """
 
 from dataclasses import dataclass
 
 REST_AFTER = 8
 """Commits of steps that left a draft unverified; more than two probes (book.FIRST_PROBE_AFTER) come before."""
+UNUSED_AFTER = 64
+"""Commits of all requests that an edge answers, in a row, that verified no draft of it."""
 REST_TOKENS = 32
 """Collected before they are published."""
 
@@ -22,16 +25,18 @@ class Rest:
     num_collected: int = 0
     """Tokens since the last that are published."""
 
-    def committed(self, num_tokens: int, is_refused: bool, is_verified: bool) -> bool:
+    def committed(self, num_tokens: int, is_refused: bool, is_verified: bool, num_unused: int = 0) -> bool:
         """A step decided so many tokens; whether all that were collected are to be published now.
 
         `is_refused`: a draft was there when the step was planned, and was left out. `is_verified`: one was verified.
+        `num_unused`: so many commits of its edge's in a row verified none.
         """
         if is_verified:
             self.num_refused = 0
         self.num_refused += is_refused
         self.num_collected += num_tokens
-        if self.num_refused > REST_AFTER and self.num_collected < REST_TOKENS:
+        is_resting = self.num_refused > REST_AFTER or num_unused > UNUSED_AFTER
+        if is_resting and self.num_collected < REST_TOKENS:
             return False
         self.num_collected = 0
         return True
