@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 from vllm.platforms import current_platform
 
-from vllm_specedge.adapter import cpu_kernels
+from vllm_specedge.adapter import cpu_kernels, hooks
 from vllm_specedge.adapter.sampling import shorten
 
 # As vLLM's workers do, before they import what uses the kernels: without Triton the CPU's C++ kernels take their place.
@@ -128,3 +128,12 @@ def test_what_is_drawn_is_what_vllm_draws_for_those_with_drafts() -> None:
         )
         recovered(shortened)
     assert drawn == [2 * VOCABULARY, VOCABULARY, VOCABULARY]
+
+
+def test_a_sampler_of_another_shape_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hooks.sampling_problems() == []
+    original = RejectionSampler.forward.__wrapped__
+    monkeypatch.setattr(RejectionSampler, "forward", original)
+    monkeypatch.setattr(hooks, "SAMPLING_SOURCES", ((f"{RejectionSampler.__module__}:RejectionSampler", "no such"),))
+    shorten()
+    assert RejectionSampler.forward is original

@@ -46,6 +46,20 @@ TRACING_HOOKS = (
     Hook("vllm.tracing:instrument_manual", ("span_name", "start_time", "attributes", "context")),
 )
 """What spans of requests need beside; without it only they are off."""
+_REJECTION = "vllm.v1.sample.rejection_sampler"
+SAMPLING_HOOKS = (
+    Hook(f"{_REJECTION}:RejectionSampler.forward", ("metadata", "draft_probs", "logits", "sampling_metadata")),
+    Hook(
+        f"{_REJECTION}:sample_recovered_tokens",
+        ("max_spec_len", "num_draft_tokens", "cu_num_draft_tokens", "draft_token_ids", "draft_probs", "target_probs"),
+    ),
+)
+"""What sampling.py wraps; without it nothing is left out, and drafts are used all the same."""
+SAMPLING_SOURCES = (
+    (f"{_REJECTION}:RejectionSampler.forward", "metadata.max_spec_len"),
+    (f"{_REJECTION}:RejectionSampler.forward", "self.sampler("),
+    (f"{_REJECTION}:sample_recovered_tokens", "sampling_metadata.generators"),
+)
 SOURCES = (
     ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "next_decode_eligible_step"),
     ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "spec_token_ids"),
@@ -107,6 +121,12 @@ def tracing_problems() -> list[str]:
     return [problem for problem in map(_problem, TRACING_HOOKS) if problem is not None]
 
 
+def sampling_problems() -> list[str]:
+    """What stands between shorter sampling and the vLLM that is installed; empty when nothing does."""
+    found = [*map(_problem, SAMPLING_HOOKS), *(_source_problem(path, name) for path, name in SAMPLING_SOURCES)]
+    return [problem for problem in found if problem is not None]
+
+
 def report(print_line: Callable[[str], None]) -> list[str]:
     """Check, and say so a line each."""
     import vllm
@@ -119,5 +139,7 @@ def report(print_line: Callable[[str], None]) -> list[str]:
         print_line(f"No n-gram drafts: {problem}")
     for problem in tracing_problems():
         print_line(f"No traces of drafts: {problem}")
+    for problem in sampling_problems():
+        print_line(f"No shorter sampling: {problem}")
     print_line("Edges cannot be used with it." if found else f"All {len(HOOKS) + len(SOURCES)} hooks are there.")
     return found

@@ -8,17 +8,27 @@ changes: a step without drafts is sampled as if there were no speculation, and t
 for those who use them.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import wraps
 from typing import Any
 
+from vllm_specedge.adapter import hooks
+
+logger = logging.getLogger("vllm.specedge.sampling")
+
 _MARK = "_is_shortened_by_specedge"
 
 
 def shorten() -> None:
-    """Wrap vLLM's functions in this process; again is harmless. Where they are not there nothing is left out."""
+    """Wrap vLLM's functions in this process; again is harmless. Where they are not as expected nothing is left out."""
     from vllm.platforms import current_platform
+
+    problems = hooks.sampling_problems()
+    if problems:
+        logger.warning("Steps without drafts take as long as those with some: %s", "; ".join(problems))
+        return
     from vllm.v1.sample import rejection_sampler
 
     _wrap(rejection_sampler.RejectionSampler, "forward", _plainly)
@@ -27,8 +37,8 @@ def shorten() -> None:
 
 
 def _wrap(owner: Any, name: str, wrapped_by: Any) -> None:
-    original = getattr(owner, name, None)
-    if original is None or hasattr(original, _MARK):
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
         return
     wrapper = wraps(original)(wrapped_by(original))
     setattr(wrapper, _MARK, True)
