@@ -223,6 +223,7 @@ def test_a_request_that_rests_is_not_held() -> None:
 
 def late_and_wrong(serving: Serving, token: int) -> list[Frame]:
     """A step without a draft; the one that comes meanwhile is wrong, so that there is none afterwards either."""
+    serving.now_s += STEP_S
     assert serving.plan(load=Load(is_pressed=True)).drafts == {}
     serving.propose([99])
     return serving.decode(token)
@@ -250,6 +251,7 @@ def test_further_requests_of_such_an_edge_rest_from_its_first_answer_on() -> Non
     assert serving.book.commit("other", 0, serving.now_s) != []
     serving.receive(Propose(1, 3, (4, 99)))
     tokens.append(5)
+    serving.now_s += STEP_S
     assert serving.book.commit("other", 0, serving.now_s) == []
 
 
@@ -257,7 +259,19 @@ def test_who_has_not_answered_yet_hears_of_every_token() -> None:
     """A long prompt takes its edge a while."""
     serving = Serving()
     serving.receive(Assign(0, 2))
-    assert all(serving.decode(30) != [] for _ in range(2 * UNUSED_AFTER))
+    for _ in range(2 * UNUSED_AFTER):
+        serving.now_s += STEP_S
+        assert serving.decode(30) != []
+
+
+def test_a_step_of_many_requests_is_one() -> None:
+    record = EdgeRecord()
+    for _ in range(100):
+        record.stepped(is_verified=False, now_s=1.0)
+    record.stepped(is_verified=False, now_s=2.0)
+    assert record.num_unused == 2
+    record.stepped(is_verified=True, now_s=2.0)
+    assert record.num_unused == 0
 
 
 def test_a_draft_that_came_during_the_step_was_not_refused() -> None:
@@ -666,7 +680,7 @@ def test_how_right_a_draft_was_is_learnt_from_what_came_too_late_to_be_verified(
     serving = Serving()
 
     def come_late(draft: Sequence[int]) -> None:
-        for _ in range(40):
+        for _ in range(UNUSED_AFTER):
             after = len(serving.tokens)
             serving.decode(1, 2)
             serving.now_s += ANSWER_S
@@ -679,13 +693,15 @@ def test_how_right_a_draft_was_is_learnt_from_what_came_too_late_to_be_verified(
     assert serving.rates[0] < 0.2
     come_late([1, 2])
     assert serving.rates[0] > 0.6
+    serving.propose([5])
+    serving.decode(5, 6, num_verified=1)  # else it would rest, and hear of little that it could answer
     come_late([9, 9])
     assert serving.rates[0] < 0.4
 
 
 def test_late_drafts_for_another_past_say_nothing_of_how_right_an_edge_is() -> None:
     serving = Serving()
-    for _ in range(40):
+    for _ in range(UNUSED_AFTER - 1):
         serving.decode(1, 2)
         serving.now_s += ANSWER_S
         serving.receive(Propose(0, len(serving.tokens) - 3, (99, 9, 9)))

@@ -407,9 +407,10 @@ class DraftBook:
             )
         )
         is_verified = num_verified > 0 and request.source is Source.EDGE
-        if request.has_answered or is_verified:
-            request.record.num_unused = 0 if is_verified else request.record.num_unused + 1
-        num_unused = request.record.num_unused if request.has_answered else 0
+        num_unused = 0
+        if request.has_answered:
+            request.record.stepped(is_verified, now_s)
+            num_unused = request.record.num_unused
         is_due = request.rest.committed(num_tokens, request.is_refused, is_verified, num_unused)
         request.suggestion, request.source = (), Source.EDGE
         request.has_passed = request.is_awaited = request.is_refused = False

@@ -81,7 +81,9 @@ class EdgeRecord:
     num_misses: int = 0
     """Answers in a row that were waited for in vain."""
     num_unused: int = 0
-    """Commits in a row, of the requests that it answers, that verified no draft of it."""
+    """Steps in a row, of the requests that it answers, that verified no draft of it."""
+    last_unused_s: float = -inf
+    """When the last of them was done."""
 
     def answered(self, after_s: float, in_time: bool, num_tokens: int) -> None:
         """An answer came so long after the commit it answers; `in_time`: before the request went on without it."""
@@ -91,6 +93,14 @@ class EdgeRecord:
         self.punctual.observe(float(in_time or is_punctual))
         if in_time or is_punctual:
             self.num_misses = 0
+
+    def stepped(self, is_verified: bool, now_s: float) -> None:
+        """A step of a request that it answers was done at `now_s`; told for each of them."""
+        if is_verified:
+            self.num_unused = 0
+        elif now_s != self.last_unused_s:
+            self.num_unused += 1
+            self.last_unused_s = now_s
 
     @property
     def late_after_s(self) -> float:

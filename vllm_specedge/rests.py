@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 REST_AFTER = 8
 """Commits of steps that left a draft unverified; more than two probes (book.FIRST_PROBE_AFTER) come before."""
-UNUSED_AFTER = 64
-"""Commits of all requests that an edge answers, in a row, that verified no draft of it."""
+UNUSED_AFTER = 32
+"""Steps in a row that verified nothing for any of the requests that an edge answers."""
 REST_TOKENS = 32
 """Collected before they are published."""
 
@@ -29,7 +29,7 @@ class Rest:
         """A step decided so many tokens; whether all that were collected are to be published now.
 
         `is_refused`: a draft was there when the step was planned, and was left out. `is_verified`: one was verified.
-        `num_unused`: so many commits of its edge's in a row verified none.
+        `num_unused`: so many steps in a row verified none for any request of its edge.
         """
         if is_verified:
             self.num_refused = 0
