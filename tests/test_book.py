@@ -235,7 +235,6 @@ def test_an_edge_whose_drafts_are_never_there_in_time_hears_of_many_tokens_at_on
     assert sizes[:UNUSED_AFTER] == [1] * UNUSED_AFTER
     assert sum(sizes[UNUSED_AFTER:]) == 2
     serving.propose([70, 71])
-    assert serving.plan().drafts == {"r": [70, 71]}
     assert serving.decode(70, 71, 72, num_verified=2) != []
     assert late_and_wrong(serving, 30) != []
 

@@ -18,6 +18,7 @@ from vllm_specedge.policy import (
     CAUTION,
     FAST,
     HOLDING_MODES,
+    LEAST_GAIN,
     MODES,
     PROBE_PART,
     Awaited,
@@ -360,7 +361,7 @@ def test_neither_one_token_more_nor_one_less_gives_more_tokens_a_second(situatio
 
     assume(situation.candidates)
     lengths = situation.decide().lengths
-    best = rate(situation.survivals(lengths))
+    best = max(rate(situation.survivals(lengths)), (1 + LEAST_GAIN) * rate([]))
     for row in situation.candidates:
         length = lengths.get(row.key, 0)
         for other in (length - 1, length + 1):
@@ -392,7 +393,7 @@ def test_where_more_tokens_cost_nothing_all_are_verified(situation: Situation) -
     assert situation.decide().lengths == {row.key: len(row.survivals) for row in situation.candidates if row.survivals}
 
 
-@pytest.mark.parametrize(("gain", "is_worth_it"), [(0.95, False), (1.1, False), (1.2, True)])
+@pytest.mark.parametrize(("gain", "is_worth_it"), [(0.95, False), (1.1, False), (1.2, False), (1.5, True)])
 def test_a_draft_that_just_about_pays_is_left_out(gain: float, is_worth_it: bool) -> None:
     cost = convex_cost(STEP_S, {4: STEP_S / 8})  # a token in a step of four is worth a quarter of it
     rows = [Candidate(str(order), order, 0.0, 0, (0.5 * gain,) if not order else ()) for order in range(4)]

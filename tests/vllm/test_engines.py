@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from .conftest import MODEL, VOCAB_SIZE, Completion, Target, assert_same, counting, replay, running_edge
 
 GATEWAY_PORT = 8250
-NUM_TOKENS = 48
+NUM_TOKENS = 256
+"""The tiny model says hundreds a second, and nobody is held before an edge has answered once."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
