@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from .conftest import MODEL, VOCAB_SIZE, Completion, Target, assert_same, counting, replay, running_edge
 
 GATEWAY_PORT = 8250
-NUM_TOKENS = 256
-"""The tiny model says hundreds a second, and nobody is held before an edge has answered once."""
+NUM_TOKENS = 48
+ROUNDS = 8
+"""The tiny model may be done before an edge that shares its cores has answered once, and nobody is held before that."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
@@ -51,6 +52,18 @@ def server(model: Path, logs: Path, port: int, *arguments: str, cores: str = "0"
         running.process.stop()
 
 
+def use_drafts(target: Target, expected: list[Completion], prompts: list[str]) -> None:
+    """The answers are the same, and drafts were accepted on the way (by either engine; the other has no requests)."""
+    with counting(target) as counted:
+        for number in range(1, ROUNDS + 1):
+            assert_same(expected, target.greedy_all(prompts, NUM_TOKENS))
+            counted.settle(number * len(prompts) * NUM_TOKENS)
+            if counted["accepted_tokens"] > len(prompts):
+                break
+        assert counted["accepted_tokens"] > len(prompts)
+        assert counted["accepted_tokens"] == counted["verified_tokens"]
+
+
 @pytest.mark.parametrize("kind", ["tensor", "data"])
 def test_two_ranks_are_lossless_and_use_drafts(tiny: Path, tmp_path: Path, prompts: list[str], kind: str) -> None:
     some = prompts[:8]
@@ -59,11 +72,8 @@ def test_two_ranks_are_lossless_and_use_drafts(tiny: Path, tmp_path: Path, promp
         wait_for(target.server.process, f"{target.server.gateway_url}/healthz", "engines", 2 if kind == "data" else 1)
         expected = target.greedy_all(some, NUM_TOKENS)
         assert any(len(set(completion.token_ids)) > 1 for completion in expected)
-        with running_edge(target, replay(expected)), counting(target) as counted:
-            assert_same(expected, target.greedy_all(some, NUM_TOKENS))
-            counted.settle(len(some) * NUM_TOKENS)
-            assert counted["accepted_tokens"] > len(some)
-            assert counted["accepted_tokens"] == counted["verified_tokens"]
+        with running_edge(target, replay(expected)):
+            use_drafts(target, expected, some)
 
 
 @contextmanager
@@ -76,14 +86,6 @@ def gateway(directory: Path) -> Iterator[tuple[Process, str]]:
         yield process, endpoint
     finally:
         process.stop()
-
-
-def use_drafts(target: Target, expected: list[Completion], prompts: list[str]) -> None:
-    """The answers are the same, and drafts were accepted on the way (by either engine; the other has no requests)."""
-    with counting(target) as counted:
-        assert_same(expected, target.greedy_all(prompts, NUM_TOKENS))
-        counted.settle(len(prompts) * NUM_TOKENS)
-        assert counted["accepted_tokens"] > len(prompts)
 
 
 def test_two_servers_share_a_gateway_and_one_is_killed_and_comes_back(
