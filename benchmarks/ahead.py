@@ -219,7 +219,7 @@ def launch(plan: Plan, stack: ExitStack) -> dict[str, Target]:
 
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """For all servers alike. With pages of 4 kB it is chance which of them share a place in the processor's caches: of two
-equal servers one was up to 7 % slower than the other for as long as both ran, both a tenth slower than with these."""
+equal servers one was up to 7 % slower than the other for as long as both ran (benchmarks/LOG.md)."""
 
 
 def launch_all(

@@ -182,7 +182,7 @@ class EdgeClient:
             try:
                 said = await loop.run_in_executor(self._executor, _run, self._sequence(job), job)
             except CacheFullError as error:
-                logger.warning("Request %s is given back: there is %s", job.request, error)
+                logger.warning("Request %s is given back, as the draft's cache is full: %s", job.request, error)
                 self.speculation.forget_kept()
                 self._send(self.speculation.decline(job.request))
                 continue

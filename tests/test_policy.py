@@ -309,7 +309,7 @@ def test_who_has_a_draft_in_a_step_may_have_a_longer_one() -> None:
     assert decide(with_another, NOTHING_ELSE, beside, 1.0, limits, 0.0).lengths == {}
 
 
-def test_a_probe_does_not_make_a_step_longer_than_it_may() -> None:
+def test_a_probe_does_not_make_a_step_longer_than_it_may_unless_it_is_forced() -> None:
     rows = [Candidate(str(order), order, 0.0, 0, (0.9, 0.8)) for order in range(16)]
     for load, limits in (
         (Load(probe=Probe.VERIFY, step_limit_s=0.9 * FULL(16, 16, 0)), HoldLimits(mode="budget")),
@@ -317,6 +317,8 @@ def test_a_probe_does_not_make_a_step_longer_than_it_may() -> None:
         (Load(probe=Probe.VERIFY), HoldLimits(mode="budget", max_slowdown=1.0)),
     ):
         assert decide(rows, load, FULL, 1.0, limits, 0.0).lengths == {}
+        forced = decide(rows, replace(load, probe=Probe.FORCED), FULL, 1.0, limits, 0.0).lengths
+        assert sum(forced.values()) == len(rows) // PROBE_PART
     for limits, num_verified in ((HoldLimits(max_stretch=1.1), 1), (HoldLimits(max_slowdown=1.13), 2)):
         assert sum(decide(rows, Load(probe=Probe.VERIFY), FULL, 1.0, limits, 0.0).lengths.values()) == num_verified
 
