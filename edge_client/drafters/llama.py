@@ -1,4 +1,4 @@
-"""A small Llama on a CPU, a token at a time, with as little between the matrix products as torch allows.
+"""A Llama, Qwen2 or Qwen3 on a CPU, a token at a time, with as little between the matrix products as torch allows.
 
 Drafting is thousands of passes one token long. There a framework's Python and the memory traffic of float32 weights are
 the cost, so this runtime keeps a preallocated key/value cache, stacks projections that share an input, folds the norms'
@@ -28,13 +28,13 @@ CACHE_STEP = 512
 CHUNK = 256
 
 
-def _float_matrix(weight: Tensor) -> Matrix:
-    """x -> x @ weight.T in float32."""
+def _float_matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
+    """x -> x @ weight.T + bias in float32."""
     held = weight.contiguous()
-    return lambda x: functional.linear(x, held)
+    return lambda x: functional.linear(x, held, bias)
 
 
-def _int8_matrix(weight: Tensor) -> Matrix:
+def _int8_matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
     """The same with int8 weights (a scale an output row) and activations quantized on the fly.
 
     Seven bits of activation: without VNNI the int8 product adds pairs in 16 bits, which eight would overflow. Torch
@@ -45,7 +45,7 @@ def _int8_matrix(weight: Tensor) -> Matrix:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
         quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-    packed = torch.ops.quantized.linear_prepack(quantized, None)
+    packed = torch.ops.quantized.linear_prepack(quantized, bias)
     multiply = torch.ops.quantized.linear_dynamic
     return lambda x: multiply(x, packed, True)
 
@@ -58,14 +58,17 @@ class _Block:
     out: Matrix
     gate_up: Matrix
     down: Matrix
+    norm_qk: Tensor | None
+    """The weights that norm each query and key head, [heads + kv_heads, head_dim], in a model that has them."""
 
 
-def _paired(weight: Tensor, heads: int, dim: int) -> Tensor:
+def _paired(weight: Tensor, dim: int) -> Tensor:
     """Reorder each head's rows so that RoPE's two halves lie side by side and rotate as complex numbers.
 
-    Queries and keys are reordered alike, so their products, all that attention sees, stay the same.
+    `weight` [heads * dim, ...]. Queries and keys are reordered alike, so their products, all that attention sees, stay
+    the same.
     """
-    return weight.view(heads, 2, dim // 2, -1).transpose(1, 2).reshape(heads * dim, -1)
+    return weight.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 class FastLlama:
@@ -84,18 +87,34 @@ class FastLlama:
         self.kept = kept
         self.blocks = [self._block(layer, make) for layer in model.layers]
         rows = model.head if kept is None else model.head[kept]
-        self.head = make(rows * model.norm)
+        self.head = make(rows.float() * model.norm)
         cos, sin = rope_tables(model.shape, context)
         half = model.shape.head_dim // 2
         self.turns = torch.complex(cos[:, :half], sin[:, :half])[:, None]
 
-    def _block(self, layer: Layer, make: Callable[[Tensor], Matrix]) -> _Block:
+    def _block(self, layer: Layer, make: Callable[..., Matrix]) -> _Block:
         """Fold a layer's norms into the products behind them and pair its rotating rows."""
+        bias = None if layer.qkv_bias is None else self._rotating_paired(layer.qkv_bias)
+        return _Block(
+            make(self._rotating_paired(layer.qkv * layer.norm_in), bias),
+            make(layer.out),
+            make(layer.gate_up * layer.norm_mid),
+            make(layer.down),
+            self._norm_qk(layer),
+        )
+
+    def _rotating_paired(self, qkv: Tensor) -> Tensor:
+        """The rows of queries and keys paired, those of the values as they are."""
         shape = self.shape
         turning = (shape.heads + shape.kv_heads) * shape.head_dim
-        qkv = layer.qkv * layer.norm_in
-        qkv = torch.cat([_paired(qkv[:turning], shape.heads + shape.kv_heads, shape.head_dim), qkv[turning:]])
-        return _Block(make(qkv), make(layer.out), make(layer.gate_up * layer.norm_mid), make(layer.down))
+        return torch.cat([_paired(qkv[:turning], shape.head_dim), qkv[turning:]])
+
+    def _norm_qk(self, layer: Layer) -> Tensor | None:
+        if layer.norm_q is None or layer.norm_k is None:
+            return None
+        shape = self.shape
+        query, key = (_paired(weight, shape.head_dim) for weight in (layer.norm_q, layer.norm_k))
+        return torch.cat([query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)])
 
     def open(self) -> "FastSequence":
         """A new, empty context."""
@@ -181,12 +200,15 @@ class FastSequence:
         self._reserve(end)
         if bias is not None:
             bias = bias.repeat(heads // kv_heads, 1)
-        x = model.embed[tokens]
+        x = model.embed[tokens].float()
         for block, cache in zip(model.blocks, self._cache, strict=True):
             qkv = block.qkv(functional.rms_norm(x, (shape.width,), None, shape.eps)).view(
                 count, heads + 2 * kv_heads, dim
             )
-            torch.view_as_complex(qkv[:, : heads + kv_heads].view(count, heads + kv_heads, dim // 2, 2)).mul_(turns)
+            turning = qkv[:, : heads + kv_heads]
+            if block.norm_qk is not None:
+                turning.copy_(functional.rms_norm(turning, (dim,), None, shape.eps) * block.norm_qk)
+            torch.view_as_complex(turning.view(count, heads + kv_heads, dim // 2, 2)).mul_(turns)
             cache[:, start:end] = qkv[:, heads:].transpose(0, 1)
             query = qkv[:, :heads].transpose(0, 1).reshape(1, kv_heads, -1, dim)
             attended = functional.scaled_dot_product_attention(
@@ -207,7 +229,7 @@ def _causal_bias(count: int, length: int) -> Tensor | None:
 
 
 class LlamaDrafter:
-    """A plain Llama checkpoint on the CPU."""
+    """A checkpoint of the Llama family on the CPU."""
 
     max_width = 8
 
@@ -222,7 +244,7 @@ class LlamaDrafter:
         return FastSequence(self._model)
 
 
-def is_plain_llama(directory: Path) -> bool:
+def is_of_llama_family(directory: Path) -> bool:
     """Whether a directory holds a checkpoint that this runtime understands."""
     try:
         Shape.from_config(read_config(directory))

@@ -1,10 +1,11 @@
-"""Reading a Hugging Face Llama checkpoint into the few plain tensors that a forward pass needs.
+"""Reading a Hugging Face checkpoint of the Llama family (Llama, Qwen2, Qwen3) into the plain tensors of a forward pass.
 
 The training recipe and the CPU runtime share this: neither wants transformers' modules (their Python costs more than
 the arithmetic when a pass is one token long), and both want query/key/value and gate/up fused into one matrix each.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,9 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+BIASED = {"llama": False, "qwen2": True, "qwen3": False}
+"""Whether queries, keys and values have a bias, by model type; Qwen2's config.json does not say so."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +32,26 @@ class Shape:
     eps: float
     theta: float
     tied: bool
+    has_qkv_bias: bool
+    has_qk_norm: bool
+    """Whether each head's query and key are normed before they are rotated (Qwen3)."""
+
+    @property
+    def is_plain_llama(self) -> bool:
+        """Whether the projections and norms of a Llama are all there is."""
+        return not self.has_qkv_bias and not self.has_qk_norm
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Read a Llama config; refuse the variants whose passes would silently differ."""
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", "default")
-        if config.get("model_type") != "llama" or kind != "default" or config.get("hidden_act", "silu") != "silu":
-            raise ValueError(
-                f"only plain Llama checkpoints are understood, not {config.get('model_type')} with {kind} RoPE"
-            )
+        """Read a config.json. Raises ValueError for the variants whose passes would silently differ."""
+        family, rope = config.get("model_type"), config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if family not in BIASED or kind != "default" or config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"Llama, Qwen2 and Qwen3 with default RoPE are understood, not {family} with {kind} RoPE")
         if config.get("attention_bias") or config.get("mlp_bias"):
-            raise ValueError("Llama checkpoints with biases are not understood")
+            raise ValueError(f"{family} checkpoints with additional biases are not understood")
+        if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+            raise ValueError("attention within a window is not understood")
         return cls(
             layers=config["num_hidden_layers"],
             width=config["hidden_size"],
@@ -51,6 +63,8 @@ class Shape:
             eps=config["rms_norm_eps"],
             theta=rope.get("rope_theta") or config.get("rope_theta", 10000.0),
             tied=config.get("tie_word_embeddings", False),
+            has_qkv_bias=BIASED[family],
+            has_qk_norm=family == "qwen3",
         )
 
 
@@ -64,11 +78,18 @@ class Layer:
     norm_mid: Tensor
     gate_up: Tensor
     down: Tensor
+    qkv_bias: Tensor | None = None
+    norm_q: Tensor | None = None
+    """Of each head's query, [head_dim]; `norm_k` of its key."""
+    norm_k: Tensor | None = None
 
 
 @dataclass
 class Llama:
-    """A whole checkpoint; `head` is the embedding itself where the two are tied."""
+    """A whole checkpoint; `head` is the embedding itself where the two are tied.
+
+    Only these two stay in the format that they are stored in: of 150,000 rows a pass reads a few.
+    """
 
     shape: Shape
     embed: Tensor
@@ -90,8 +111,19 @@ class _Files:
         return name in self._where
 
     def __getitem__(self, name: str) -> Tensor:
+        """In float32. Raises ValueError for what the checkpoint lacks."""
+        return self.stored(name).float()
+
+    def stored(self, name: str) -> Tensor:
+        """As it lies there. Raises ValueError for what the checkpoint lacks."""
+        if name not in self._where:
+            raise ValueError(f"the checkpoint has no {name}")
         tensor: Tensor = self._where[name].get_tensor(name)
-        return tensor.float()
+        return tensor
+
+    def stacked(self, names: Sequence[str]) -> Tensor:
+        """Several tensors, one below the other."""
+        return torch.cat([self[name] for name in names])
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -101,26 +133,28 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def load_llama(directory: Path, keep: list[int] | None = None) -> Llama:
-    """Load a checkpoint in float32; `keep` names the layers wanted (all of them by default)."""
+    """Load a checkpoint, its layers in float32; `keep` names the layers wanted (all of them by default)."""
     shape = Shape.from_config(read_config(directory))
     files = _Files(directory)
     layers = []
     for index in range(shape.layers) if keep is None else keep:
         at = f"model.layers.{index}."
-        attention = [files[f"{at}self_attn.{name}_proj.weight"] for name in "qkv"]
-        gate_up = [files[f"{at}mlp.{name}_proj.weight"] for name in ("gate", "up")]
+        projections = [f"{at}self_attn.{name}_proj" for name in "qkv"]
         layers.append(
             Layer(
                 norm_in=files[at + "input_layernorm.weight"],
-                qkv=torch.cat(attention),
+                qkv=files.stacked([f"{name}.weight" for name in projections]),
                 out=files[at + "self_attn.o_proj.weight"],
                 norm_mid=files[at + "post_attention_layernorm.weight"],
-                gate_up=torch.cat(gate_up),
+                gate_up=files.stacked([f"{at}mlp.{name}_proj.weight" for name in ("gate", "up")]),
                 down=files[at + "mlp.down_proj.weight"],
+                qkv_bias=files.stacked([f"{name}.bias" for name in projections]) if shape.has_qkv_bias else None,
+                norm_q=files[at + "self_attn.q_norm.weight"] if shape.has_qk_norm else None,
+                norm_k=files[at + "self_attn.k_norm.weight"] if shape.has_qk_norm else None,
             )
         )
-    embed = files["model.embed_tokens.weight"]
-    head = files["lm_head.weight"] if "lm_head.weight" in files and not shape.tied else embed
+    embed = files.stored("model.embed_tokens.weight")
+    head = files.stored("lm_head.weight") if "lm_head.weight" in files and not shape.tied else embed
     return Llama(shape, embed, layers, files["model.norm.weight"], head)
 
 

@@ -1,5 +1,5 @@
-"""Which drafter a name gets: prompt lookup, llama.cpp for a GGUF file, our own runtime for plain Llamas on a CPU,
-transformers for the rest.
+"""Which drafter a name gets: prompt lookup, llama.cpp for a GGUF file, our own runtime for Llama and Qwen models on a
+CPU, transformers for the rest.
 
 What loads torch or llama.cpp is imported only when a model is asked for.
 """
@@ -62,7 +62,7 @@ def _load_model(options: DrafterOptions, say: Say) -> Drafter:
     import torch  # noqa: PLC0415
 
     from edge_client.drafters.hf import devices_of_torch, load_hf_drafter, tokenizer_fingerprint  # noqa: PLC0415
-    from edge_client.drafters.llama import LlamaDrafter, is_plain_llama  # noqa: PLC0415
+    from edge_client.drafters.llama import LlamaDrafter, is_of_llama_family  # noqa: PLC0415
 
     device, why = choose_device(options.device, devices_of_torch())
     if options.threads:
@@ -70,8 +70,8 @@ def _load_model(options: DrafterOptions, say: Say) -> Drafter:
     name = options.draft
     fingerprint, vocab_size = tokenizer_fingerprint(name)
     kept = draft_vocabulary(name, options.draft_vocab, options.draft_vocab_file, vocab_size)
-    if device == "cpu" and is_plain_llama(Path(name)):
-        say(f"Drafting on {device} ({why}), with the int8 runtime: a plain Llama.")
+    if device == "cpu" and is_of_llama_family(Path(name)):
+        say(f"Drafting on {device} ({why}), with the int8 runtime: a model of the Llama family.")
         return LlamaDrafter(Path(name), kept, fingerprint)
     say(f"Drafting on {device} ({why}), with transformers.")
     return load_hf_drafter(name, device, kept, fingerprint)
