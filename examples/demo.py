@@ -1,151 +1,243 @@
-"""`make demo`: a real vLLM server on one core, a real edge on another, the same questions without and with the edge.
+"""`make demo`: plain vLLM on one core, then the same with an edge on the other core, and what the edge brings.
 
-    python examples/demo.py [ngram]
+    python examples/demo.py [--pair auto|qwen|smollm2] [--draft ngram] [--hub]
 
-Prints each answer as it streams and ends with one JSON line. The edge drafts with the project's own five-layer draft of
-the served model (examples/distill_draft) for ordinary questions; with `ngram`, by prompt lookup for tasks on a text.
+Both are asked the same: chat, code, editing. Answers stream to the screen, accepted draft tokens in green; a table by
+kind of question follows, and one JSON line is the last.
 """
 
 import json
 import sys
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Annotated
 
+import typer
+from demo_screen import Answer, Row, Screen, first_difference, table, tokens_per_s
 from openai import OpenAI
-from rich.console import Console
-from stack import MODEL_NAME, Server, StackError, edge_client, vllm_server
+from pairs import AUTO, CACHE, Choice, PairError, console, prepare_fitting
+from questions import QUESTIONS
+from stack import LARGE_PAGES, Server, StackError, edge_client, vllm_server
+from tokenizers import Tokenizer
 
-MAX_TOKENS = 128
-CACHE = Path(__file__).parent.parent / ".cache"
-TEXT = (
-    "The old lighthouse stands on the northern tip of the island. It was built in 1874 by the engineer Thomas Reed, "
-    "and its lamp could be seen from thirty kilometres away. The keeper, Anna Moss, lived there with her two sons and "
-    "a grey cat. Every evening she climbed the hundred and twelve steps to light the lamp. In the winter of 1921 a "
-    "storm broke the glass of the lamp room, and the sons carried new panes up the stairs by hand."
-)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What the edge drafts with, how many tokens a step verifies, and what is asked."""
-
-    draft: str
-    spec_tokens: int
-    questions: tuple[str, ...]
-
-
-SCENES = {
-    "smollm2-draft": Scene(
-        str(CACHE / "smollm2-draft"),
-        2,
-        (
-            "Explain to a ten-year-old why the sky is blue.",
-            "Give me five tips for a job interview.",
-            "What is the difference between weather and climate?",
-            "Write an e-mail to my landlord: the heating has been broken since Monday.",
-            "Write a short story about an old lighthouse and a grey cat.",
-            "How do I make a simple vegetable soup?",
-        ),
-    ),
-    "ngram": Scene(
-        "ngram",
-        5,
-        (
-            f"Repeat the following text word for word.\n\n{TEXT}",
-            f"Copy this text, but write 'tower' in place of 'lighthouse'.\n\n{TEXT}",
-            f"List the sentences of this text, one on each line, with a number before each.\n\n{TEXT}",
-        ),
-    ),
-}
-
-console = Console(highlight=False)
+MAX_TOKENS = 96
+QUESTIONS_A_KIND = 2
+PORT = 8000
+SERVER_OPTIONS = ("--max-model-len", "2048", "--max-num-seqs", "8")
+INSTALL_SECONDS = Path(sys.prefix) / ".install-seconds"
+"""What deploy/install took, if it made this environment."""
+EXACT = "float32"
+"""The number format in which a token does not depend on how many are computed with it (docs/design.md, Numerics)."""
 
 
 @dataclass
-class Run:
-    """The answers of one pass over the questions, and how long their tokens took."""
+class Clock:
+    """Where the time goes, in seconds."""
 
-    answers: list[str]
-    num_tokens: int
-    seconds: float
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.seconds
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        started_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[what] = round(self.seconds.get(what, 0.0) + time.monotonic() - started_s, 1)
 
 
-def ask(server: Server, questions: tuple[str, ...]) -> Run:
-    """Stream every answer to the screen; the clock runs from each answer's first token to its last."""
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    run = Run([], 0, 0.0)
-    for number, question in enumerate(questions, 1):
-        console.print(f"[bold]{number}. {question.partition(chr(10))[0]}[/]")
-        parts: list[str] = []
-        first_s = last_s = 0.0
-        stream = client.chat.completions.create(
-            model=MODEL_NAME,
-            messages=[{"role": "user", "content": question}],
+@dataclass
+class Asking:
+    """A server, and how it is asked."""
+
+    server: Server
+    tokenizer: Tokenizer
+    client: OpenAI = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = OpenAI(base_url=f"{self.server.url}/v1", api_key="none")
+
+    def ask(self, answer: Answer, max_tokens: int = MAX_TOKENS) -> Answer:
+        """Stream the greedy answer to a question into `answer`."""
+        stream = self.client.chat.completions.create(
+            model=self.server.model,
+            messages=[{"role": "user", "content": answer.question}],
             temperature=0,
-            max_tokens=MAX_TOKENS,
+            max_tokens=max_tokens,
             stream=True,
-            stream_options={"include_usage": True},
+            extra_body={"return_token_ids": True},
         )
         for chunk in stream:
-            if chunk.choices and chunk.choices[0].delta.content:
-                last_s = time.monotonic()
-                first_s = first_s or last_s
-                parts.append(chunk.choices[0].delta.content)
-                console.print(parts[-1], end="", style="dim", markup=False)
-            if chunk.usage is not None:
-                run.num_tokens += chunk.usage.completion_tokens - 1
-        console.print("\n")
-        run.answers.append("".join(parts))
-        run.seconds += last_s - first_s
-    return run
+            choice = chunk.choices[0]
+            if token_ids := (choice.model_extra or {}).get("token_ids"):
+                answer.take(choice.delta.content or "", token_ids, time.monotonic(), self._decode)
+        return answer
+
+    def warm_up(self) -> None:
+        """The first pass of a process is slower than all others."""
+        self.ask(Answer("", "Say hello."), 8)
+
+    def stream(self, screen: Screen, kind: str, plain: Sequence[Answer]) -> list[Answer]:
+        """All questions of a kind, one after the other, on the screen."""
+        answers = [Answer(kind, question) for question in QUESTIONS[kind][:QUESTIONS_A_KIND]]
+        for answer in answers:
+            with screen.stream(answer, plain):
+                self.ask(answer)
+        return answers
+
+    def ask_together(self, answers: Sequence[Answer]) -> list[Answer]:
+        """The same questions again, all at once."""
+        again = [Answer(answer.kind, answer.question) for answer in answers]
+        with ThreadPoolExecutor(len(again)) as executor:
+            return list(executor.map(self.ask, again))
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(token_ids)))
 
 
-def compare(server: Server, name: str) -> dict[str, object]:
-    """The questions without an edge, then with one."""
-    scene = SCENES[name]
-    OpenAI(base_url=f"{server.url}/v1", api_key="none").completions.create(model=MODEL_NAME, prompt="Hi", max_tokens=8)
-    console.rule("without an edge")
-    plain = ask(server, scene.questions)
-    with edge_client(server.gateway_url, scene.draft, CACHE / "demo-edge.log"):
-        console.rule(f"with an edge on another core: edge-client connect ... --draft {name}")
-        before = server.engine_counters()
-        edge = ask(server, scene.questions)
-        after = server.engine_counters(at_least={"committed_tokens": before["committed_tokens"] + edge.num_tokens})
+@dataclass
+class Demo:
+    """A pair of models to show, and what was measured so far."""
+
+    choice: Choice
+    draft: str
+    clock: Clock
+    screen: Screen
+    plain: dict[str, list[Answer]] = field(default_factory=dict)
+    edge: dict[str, list[Answer]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    parted_by_itself: int | None = None
+    """How many of plain vLLM's answers are others when all are asked at once; None where none can be."""
+
+    def run(self) -> dict[str, object]:
+        """Both servers, one after the other; what the last line says."""
+        tokenizer = Tokenizer.from_file(str(self.choice.pair.target_directory(CACHE) / "tokenizer.json"))
+        console.rule(f"1. plain vLLM, on one core: {self.choice.pair.title}, {self.choice.dtype}")
+        with self._serving("demo-plain.log") as server, self.clock("questions"):
+            self._ask_plainly(Asking(server, tokenizer))
+        console.rule("2. the same with --speculative-config edge")
+        with self._serving("demo-server.log", "--speculative-config", "edge") as server, self.clock("questions"):
+            command = f"edge-client connect {server.gateway_url} --draft {Path(self.draft).name}"
+            console.print(f"An edge drafts on the other core: {command}\n")
+            with edge_client(server.gateway_url, self.draft, CACHE / "demo-edge.log"):
+                self._ask_with_edge(Asking(server, tokenizer))
+        console.rule("3. what the edge brings")
+        return self._results()
+
+    @contextmanager
+    def _serving(self, log: str, *arguments: str) -> Iterator[Server]:
+        directory = self.choice.pair.target_directory(CACHE)
+        options = (*SERVER_OPTIONS, *arguments)
+        with ExitStack() as stack:
+            with self.clock("servers"), console.status("Starting vllm serve (up to a minute) ..."):
+                running = vllm_server(directory, CACHE / log, PORT, *options, dtype=self.choice.dtype, env=LARGE_PAGES)
+                server = stack.enter_context(running)
+            yield server
+            with self.clock("servers"), console.status("Stopping it ..."):
+                stack.close()
+
+    def _ask_plainly(self, asking: Asking) -> None:
+        asking.warm_up()
+        for kind in QUESTIONS:
+            self.plain[kind] = asking.stream(self.screen, kind, ())
+        if self.choice.dtype != EXACT:
+            with console.status("Asking all of them at once, to see whether plain vLLM gives the same answers ..."):
+                every = list(chain.from_iterable(self.plain.values()))
+                self.parted_by_itself = len(parted(every, asking.ask_together(every)))
+
+    def _ask_with_edge(self, asking: Asking) -> None:
+        asking.warm_up()
+        start = before = asking.server.engine_counters()
+        for kind in QUESTIONS:
+            self.edge[kind] = asking.stream(self.screen, kind, self.plain[kind])
+            num_tokens = sum(len(answer.token_ids) for answer in self.edge[kind])
+            committed = {"committed_tokens": before["committed_tokens"] + num_tokens - len(self.edge[kind])}
+            after = asking.server.engine_counters(at_least=committed)
+            self.rows.append(row(kind, self.plain[kind], self.edge[kind], before, after))
+            before = after
+        plain, edge = (list(chain.from_iterable(answers.values())) for answers in (self.plain, self.edge))
+        self.rows.append(row("all", plain, edge, start, before))
+
+    def _results(self) -> dict[str, object]:
+        console.print(table(self.rows))
+        plain, edge = (list(chain.from_iterable(answers.values())) for answers in (self.plain, self.edge))
+        differences = parted(plain, edge)
+        console.print(self._verdict(differences, len(plain)))
+        if INSTALL_SECONDS.exists():
+            self.clock.seconds = {"install": float(INSTALL_SECONDS.read_text()), **self.clock.seconds}
+        console.print("Seconds: " + ", ".join(f"{what} {took_s:.0f}" for what, took_s in self.clock.seconds.items()))
+        *kinds, overall = self.rows
+        return {
+            "pair": self.choice.pair.name,
+            "dtype": self.choice.dtype,
+            "draft": Path(self.draft).name,
+            "tokens_per_s_plain": round(overall.plain_tokens_per_s, 1),
+            "tokens_per_s_edge": round(overall.edge_tokens_per_s, 1),
+            "speedup": round(overall.speedup, 2),
+            "by_kind": {each.kind: round(each.speedup, 2) for each in kinds},
+            "acceptance_rate": round(overall.acceptance_rate, 3),
+            "tokens_per_step": round(overall.tokens_per_step, 2),
+            "identical": not differences,
+            "num_tokens": sum(len(answer.token_ids) for answer in edge),
+            "seconds": self.clock.seconds,
+        }
+
+    def _verdict(self, differences: Sequence[int], num_answers: int) -> str:
+        if not differences:
+            return f"All {num_answers} answers are the same, token by token."
+        where = ", ".join(map(str, differences))
+        said = f"{len(differences)} of {num_answers} answers part from plain vLLM's, at token {where}."
+        if self.parted_by_itself is None:
+            return said
+        return (
+            f"{said} In {self.choice.dtype} two words that are almost equally likely may change places with the number "
+            f"of tokens in a step: asked all at once, plain vLLM parts from itself in {self.parted_by_itself}."
+        )
+
+
+def parted(ones: Sequence[Answer], others: Sequence[Answer]) -> list[int]:
+    """Where answers that are not the same part, in tokens."""
+    pairs = zip(ones, others, strict=True)
+    found = (first_difference(one.token_ids, other.token_ids) for one, other in pairs)
+    return [at for at in found if at is not None]
+
+
+def row(
+    kind: str,
+    plain: Sequence[Answer],
+    edge: Sequence[Answer],
+    before: dict[str, float],
+    after: dict[str, float],
+) -> Row:
+    """`before` and `after`: the engine's counters around the answers with an edge."""
     counted = {name: value - before[name] for name, value in after.items()}
-    return {
-        "tokens_per_s_plain": round(plain.tokens_per_s, 1),
-        "tokens_per_s_edge": round(edge.tokens_per_s, 1),
-        "speedup": round(edge.tokens_per_s / plain.tokens_per_s, 2),
-        "acceptance_rate": round(counted["accepted_tokens"] / counted["verified_tokens"], 3),
-        "tokens_per_step": round(counted["committed_tokens"] / counted["steps"], 2),
-        "identical": plain.answers == edge.answers,
-        "draft": name,
-        "num_tokens": edge.num_tokens,
-    }
+    accepted = counted["accepted_tokens"] / max(counted["verified_tokens"], 1)
+    return Row(kind, tokens_per_s(plain), tokens_per_s(edge), accepted, counted["committed_tokens"] / counted["steps"])
 
 
-def main(name: str) -> int:
-    num_tokens = str(SCENES[name].spec_tokens)
-    arguments = ("--speculative-config", "edge", "--spec-tokens", num_tokens, "--max-model-len", "2048")
-    with ExitStack() as stack:
-        with console.status("Starting vllm serve on one core (up to a minute) ..."):
-            server = stack.enter_context(vllm_server(CACHE / MODEL_NAME, CACHE / "demo-server.log", 8000, *arguments))
-        result = compare(server, name)
-        with console.status("Stopping ..."):
-            stack.close()
-    print(json.dumps(result))
-    return 0 if result["identical"] else 1
+def main(
+    pair: Annotated[str, typer.Option(help="qwen, smollm2, or auto: the first for which there is room.")] = AUTO,
+    draft: Annotated[str, typer.Option(help="What the edge drafts with, in place of the pair's draft.")] = "",
+    hub: Annotated[bool, typer.Option(help="Take the models from the model hub.")] = False,
+) -> None:
+    """Compare, and exit with status 1 if a token is not as it must be."""
+    clock = Clock()
+    try:
+        with clock("models"):
+            choice = prepare_fitting(pair, CACHE, hub)
+        drafting = draft or str(choice.pair.draft_directory(CACHE))
+        results = Demo(choice, drafting, clock, Screen(console)).run()
+    except (PairError, StackError) as error:
+        sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("demo: interrupted; the same command goes on from here.")
+    print(json.dumps(results))
+    sys.exit(0 if results["identical"] or choice.dtype != EXACT else 1)
 
 
 if __name__ == "__main__":
-    try:
-        status = main(sys.argv[1] if sys.argv[1:] else "smollm2-draft")
-    except StackError as error:
-        sys.exit(f"demo: {error}")
-    sys.exit(status)
+    typer.run(main)

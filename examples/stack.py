@@ -17,6 +17,9 @@ START_LIMIT_S = 300.0
 STOP_LIMIT_S = 20.0
 POLL_S = 0.2
 MODEL_NAME = "smollm2"
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""For all servers that are compared. With pages of 4 kB it is chance which of them share a place in the processor's
+caches: of two equal servers one was up to 7 % slower than the other for as long as both ran (benchmarks/LOG.md)."""
 
 
 class StackError(Exception):
@@ -84,11 +87,12 @@ def wait_for(process: Process, url: str, key: str = "", at_least: int = 0) -> No
 
 @dataclass(frozen=True)
 class Server:
-    """A running `vllm serve`."""
+    """A running `vllm serve`, and what it calls its model."""
 
     process: Process
     port: int
     gateway_port: int
+    model: str = MODEL_NAME
 
     @property
     def url(self) -> str:
@@ -118,11 +122,17 @@ class Server:
 
 
 def start_server(
-    model: Path, log: Path, port: int, *arguments: str, gateway_port: int = 8100, env: dict[str, str] | None = None
+    model: Path,
+    log: Path,
+    port: int,
+    *arguments: str,
+    gateway_port: int = 8100,
+    env: dict[str, str] | None = None,
+    dtype: str = "float32",
 ) -> Server:
-    """Start `vllm serve` in float32 (there greedy tokens do not depend on the batch) with its model on one core."""
-    command = [str(BIN / "vllm"), "serve", str(model), "--served-model-name", MODEL_NAME]
-    command += ["--dtype", "float32", "--enforce-eager", "--port", str(port), *arguments]
+    """Start `vllm serve` with its model on one core; in float32 greedy tokens do not depend on the batch."""
+    command = [str(BIN / "vllm"), "serve", str(model), "--served-model-name", model.name]
+    command += ["--dtype", dtype, "--enforce-eager", "--port", str(port), *arguments]
     env = {
         "VLLM_CPU_OMP_THREADS_BIND": str(SERVER_CORE),
         "VLLM_NO_USAGE_STATS": "1",
@@ -131,13 +141,21 @@ def start_server(
     }
     if "--kv-cache-memory-bytes" not in arguments:
         env["VLLM_CPU_KVCACHE_SPACE"] = "2"
-    return Server(start(command, log, env), port, gateway_port)
+    return Server(start(command, log, env), port, gateway_port, model.name)
 
 
 @contextmanager
-def vllm_server(model: Path, log: Path, port: int, *arguments: str, gateway_port: int = 8100) -> Iterator[Server]:
+def vllm_server(
+    model: Path,
+    log: Path,
+    port: int,
+    *arguments: str,
+    gateway_port: int = 8100,
+    env: dict[str, str] | None = None,
+    dtype: str = "float32",
+) -> Iterator[Server]:
     """A server that answers."""
-    server = start_server(model, log, port, *arguments, gateway_port=gateway_port)
+    server = start_server(model, log, port, *arguments, gateway_port=gateway_port, env=env, dtype=dtype)
     try:
         wait_for(server.process, f"{server.url}/health")
         yield server

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from demo import TEXT
+from questions import TEXT
 from vllm.v1.spec_decode import ngram_proposer
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
@@ -76,7 +76,7 @@ def test_drafts_follow_the_grammar(edge_target: Target, plain: Target) -> None:
 
 
 IN_PROCESS = """
-from demo import TEXT
+from questions import TEXT
 from vllm import LLM, SamplingParams
 from vllm_specedge.adapter import scheduler as module
 def fail(*args, **kwargs):

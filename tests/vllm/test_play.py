@@ -16,7 +16,8 @@ LIMIT_S = 240
 
 
 def test_a_server_to_look_at_and_to_chat_with() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "play.py"), "--port", "8290", "--gateway-port", "8291"]
+    command = [sys.executable, str(ROOT / "examples" / "play.py"), "--pair", "smollm2"]
+    command += ["--port", "8290", "--gateway-port", "8291"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         deadline = threading.Timer(LIMIT_S, process.kill)

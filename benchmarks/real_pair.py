@@ -1,0 +1,327 @@
+"""`make bench-ahead ARGS="--pair qwen"`: what an edge brings with a real pair of models, by kind of question.
+
+    PYTHONPATH=examples python benchmarks/real_pair.py --pair qwen [--rtt 20] [--repeats 1] [--temperature 0.7]
+
+Plain vLLM without the plugin, the paper's way (wait for every draft) and this project's (draft ahead, with branches, as
+`vllm serve --speculative-config edge` and `edge-client connect` do by default) side by side: a server each on one core,
+one real edge at a time on the other, behind a relay that adds delay. Greedy and sampled. Tokens a second are those
+while an answer streams, without its prompt; each ratio is to plain vLLM in the same repeat.
+"""
+
+import asyncio
+import json
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx2 as httpx
+import psutil
+import typer
+from ahead import LOGS, RESULTS, Target, check, launch_all, machine_and_code
+from pairs import CACHE, PAIRS, Pair, PairError, prepare
+from questions import QUESTIONS
+from relay import Relay, Traffic
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from stack import BIN, EDGE_CORE, StackError, start, wait_for
+from streams import Answer
+
+PLAIN, WAITING, AHEAD = "plain", "waiting", "ahead"
+WAIT_LIMIT_MS = 1000
+WARM_UP_TOKENS = 8
+ALL = "all"
+CHAT_LIMIT_S = 600.0
+
+console = Console(stderr=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way of serving: a server's options, and its edge's."""
+
+    name: str
+    server: str
+    options: dict[str, object] | None = None
+    """Beside `method` and `listen`; None: plain vLLM."""
+    edge: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    pair: Pair
+    dtype: str
+    arms: tuple[Arm, ...]
+    rtts_ms: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    repeats: int
+    num_questions: int
+    """Of each kind."""
+    num_tokens: int
+    """Of each answer at most."""
+
+    def cells(self) -> Iterator[tuple[int, float, float, Arm]]:
+        """Repeat, temperature, RTT in ms and arm; each round starts with another arm. Plain vLLM has no RTT."""
+        for repeat, (number, temperature) in product(range(self.repeats), enumerate(self.temperatures)):
+            cells = [(arm, rtt) for rtt in self.rtts_ms for arm in self.arms if arm.options is not None]
+            cells += [(arm, 0.0) for arm in self.arms if arm.options is None]
+            shift = (repeat + number) * 2 % len(cells)
+            for arm, rtt in cells[shift:] + cells[:shift]:
+                yield repeat, temperature, rtt, arm
+
+
+def arms_of(names: Sequence[str], uplinks: Sequence[float], k: int | None) -> tuple[Arm, ...]:
+    """`uplinks`: bytes a token that an edge drafting ahead may send; none: as by default. `k` likewise."""
+    number = {} if k is None else {"num_speculative_tokens": k}
+    waiting = {**number, "mode": "wait", "hold_limit_ms": WAIT_LIMIT_MS, "ngram": False, "credit_tokens": k or 5}
+    found = [Arm(PLAIN, PLAIN)]
+    if WAITING in names:
+        found.append(Arm(WAITING, WAITING, waiting, ("--max-width", "1")))
+    if AHEAD in names and not uplinks:
+        found.append(Arm(AHEAD, AHEAD, number))
+    for uplink in uplinks if AHEAD in names else ():
+        found.append(Arm(f"{AHEAD}, {uplink:g} bytes", AHEAD, number, ("--uplink-bytes-per-token", f"{uplink:g}")))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Said:
+    """One answer: its kind, its tokens, and those that came after the first chunk, with the seconds they took."""
+
+    kind: str
+    tokens: tuple[int, ...]
+    num_timed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm, once."""
+
+    arm: str
+    rtt_ms: float
+    temperature: float
+    repeat: int
+    answers: list[Said]
+    counters: dict[str, int] = field(default_factory=dict)
+    up_bytes: int = 0
+    down_bytes: int = 0
+
+    def tokens_per_s(self, kind: str) -> float:
+        """0 where no answer of the kind had a second chunk."""
+        chosen = [answer for answer in self.answers if kind in (answer.kind, ALL)]
+        seconds = sum(answer.seconds for answer in chosen)
+        return sum(answer.num_timed for answer in chosen) / seconds if seconds else 0.0
+
+
+# -- asking --------------------------------------------------------------------------------------------------------
+
+
+async def ask(url: str, body: dict[str, Any]) -> Answer:
+    """One streamed chat completion."""
+    answer = Answer(time.monotonic())
+    body = {**body, "stream": True, "return_token_ids": True}
+    async with (
+        httpx.AsyncClient(trust_env=False, timeout=CHAT_LIMIT_S) as client,
+        client.stream("POST", f"{url}/v1/chat/completions", json=body) as got,
+    ):
+        got.raise_for_status()
+        async for line in got.aiter_lines():
+            answer.take(line, time.monotonic())
+    return answer
+
+
+def ask_all(plan: Plan, target: Target, temperature: float, repeat: int) -> list[Said]:
+    """Every question of every kind, one after the other."""
+    said = []
+    for kind, questions in QUESTIONS.items():
+        for number, question in enumerate(questions[: plan.num_questions]):
+            body = {"model": target.server.model, "messages": [{"role": "user", "content": question}]}
+            body |= {"max_tokens": plan.num_tokens, "temperature": temperature}
+            body |= {"seed": 100 * repeat + number} if temperature else {}
+            answer = asyncio.run(ask(target.server.url, body))
+            target.num_asked += len(answer.tokens)
+            first, last = answer.chunks[0], answer.chunks[-1]
+            num_timed = len(answer.tokens) - first.num_tokens
+            said.append(Said(kind, answer.tokens, num_timed, last.at_s - first.at_s))
+    return said
+
+
+@contextmanager
+def drafting(plan: Plan, arm: Arm, target: Target, rtt_ms: float) -> Iterator[Relay | None]:
+    """The arm's edge, admitted through a relay of its own; none for plain vLLM."""
+    if arm.options is None:
+        yield None
+        return
+    with Relay(target.server.gateway_port, rtt_ms / 1000) as relay:
+        command = [str(BIN / "edge-client"), "connect", relay.url, "--draft", str(plan.pair.draft_directory(CACHE))]
+        process = start([*command, "--threads", "1", *arm.edge], LOGS / "edge.log", {"HF_HUB_OFFLINE": "1"}, EDGE_CORE)
+        try:
+            wait_for(process, f"{target.server.gateway_url}/healthz", "edges", 1)
+            yield relay
+            check(process)
+        finally:
+            process.stop()
+    target.wait_for_no_edge()
+
+
+def measure(plan: Plan, arm: Arm, target: Target, cell: tuple[int, float, float]) -> Run:
+    repeat, temperature, rtt_ms = cell
+    with drafting(plan, arm, target, rtt_ms) as relay:
+        warm = {"model": target.server.model, "messages": [{"role": "user", "content": "Say hello."}]}
+        target.num_asked += len(asyncio.run(ask(target.server.url, {**warm, "max_tokens": WARM_UP_TOKENS})).tokens)
+        counters_before, before = target.counters(), relay.traffic if relay else Traffic(0, 0)
+        answers = ask_all(plan, target, temperature, repeat)
+        after = relay.traffic if relay else Traffic(0, 0)
+        counters = target.counters()
+        counters.subtract(counters_before)
+    up_bytes, down_bytes = after.up_bytes - before.up_bytes, after.down_bytes - before.down_bytes
+    return Run(arm.name, rtt_ms, temperature, repeat, answers, dict(counters), up_bytes, down_bytes)
+
+
+def measure_all(plan: Plan, stack: ExitStack) -> list[Run]:
+    servers = {arm.server: arm.options for arm in plan.arms}
+
+    def speculation(name: str, gateway_port: int) -> dict[str, object] | None:
+        own = servers[name]
+        return {"method": "edge", "listen": f"127.0.0.1:{gateway_port}"} | own if own is not None else None
+
+    arguments = ["--max-model-len", "2048", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(400 << 20)]
+    model = plan.pair.target_directory(CACHE)
+    with console.status("Starting all servers (minutes) ..."):
+        targets = launch_all(list(servers), speculation, arguments, LOGS, stack, model=model, dtype=plan.dtype)
+    psutil.Process().cpu_affinity([EDGE_CORE])  # as in ahead.py: asking never stops the model's core
+    cells, runs = list(plan.cells()), []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, auto_refresh=False) as progress:  # no thread that draws while we measure
+        task = progress.add_task("measuring", total=len(cells))
+        for repeat, temperature, rtt_ms, arm in cells:
+            progress.update(task, description=f"{arm.name}, {rtt_ms:g} ms, T {temperature:g}", refresh=True)
+            runs.append(measure(plan, arm, targets[arm.server], (repeat, temperature, rtt_ms)))
+            progress.advance(task)
+    return runs
+
+
+# -- reporting -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm at one RTT and temperature, by kind: times plain vLLM, median and range over the repeats."""
+
+    arm: str
+    rtt_ms: float
+    temperature: float
+    times: dict[str, tuple[float, float, float]]
+    """By kind: median, least, most. `all` counts the tokens of all kinds, `mean` is the mean of the kinds."""
+    tokens_per_s: float
+    acceptance: float
+    tokens_per_step: float
+    up_bytes_per_token: float
+    parted: int
+    """Greedy answers that are not plain vLLM's, token by token, over all repeats."""
+
+
+def summarise(plan: Plan, runs: Sequence[Run]) -> list[Cell]:
+    plain = {(run.repeat, run.temperature): run for run in runs if run.arm == PLAIN}
+    keys = dict.fromkeys((run.temperature, run.rtt_ms, run.arm) for run in runs if run.arm != PLAIN)
+    return [
+        _cell([run for run in runs if (run.temperature, run.rtt_ms, run.arm) == key], plain)
+        for key in sorted(keys, key=lambda key: (key[0], key[2], key[1]))
+    ]
+
+
+def _cell(runs: Sequence[Run], plain: dict[tuple[int, float], Run]) -> Cell:
+    pairs = [(run, plain[run.repeat, run.temperature]) for run in runs]
+    times: dict[str, list[float]] = {
+        kind: [run.tokens_per_s(kind) / base.tokens_per_s(kind) for run, base in pairs] for kind in (*QUESTIONS, ALL)
+    }
+    times["mean"] = [statistics.mean(times[kind][at] for kind in QUESTIONS) for at in range(len(runs))]
+    counted = {name: sum(run.counters.get(name, 0) for run in runs) for name in runs[0].counters}
+    num_tokens = sum(len(answer.tokens) for run in runs for answer in run.answers)
+    first = runs[0]
+    return Cell(
+        first.arm,
+        first.rtt_ms,
+        first.temperature,
+        {kind: (statistics.median(each), min(each), max(each)) for kind, each in times.items()},
+        statistics.median(run.tokens_per_s(ALL) for run in runs),
+        counted["accepted_tokens"] / max(counted["verified_tokens"], 1),
+        counted["committed_tokens"] / max(counted["steps"], 1),
+        sum(run.up_bytes for run in runs) / num_tokens,
+        0 if first.temperature else sum(_num_parted(run, base) for run, base in pairs),
+    )
+
+
+def _num_parted(run: Run, base: Run) -> int:
+    return sum(one.tokens != other.tokens for one, other in zip(run.answers, base.answers, strict=True))
+
+
+def as_table(cells: Sequence[Cell]) -> str:
+    """Markdown."""
+    kinds = (*QUESTIONS, "mean")
+    lines = [
+        f"| T | arm | RTT ms | {' | '.join(kinds)} | accepted | tokens a step | bytes up a token | parted |",
+        "|---|---|---|" + "---|" * (len(kinds) + 4),
+    ]
+    for cell in cells:
+        times = [f"{middle:.2f} ({least:.2f}..{most:.2f})" for middle, least, most in (cell.times[k] for k in kinds)]
+        rest = [f"{cell.acceptance:.0%}", f"{cell.tokens_per_step:.2f}", f"{cell.up_bytes_per_token:.0f}"]
+        row = [f"{cell.temperature:g}", cell.arm, f"{cell.rtt_ms:g}", *times, *rest, str(cell.parted)]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def report(plan: Plan, runs: Sequence[Run], output: Path) -> bool:
+    """Print and write all; False where a greedy answer in float32 is not plain vLLM's."""
+    cells = summarise(plan, runs)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    written = machine_and_code() | {"plan": {**asdict(plan), "pair": plan.pair.name}}
+    written |= {"cells": [asdict(cell) for cell in cells], "runs": [asdict(run) for run in runs]}
+    output.write_text(json.dumps(written, indent=1) + "\n")
+    print(f"{plan.pair.title}, {plan.dtype}; times plain vLLM, median (range) of {plan.repeats}\n")
+    print(as_table(cells))
+    console.print(f"All runs are in {output}")
+    return plan.dtype != "float32" or not any(cell.parted for cell in cells)
+
+
+def main(
+    pair: Annotated[str, typer.Option(help=f"Of {', '.join(PAIRS)}.")] = "qwen",
+    dtype: Annotated[str, typer.Option(help="Of the servers.")] = "bfloat16",
+    arms: Annotated[list[str], typer.Option(help="Plain always runs.")] = [WAITING, AHEAD],  # noqa: B006
+    rtt: Annotated[list[float], typer.Option(help="Round trips in ms; may be given again.")] = [0, 20, 80],  # noqa: B006
+    temperature: Annotated[list[float], typer.Option(help="May be given again.")] = [0, 0.7],  # noqa: B006
+    uplink: Annotated[list[float], typer.Option(help="Edges of so many bytes a token; may be given again.")] = [],  # noqa: B006
+    k: Annotated[
+        int | None, typer.Option(help="Draft tokens that a step verifies at most, if not as by default.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Of everything.", min=1)] = 3,
+    questions: Annotated[int, typer.Option(help="Of each kind.", min=1, max=3)] = 3,
+    tokens: Annotated[int, typer.Option(help="Of each answer, at most.", min=16)] = 96,
+    output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/pair-PAIR.json.")] = None,
+) -> None:
+    """What an edge brings with a real pair of models, by kind of question."""
+    if pair not in PAIRS:
+        raise typer.BadParameter(f"there is no pair {pair}; there are {', '.join(PAIRS)}")
+    chosen = arms_of(arms, uplink, k)
+    plan = Plan(PAIRS[pair], dtype, chosen, tuple(rtt), tuple(temperature), repeats, questions, tokens)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the servers are stopped
+    try:
+        prepare(plan.pair, CACHE)
+        with ExitStack() as stack:
+            runs = measure_all(plan, stack)
+    except (PairError, StackError) as error:
+        sys.exit(f"real_pair: {error}")
+    sys.exit(not report(plan, runs, output or RESULTS / f"pair-{pair}.json"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
