@@ -479,7 +479,7 @@ def details(cells: Sequence[Cell]) -> str:
 
 RATIO_GOALS = {20.0: 2.0, 80.0: 1.8}
 """Times vanilla, at least, by RTT in ms: of the replayed edge with all that there is."""
-UP_GOAL, DOWN_GOAL = 24.0, 16.0
+UP_GOAL, DOWN_GOAL = 128.0, 16.0
 """Bytes for each generated token, at most."""
 
 

@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.logging import RichHandler
 from rich.text import Text
 
+from edge_client.pace import UPLINK_BYTES_PER_TOKEN
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
 
@@ -134,7 +135,7 @@ def connect(
     max_width: MaxWidth = 0,
     max_tokens_per_s: MaxTokensPerS = 0.0,
     max_temperature_c: MaxTemperature = 0.0,
-    uplink_bytes_per_token: UplinkBytes = 23.0,
+    uplink_bytes_per_token: UplinkBytes = UPLINK_BYTES_PER_TOKEN,
     wait: Wait = 0.0,
     quiet: Quiet = False,
     config: Config = None,

@@ -12,6 +12,8 @@ from vllm_specedge.frames import Propose, encode
 NUM_BINS = 10
 PRIOR_WEIGHT = 4.0
 MAX_SEEN = 400.0
+UPLINK_BYTES_PER_TOKEN = 128.0
+"""What a generated token may cost on the way up by default: more buys no speed, less does cost some."""
 HTTP2_HEADER_BYTES = 9
 FRAME_BYTES = 20
 """Of a Propose without its tokens, with its HTTP/2 header."""
@@ -58,7 +60,7 @@ class Pace:
     """From one commit of a request to the next."""
     short_round_s: float | None = None
     """A short one: follows shorter ones at once, longer ones slowly."""
-    uplink_bytes_per_token: float = 23.0
+    uplink_bytes_per_token: float = UPLINK_BYTES_PER_TOKEN
     """What a generated token may cost on the way up, on average, the HTTP/2 frame headers included."""
     max_tokens_per_s: float = 0.0
     """Draft no faster; 0: as fast as it goes."""

@@ -95,7 +95,7 @@ def simulate(
     width: Annotated[int, typer.Option(help="Rows of a pass at most; 1: no branches.", min=1)] = 8,
     spec_tokens: Annotated[int, typer.Option(help="Draft tokens a step verifies for a request.", min=1)] = 5,
     credit_tokens: Annotated[int, typer.Option(help="How far ahead edges may draft.", min=1, max=64)] = 32,
-    uplink_bytes_per_token: Annotated[float, typer.Option(help="As edge-client's option.", min=8)] = 23.0,
+    uplink_bytes_per_token: Annotated[float | None, typer.Option(help="As edge-client's option.", min=8)] = None,
     jitter_ms: Annotated[float, typer.Option(help="At most so much more, each way.", min=0)] = 0.0,
     edge: Annotated[str, typer.Option(help="good, poor, stalling, dead or half.")] = "good",
     share: Annotated[float, typer.Option(help="For so many of the requests there is an edge.", min=0, max=1)] = 1.0,
@@ -127,10 +127,11 @@ def simulate(
     chosen = report.fitted_server(fit) if fit is not None else {**SERVERS, "custom": custom}.get(server)
     if chosen is None:
         raise UserError(f"There is no server '{server}': --server takes {', '.join(SERVERS)} or custom.")
+    uplink = uplink_bytes_per_token or EdgeModel().uplink_bytes_per_token
     base = Scenario(
         server=chosen,
         jitter_s=jitter_ms / 1e3,
-        edge=EdgeModel(pass_ms / 1e3, row_ms / 1e3, acceptance, branch, width, uplink_bytes_per_token),
+        edge=EdgeModel(pass_ms / 1e3, row_ms / 1e3, acceptance, branch, width, uplink),
         share=share,
         requests_per_edge=requests_per_edge,
         max_edges=max_edges,

@@ -19,7 +19,7 @@ from math import ceil, inf
 from typing import Any
 
 from edge_client.drafters import Candidate, DraftSequence
-from edge_client.pace import Pace
+from edge_client.pace import UPLINK_BYTES_PER_TOKEN, Pace
 from edge_client.speculation import Job, Speculation
 from vllm_specedge.acceptance import MAX_DEPTH, Acceptance
 from vllm_specedge.book import DraftBook, Plan, Row, Step
@@ -51,7 +51,7 @@ class EdgeModel:
     """How often, where it does not, it says the second candidate."""
     max_width: int = 8
     """Rows a pass; 1: no branches."""
-    uplink_bytes_per_token: float = 23.0
+    uplink_bytes_per_token: float = UPLINK_BYTES_PER_TOKEN
     fault: str = ""
     """One of simulation_models.FAULTS."""
 
