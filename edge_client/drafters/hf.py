@@ -153,7 +153,15 @@ def no_model(name: str, error: Exception) -> UserError:
 def tokenizer_fingerprint(name: str) -> tuple[str, int]:
     """Of a model's tokenizer, by directory or hub name; and the model's vocabulary size. Raises UserError."""
     try:
-        vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
-        return vocabulary_fingerprint(vocabulary), int(AutoConfig.from_pretrained(name).vocab_size)
+        return vocabulary_fingerprint(tokenizer_vocabulary(name)), int(AutoConfig.from_pretrained(name).vocab_size)
     except (OSError, ValueError) as error:
         raise no_model(name, error) from None
+
+
+def tokenizer_vocabulary(name: str) -> dict[str, int]:
+    """A tokenizer's tokens and their ids, by directory or hub name. Raises UserError."""
+    try:
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(name).get_vocab()
+    except (OSError, ValueError) as error:
+        raise no_model(name, error) from None
+    return vocabulary
