@@ -30,6 +30,7 @@ try:
     from edge_client.cooling import cooler_share
     from edge_client.drafters import Drafter, DrafterOptions
     from edge_client.drafters.load import fetched, load_drafter
+    from edge_client.drafters.own_vocabulary import own_vocabulary
     from edge_client.link import Gateway
     from edge_client.pace import Pace
     from edge_client.sensors import hottest_c
@@ -147,6 +148,7 @@ def connect(
     pace = Pace(uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
     console, drafter = _begin(options, quiet)
     client = EdgeClient(gateway, drafter, name[:100], role, max_requests, max_width, pace)
+    client.own_vocabulary = partial(own_vocabulary, options)
     asyncio.run(_run(client, wait, console, quiet, cooler))
 
 
@@ -182,8 +184,10 @@ def serve(
     from edge_client.serve import listening, make_app, serve_beside  # noqa: PLC0415 - `connect` needs no web server
 
     with listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
-        console, drafter = _begin(DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file), quiet)
+        options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
+        console, drafter = _begin(options, quiet)
         client = EdgeClient(gateway, drafter, name[:100], "private", max_requests)
+        client.own_vocabulary = partial(own_vocabulary, options)
         endpoint = make_app(server, lambda: client.session if client.model else "", key, allow_origin or ())
         if not quiet:
             _say(console, f"OpenAI endpoint: http://{host}:{port}/v1")
@@ -219,8 +223,10 @@ def chat(
     gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
     key = _read(api_key_file, "key") if api_key_file is not None else ""
     asked = Server(server, key, model, max_tokens, temperature)
-    _, drafter = _begin(DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file), quiet=False)
+    options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
+    _, drafter = _begin(options, quiet=False)
     client = EdgeClient(gateway, drafter, name[:100], "private")
+    client.own_vocabulary = partial(own_vocabulary, options)
     talk = Chat(asked, lambda: client.session if client.model else "", Console(highlight=False))
 
     async def run() -> None:

@@ -18,7 +18,8 @@ from tenacity import (
 )
 
 from edge_client.drafters import CacheFullError, Candidate, Drafter, DraftSequence
-from edge_client.link import Gateway, Link, LinkError
+from edge_client.link import Gateway, Link, LinkError, OtherVocabularyError
+from edge_client.mismatch import OwnVocabulary, explained
 from edge_client.pace import Pace
 from edge_client.speculation import Job, Speculation, SpeculationStats
 from vllm_specedge import __version__
@@ -51,6 +52,8 @@ class EdgeClient:
     pace: Pace = field(default_factory=Pace)
     """What was measured; outlives a connection."""
     on_change: Callable[[], None] = lambda: None
+    own_vocabulary: OwnVocabulary = dict
+    """The draft's, to say what differs if it is refused; empty: not known."""
     model: str = ""
     """What the server serves; empty while not connected."""
     session: str = ""
@@ -113,6 +116,8 @@ class EdgeClient:
                 lasted_s: float = await retrying(self._run_once)
             except LinkError as error:
                 raise UserError(f"The gateway at {self.gateway.url} cannot be used: {error}.") from None
+            except OtherVocabularyError as refusal:
+                raise await explained(refusal, self.gateway, self.own_vocabulary) from None
             num_short = 0 if lasted_s > LASTING_S else num_short + 1
             await asyncio.sleep(random.uniform(0, min(MAX_PAUSE_S, FIRST_PAUSE_S * 2**num_short)))
 

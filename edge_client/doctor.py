@@ -14,6 +14,7 @@ from rich.text import Text
 
 from edge_client.drafters import Drafter, DrafterOptions
 from edge_client.drafters.load import fetched, load_drafter
+from edge_client.drafters.own_vocabulary import own_vocabulary
 from edge_client.forecast import (
     ASSUMED_ACCEPTANCE,
     Knowledge,
@@ -24,7 +25,8 @@ from edge_client.forecast import (
     verdict,
     would_help,
 )
-from edge_client.link import Gateway, Link, LinkError
+from edge_client.link import Gateway, Link, LinkError, OtherVocabularyError
+from edge_client.mismatch import explained
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
 from vllm_specedge.frames import PROTOCOL_VERSION, Frame, Hello, Welcome
@@ -195,6 +197,10 @@ async def _look_at_gateway(asked: Asked, drafter: Drafter | None, found: Diagnos
         return reached
     try:
         await _reach(asked, drafter.fingerprint)
+    except OtherVocabularyError as refusal:
+        why = await explained(refusal, asked.gateway, lambda: own_vocabulary(asked.options))
+        found.checks.append(Check("vocabulary", False, str(why)))
+        return None
     except (LinkError, UserError) as error:
         found.checks.append(Check("vocabulary", False, _sentence(error)))
         return None

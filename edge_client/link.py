@@ -34,6 +34,10 @@ class LinkError(Exception):
     """The connection ended; a new one may do better."""
 
 
+class OtherVocabularyError(UserError):
+    """No engine of the gateway's has the draft's vocabulary."""
+
+
 @dataclass(slots=True)
 class Gateway:
     """Where to connect and what to show there."""
@@ -165,6 +169,8 @@ class Link:
         match frame:
             case Bye():
                 text = "".join(letter if letter.isprintable() else "?" for letter in frame.text)
+                if frame.code == ByeCode.TOKENIZER:
+                    raise OtherVocabularyError(text)
                 if frame.code >= ByeCode.PROTOCOL:  # from there on a retry cannot help
                     raise UserError(text)
                 raise LinkError(text)

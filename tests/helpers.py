@@ -41,6 +41,7 @@ _BY_FIELD: dict[object, st.SearchStrategy[Any]] = {
     int: _uints,
     str: _texts,
     bool: st.booleans(),
+    bytes: st.binary(max_size=40),
     tuple[int, ...]: st.lists(_uints, max_size=40).map(tuple),
 }
 
@@ -54,7 +55,7 @@ def any_frame() -> st.SearchStrategy[Frame]:
     return st.sampled_from(FRAME_TYPES).flatmap(frames_of)
 
 
-_EXAMPLES: dict[object, object] = {int: 1, str: "x", bool: True, tuple[int, ...]: (1, 2, 3)}
+_EXAMPLES: dict[object, object] = {int: 1, str: "x", bool: True, bytes: b"x", tuple[int, ...]: (1, 2, 3)}
 
 
 def example_of(cls: type[Frame]) -> Frame:

@@ -20,6 +20,8 @@ PURE = {
     "vllm_specedge.book",
     "vllm_specedge.router",
     "vllm_specedge.fingerprint",
+    "vllm_specedge.vocabulary",
+    "vllm_specedge.vocabulary_store",
     "vllm_specedge.estimates",
     "vllm_specedge.acceptance",
     "vllm_specedge.stepcost",
@@ -72,6 +74,7 @@ LEVELS: list[set[str]] = [
         "vllm_specedge.request_span",
         "vllm_specedge.rests",
         "vllm_specedge.stepcost",
+        "vllm_specedge.vocabulary",
         "edge_client",
         "edge_client.cooling",
         "edge_client.drafters",
@@ -94,6 +97,7 @@ LEVELS: list[set[str]] = [
         "vllm_specedge.counters",
         "vllm_specedge.session",
         "vllm_specedge.router",
+        "vllm_specedge.vocabulary_store",
         "edge_client.pace",
     },
     {
@@ -120,7 +124,9 @@ LEVELS: list[set[str]] = [
         "vllm_specedge.gateway",
         "vllm_specedge.adapter",
         "edge_client.client",
+        "edge_client.mismatch",
         "edge_client.drafters.load",
+        "edge_client.drafters.own_vocabulary",
         "edge_client.serve",
         "edge_client.chat",
         "edge_client.view",
@@ -139,6 +145,7 @@ EDGE_MAY_IMPORT = {
     "vllm_specedge.fingerprint",
     "vllm_specedge.prediction",
     "vllm_specedge.session",
+    "vllm_specedge.vocabulary",
 }
 MAY_SIMULATE = {"edge_client.forecast"}
 """It asks the simulator whether this machine would help."""

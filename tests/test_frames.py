@@ -11,6 +11,7 @@ from tests.helpers import FRAME_TYPES, any_frame, example_of, frames_of, refused
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.frames import (
     MAX_BRANCHES,
+    MAX_DATA_BYTES,
     MAX_FRAME_BYTES,
     MAX_TEXT_BYTES,
     MAX_TOKENS_PER_FRAME,
@@ -31,6 +32,7 @@ from vllm_specedge.frames import (
 LARGEST: dict[object, object] = {
     int: MAX_UINT32,
     str: "x" * MAX_TEXT_BYTES,
+    bytes: b"x" * MAX_DATA_BYTES,
     tuple[int, ...]: (MAX_UINT32,) * MAX_TOKENS_PER_FRAME,
     "branches": (MAX_UINT32,) * (2 * MAX_BRANCHES),
 }
@@ -38,6 +40,7 @@ LARGEST: dict[object, object] = {
 OUT_OF_BOUNDS: dict[object, list[object]] = {
     int: [-1, MAX_UINT32 + 1, 1.0, True, None, "1", b"1", (1,)],
     str: ["x" * (MAX_TEXT_BYTES + 1), "é" * (MAX_TEXT_BYTES // 2 + 1), b"x", 1, None, ("x",)],
+    bytes: [b"x" * (MAX_DATA_BYTES + 1), "x", 1, None, (1,)],
     tuple[int, ...]: [
         (0,) * (MAX_TOKENS_PER_FRAME + 1),
         (-1,),

@@ -26,6 +26,7 @@ MAX_FRAME_BYTES = 8192
 """Holds MAX_TOKENS_PER_FRAME numbers of 5 bytes and every other field at its largest."""
 MAX_BRANCHES = 64
 MAX_TEXT_BYTES = 512
+MAX_DATA_BYTES = 4096
 MAX_UINT32 = 2**32 - 1
 _LENGTH_BYTES = 2
 _WORD_BYTES = 4
@@ -249,6 +250,23 @@ class Groups:
     values: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class WantVocabulary:
+    """Gateway to engine: send the part of your packed vocabulary that begins here (`vocabulary.pack_vocabulary`)."""
+
+    CODE: ClassVar[int] = 40
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyPart:
+    """Engine to gateway, when asked: as much of its packed vocabulary as a frame takes; nothing where there is none."""
+
+    CODE: ClassVar[int] = 41
+    offset: int
+    data: bytes
+
+
 Frame: TypeAlias = (
     Greet
     | Hello
@@ -268,6 +286,8 @@ Frame: TypeAlias = (
     | Report
     | StepTimes
     | Groups
+    | WantVocabulary
+    | VocabularyPart
 )
 
 
@@ -291,6 +311,10 @@ def _is_uints(value: object) -> bool:
     return not value or (set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= MAX_UINT32)
 
 
+def _is_data(value: object) -> bool:
+    return type(value) is bytes and len(value) <= MAX_DATA_BYTES
+
+
 def _is_tokens(value: object) -> bool:
     """The same, by another name: token ids travel packed."""
     return _is_uints(value)
@@ -303,6 +327,7 @@ def _is_branches(value: object) -> bool:
 _CHECKS: dict[object, Callable[[object], bool]] = {
     int: _is_uint,
     str: is_text,
+    bytes: _is_data,
     tuple[int, ...]: _is_uints,
 }
 _BY_NAME: dict[str, Callable[[object], bool]] = {"tokens": _is_tokens, "branches": _is_branches}

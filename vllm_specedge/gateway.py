@@ -23,6 +23,7 @@ from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.frames import (
     PROTOCOL_VERSION,
     Bye,
+    EngineHello,
     Frame,
     FrameReader,
     Greet,
@@ -30,6 +31,7 @@ from vllm_specedge.frames import (
     Hello,
     Ping,
     Pong,
+    VocabularyPart,
     bye,
     encode,
 )
@@ -38,6 +40,7 @@ from vllm_specedge.overview import Overview
 from vllm_specedge.router import ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.session import Role, Session, State
 from vllm_specedge.tokens import TokenFile, TokenRecord
+from vllm_specedge.vocabulary_store import VocabularyStore
 
 logger = logging.getLogger("vllm_specedge.gateway")
 
@@ -114,6 +117,7 @@ class Gateway:
             credit_tokens=options.credit_tokens,
         )
         self.router = Router(limits)
+        self.vocabularies = VocabularyStore()
         self.registry = CollectorRegistry()
         self.registry.register(RouterCollector(self.router))
         self._histograms = RequestHistograms(self.registry)
@@ -339,6 +343,36 @@ class Gateway:
         self._carry_out(self.router.from_engine(engine, frame))
         if self.router.counters["reports"] > num_reports:
             self._histograms.observe(self.router.reports[-1])
+        if isinstance(frame, EngineHello | Ping | VocabularyPart):
+            self._learn_vocabulary(engine, frame)
+
+    def _learn_vocabulary(self, engine: bytes, frame: EngineHello | Ping | VocabularyPart) -> None:
+        known = self.router.engines.get(engine)
+        if known is None:
+            return
+        fingerprint = known.hello.fingerprint
+        try:
+            if isinstance(frame, VocabularyPart):
+                want = self.vocabularies.take(engine, fingerprint, frame)
+            else:
+                want = self.vocabularies.ask(engine, fingerprint)
+        except RemoteProtocolError as error:
+            logger.warning("The vocabulary of %.60r is not served to edges: %s", known.hello.model, error)
+            return
+        if want is not None:
+            self._engines.send(engine, encode(want))
+
+    def served_vocabularies(self) -> list[dict[str, object]]:
+        """Of each vocabulary that an edge may fetch, its fingerprint, how large it is, and the models that have it."""
+        models: dict[str, list[str]] = {}
+        for engine in self.router.engines.values():
+            if engine.hello.fingerprint in self.vocabularies.packed:
+                models.setdefault(engine.hello.fingerprint, []).append(engine.hello.model)
+        packed = self.vocabularies.packed
+        return [
+            {"fingerprint": fingerprint, "bytes": len(packed[fingerprint]), "models": sorted(set(names))}
+            for fingerprint, names in models.items()
+        ]
 
     async def watch(self) -> None:
         """Close what has been silent for too long, for ever."""
@@ -363,6 +397,7 @@ class Gateway:
             if now_s - heard_s > ENGINE_DEAD_S:
                 del self._engine_heard_s[engine]
                 self._carry_out(self.router.engine_left(engine))
+        self.vocabularies.keep({id_: engine.hello.fingerprint for id_, engine in self.router.engines.items()})
 
     def _end_revoked(self) -> None:
         """Close those whose token was revoked or has expired. Nobody, while the file cannot be read."""

@@ -18,7 +18,19 @@ from enum import Enum
 import zmq
 
 from vllm_specedge.errors import ByeCode, RemoteProtocolError
-from vllm_specedge.frames import Bye, EngineHello, EngineWelcome, Frame, FrameReader, Ping, Pong, encode
+from vllm_specedge.frames import (
+    MAX_DATA_BYTES,
+    Bye,
+    EngineHello,
+    EngineWelcome,
+    Frame,
+    FrameReader,
+    Ping,
+    Pong,
+    VocabularyPart,
+    WantVocabulary,
+    encode,
+)
 
 logger = logging.getLogger("vllm_specedge.link")
 
@@ -42,11 +54,16 @@ class EngineLink(threading.Thread):
 
     `inbox` holds what came, with the time.monotonic() of arrival; a Bye in it says that the gateway was lost. `wake` is
     called from this thread after something was appended, and when the time given to `wake_at` has come. What `stats`
-    returns is sent every second.
+    returns is sent every second, and of `vocabulary`, packed, whatever the gateway asks for.
     """
 
     def __init__(
-        self, endpoint: str, hello: EngineHello, wake: Callable[[], None], stats: Callable[[], Iterable[Frame]]
+        self,
+        endpoint: str,
+        hello: EngineHello,
+        wake: Callable[[], None],
+        stats: Callable[[], Iterable[Frame]],
+        vocabulary: bytes = b"",
     ) -> None:
         super().__init__(name="specedge-link", daemon=True)
         self.inbox: deque[tuple[float, Frame]] = deque(maxlen=_MAX_INBOX)
@@ -54,6 +71,7 @@ class EngineLink(threading.Thread):
         self._hello = hello
         self._wake = wake
         self._stats = stats
+        self._vocabulary = vocabulary
         # The process's own context: one of ours would block whoever drops it while a socket is open.
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._gateway = context.socket(zmq.DEALER)
@@ -194,6 +212,9 @@ class EngineLink(threading.Thread):
         match frame:
             case Pong():
                 pass
+            case WantVocabulary():
+                part = self._vocabulary[frame.offset : frame.offset + MAX_DATA_BYTES]
+                self._post(encode(VocabularyPart(frame.offset, part)))
             case EngineWelcome():
                 self._is_welcome = True
                 self.inbox.append((now_s, frame))

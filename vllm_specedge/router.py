@@ -36,6 +36,7 @@ from vllm_specedge.frames import (
     Report,
     Stats,
     StepTimes,
+    VocabularyPart,
     Welcome,
     bye,
     commits,
@@ -250,8 +251,8 @@ class Router:
                 known.step_times = frame
             case Report():
                 self._report(engine, known, frame)
-            case Groups():
-                pass  # for people: the gateway shows them
+            case Groups() | VocabularyPart():
+                pass  # for people, and for edges that are to know what they draft for: the gateway's
             case _:
                 self.counters["unexpected_engine_frames"] += 1
         return []

@@ -13,9 +13,10 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Annotated
 
 import zmq
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from granian.constants import HTTPModes, Interfaces
@@ -44,6 +45,10 @@ PAGE_HEADERS = {
 }
 EVENT_S = 1.0
 MAX_WATCHING = 16
+VOCABULARIES = "/edge/v1/vocabularies"
+VOCABULARY_MEDIA_TYPE = "application/vnd.specedge.vocabulary"
+MAX_PART_BYTES = 60 << 10
+"""Of a vocabulary in one answer: it fits the window that HTTP/2 begins with, so whoever does not read costs no more."""
 RENEWAL_S = 2.0
 """So often the certificate's files are looked at."""
 
@@ -169,6 +174,21 @@ def _pages(gateway: Gateway) -> FastAPI:
         return StreamingResponse(
             _events(gateway, _reader(request)), media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
+
+    @app.get(VOCABULARIES)
+    async def vocabularies(request: Request) -> JSONResponse:
+        """Those that there are, for those who may connect as an edge."""
+        gateway.authorize(request.headers.get("authorization"))
+        return JSONResponse({"vocabularies": gateway.served_vocabularies()})
+
+    @app.get(VOCABULARIES + "/{fingerprint}")
+    async def vocabulary(request: Request, fingerprint: str, offset: Annotated[int, Query(ge=0)] = 0) -> Response:
+        """As much of one, packed, as an answer has."""
+        gateway.authorize(request.headers.get("authorization"))
+        packed = gateway.vocabularies.packed.get(fingerprint)
+        if packed is None:
+            raise HTTPException(404, "No engine here has this vocabulary.")
+        return Response(packed[offset : offset + MAX_PART_BYTES], media_type=VOCABULARY_MEDIA_TYPE)
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:

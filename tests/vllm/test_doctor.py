@@ -9,8 +9,9 @@ from stack import BIN, EDGE_CORE, edge_client
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edge_client.drafters.gguf import GgufDrafter
-from edge_client.drafters.hf import tokenizer_fingerprint
+from edge_client.drafters.hf import tokenizer_fingerprint, tokenizer_vocabulary
 from tests.test_gguf_drafter import GGUF
+from tests.test_vocabularies import refusal
 
 from .conftest import MODEL, Completion, Target, assert_same, counting
 
@@ -68,3 +69,10 @@ def test_the_doctor_at_a_real_server(edge_target: Target, prompts: list[str]) ->
     # Whether it would help depends on what else this machine does; the status says the same as the words.
     assert ("This machine would help: about" in said) == (done.returncode == 0)
     assert ("This machine would not help:" in said) == (done.returncode == 1)
+
+
+def test_a_real_server_s_vocabulary_is_there_to_compare_with(edge_target: Target) -> None:
+    draft = {**tokenizer_vocabulary(str(MODEL)), "[NEW]": 60_000, "[PAD60001]": 60_001}
+    said = refusal(edge_target.server.gateway_url, lambda: draft)
+    num_tokens = len(draft) - 1  # one of them is a filler
+    assert f"1 of {num_tokens:,} tokens differs, namely '[NEW]' (none there, id 60000 here)" in said

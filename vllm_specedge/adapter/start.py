@@ -12,6 +12,7 @@ from vllm_specedge.fingerprint import vocabulary_fingerprint
 from vllm_specedge.frames import MAX_TEXT_BYTES, PROTOCOL_VERSION, EngineHello, Frame
 from vllm_specedge.link import EngineLink
 from vllm_specedge.supervisor import GatewayProcess
+from vllm_specedge.vocabulary import pack_vocabulary
 
 logger = logging.getLogger("vllm.specedge.start")
 
@@ -41,10 +42,11 @@ def start_link(
     model = vllm_config.model_config
     name = model.served_model_name or model.model
     name = name[0] if isinstance(name, list) else name
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
     hello = EngineHello(
         version=PROTOCOL_VERSION,
         model=name.encode()[-MAX_TEXT_BYTES:].decode(errors="ignore"),
-        fingerprint=vocabulary_fingerprint(tokenizer.get_vocab()) if tokenizer is not None else "",
+        fingerprint=vocabulary_fingerprint(vocabulary) if vocabulary else "",
         vocab_size=model.get_vocab_size(),
     )
     endpoint = options.gateway or os.environ.get(ENDPOINT_VARIABLE) or new_endpoint()
@@ -53,6 +55,6 @@ def start_link(
     if is_first and not options.gateway:
         process = GatewayProcess(options, endpoint)
         process.start()
-    link = EngineLink(endpoint, hello, wake, stats)
+    link = EngineLink(endpoint, hello, wake, stats, pack_vocabulary(vocabulary) if vocabulary else b"")
     link.start()
     return link, process

@@ -1,0 +1,239 @@
+"""Why a draft was refused: a real gateway process serves its engines' vocabularies, real edges compare theirs."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from stack import wait_for
+
+from edge_client import mismatch
+from edge_client.client import EdgeClient
+from edge_client.doctor import Asked, diagnose
+from edge_client.drafters import DrafterOptions
+from edge_client.drafters.gguf import gguf_vocabulary
+from edge_client.drafters.ngram import NgramDrafter
+from edge_client.link import Gateway
+from edge_client.mismatch import Mismatch
+from tests.test_gateway import DEADLINE_S, Running, failing, running_gateway
+from tests.test_gguf_drafter import GGUF
+from vllm_specedge.errors import UserError
+from vllm_specedge.fingerprint import vocabulary_fingerprint
+from vllm_specedge.frames import PROTOCOL_VERSION, EngineHello
+from vllm_specedge.link import EngineLink
+from vllm_specedge.tokens import TokenFile
+from vllm_specedge.vocabulary import Difference, pack_vocabulary, unpack_vocabulary
+from vllm_specedge.web import MAX_PART_BYTES
+
+OF_THE_DRAFT = gguf_vocabulary(GGUF)
+NEARLY = {("A<br>\nnew" if token == "Ġthe" else token): id_ for token, id_ in OF_THE_DRAFT.items()} | {"[NEW]": 49152}
+"""The draft's, but for one token that is called otherwise, and one more."""
+FAR = {f"{id_ * 7919 % 20011:x}": id_ for id_ in range(20011)}
+PATH = "/edge/v1/vocabularies"
+
+
+def url_of(gateway: Running, vocabulary: dict[str, int]) -> str:
+    return f"{gateway.url}{PATH}/{vocabulary_fingerprint(vocabulary)}"
+
+
+def get(url: str, token: str = "") -> httpx.Response:
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    return httpx.get(url, headers=headers, trust_env=False, timeout=DEADLINE_S)
+
+
+@contextmanager
+def engine(gateway: Running, model: str, vocabulary: dict[str, int], packed: bytes | None = None) -> Iterator[None]:
+    """An engine's link; `packed`: what it sends in place of its vocabulary."""
+    hello = EngineHello(PROTOCOL_VERSION, model, vocabulary_fingerprint(vocabulary), 50000)
+    sent = pack_vocabulary(vocabulary) if packed is None else packed
+    link = EngineLink(gateway.endpoint, hello, lambda: None, lambda: (), sent)
+    link.start()
+    try:
+        yield
+    finally:
+        link.stop()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    waiting = threading.Event()
+    for _ in range(int(DEADLINE_S / 0.05)):
+        if condition():
+            return
+        waiting.wait(0.05)
+    raise AssertionError("waited too long")
+
+
+def listed(gateway: Running) -> list[dict[str, object]]:
+    return list(get(f"{gateway.url}{PATH}").json()["vocabularies"])
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """With an engine whose vocabulary is nearly the draft's."""
+    with running_gateway(tmp_path_factory.mktemp("gateway")) as running, engine(running, "near", NEARLY):
+        until(lambda: len(listed(running)) == 1)
+        yield running
+
+
+def test_an_engines_vocabulary_is_there_for_edges(gateway: Running) -> None:
+    fingerprint = vocabulary_fingerprint(NEARLY)
+    expected = pack_vocabulary(NEARLY)
+    assert listed(gateway) == [{"fingerprint": fingerprint, "bytes": len(expected), "models": ["near"]}]
+    packed = b""
+    while len(packed) < len(expected):
+        answer = get(f"{url_of(gateway, NEARLY)}?offset={len(packed)}")
+        assert answer.headers["content-type"] == "application/vnd.specedge.vocabulary"
+        packed += answer.content
+    assert packed == expected
+    assert unpack_vocabulary(packed, fingerprint) == NEARLY
+    assert get(url_of(gateway, FAR)).status_code == 404
+
+
+def test_no_answer_has_more_than_a_window_of_it(gateway: Running) -> None:
+    """Of what was not read, a gateway would have to hold a copy for each reader."""
+    packed = pack_vocabulary(NEARLY)
+    for offset in (0, 1, MAX_PART_BYTES, len(packed) - 5, len(packed), 1 << 70):
+        assert get(f"{url_of(gateway, NEARLY)}?offset={offset}").content == packed[offset : offset + MAX_PART_BYTES]
+    assert len(packed) > 4 * MAX_PART_BYTES
+    assert MAX_PART_BYTES < 65_535
+    for wrong in ("-1", "x", ""):
+        assert get(f"{url_of(gateway, NEARLY)}?offset={wrong}").status_code == 422
+
+
+def test_two_engines_of_a_family_have_one_and_one_of_another_its_own(tmp_path: Path) -> None:
+    with running_gateway(tmp_path) as gateway:
+        with engine(gateway, "b", FAR), engine(gateway, "a", FAR):
+            until(lambda: [each["models"] for each in listed(gateway)] == [["a", "b"]])
+            with engine(gateway, "near", NEARLY):
+                until(lambda: len(listed(gateway)) == 2)
+                assert get(url_of(gateway, NEARLY)).status_code == get(url_of(gateway, FAR)).status_code == 200
+                # The one that is most alike is what a draft is compared with.
+                assert "not that of near: 3 of" in failing("edge-client", "connect", gateway.url, "--draft", str(GGUF))
+        until(lambda: get(url_of(gateway, FAR)).status_code == 404)
+        assert listed(gateway) == []
+
+
+def test_it_is_for_those_who_may_connect(tmp_path: Path) -> None:
+    tokens = TokenFile(tmp_path / "tokens.json")
+    token, revoked = tokens.issue("edge", "private"), tokens.issue("revoked", "pool")
+    tokens.revoke("revoked")
+    with running_gateway(tmp_path, "--tokens-file", str(tokens.path)) as gateway, engine(gateway, "toy", FAR):
+        until(lambda: get(url_of(gateway, FAR), token).status_code == 200)
+        for wrong in ("", "se-wrong", revoked):
+            for url in (url_of(gateway, FAR), url_of(gateway, NEARLY), f"{gateway.url}{PATH}"):
+                answer = get(url, wrong)
+                assert answer.status_code == 401
+                assert answer.json().keys() == {"detail"}
+        page = get(f"{gateway.url}/metrics").text
+    assert "specedge_gateway_unauthorized_total 0.0" not in page
+
+
+@pytest.mark.parametrize("sent", [b"", b"no gzip", pack_vocabulary(FAR)[:-9], pack_vocabulary({"another": 0})])
+def test_an_engine_that_sends_none_or_another_is_an_engine_all_the_same(tmp_path: Path, sent: bytes) -> None:
+    with running_gateway(tmp_path) as gateway, engine(gateway, "toy", FAR, sent):
+        wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
+        until(lambda: "The vocabulary of 'toy' is not served to edges" in gateway.process.log.read_text())
+        assert listed(gateway) == []
+        said = failing("edge-client", "connect", gateway.url, "--draft", str(GGUF), "--device", "cpu")
+        assert "The draft model's tokenizer is not that of toy" in said
+        assert get(f"{gateway.url}/healthz").json()["engines"] == 1
+        with engine(gateway, "toy", FAR):  # and another one brings it
+            until(lambda: get(url_of(gateway, FAR)).status_code == 200)
+
+
+SENTENCE = (
+    "The draft's vocabulary is not that of near: 3 of 49,154 tokens differ, namely "
+    "'A<br>?new' (id 260 there, none here), 'Ġthe' (none there, id 260 here), '[NEW]' (id 49152 there, none here): "
+    "choose a draft of the same family, or draft with 'ngram'."
+)
+
+
+@pytest.mark.parametrize("command", ["connect", "serve", "chat"])
+def test_an_edge_of_another_vocabulary_is_told_what_differs(gateway: Running, command: str) -> None:
+    words = ["edge-client", command, gateway.url, "--draft", str(GGUF), "--device", "cpu"]
+    if command != "connect":
+        words += ["--server", "http://127.0.0.1:1/v1"]
+    if command == "serve":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        words += ["--port", str(port)]
+    assert failing(*words) == f"edge-client: {SENTENCE}"
+
+
+def test_doctor_says_it_too(gateway: Running) -> None:
+    options = DrafterOptions(str(GGUF), device="cpu", threads=1)
+    found = diagnose(Asked(Gateway(gateway.url), options, "pool", "test", 0, 5, None))
+    said = {check.name: check.text for check in found.checks if not check.is_good}
+    assert said.keys() == {"vocabulary"}
+    assert said["vocabulary"] == SENTENCE
+
+
+class Other(NgramDrafter):
+    """A draft that no engine has the vocabulary of."""
+
+    fingerprint = "0" * 64
+
+
+def refusal(url: str, own: Callable[[], dict[str, int]]) -> str:
+    client = EdgeClient(Gateway(url), Other(), "edge", own_vocabulary=own)
+    with pytest.raises(UserError) as caught:
+        asyncio.run(client.run(0.0))
+    return str(caught.value)
+
+
+def test_what_cannot_be_explained_is_refused_as_before(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = "The draft model's tokenizer is not that of near: choose a draft of the same family."
+
+    def fail() -> dict[str, int]:
+        raise UserError("it is gone")
+
+    assert refusal(gateway.url, fail) == before
+    assert refusal(gateway.url, dict) == before, "it is not known"
+    assert refusal(gateway.url, lambda: NEARLY) == before, "nothing differs"
+    assert "1 of 49,154 tokens differs, namely '[X]' (none" in refusal(gateway.url, lambda: {**NEARLY, "[X]": 60000})
+    monkeypatch.setattr(mismatch, "PATH", "/edge/v1/none")  # a gateway of another release
+    assert refusal(gateway.url, lambda: FAR) == before
+    monkeypatch.setattr(mismatch, "PATH", "/healthz")  # an answer of another kind
+    assert refusal(gateway.url, lambda: FAR) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(mismatch, "MAX_PACKED_BYTES", 1000)  # it is larger than it may be
+    assert refusal(gateway.url, lambda: FAR) == before
+
+
+def test_the_sentence() -> None:
+    found = [
+        Difference("foo", 17, 20),
+        Difference("bar", 18, None),
+        Difference("x" * 30, None, 3),
+        *[("y", 1, 2)] * 1211,
+    ]
+    assert str(Mismatch("a\x1b[31mmodel", found, 151665)) == (
+        "The draft's vocabulary is not that of a?[31mmodel: 1,214 of 151,665 tokens differ, such as "
+        "'foo' (id 17 there, 20 here), 'bar' (id 18 there, none here), 'xxxxxxxxxxxxxxxxxxxxxxxx...' (none there, id 3 "
+        "here): choose a draft of the same family, or draft with 'ngram'."
+    )
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b"[" * 20000,
+        b'{"vocabularies": 1}',
+        b'{"vocabularies": [1]}',
+        b'{"vocabularies": [{}]}',
+        b'{"vocabularies": [{"fingerprint": "../up", "models": [], "bytes": 1}]}',
+        b'{"vocabularies": [{"fingerprint": "%b", "models": 1, "bytes": 1}]}' % (b"0" * 64),
+        b'{"vocabularies": [{"fingerprint": "%b", "models": [], "bytes": 5000000}]}' % (b"0" * 64),
+        b'{"vocabularies": [{"fingerprint": "%b", "models": [], "bytes": 1e3}]}' % (b"0" * 64),
+    ],
+)
+def test_a_list_that_is_none_is_refused(listing: bytes) -> None:
+    with pytest.raises(mismatch.RemoteProtocolError):
+        mismatch._listed(listing)
