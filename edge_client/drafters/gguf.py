@@ -28,6 +28,9 @@ BATCH_TOKENS = 256
 NO_ROOM = 1
 """What llama_decode returns where its cache is full."""
 ERROR_LEVEL = 3
+AMX = b"AMX_INT8 = 1"
+"""What llama.cpp says of itself where it was built for Intel's AMX. Matrices then have a layout of their own, and its
+code crashes where GCC 12 compiled it (most of the tile configuration is left out): the plain layout is used there."""
 ALL_LAYERS = -1
 
 _errors: deque[str] = deque(maxlen=1)
@@ -81,6 +84,7 @@ def _open_model(file: Path, **options: object) -> Any:
     parameters = llama_cpp.llama_model_default_params()
     for name, value in options.items():
         setattr(parameters, name, value)
+    parameters.use_extra_bufts = AMX not in llama_cpp.llama_print_system_info()
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), parameters)
     if not model:
         raise _unusable(file, _errors[-1] if _errors else "no reason given")
