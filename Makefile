@@ -24,17 +24,23 @@ help:
 	@echo "make bench-deciding  what the policy costs the engine, microseconds a request a step"
 	@echo "make bench-never-slower whether turning it on makes a server slower: a grid, a verdict a cell (2 hours; ARGS=--quick)"
 
-$(VENV)/.installed: pyproject.toml deploy/vllm-metadata/pyproject.toml deploy/install
-	PYTHON="$(PYTHON)" deploy/install $(VENV)
+INSTALLED_FROM := pyproject.toml deploy/install $(wildcard deploy/*-metadata/pyproject.toml)
+# What the demo needs. Tests, checks and benchmarks need more, which comes on top (llama.cpp is compiled for it).
+$(VENV)/.installed-demo: $(INSTALLED_FROM)
+	@PYTHON="$(PYTHON)" deploy/install $(VENV) cpu,demo
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.installed-demo
+	@PYTHON="$(PYTHON)" deploy/install $(VENV) cpu,dev
 	@touch $@
 
 model: $(VENV)/.installed
 	@$(BIN)/python examples/pairs.py smollm2
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-demo
 	@$(BIN)/python examples/demo.py $(if $(MODEL),--pair $(MODEL)) $(if $(EDGE),--draft $(EDGE)) $(if $(HUB),--hub)
 
-play: $(VENV)/.installed
+play: $(VENV)/.installed-demo
 	@$(BIN)/python examples/play.py $(if $(MODEL),--pair $(MODEL))
 
 test: test-fast test-vllm

@@ -20,23 +20,18 @@ from rich.live import Live
 from rich.logging import RichHandler
 from rich.text import Text
 
-from edge_client.pace import UPLINK_BYTES_PER_TOKEN
+from edge_client import settings
+from edge_client.client import EdgeClient
+from edge_client.cooling import cooler_share
+from edge_client.drafters import Drafter, DrafterOptions
+from edge_client.drafters.load import fetched, load_drafter
+from edge_client.drafters.own_vocabulary import own_vocabulary
+from edge_client.link import Gateway
+from edge_client.pace import UPLINK_BYTES_PER_TOKEN, Pace
+from edge_client.sensors import hottest_c
+from edge_client.view import AcceptedRate, heat, panel, status_line, summary
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
-
-try:
-    from edge_client import settings
-    from edge_client.client import EdgeClient
-    from edge_client.cooling import cooler_share
-    from edge_client.drafters import Drafter, DrafterOptions
-    from edge_client.drafters.load import fetched, load_drafter
-    from edge_client.drafters.own_vocabulary import own_vocabulary
-    from edge_client.link import Gateway
-    from edge_client.pace import Pace
-    from edge_client.sensors import hottest_c
-    from edge_client.view import AcceptedRate, heat, panel, status_line, summary
-except ImportError as error:  # the server's installation has the command, but not all that it needs
-    sys.exit(f"edge-client: {error.name} is missing: pip install 'vllm-specedge[edge]'")
 
 app = typer.Typer(help="Draft tokens for a vLLM server.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -304,7 +299,8 @@ async def _run(client: EdgeClient, wait_s: float, console: Console, quiet: bool,
     loop = asyncio.get_running_loop()
     running = asyncio.create_task(client.run(wait_s))
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, running.cancel)
+        with suppress(NotImplementedError):  # on Windows, where Ctrl-C cancels this coroutine
+            loop.add_signal_handler(number, running.cancel)
     beside = [asyncio.create_task(cooler.run(client.pace))]
     if not quiet:
         heat = partial(_heat, client, cooler)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -57,7 +56,9 @@ def gateway(
     """Run a gateway by itself, for one or more vLLM servers that name it as their `gateway`."""
     values = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
     begin_logging(log_format)
-    from vllm_specedge.web import serve  # noqa: PLC0415 - the other commands need no web server
+    import uvloop  # noqa: PLC0415 - the other commands run on Windows as well
+
+    from vllm_specedge.web import serve  # noqa: PLC0415 - nor do they need a web server
 
     options = parse_options(values)
     try:
