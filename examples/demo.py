@@ -25,7 +25,7 @@ from questions import QUESTIONS
 from stack import LARGE_PAGES, Server, StackError, edge_client, vllm_server
 from tokenizers import Tokenizer
 
-MAX_TOKENS = 96
+MAX_TOKENS = 64
 QUESTIONS_A_KIND = 2
 PORT = 8000
 SERVER_OPTIONS = ("--max-model-len", "2048", "--max-num-seqs", "8")

@@ -22,7 +22,7 @@ PART_BYTES = 1000
     ("wanted", "room", "there", "pair", "dtype"),
     [
         (AUTO, Room(20, 50), (), QWEN, "float32"),
-        (AUTO, Room(9, 50), (), QWEN, "bfloat16"),
+        (AUTO, Room(10, 50), (), QWEN, "bfloat16"),
         (AUTO, Room(6, 50), (), SMOLLM2, "float32"),
         (AUTO, Room(20, 3), (), SMOLLM2, "float32"),
         (AUTO, Room(20, 0), ("qwen",), QWEN, "float32"),
@@ -42,7 +42,7 @@ def test_the_machine_decides(wanted: str, room: Room, there: tuple[str, ...], pa
         (
             "qwen",
             Room(3, 50),
-            "needs 12 GiB .* but only 3.0 and 50.0 GiB are available: make room, or take MODEL=smollm2",
+            "needs 12.5 GiB .* but only 3.0 and 50.0 GiB are available: make room, or take MODEL=smollm2",
         ),
         ("qwen", Room(20, 1), "and 6 GiB of disk, but only 20.0 and 1.0"),
         (AUTO, Room(1, 50), "'smollm2' needs .* make room"),

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import torch
 from safetensors import safe_open
@@ -93,7 +93,7 @@ class Llama:
 
     shape: Shape
     embed: Tensor
-    layers: list[Layer]
+    layers: Sequence[Layer]
     norm: Tensor
     head: Tensor
 
@@ -132,27 +132,42 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load_llama(directory: Path, keep: list[int] | None = None) -> Llama:
-    """Load a checkpoint, its layers in float32; `keep` names the layers wanted (all of them by default)."""
+class _Layers(Sequence[Layer]):
+    """A checkpoint's layers in float32, each read when it is asked for: a model of 500 million weights takes 2 GB."""
+
+    def __init__(self, files: _Files, shape: Shape, numbers: Sequence[int]) -> None:
+        self._files, self._shape, self._numbers = files, shape, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
+    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
+        if isinstance(index, slice):
+            return _Layers(self._files, self._shape, self._numbers[index])
+        files, at = self._files, f"model.layers.{self._numbers[index]}."
+        projections = [f"{at}self_attn.{name}_proj" for name in "qkv"]
+        return Layer(
+            norm_in=files[at + "input_layernorm.weight"],
+            qkv=files.stacked([f"{name}.weight" for name in projections]),
+            out=files[at + "self_attn.o_proj.weight"],
+            norm_mid=files[at + "post_attention_layernorm.weight"],
+            gate_up=files.stacked([f"{at}mlp.{name}_proj.weight" for name in ("gate", "up")]),
+            down=files[at + "mlp.down_proj.weight"],
+            qkv_bias=files.stacked([f"{name}.bias" for name in projections]) if self._shape.has_qkv_bias else None,
+            norm_q=files[at + "self_attn.q_norm.weight"] if self._shape.has_qk_norm else None,
+            norm_k=files[at + "self_attn.k_norm.weight"] if self._shape.has_qk_norm else None,
+        )
+
+
+def load_llama(directory: Path, keep: Sequence[int] | None = None) -> Llama:
+    """Open a checkpoint; `keep` names the layers wanted (all of them by default)."""
     shape = Shape.from_config(read_config(directory))
     files = _Files(directory)
-    layers = []
-    for index in range(shape.layers) if keep is None else keep:
-        at = f"model.layers.{index}."
-        projections = [f"{at}self_attn.{name}_proj" for name in "qkv"]
-        layers.append(
-            Layer(
-                norm_in=files[at + "input_layernorm.weight"],
-                qkv=files.stacked([f"{name}.weight" for name in projections]),
-                out=files[at + "self_attn.o_proj.weight"],
-                norm_mid=files[at + "post_attention_layernorm.weight"],
-                gate_up=files.stacked([f"{at}mlp.{name}_proj.weight" for name in ("gate", "up")]),
-                down=files[at + "mlp.down_proj.weight"],
-                qkv_bias=files.stacked([f"{name}.bias" for name in projections]) if shape.has_qkv_bias else None,
-                norm_q=files[at + "self_attn.q_norm.weight"] if shape.has_qk_norm else None,
-                norm_k=files[at + "self_attn.k_norm.weight"] if shape.has_qk_norm else None,
-            )
-        )
+    layers = _Layers(files, shape, range(shape.layers) if keep is None else keep)
     embed = files.stored("model.embed_tokens.weight")
     head = files.stored("lm_head.weight") if "lm_head.weight" in files and not shape.tied else embed
     return Llama(shape, embed, layers, files["model.norm.weight"], head)

@@ -27,6 +27,7 @@ class TargetRows:
 
     def __init__(self, directory: Path, rows: int, context: int) -> None:
         self.model: Llama = load_llama(directory)
+        self.model.layers = list(self.model.layers)  # read once: every pass goes through them
         self.rows = rows
         self.context = context
         shape = self.model.shape
