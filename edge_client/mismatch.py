@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import httpx2 as httpx
@@ -17,7 +17,7 @@ PATH = "/edge/v1/vocabularies"
 MAX_LIST_BYTES = 64 << 10
 MAX_FETCHED = 8
 """Vocabularies: a gateway has few, and this machine has little time."""
-EXPLAINING_S = 30.0
+FETCHING_S = 60.0
 NUM_NAMED = 3
 MAX_SHOWN = 24
 """Letters of somebody else's name."""
@@ -63,9 +63,10 @@ def _shown(text: str) -> str:
 async def explained(refusal: OtherVocabularyError, gateway: Gateway, own: OwnVocabulary) -> UserError:
     """The refusal with what differs, from the model that is most alike; as it was where that cannot be found out."""
     try:
-        async with asyncio.timeout(EXPLAINING_S):
-            draft = await asyncio.to_thread(lambda: without_fillers(own()))
-            mismatches = [await asyncio.to_thread(_compared, *each, draft) async for each in _targets(gateway)]
+        async with asyncio.timeout(FETCHING_S):
+            targets = await _fetched(gateway)
+        draft = await asyncio.to_thread(lambda: without_fillers(own()))
+        mismatches = [await asyncio.to_thread(_compared, *target, draft) for target in targets]
         closest = min(mismatches, key=lambda each: len(each.found))
         return UserError(str(closest)) if draft and closest.found else refusal
     except Exception:  # noqa: BLE001 - the refusal stands, whatever goes wrong in explaining it
@@ -77,8 +78,9 @@ def _compared(model: str, fingerprint: str, packed: bytes, draft: Mapping[str, i
     return Mismatch(model, differences(target, draft), len(target.keys() | draft.keys()))
 
 
-async def _targets(gateway: Gateway) -> AsyncIterator[tuple[str, str, bytes]]:
+async def _fetched(gateway: Gateway) -> list[tuple[str, str, bytes]]:
     """The model, fingerprint and packed vocabulary of each that the gateway serves."""
+    found = []
     async with gateway.client() as client:
         for each in _listed(await _get(client, PATH, MAX_LIST_BYTES))[:MAX_FETCHED]:
             packed = b""
@@ -88,7 +90,8 @@ async def _targets(gateway: Gateway) -> AsyncIterator[tuple[str, str, bytes]]:
                 if not part:
                     raise RemoteProtocolError("a vocabulary ends too soon")
                 packed += part
-            yield each.model, each.fingerprint, packed
+            found.append((each.model, each.fingerprint, packed))
+    return found
 
 
 class _Listed(NamedTuple):
