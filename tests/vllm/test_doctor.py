@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edge_client.drafters.gguf import GgufDrafter
 from edge_client.drafters.hf import tokenizer_fingerprint, tokenizer_vocabulary
 from tests.test_gguf_drafter import GGUF
-from tests.test_vocabularies import refusal
+from tests.test_vocabularies import PATH, get, refusal, until
 
 from .conftest import MODEL, Completion, Target, assert_same, counting
 
@@ -73,6 +73,8 @@ def test_the_doctor_at_a_real_server(edge_target: Target, prompts: list[str]) ->
 
 def test_a_real_server_s_vocabulary_is_there_to_compare_with(edge_target: Target) -> None:
     draft = {**tokenizer_vocabulary(str(MODEL)), "[NEW]": 60_000, "[PAD60001]": 60_001}
-    said = refusal(edge_target.server.gateway_url, lambda: draft)
+    url = edge_target.server.gateway_url
+    until(lambda: bool(get(f"{url}{PATH}").json()["vocabularies"]))
+    said = refusal(url, lambda: draft)
     num_tokens = len(draft) - 1  # one of them is a filler
     assert f"1 of {num_tokens:,} tokens differs, namely '[NEW]' (none there, id 60000 here)" in said
