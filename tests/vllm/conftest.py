@@ -3,7 +3,8 @@
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,10 @@ MIDDLEWARES = (
     "--middleware",
     "vllm_specedge.prediction_front.PredictionMiddleware",
 )
+STRUCTURED = ("--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}))
+"""A model that may write white space between two values writes it until it has no tokens left, if luck will have it."""
+DEADLINE_S = 120.0
+"""So long is waited for what has to come: a bound for what is broken, not for what is slow."""
 KV_BYTES = 200 * 2**20
 """Room for 34 blocks of 128 tokens: one context of 2,048 tokens fits, eight of 650 do not."""
 
@@ -100,11 +105,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
     """A server without speculation, and one that takes edges, has little KV memory and prefills in chunks."""
     assert (MODEL / "config.json").exists(), "make the model first: make model"
     logs = tmp_path_factory.mktemp("servers")
-    shared = ("--max-model-len", "2048", "--max-num-seqs", "16")
+    shared = ("--max-model-len", "2048", "--max-num-seqs", "16", *STRUCTURED)
     # Not the default port: other tests look at what happens with it.
     config: dict[str, Any] = {"method": "edge", "num_speculative_tokens": 5, "listen": f"127.0.0.1:{GATEWAY_PORT}"}
-    # Everybody is held and all is verified: the default leaves out most of both on a busy CPU.
-    config |= {"mode": "wait", "hold_limit_ms": 50}
+    # Everybody is held and all is verified: the default leaves out most of both on a busy CPU. And for as long as it
+    # takes: an edge that has nothing to say says so, and one that dies is not waited for.
+    config |= {"mode": "wait", "hold_limit_ms": 5000}
     config["slo"] = {str(IMPATIENT): {"itl_ms": 1}}
     edge = ("--speculative-config", json.dumps(config), "--max-num-batched-tokens", "512", *MIDDLEWARES)
     kv = ("--kv-cache-memory-bytes", str(KV_BYTES))
@@ -164,12 +170,20 @@ def running_edge(target: Target, drafter: Any) -> Iterator[EdgeClient]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        assert connected.wait(10), "the edge was not admitted"
+        assert connected.wait(DEADLINE_S), "the edge was not admitted"
         yield client
     finally:
         loop.call_soon_threadsafe(task.cancel)
-        thread.join(10)
+        thread.join(DEADLINE_S)
         assert not thread.is_alive()
+
+
+def until(is_so: Callable[[], bool], what: str) -> None:
+    """Wait for what has to come; else fail, saying what did not."""
+    pause, end_s = threading.Event(), time.monotonic() + DEADLINE_S
+    while not is_so():
+        assert time.monotonic() < end_s, what
+        pause.wait(0.1)
 
 
 @dataclass
@@ -184,12 +198,7 @@ class Counted:
 
     def settle(self, num_tokens: int) -> None:
         """Wait until the engine has reported at least so many committed tokens; it reports once a second."""
-        deadline = threading.Event()
-        for _ in range(100):
-            if self["committed_tokens"] >= num_tokens:
-                return
-            deadline.wait(0.1)
-        raise AssertionError(f"only {self['committed_tokens']} tokens reported")
+        until(lambda: self["committed_tokens"] >= num_tokens, f"the engine has not reported {num_tokens} tokens")
 
 
 @contextmanager
