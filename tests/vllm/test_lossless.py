@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from .conftest import (
     counting,
     replay,
     running_edge,
+    until,
 )
 
 NUM_COMMITTED = NUM_PROMPTS * (NUM_TOKENS - 1)
@@ -45,6 +47,7 @@ def test_honest_edge(edge_target: Target, prompts: list[str], expected: list[Com
 def test_prompt_lookup_edge(edge_target: Target, prompts: list[str], expected: list[Completion]) -> None:
     with running_edge(edge_target, NgramDrafter()), counting(edge_target) as counted:
         assert_same(expected, edge_target.greedy_all(prompts))
+        counted.settle(NUM_COMMITTED)
         assert counted["accepted_tokens"] > 0
 
 
@@ -62,13 +65,26 @@ def test_garbage_edge(edge_target: Target, prompts: list[str], expected: list[Co
 def test_edge_killed_in_the_middle(
     edge_target: Target, prompts: list[str], expected: list[Completion], tmp_path: Path
 ) -> None:
-    with edge_client(edge_target.server.gateway_url, "ngram", tmp_path / "edge.log") as process:
-        got: list[Completion] = []
-        asking = threading.Thread(target=lambda: got.extend(edge_target.greedy_all(prompts)))
-        with counting(edge_target) as counted:
-            asking.start()
-            counted.settle(NUM_COMMITTED // 4)
-            assert asking.is_alive()
+    """All are asked again and again until it is dead, so some are being answered when that happens."""
+    is_killed = threading.Event()
+    rounds: list[list[Completion]] = []
+
+    def ask() -> None:
+        while not is_killed.is_set():
+            rounds.append(edge_target.greedy_all(prompts))
+
+    with (
+        edge_client(edge_target.server.gateway_url, "ngram", tmp_path / "edge.log") as process,
+        ThreadPoolExecutor(1) as executor,
+        counting(edge_target) as counted,
+    ):
+        asking = executor.submit(ask)
+        try:
+            until(lambda: counted["accepted_tokens"] > 0, "the edge was of no use")
             process.popen.send_signal(signal.SIGKILL)
-            asking.join(120)
-    assert_same(expected, got)
+            until(lambda: edge_target.server.metrics()["specedge_edges"] == 0, "its death was not noticed")
+        finally:
+            is_killed.set()
+        asking.result()
+    for got in rounds:
+        assert_same(expected, got)
