@@ -10,18 +10,17 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from stack import start_server, wait_for
+from stack import Server, start_server, wait_for
 
 from vllm_specedge.adapter import hooks
 
-from .conftest import MODEL, MODEL_NAME
+from .conftest import DEADLINE_S, MODEL, MODEL_NAME, until
 from .test_ngram_rung import repetitive
 
 collector = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
 PORT, GATEWAY_PORT = 8260, 8261
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 NUM_TOKENS = 40
-DEADLINE_S = 30.0
 
 
 class Collector(BaseHTTPRequestHandler):
@@ -61,6 +60,31 @@ def test_the_hooks_are_there() -> None:
     assert hooks.tracing_problems() == []
 
 
+def ask(server: Server, received: Any) -> tuple[str, dict[str, Any]]:
+    """One request: its id, and its spans by name once both are there."""
+    body = {"model": MODEL_NAME, "prompt": repetitive(1), "max_tokens": NUM_TOKENS, "temperature": 0}
+    headers = {"traceparent": f"00-{TRACE_ID}-00f067aa0ba902b7-01"}
+    with received.arrived:
+        received.spans.clear()
+    answer = httpx.post(
+        f"{server.url}/v1/completions",
+        json={**body, "ignore_eos": True},
+        headers=headers,
+        trust_env=False,
+        timeout=DEADLINE_S,
+    )
+    assert answer.status_code == 200
+    with received.arrived:
+        both = {"llm_request", "specedge_request"}
+        assert received.arrived.wait_for(lambda: both <= {span.name for span in received.spans}, DEADLINE_S)
+        return answer.json()["id"], {span.name: span for span in received.spans}
+
+
+def totals(span: Any) -> dict[str, int]:
+    values = {each.key: each.value for each in span.attributes}
+    return {name: values[f"specedge.{name}"].int_value for name in ("steps", "verified_tokens", "accepted_tokens")}
+
+
 def test_a_request_s_span_has_its_groups(tmp_path: Path) -> None:
     config = {
         "method": "edge",
@@ -74,32 +98,26 @@ def test_a_request_s_span_has_its_groups(tmp_path: Path) -> None:
         arguments += ("--speculative-config", json.dumps(config))
         env = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
         server = start_server(MODEL, tmp_path / "server.log", PORT, *arguments, env=env)
+        asked: list[tuple[str, dict[str, Any]]] = []
+
+        def is_drafted() -> bool:
+            """The lookup is compiled while the server starts, and may not be there yet."""
+            asked[:] = [ask(server, received)]
+            return totals(asked[0][1]["specedge_request"])["accepted_tokens"] > 0
+
         try:
             wait_for(server.process, f"{server.url}/health")
-            body = {"model": MODEL_NAME, "prompt": repetitive(1), "max_tokens": NUM_TOKENS, "temperature": 0}
-            headers = {"traceparent": f"00-{TRACE_ID}-00f067aa0ba902b7-01"}
-            answer = httpx.post(
-                f"{server.url}/v1/completions",
-                json={**body, "ignore_eos": True},
-                headers=headers,
-                trust_env=False,
-                timeout=DEADLINE_S,
-            )
-            assert answer.status_code == 200
-            with received.arrived:
-                both = {"llm_request", "specedge_request"}
-                assert received.arrived.wait_for(lambda: both <= {span.name for span in received.spans}, DEADLINE_S)
+            until(is_drafted, "nothing that was copied was accepted")
         finally:
             server.process.stop()
-    of_name = {span.name: span for span in received.spans}
+    [(id_, of_name)] = asked
     span = of_name["specedge_request"]
     assert span.trace_id.hex() == of_name["llm_request"].trace_id.hex() == TRACE_ID
     assert span.end_time_unix_nano > span.start_time_unix_nano
     values = {each.key: each.value for each in span.attributes}
-    assert answer.json()["id"] in values["gen_ai.request.id"].string_value
-    totals = {name: values[f"specedge.{name}"].int_value for name in ("steps", "verified_tokens", "accepted_tokens")}
-    assert totals["accepted_tokens"] > 0
-    assert totals["steps"] == NUM_TOKENS - totals["accepted_tokens"]
+    assert id_ in values["gen_ai.request.id"].string_value
+    found = totals(span)
+    assert found["steps"] == NUM_TOKENS - found["accepted_tokens"]
     for name in ("verified_tokens", "accepted_tokens"):
         of_steps = [value.int_value for value in values[f"specedge.group.{name}"].array_value.values]
-        assert (len(of_steps), sum(of_steps)) == (totals["steps"], totals[name])
+        assert (len(of_steps), sum(of_steps)) == (found["steps"], found[name])
