@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx2 as httpx
 import openai
 import pytest
-from stack import BIN, EDGE_CORE, MODEL_NAME, Process, start, wait_for
+from stack import BIN, EDGE_CORE, MODEL_NAME, Process, Server, start, wait_for
 
-from .conftest import Target, counting
+from .conftest import Target, counting, until
 
 PORT = 8270
 REPEATING = "Repeat this line: I like rivers. I like rivers. I like rivers. I like"
@@ -70,11 +70,15 @@ def test_answers_are_the_same_and_drafted_for_here(endpoint: Endpoint) -> None:
 
 
 def test_what_does_not_come_this_way_is_not_drafted_for_here(endpoint: Endpoint) -> None:
-    assigned = endpoint.target.server.metrics()["specedge_gateway_assigned"]
+    def num_assigned() -> float:
+        return endpoint.target.server.metrics()["specedge_gateway_assigned"]
+
+    before = num_assigned()
     completion(endpoint.direct)
-    assert endpoint.target.server.metrics()["specedge_gateway_assigned"] == assigned
     completion(endpoint.client)
-    assert endpoint.target.server.metrics()["specedge_gateway_assigned"] == assigned + 1
+    until(lambda: num_assigned() > before, "nothing was drafted for here")
+    completion(endpoint.direct)
+    assert num_assigned() == before + 1
 
 
 def test_a_chat_as_a_whole_and_as_a_stream(endpoint: Endpoint) -> None:
@@ -85,7 +89,6 @@ def test_a_chat_as_a_whole_and_as_a_stream(endpoint: Endpoint) -> None:
     chunks = list(endpoint.client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert said == whole.choices[0].message.content
-    assert len(chunks) > 4, "it came at once"
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 32
 
@@ -132,20 +135,19 @@ def test_what_is_no_json_is_refused_by_the_server(endpoint: Endpoint) -> None:
 
 def test_a_program_that_hangs_up_stops_the_server_s_work(endpoint: Endpoint) -> None:
     body = {"model": MODEL_NAME, "prompt": REPEATING, "max_tokens": 1500, "temperature": 0, "stream": True}
-    with counting(endpoint.target) as counted:
-        with httpx.stream("POST", f"{endpoint.url}/completions", json=body) as answer:
-            next(answer.iter_bytes())
-        running = f"{endpoint.target.server.url}/metrics"
-        wait_until_idle(running)
-        assert counted["committed_tokens"] < 1500
+    server = endpoint.target.server
+    before = vllm_metric(server, "generation_tokens_total")
+    with httpx.stream("POST", f"{endpoint.url}/completions", json=body) as answer:
+        chunks = answer.iter_bytes()  # an iterator that is let go of hangs up
+        next(chunks)
+        until(lambda: vllm_metric(server, "num_requests_running") == 1, "it came at once")
+    until(lambda: vllm_metric(server, "num_requests_running") == 0, "the server goes on")
+    assert 0 < vllm_metric(server, "generation_tokens_total") - before < 1500
 
 
-def wait_until_idle(url: str) -> None:
-    for _ in range(200):
-        lines = httpx.get(url, trust_env=False).text.splitlines()
-        if all(float(line.rpartition(" ")[2]) == 0 for line in lines if line.startswith("vllm:num_requests_running")):
-            return
-    raise AssertionError("the server goes on")
+def vllm_metric(server: Server, name: str) -> float:
+    lines = httpx.get(f"{server.url}/metrics", trust_env=False).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{"))
 
 
 @pytest.mark.parametrize("origin", ["http://localhost:3000", "https://chat.example.org"])
@@ -229,7 +231,7 @@ def test_a_conversation_is_typed_and_compared(endpoint: Endpoint) -> None:
     said = chat(endpoint.target, stdin=f"{REPEAT}\n/alone\n/again\n/what\n/with\n/quit\n")
     assert said.count("tokens without this machine,") == 1
     assert said.count("tokens with this machine,") == 1
-    assert re.search(r"With this machine \d\.\d\d times as fast as without\.", said)
+    assert re.search(r"With this machine \d+\.\d\d times as fast as without\.", said)
     assert said.count("/quit") == 2, "help is printed at first and for what is no command"
 
 
