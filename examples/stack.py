@@ -12,7 +12,9 @@ import httpx2 as httpx
 import psutil
 
 BIN = Path(sys.executable).parent
-SERVER_CORE, EDGE_CORE = 0, os.cpu_count() - 1 if os.cpu_count() else 0
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+"""Those that this process may use: a container, or `taskset`, may have left it some of the machine's."""
+SERVER_CORE, EDGE_CORE = CORES[0], CORES[-1]
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 20.0
 POLL_S = 0.2
