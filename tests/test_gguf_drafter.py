@@ -118,11 +118,11 @@ def test_contexts_that_are_dropped_give_back_what_they_had(drafter: GgufDrafter)
 
 
 def test_a_full_cache_is_said_and_what_is_dropped_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "MAX_CONTEXT_TOKENS", 256)
+    monkeypatch.setattr(gguf, "MAX_CONTEXT_TOKENS", 128)
     drafter = GgufDrafter(GGUF, "cpu", threads=1)
     full = [drafter.open() for _ in range(gguf.NUM_CONTEXTS)]
     for sequence in full:
-        sequence.append([1] * 256, 1)
+        sequence.append([1] * 128, 1)
     with pytest.raises(CacheFullError, match="no room"):
         drafter.open().append(TEXT, 1)
     del full, sequence
