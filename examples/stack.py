@@ -106,7 +106,7 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """The gateway's metrics by name, labels and all."""
-        text = httpx.get(f"{self.gateway_url}/metrics", trust_env=False).text
+        text = httpx.get(f"{self.gateway_url}/metrics", trust_env=False, timeout=STOP_LIMIT_S).text
         lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
         return {name.removesuffix("_total"): float(value) for name, _, value in lines}
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 from stack import BIN, EDGE_CORE, MODEL_NAME, Process, Server, start, wait_for
 
-from .conftest import Target, counting, until
+from .conftest import DEADLINE_S, Target, counting, until
 
 PORT = 8270
 REPEATING = "Repeat this line: I like rivers. I like rivers. I like rivers. I like"
@@ -137,7 +137,7 @@ def test_a_program_that_hangs_up_stops_the_server_s_work(endpoint: Endpoint) -> 
     body = {"model": MODEL_NAME, "prompt": REPEATING, "max_tokens": 1500, "temperature": 0, "stream": True}
     server = endpoint.target.server
     before = vllm_metric(server, "generation_tokens_total")
-    with httpx.stream("POST", f"{endpoint.url}/completions", json=body) as answer:
+    with httpx.stream("POST", f"{endpoint.url}/completions", json=body, timeout=DEADLINE_S) as answer:
         chunks = answer.iter_bytes()  # an iterator that is let go of hangs up
         next(chunks)
         until(lambda: vllm_metric(server, "num_requests_running") == 1, "it came at once")
@@ -146,7 +146,7 @@ def test_a_program_that_hangs_up_stops_the_server_s_work(endpoint: Endpoint) -> 
 
 
 def vllm_metric(server: Server, name: str) -> float:
-    lines = httpx.get(f"{server.url}/metrics", trust_env=False).text.splitlines()
+    lines = httpx.get(f"{server.url}/metrics", trust_env=False, timeout=DEADLINE_S).text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{"))
 
 
