@@ -1,12 +1,13 @@
 """Making a draft for a target: let it write, keep what it thought, train a few of its layers to think likewise.
 
-    distill.py generate TARGET WORK --tokens 500000     text of the target's own, with its states
-    distill.py teach TARGET WORK ANSWERS                the same for text that it wrote earlier
-    distill.py hold TARGET WORK                         answers to measure by, on topics never trained on
-    distill.py train TARGET WORK                        hours of one core, or minutes of many; resumes where it stopped
-    distill.py export TARGET WORK DRAFT                 the draft directory
-    distill.py evaluate TARGET DRAFT WORK/heldout.jsonl
-    distill.py assemble TARGET DRAFT OUT                an ordinary checkpoint, for vLLM's own draft_model
+    distill.py ask TARGET WORK                  prompts that the target itself writes (or a larger model: --writer)
+    distill.py answer TARGET WORK               the target's answers to them, and to templates
+    distill.py teach TARGET WORK [ANSWERS]      its states for these answers, and for others that it wrote earlier
+    distill.py hold TARGET WORK                 answers to measure by, on topics and kinds never trained on
+    distill.py train TARGET WORK                resumes where it stopped; notices what `teach` adds meanwhile
+    distill.py export TARGET WORK DRAFT         the draft directory
+    distill.py evaluate TARGET DRAFT WORK/ordinary.jsonl
+    distill.py assemble TARGET DRAFT OUT        an ordinary checkpoint, for vLLM's own draft_model
 
 Every step may be stopped at any time and run again: it goes on from what is on disk.
 """
@@ -15,30 +16,31 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
+import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Annotated, Any
 
 import draft_files
 import torch
 import typer
-from generate import Writer, Writing
+from ask import instructions, listed, usable
+from draft_model import Draft
 from kept import choose_kept
-from prompts import HELD_TOPICS, Chat, held_out_chats, training_chats, user
+from prompts import HELD_QUESTIONS, Chat, held_out_chats, is_held, training_chats, user
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from shards import loop_start, read_shard, read_shards, write_shard
-from target import TargetRows
+from shards import Pair, loop_start, read_shards, write_shard
 from teach import batches_by_length, common_prefix, teach_batch
-from train import Agreement, Feed, Trainer, Training, held_out, measure
+from train import Feed, Trainer, Training
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from write import Asked, Writer, Written
 
 from edge_client.drafters.llama import FastLlama, Format
-from edge_client.drafters.llama_weights import Layer, read_config
+from edge_client.drafters.llama_weights import Layer, load_llama, read_config
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True, rich_markup_mode=None)
 console = Console()
@@ -50,12 +52,23 @@ TargetDir = Annotated[
 WorkDir = Annotated[Path, typer.Argument(file_okay=False, help="Where data and training state live between steps.")]
 DraftDir = Annotated[Path, typer.Argument(file_okay=False, help="The draft directory.")]
 
-TRAINED = ("taught-*.safetensors", "made-*.safetensors")
-MADE = "made-*.safetensors"
-HELD = "held-*.safetensors"
-SHARD_ANSWERS = 48
-TEACH_BATCH = 12
-LONGEST_PROMPT = 250
+Rows = Annotated[int, typer.Option(help="Texts written side by side.")]
+Part = Annotated[int, typer.Option(help="A number of its own for each process that runs beside others.")]
+Name = Annotated[str, typer.Option(help="Of the training state's file: one for each variant.")]
+
+TRAINED = ("taught-*.safetensors",)
+PROMPTS_A_FILE = 200
+ANSWERS_A_FILE = 128
+PASSAGE_FILES = 40
+WRITTEN_SHARE = 0.75
+GREEDY, WARM = 0.5, 0.25
+"""Shares of the answers that are written greedily, and at temperature 1."""
+LONGEST_PROMPT = 320
+MOST_TOKENS = 320
+POSITIONS = 1024
+SHORTEST_ANSWER = 8
+TEACH_BATCH = 16
+BATCHES_A_FILE = 8
 
 
 def _bar(unit: str) -> Progress:
@@ -82,61 +95,123 @@ def _stops(target: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
 
-def _shared_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What every one-message chat begins with (the system prompt): found, not assumed."""
+def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Store JSON lines under a name that appears only when the file is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    aside.write_text("".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines))
+    aside.rename(path)
+
+
+def _read_lines(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The JSON lines of several files, packed or not."""
+    contents = [gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for path in paths]
+    return [json.loads(line) for content in contents for line in content.splitlines()]
+
+
+def _user_texts(found: Iterator[Written], tokenizer: PreTrainedTokenizerBase, told: bool) -> Iterator[str]:
+    """The prompts that a model wrote: each an answer of its own, or a list's entries where it was told to write six."""
+    for written in found:
+        text = _text(tokenizer, written.answer).strip()
+        for prompt in listed(text) if told else [text]:
+            if usable(prompt) and not is_held(prompt):
+                yield prompt
+
+
+@app.command()
+def ask(
+    target: TargetDir,
+    work: WorkDir,
+    writer: Annotated[Path | None, typer.Option(help="A larger chat model that writes; the target by default.")] = None,
+    count: Annotated[int, typer.Option(help="Prompts to have in the end, those written earlier included.")] = 6000,
+    rows: Rows = 128,
+    part: Part = 0,
+    threads: Threads = 1,
+) -> None:
+    """Let models write what users might ask, prompts of held-out kinds and topics left out."""
+    torch.set_num_threads(threads)
+    model = writer or target
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    name = f"{'told' if writer else 'own'}-{part}"
+    earlier = sorted((work / "prompts").glob(f"{name}-*.jsonl"))
+    done, number = len(_read_lines(earlier)), len(earlier)
+    if writer:
+        asked = (Asked(_render(tokenizer, user(text)), 0.9, 400) for text in instructions(1000 * part + number))
+    else:
+        asked = repeat(Asked(_users_turn(tokenizer), 1.0, 120))
+    found = Writer(model, rows, 1024, stops=_stops(model, tokenizer)).answers(asked)
+    prompts = _user_texts(found, tokenizer, told=writer is not None)
+    with _bar("prompts") as bar:
+        task = bar.add_task(f"ask {name}", total=count, completed=done)
+        while done < count:
+            texts = list(dict.fromkeys(islice(prompts, min(PROMPTS_A_FILE, count - done))))
+            _write_lines(work / "prompts" / f"{name}-{number:04d}.jsonl", [{"user": text} for text in texts])
+            done, number = done + len(texts), number + 1
+            bar.update(task, completed=done)
+
+
+def _users_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A chat's beginning, up to where its user speaks: what every one-message chat begins with."""
     chats = [_render(tokenizer, user(text)) for text in ("Why", "a list", "1 3 5")]
     return chats[0][: common_prefix(chats)]
 
 
-def _passages(tokenizer: PreTrainedTokenizerBase, work: Path) -> list[tuple[str, str]]:
-    """Questions and answers so far, as text, for prompts that need something to work on."""
-    found = []
-    for item in read_shards(sorted((work / "data").glob("taught-*.safetensors")) + sorted((work / "data").glob(MADE))):
-        lines = _text(tokenizer, item.prompt).split("\nuser\n")
-        if len(lines) == 2:
-            answer = _text(tokenizer, item.answer)
-            found.append((lines[1].removesuffix("\nassistant\n").strip(), answer))
-    return found
-
-
-def _prompts(
-    tokenizer: PreTrainedTokenizerBase, chats: Iterator[Chat], beginning: Sequence[int]
-) -> Iterator[list[int]]:
-    """Chats as token ids, those left out that are long or begin differently."""
-    for chat in chats:
-        ids = _render(tokenizer, chat)
-        if len(ids) <= LONGEST_PROMPT and ids[: len(beginning)] == list(beginning):
-            yield ids
+def _chats(work: Path, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[Chat]:
+    """What the target is to answer: prompts that models wrote, templates, and prompts about its own earlier answers."""
+    rng = random.Random(seed)
+    texts = list(dict.fromkeys(line["user"] for line in _read_lines(sorted((work / "prompts").glob("*.jsonl")))))
+    rng.shuffle(texts)
+    answered = _read_lines(sorted((work / "answers").glob("*.jsonl"))[-PASSAGE_FILES:])
+    passages = [(line["user"], _text(tokenizer, line["answer_ids"])) for line in answered if line["user"]]
+    written, made = cycle(texts), training_chats(seed, passages)
+    while True:
+        chat = user(next(written)) if texts and rng.random() < WRITTEN_SHARE else next(made)
+        if not is_held(chat[-1]["content"]):
+            yield chat
 
 
 @app.command()
-def generate(
+def answer(
     target: TargetDir,
     work: WorkDir,
     tokens: Annotated[
-        int, typer.Option(help="Answer tokens to have in the end, those made earlier included.")
-    ] = 500_000,
-    rows: Annotated[int, typer.Option(help="Answers written side by side.")] = 112,
+        int, typer.Option(help="Answer tokens to have in the end, those of this part written earlier included.")
+    ] = 1_000_000,
+    rows: Rows = 128,
+    part: Part = 0,
     threads: Threads = 1,
 ) -> None:
-    """Let the target answer varied prompts, half greedily, half sampled, and store its states (170 tokens/s a core)."""
+    """Let the target answer: greedily, as by default (temperature 1), and at temperatures between."""
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    earlier = sorted((work / "data").glob(MADE))
-    done = sum(len(item.answer) for path in earlier for item in read_shard(path))
-    beginning = _shared_beginning(tokenizer)
-    running = TargetRows(target, rows, LONGEST_PROMPT + Writing().most_tokens + 8)
-    running.set_prefix(beginning)
-    prompts = _prompts(tokenizer, training_chats(len(earlier), _passages(tokenizer, work)), beginning)
-    writer = Writer(running, _stops(target, tokenizer), Writing(), seed=len(earlier))
+    earlier = sorted((work / "answers").glob(f"answers-{part}-*.jsonl"))
+    done, number = sum(len(line["answer_ids"]) for line in _read_lines(earlier)), len(earlier)
+    seed = 1000 * part + number
+    rng = random.Random(seed)
+    users: dict[tuple[int, ...], str] = {}
+
+    def asked() -> Iterator[Asked]:
+        for chat in _chats(work, seed, tokenizer):
+            ids = _render(tokenizer, chat)
+            if len(ids) <= LONGEST_PROMPT:
+                users[tuple(ids)] = chat[0]["content"] if len(chat) == 1 else ""
+                dice = rng.random()
+                heat = 0.0 if dice < GREEDY else 1.0 if dice < GREEDY + WARM else round(rng.uniform(0.3, 0.9), 2)
+                yield Asked(ids, heat, MOST_TOKENS)
+
+    found = Writer(target, rows, LONGEST_PROMPT + MOST_TOKENS, stops=_stops(target, tokenizer)).answers(asked())
     with _bar("answer tokens") as bar:
-        task = bar.add_task("generate", total=tokens, completed=done)
-        answers = writer.answers(prompts, lambda count: bar.advance(task, count))
-        number = len(earlier)
+        task = bar.add_task(f"answer {part}", total=tokens, completed=done)
         while done < tokens:
-            items = list(islice(answers, SHARD_ANSWERS))
-            write_shard(work / "data" / f"made-{number:05d}.safetensors", items)
-            done += sum(len(item.answer) for item in items)
+            lines: list[dict[str, Any]] = []
+            while done < tokens and len(lines) < ANSWERS_A_FILE:
+                one = next(found)
+                ids, heat = one.asked.prompt, one.asked.temperature
+                asked_as = users.pop(tuple(ids), "")
+                lines.append({"prompt_ids": ids, "answer_ids": one.answer, "temperature": heat, "user": asked_as})
+                done += len(one.answer)
+                bar.update(task, completed=done)
+            _write_lines(work / "answers" / f"answers-{part}-{number:04d}.jsonl", lines)
             number += 1
 
 
@@ -144,68 +219,87 @@ def generate(
 def teach(
     target: TargetDir,
     work: WorkDir,
-    answers: Annotated[Path, typer.Argument(exists=True, help="JSON lines (.gz) of prompt_ids and answer_ids.")],
+    answers: Annotated[
+        list[Path] | None, typer.Argument(exists=True, help="More JSON lines (.gz) of prompt_ids and answer_ids.")
+    ] = None,
     threads: Threads = 1,
 ) -> None:
-    """Store the target's states for answers it wrote earlier; those on held-out topics go to the held-out files."""
+    """Store the target's states for what it answered (2,000 tokens/s); held-out topics and kinds are left out."""
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    content = gzip.decompress(answers.read_bytes()) if answers.suffix == ".gz" else answers.read_bytes()
-    lines = [json.loads(line) for line in content.splitlines()]
-    unique = {(tuple(line["prompt_ids"]), tuple(line["answer_ids"])) for line in lines if len(line["answer_ids"]) >= 8}
-    pairs = [(list(prompt), list(answer)) for prompt, answer in sorted(unique)]
-    held_words = re.compile(r"\b(" + "|".join(HELD_TOPICS) + r")\b")
-    held = [pair for pair in pairs if held_words.search(_text(tokenizer, pair[0]))]
-    rest = [
-        (prompt, answer[: loop_start(answer)])
-        for prompt, answer in pairs
-        if not held_words.search(_text(tokenizer, prompt))
-    ]
-    running = TargetRows(target, TEACH_BATCH, max(len(prompt) + len(answer) for prompt, answer in pairs))
-    beginning = pairs[0][0][: common_prefix([prompt for prompt, _ in pairs])]
-    running.set_prefix(beginning)
-    with _bar("answer tokens") as bar:
-        for name, part in (("held", held), ("taught", rest)):
-            task = bar.add_task(f"teach {name}", total=sum(len(answer) for _, answer in part))
-            batches = batches_by_length(part, TEACH_BATCH)
-            for at in range(0, len(batches), 4):
-                group = batches[at : at + 4]
-                path = work / "data" / f"{name}-{at // 4:05d}.safetensors"
+    sources = [*(answers or []), *sorted((work / "answers").glob("*.jsonl"))]
+    model = _whole(target)
+    with _bar("answers") as bar:
+        for source in bar.track(sources, description="teach"):
+            batches = batches_by_length(_pairs(tokenizer, source), TEACH_BATCH)
+            for at in range(0, len(batches), BATCHES_A_FILE):
+                path = work / "data" / f"taught-{source.name.partition('.')[0]}-{at:04d}.safetensors"
                 if not path.exists():
-                    write_shard(path, [item for batch in group for item in teach_batch(running, batch)])
-                bar.advance(task, sum(len(answer) for batch in group for _, answer in batch))
+                    group = batches[at : at + BATCHES_A_FILE]
+                    write_shard(path, [item for batch in group for item in teach_batch(model, batch)])
+
+
+def _whole(target: Path) -> Draft:
+    """The target itself, every layer of it."""
+    return Draft(target, list(range(read_config(target)["num_hidden_layers"])), POSITIONS)
+
+
+def _pairs(tokenizer: PreTrainedTokenizerBase, source: Path) -> list[Pair]:
+    """The answers of a file, each once and cut where it begins to loop, without those of held-out topics and kinds."""
+    lines = _read_lines([source])
+    unique = {(tuple(line["prompt_ids"]), tuple(line["answer_ids"])) for line in lines}
+    return [
+        Pair(list(prompt), list(said[: loop_start(said)]))
+        for prompt, said in sorted(unique)
+        if len(said) >= SHORTEST_ANSWER and not is_held(_text(tokenizer, prompt).split("\nuser\n", 1)[-1])
+    ]
 
 
 @app.command()
 def hold(
-    target: TargetDir, work: WorkDir, count: Annotated[int, typer.Option(help="Prompts.")] = 72, threads: Threads = 1
+    target: TargetDir,
+    work: WorkDir,
+    count: Annotated[int, typer.Option(help="Prompts of held-out topics.")] = 72,
+    threads: Threads = 1,
 ) -> None:
-    """Write the target's greedy answers to held-out prompts: unseen topics, half of them in unseen templates."""
+    """Write what agreement is measured on, in float32: greedy and sampled answers to questions never trained on."""
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    prompts = [_render(tokenizer, chat) for chat in held_out_chats(0, count)]
-    writing = Writing(greedy_share=1.0, stop_loops=False)
-    running = TargetRows(target, min(count, 36), max(map(len, prompts)) + writing.most_tokens)
-    running.set_prefix(_shared_beginning(tokenizer))
-    writer = Writer(running, _stops(target, tokenizer), writing, seed=0)
-    with _bar("tokens") as bar:
-        task = bar.add_task("hold", total=count * writing.most_tokens)
-        items = list(writer.answers(iter(prompts), lambda step: bar.advance(task, step)))
-    write_shard(work / "data" / "held-chats.safetensors", items)
-    lines = [
-        json.dumps({"prompt_ids": item.prompt, "answer_ids": item.answer}, separators=(",", ":")) for item in items
-    ]
-    (work / "heldout.jsonl").write_text("\n".join(lines) + "\n")
-    console.print(f"{count} held-out prompts, {sum(len(item.answer) for item in items)} greedy answer tokens")
+    stops = _stops(target, tokenizer)
+    writer = Writer(target, 32, LONGEST_PROMPT + MOST_TOKENS, dtype="float32", stops=stops)
+    ordinary = [user(text) for text in HELD_QUESTIONS[:count]]
+    for name, chats, heat, most in (
+        ("ordinary", ordinary, 0.0, 160),
+        ("ordinary-sampled", ordinary, 1.0, 160),
+        ("heldout", held_out_chats(0, count), 0.0, 256),
+    ):
+        if (work / f"{name}.jsonl").exists():
+            continue
+        asked = [Asked(_render(tokenizer, chat), heat, most) for chat in chats]
+        lines = [
+            {"prompt_ids": one.asked.prompt, "answer_ids": one.answer}
+            for one in writer.answers(iter(asked), stop_loops=False)
+        ]
+        _write_lines(work / f"{name}.jsonl", lines)
+        console.print(f"{name}: {len(lines)} answers, {sum(len(line['answer_ids']) for line in lines)} tokens")
+
+
+def _held(work: Path) -> dict[str, list[Pair]]:
+    """The held-out answers by file."""
+    paths = [work / f"{name}.jsonl" for name in ("ordinary", "ordinary-sampled", "heldout")]
+    return {
+        path.stem: [Pair(line["prompt_ids"], line["answer_ids"]) for line in _read_lines([path])]
+        for path in paths
+        if path.exists()
+    }
 
 
 def _kept(target: Path, work: Path, rows: int, stops: set[int]) -> torch.Tensor:
     """The head's kept ids: chosen once, when training first starts, and then fixed."""
-    path = work / "kept.pt"
+    path = work / f"kept-{rows}.pt"
     if not path.exists():
         items = [item for pattern in TRAINED for item in read_shards(sorted((work / "data").glob(pattern)))]
-        head = TargetRows(target, 1, 8).model.head
-        torch.save(choose_kept(items, head, rows, sorted(stops)), path)
+        torch.save(choose_kept(items, load_llama(target, keep=[]).head, rows, sorted(stops)), path)
     kept: torch.Tensor = torch.load(path, weights_only=True)
     return kept
 
@@ -215,42 +309,45 @@ def train(
     target: TargetDir,
     work: WorkDir,
     layers: Annotated[str, typer.Option(help="The target's layers to start from.")] = "0,1,2,28,29",
+    start: Annotated[Path | None, typer.Option(help="A draft directory to start from instead.")] = None,
     tokens: Annotated[int, typer.Option(help="Answer tokens to train on, repeats counted.")] = 1_500_000,
     head_rows: Annotated[int, typer.Option(help="Rows of the target's head to keep.")] = 8192,
-    batch: Annotated[int, typer.Option(help="Answers a step.")] = 6,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
+    batch: Annotated[int, typer.Option(help="Answers a step.")] = 16,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    name: Name = "state",
     threads: Threads = 1,
 ) -> None:
-    """Train the draft (430 tokens/s on a core, 5 layers of width 576); run it again to go on, or with more tokens."""
+    """Train the draft; run it again to go on, or with more tokens."""
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(target)
     kept = _kept(target, work, head_rows, _stops(target, tokenizer))
     feed = Feed(work / "data", TRAINED, batch)
     chosen = [int(layer) for layer in layers.split(",")]
-    trainer = Trainer(target, chosen, kept, feed, Training(tokens=tokens, batch=batch, rate=rate), work / "state.pt")
-    held = held_out(work / "data", limit=40)
+    draft = Draft(target, chosen, POSITIONS)
+    if start:
+        draft.put(*draft_files.load_blocks(start))
+    trainer = Trainer(draft, chosen, kept, feed, Training(tokens=tokens, rate=rate), work / f"{name}.pt")
+    held = _held(work)
     with _bar("tokens") as bar:
         task = bar.add_task("train", total=tokens, completed=trainer.seen)
 
         def progress(now: Trainer) -> None:
             bar.update(task, completed=min(now.seen, tokens), description=f"train, loss {now.loss:.2f}")
 
-        def report(now: Trainer, agreed: Agreement) -> None:
-            bar.console.print(
-                f"{now.seen:>9} tokens: agreement {agreed.greedy:.3f} in greedy answers, {agreed.overall:.3f} in all"
-            )
+        def report(now: Trainer) -> None:
+            agreed = ", ".join(f"{part} {now.agreement(pairs):.3f}" for part, pairs in held.items())
+            bar.console.print(f"{now.seen:>9} tokens, {now.seconds:.0f} s, loss {now.loss:.3f}: agreement {agreed}")
 
-        trainer.run(held, progress, report)
-    final = measure(trainer.draft, trainer.head, kept, held_out(work / "data"))
-    console.print(
-        f"agreement on all {final.tokens} held-out tokens: greedy {final.greedy:.3f}, overall {final.overall:.3f}"
-    )
+        if trainer.step == 0:
+            report(trainer)
+        trainer.run(progress, report)
+        report(trainer)
 
 
 @app.command()
-def export(target: TargetDir, work: WorkDir, draft: DraftDir) -> None:
-    """Write the trained draft as a directory small enough for a repository, measured as it will be run."""
-    saved = torch.load(work / "state.pt", weights_only=True)
+def export(target: TargetDir, work: WorkDir, draft: DraftDir, name: Name = "state") -> None:
+    """Write the trained draft as a directory small enough for a repository."""
+    saved = torch.load(work / f"{name}.pt", weights_only=True)
     weights = saved["draft"]
     layers = []
     for index in range(len(saved["layers"])):
@@ -273,12 +370,12 @@ def export(target: TargetDir, work: WorkDir, draft: DraftDir) -> None:
 def evaluate(
     target: TargetDir,
     draft: DraftDir,
-    answers: Annotated[Path, typer.Argument(exists=True, help="heldout.jsonl, from `hold`.")],
+    answers: Annotated[Path, typer.Argument(exists=True, help="A file from `hold`.")],
     number_format: Annotated[str, typer.Option(help="float32 or int8.")] = "int8",
     record: Annotated[bool, typer.Option(help="Write the result into the draft's metrics.json.")] = False,
     threads: Threads = 1,
 ) -> None:
-    """Measure agreement and time as the edge will see them: the CPU runtime, one token a pass, greedy answers."""
+    """Measure agreement and time as the edge will see them: the CPU runtime, one token a pass."""
     torch.set_num_threads(threads)
     chosen: Format = "float32" if number_format == "float32" else "int8"
     blocks, kept = draft_files.load_draft(draft, target)
@@ -299,7 +396,7 @@ def evaluate(
     result = {
         "prompts": len(lines),
         "answer_tokens": total,
-        "agreement_greedy": round(right / total, 4),
+        "agreement": round(right / total, 4),
         "agreement_median_answer": round(statistics.median(shares), 4),
         "ms_per_token": round(1000 * statistics.median(times), 2),
     }
@@ -307,7 +404,7 @@ def evaluate(
     if record:
         path = draft / "metrics.json"
         known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(known | {f"heldout_{number_format}": result}, indent=1) + "\n")
+        path.write_text(json.dumps(known | {f"{answers.stem}_{number_format}": result}, indent=1) + "\n")
 
 
 @app.command()

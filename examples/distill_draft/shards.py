@@ -20,18 +20,23 @@ LOOP_REPEATS = 3
 
 
 @dataclass
-class Taught:
-    """One prompt with its answer; states[i] is what the target held when it chose (or would choose) answer token i."""
+class Pair:
+    """A prompt with the target's answer."""
 
     prompt: list[int]
     answer: list[int]
-    states: Tensor
-    greedy: bool
 
     @property
     def length(self) -> int:
         """Tokens a forward pass over it takes (the last answer token predicts nothing)."""
         return len(self.prompt) + len(self.answer) - 1
+
+
+@dataclass
+class Taught(Pair):
+    """The same with states[i], what the target held when it chose (or would choose) answer token i."""
+
+    states: Tensor
 
 
 def loop_start(tokens: Sequence[int]) -> int | None:
@@ -40,18 +45,15 @@ def loop_start(tokens: Sequence[int]) -> int | None:
     Small models end many greedy answers in a loop. Its first rounds teach a draft to copy; a hundred more teach nothing
     and would crowd the budget, so both generation and teaching stop there.
     """
-    values = torch.tensor(list(tokens))
     best: int | None = None
-    for period in range(1, min(LOOP_PERIOD, len(values) // LOOP_REPEATS) + 1):
-        same = (values[period:] == values[:-period]).int()
+    for period in range(1, min(LOOP_PERIOD, len(tokens) // LOOP_REPEATS) + 1):
         need = max(period * (LOOP_REPEATS - 1), 12)
-        if len(same) < need:
-            continue
-        runs = torch.nn.functional.conv1d(same.float()[None, None], torch.ones(1, 1, need))[0, 0]
-        hits = (runs >= need - 0.5).nonzero()
-        if len(hits):
-            end = int(hits[0]) + period + need
-            best = end if best is None else min(best, end)
+        run = 0
+        for at in range(period, len(tokens) if best is None else best):
+            run = run + 1 if tokens[at] == tokens[at - period] else 0
+            if run == need:
+                best = at + 1
+                break
     return best
 
 
@@ -62,7 +64,6 @@ def write_shard(path: Path, items: Sequence[Taught]) -> None:
         "tokens": torch.tensor([token for item in items for token in (*item.prompt, *item.answer)], dtype=torch.int32),
         "prompts": torch.tensor([len(item.prompt) for item in items], dtype=torch.int32),
         "answers": torch.tensor([len(item.answer) for item in items], dtype=torch.int32),
-        "greedy": torch.tensor([item.greedy for item in items], dtype=torch.uint8),
         "states": torch.cat([item.states for item in items]).half(),
     }
     aside = path.with_suffix(".part")
@@ -75,12 +76,23 @@ def read_shard(path: Path) -> Iterator[Taught]:
     with safe_open(str(path), framework="pt") as file:
         tokens = file.get_tensor("tokens").tolist()
         prompts, answers = file.get_tensor("prompts").tolist(), file.get_tensor("answers").tolist()
-        greedy, states = file.get_tensor("greedy").tolist(), file.get_tensor("states")
+        states = file.get_tensor("states")
     at, state_at = 0, 0
-    for prompt, answer, is_greedy in zip(prompts, answers, greedy, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
         middle, end = at + prompt, at + prompt + answer
-        yield Taught(tokens[at:middle], tokens[middle:end], states[state_at : state_at + answer], bool(is_greedy))
+        yield Taught(tokens[at:middle], tokens[middle:end], states[state_at : state_at + answer])
         at, state_at = end, state_at + answer
+
+
+def right_padded(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """A batch's tokens [B, T], and the mask of the positions that its answers' tokens are chosen at."""
+    longest = max(pair.length for pair in pairs)
+    tokens = torch.zeros(len(pairs), longest, dtype=torch.long)
+    mask = torch.zeros(len(pairs), longest, dtype=torch.bool)
+    for row, pair in enumerate(pairs):
+        tokens[row, : pair.length] = torch.tensor([*pair.prompt, *pair.answer][:-1])
+        mask[row, len(pair.prompt) - 1 : pair.length] = True
+    return tokens, mask
 
 
 def read_shards(paths: Iterable[Path]) -> list[Taught]:

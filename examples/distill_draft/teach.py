@@ -1,4 +1,4 @@
-"""Giving the target's last hidden states to answers that were written elsewhere (by vLLM, say)."""
+"""Giving the target's last hidden states to answers that were written by vLLM."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ import random
 from collections.abc import Sequence
 
 import torch
-from shards import Taught
-from target import TargetRows
-
-Pair = tuple[list[int], list[int]]
-
-GREEDY_SHARE = 0.97
-PROBE = 64
+from draft_model import Draft, fast_numbers
+from shards import Pair, Taught, right_padded
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -25,28 +20,19 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return shared
 
 
-def teach_batch(target: TargetRows, pairs: Sequence[Pair]) -> list[Taught]:
-    """One pass over a batch of (prompt, answer)."""
-    skip = target.prefix
-    longest = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1 - skip
-    tokens = torch.zeros(len(pairs), longest, dtype=torch.long)
-    for row, (prompt, answer) in enumerate(pairs):
-        own = [*prompt, *answer][skip:-1]
-        tokens[row, : len(own)] = torch.tensor(own)
-    hidden = target.forward(torch.arange(len(pairs)), tokens, torch.full((len(pairs),), skip))
-    taught = []
-    for row, (prompt, answer) in enumerate(pairs):
-        first = len(prompt) - 1 - skip
-        states = hidden[row, first : first + len(answer)]
-        chosen = target.logits(states[:PROBE]).argmax(-1)
-        share = (chosen == torch.tensor(answer[:PROBE])).float().mean().item()
-        taught.append(Taught(prompt, answer, states.half(), share >= GREEDY_SHARE))
-    return taught
+@torch.inference_mode()
+def teach_batch(target: Draft, pairs: Sequence[Pair]) -> list[Taught]:
+    """One pass over a batch of answers, right-padded."""
+    tokens, mask = right_padded(pairs)
+    with fast_numbers():
+        states = target(tokens)[mask].half()
+    parts = states.split([len(pair.answer) for pair in pairs])
+    return [Taught(pair.prompt, pair.answer, part) for pair, part in zip(pairs, parts, strict=True)]
 
 
 def batches_by_length(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
     """Batches of like lengths (padding is wasted arithmetic), the batches shuffled, the same way every time."""
-    ordered = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    ordered = sorted(pairs, key=lambda pair: pair.length)
     batches = [ordered[at : at + size] for at in range(0, len(ordered), size)]
     random.Random(0).shuffle(batches)
     return batches

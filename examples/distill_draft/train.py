@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from draft_model import Draft
-from shards import Taught, read_shard, read_shards
+from draft_model import Draft, fast_numbers
+from shards import Pair, Taught, read_shard, right_padded
+from teach import batches_by_length
 from torch import Tensor
 
 HEAD_CHUNK = 256
 POOL = 16
-RESCAN_EVERY = 100
+RESCAN_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ class Training:
     """How long and how fast to train."""
 
     tokens: int = 1_500_000
-    batch: int = 6
     rate: float = 1.5e-3
     warmup: int = 25
+    descent: float = 0.35
     state_weight: float = 0.2
     weight_decay: float = 0.01
     clip: float = 1.0
     save_every: int = 60
-    evaluate_every: int = 300
+    report_every: int = 120
 
 
 class Feed:
@@ -84,17 +85,6 @@ class Feed:
         self._rng.shuffle(self._queue)
 
 
-def collate(items: Sequence[Taught]) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded tokens, the mask of answer positions, and the target's states there."""
-    longest = max(item.length for item in items)
-    tokens = torch.zeros(len(items), longest, dtype=torch.long)
-    mask = torch.zeros(len(items), longest, dtype=torch.bool)
-    for row, item in enumerate(items):
-        tokens[row, : item.length] = torch.tensor([*item.prompt, *item.answer][:-1])
-        mask[row, len(item.prompt) - 1 : item.length] = True
-    return tokens, mask, torch.cat([item.states for item in items]).float()
-
-
 class HeadDivergence(torch.autograd.Function):
     """Mean KL(target || draft) through a frozen head, gradient included, a cache-sized chunk of positions at a time.
 
@@ -107,13 +97,14 @@ class HeadDivergence(torch.autograd.Function):
         """The mean divergence, with its gradient put by."""
         gradient = torch.empty_like(states)
         total = 0.0
+        ours_in, theirs_in = states.to(head.dtype), taught.to(head.dtype)
         for at in range(0, len(states), HEAD_CHUNK):
             part = slice(at, at + HEAD_CHUNK)
-            ours = (states[part] @ head.T).log_softmax(-1)
-            theirs = (taught[part] @ head.T).log_softmax(-1)
+            ours = (ours_in[part] @ head.T).float().log_softmax(-1)
+            theirs = (theirs_in[part] @ head.T).float().log_softmax(-1)
             chance = theirs.exp()
             total += float((chance * theirs.sub_(ours)).sum())
-            gradient[part] = ours.exp_().sub_(chance) @ head
+            gradient[part] = ours.exp_().sub_(chance).to(head.dtype) @ head
         ctx.save_for_backward(gradient.div_(len(states)))
         return states.new_tensor(total / len(states))
 
@@ -124,43 +115,36 @@ class HeadDivergence(torch.autograd.Function):
         return gradient * grads[0], None, None
 
 
-@dataclass
-class Agreement:
-    """How often the draft's first choice was the target's."""
-
-    greedy: float
-    overall: float
-    tokens: int
-
-
 @torch.inference_mode()
-def measure(draft: Draft, head: Tensor, kept: Tensor, held: Sequence[Taught]) -> Agreement:
-    """Teacher-forced agreement on held-out answers: in the target's greedy answers, and in all."""
-    right = {True: 0, False: 0}
-    count = {True: 0, False: 0}
-    for item in held:
-        tokens, mask, taught = collate([item])
-        ours = kept[(draft(tokens)[mask] @ head.T).argmax(-1)]
-        theirs = torch.cat([(part @ draft.embed_out.T).argmax(-1) for part in torch.split(taught, HEAD_CHUNK)])
-        right[item.greedy] += int((ours == theirs).sum())
-        count[item.greedy] += len(theirs)
-    greedy = right[True] / max(count[True], 1)
-    return Agreement(greedy, sum(right.values()) / max(sum(count.values()), 1), sum(count.values()))
+def measure(draft: Draft, head: Tensor, kept: Tensor, held: Sequence[Pair]) -> float:
+    """Teacher-forced agreement on held-out answers: the share of their tokens that the draft would have chosen."""
+    right = count = 0
+    for pairs in batches_by_length(held, 8):
+        tokens, mask = right_padded(pairs)
+        with fast_numbers():
+            states = draft(tokens)[mask]
+        chosen = torch.cat([kept[(part @ head.T).argmax(-1)] for part in states.to(head.dtype).split(HEAD_CHUNK)])
+        said = torch.tensor([token for pair in pairs for token in pair.answer])
+        right, count = right + int((chosen == said).sum()), count + len(said)
+    return right / max(count, 1)
 
 
 class Trainer:
-    """The draft, its optimizer and its place in the data; all of it survives a restart."""
+    """The draft, its optimizers and its place in the data; all of it survives a restart."""
 
     def __init__(
-        self, target: Path, layers: list[int], kept: Tensor, feed: Feed, training: Training, state: Path
+        self, draft: Draft, layers: list[int], kept: Tensor, feed: Feed, training: Training, state: Path
     ) -> None:
-        self.layers, self.kept, self.feed, self.training, self._state = layers, kept, feed, training, state
-        self.draft = Draft(target, layers, 1024)
-        self.head = self.draft.embed_out[kept].clone()
-        matrices = [p for p in self.draft.parameters() if p.ndim == 2]
-        norms = [p for p in self.draft.parameters() if p.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=training.rate, betas=(0.9, 0.98), fused=True)
+        self.draft, self.layers, self.kept, self.feed, self.training = draft, layers, kept, feed, training
+        self._state = state
+        self.head = draft.embed_out[kept].to(torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32)
+        matrices = [p for p in draft.parameters() if p.ndim == 2]
+        norms = [p for p in draft.parameters() if p.ndim == 1]
+        muon = torch.optim.Muon(
+            matrices, lr=training.rate, weight_decay=training.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        adam = torch.optim.AdamW(norms, lr=training.rate, betas=(0.9, 0.98), weight_decay=0.0)
+        self._optimizers: list[torch.optim.Optimizer] = [muon, adam]
         self.seen = 0
         self.step = 0
         self.seconds = 0.0
@@ -168,11 +152,9 @@ class Trainer:
         if state.exists():
             self._resume()
 
-    def run(
-        self, held: Sequence[Taught], progress: Callable[[Trainer], None], report: Callable[[Trainer, Agreement], None]
-    ) -> None:
-        """Train to the end of the budget, saving and measuring on the way."""
-        saved = measured = self.seconds
+    def run(self, progress: Callable[[Trainer], None], report: Callable[[Trainer], None]) -> None:
+        """Train to the end of the budget, saving and reporting on the way."""
+        saved = reported = self.seconds
         while self.seen < self.training.tokens:
             began = time.process_time()
             self._learn(self.feed.next())
@@ -183,28 +165,36 @@ class Trainer:
             if self.seconds - saved > self.training.save_every:
                 saved = self.seconds
                 self.save()
-            if self.seconds - measured > self.training.evaluate_every:
-                measured = self.seconds
-                report(self, measure(self.draft, self.head, self.kept, held))
+            if self.seconds - reported > self.training.report_every:
+                reported = self.seconds
+                report(self)
         self.save()
 
+    def agreement(self, held: Sequence[Pair]) -> float:
+        """How often the draft as it is now agrees with held-out answers."""
+        return measure(self.draft, self.head, self.kept, held)
+
     def _rate(self) -> float:
-        """The share of the full learning rate now: a short warm-up, then a cosine to (nearly) nothing."""
-        done = min(self.seen / self.training.tokens, 1.0)
-        return min(1.0, (self.step + 1) / self.training.warmup) * (0.5 + 0.5 * math.cos(math.pi * done))
+        """The share of the full learning rate now: a short warm-up, level, and at the end straight down to nothing."""
+        left = 1 - min(self.seen / self.training.tokens, 1.0)
+        return min(1.0, (self.step + 1) / self.training.warmup, left / self.training.descent)
 
     def _learn(self, items: Sequence[Taught]) -> None:
         """One step on one batch."""
-        tokens, mask, taught = collate(items)
-        states = self.draft(tokens)[mask]
+        tokens, mask = right_padded(items)
+        taught = torch.cat([item.states for item in items]).float()
+        with fast_numbers():
+            hidden = self.draft(tokens)
+        states = hidden.float()[mask]
         divergence: Tensor = HeadDivergence.apply(states, taught, self.head)  # type: ignore[no-untyped-call]
         distance = (states - taught).square().mean() / taught.square().mean()
         (divergence + self.training.state_weight * distance).backward()
         torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.training.clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.training.rate * self._rate()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.training.rate * self._rate()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         loss = float(divergence.detach())
         self.loss = loss if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss
         self.seen += len(taught)
@@ -218,7 +208,7 @@ class Trainer:
             "layers": self.layers,
             "kept": self.kept,
             "draft": self.draft.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "seen": self.seen,
             "step": self.step,
             "seconds": self.seconds,
@@ -236,14 +226,8 @@ class Trainer:
         if saved["layers"] != self.layers or not torch.equal(saved["kept"], self.kept):
             raise ValueError(f"{self._state} is of another draft: move it away to start anew")
         self.draft.load_state_dict(saved["draft"])
-        self._optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(self._optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.seen, self.step, self.seconds, self.loss = saved["seen"], saved["step"], saved["seconds"], saved["loss"]
         for name, uses in saved["uses"].items():
             self.feed.uses[name] = uses
-
-
-def held_out(directory: Path, pattern: str = "held-*.safetensors", limit: int | None = None) -> list[Taught]:
-    """Held-out answers, a fixed shuffled part of them where a limit is given."""
-    items = read_shards(sorted(directory.glob(pattern)))
-    random.Random(0).shuffle(items)
-    return items[:limit]
