@@ -61,11 +61,13 @@ class Draft(nn.Module):
         super().__init__()
         source = load_llama(target_dir, keep=layers)
         shape = source.shape
+        if not shape.is_plain_llama:
+            raise ValueError(f"{target_dir} has biases or norms of its heads, which a draft made here would lack")
         self.shape = shape
         self.blocks = nn.ModuleList(Block(layer, shape.heads, shape.kv_heads, shape.eps) for layer in source.layers)
         self.norm = nn.Parameter(source.norm)
-        self.register_buffer("embed", source.embed, persistent=False)
-        self.register_buffer("embed_out", source.head, persistent=False)
+        self.register_buffer("embed", source.embed.float(), persistent=False)
+        self.register_buffer("embed_out", source.head.float(), persistent=False)
         cos, sin = rope_tables(shape, positions)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
