@@ -1,6 +1,6 @@
 """`make demo`: plain vLLM on one core, then the same with an edge on the other core, and what the edge brings.
 
-    python examples/demo.py [--pair auto|qwen|smollm2] [--draft ngram] [--hub]
+    python examples/demo.py [--pair auto|qwen|smollm2] [--dtype bfloat16] [--draft ngram] [--hub]
 
 Both are asked the same: chat, code, editing. Answers stream to the screen, accepted draft tokens in green; a table by
 kind of question follows, and one JSON line is the last.
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -228,6 +228,7 @@ def row(
 def main(
     pair: Annotated[str, typer.Option(help="qwen, smollm2, or auto: the first for which there is room.")] = AUTO,
     draft: Annotated[str, typer.Option(help="What the edge drafts with, in place of the pair's draft.")] = "",
+    dtype: Annotated[str, typer.Option(help="What to serve in, in place of what fits the memory.")] = "",
     hub: Annotated[bool, typer.Option(help="Take the models from the model hub.")] = False,
 ) -> None:
     """Compare, and exit with status 1 if a token is not as it must be."""
@@ -235,6 +236,7 @@ def main(
     try:
         with clock("models"):
             choice = prepare_fitting(pair, CACHE, hub)
+            choice = replace(choice, dtype=dtype or choice.dtype)
         drafting = draft or str(choice.pair.draft_directory(CACHE))
         results = Demo(choice, drafting, clock, Screen(console)).run()
     except (PairError, StackError) as error:

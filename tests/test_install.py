@@ -196,7 +196,8 @@ def test_serve_serves_while_it_tries_to_connect(bin_folder: Path, env: dict[str,
 
 
 SIGNALS_AS_ON_WINDOWS = """
-import asyncio, sys
+import asyncio, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
 def add_signal_handler(*arguments): raise NotImplementedError
 asyncio.SelectorEventLoop.add_signal_handler = add_signal_handler
 from edge_client.cli import main
