@@ -68,7 +68,7 @@ class Target:
     http: httpx.Client = field(default_factory=lambda: httpx.Client(trust_env=False, timeout=300))
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        response = self.http.post(f"{self.server.url}{path}", json={"model": MODEL_NAME, **body})
+        response = self.http.post(f"{self.server.url}{path}", json={"model": self.server.model, **body})
         assert response.status_code == 200, response.text
         return response.json()
 
