@@ -13,7 +13,7 @@ NUM_BINS = 10
 PRIOR_WEIGHT = 4.0
 MAX_SEEN = 400.0
 UPLINK_BYTES_PER_TOKEN = 128.0
-"""What a generated token may cost on the way up by default: more buys no speed, less does cost some."""
+"""What a generated token may cost on the way up by default: in simulation more buys no speed, 23 costs some."""
 HTTP2_HEADER_BYTES = 9
 FRAME_BYTES = 20
 """Of a Propose without its tokens, with its HTTP/2 header."""
