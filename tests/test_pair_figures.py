@@ -1,0 +1,65 @@
+"""What `make bench-ahead ARGS="--pair ..."` computes from its runs: benchmarks/pair_figures.py."""
+
+from dataclasses import replace
+
+import pytest
+from questions import QUESTIONS
+
+from benchmarks.pair_figures import ALL, PLAIN, Run, Said, as_table, summarise
+
+KINDS = list(QUESTIONS)
+COUNTERS = {"verified_tokens": 40, "accepted_tokens": 10, "steps": 20, "committed_tokens": 30}
+
+
+def run(arm: str, *seconds: float, repeat: int = 0, temperature: float = 0.0, rtt_ms: float = 0.0) -> Run:
+    """An answer of 11 tokens to each kind of question, the first of which is not timed."""
+    said = [Said(kind, tuple(range(11)), 10, each) for kind, each in zip(KINDS, seconds, strict=True)]
+    return Run(arm, rtt_ms, temperature, repeat, said, COUNTERS if arm != PLAIN else {}, up_bytes=330, down_bytes=99)
+
+
+def test_a_ratio_is_to_plain_vllm_of_the_same_repeat_and_temperature() -> None:
+    runs = [
+        run(PLAIN, 10, 10, 10),
+        run("ahead", 5, 2.5, 2, rtt_ms=20),
+        run(PLAIN, 8, 8, 8, repeat=1),
+        run("ahead", 8, 2, 4, repeat=1, rtt_ms=20),
+        run(PLAIN, 6, 6, 6, temperature=0.7),
+        run("ahead", 6, 3, 2, temperature=0.7, rtt_ms=20),
+    ]
+    greedy, sampled = summarise(runs)
+    assert [greedy.times[kind] for kind in KINDS] == [(1.5, 1.0, 2.0), (4.0, 4.0, 4.0), (3.5, 2.0, 5.0)]
+    assert greedy.times["mean"] == pytest.approx((3.0, 7 / 3, 11 / 3))
+    assert greedy.times[ALL] == pytest.approx(((30 / 9.5 + 24 / 14) / 2, 24 / 14, 30 / 9.5))
+    assert [sampled.times[kind][0] for kind in KINDS] == [1.0, 2.0, 3.0]
+
+
+def test_round_trips_and_arms_are_apart() -> None:
+    runs = [run(PLAIN, 4, 4, 4), *(run(arm, 2, 2, 2, rtt_ms=rtt) for rtt in (80, 0) for arm in ("waiting", "ahead"))]
+    assert [(cell.arm, cell.rtt_ms) for cell in summarise(runs)] == [
+        ("ahead", 0),
+        ("ahead", 80),
+        ("waiting", 0),
+        ("waiting", 80),
+    ]
+
+
+def test_counters_and_bytes_are_summed_over_the_repeats() -> None:
+    [cell] = summarise(
+        [each for n in range(2) for each in (run(PLAIN, 1, 1, 1, repeat=n), run("ahead", 1, 1, 1, repeat=n))]
+    )
+    assert (cell.acceptance, cell.tokens_per_step, cell.up_bytes_per_token) == (0.25, 1.5, 10.0)
+
+
+def test_only_greedy_answers_are_held_against_plain_ones() -> None:
+    ahead = run("ahead", 1, 1, 1)
+    other = replace(ahead, answers=[replace(ahead.answers[0], tokens=(7, *range(10))), *ahead.answers[1:]])
+    for temperature, parted in ((0.0, 1), (0.7, 0)):
+        runs = [replace(each, temperature=temperature) for each in (run(PLAIN, 1, 1, 1), other)]
+        assert [cell.parted for cell in summarise(runs)] == [parted]
+
+
+def test_the_table_has_a_column_for_each_kind() -> None:
+    lines = as_table(summarise([run(PLAIN, 4, 4, 4), run("ahead", 2, 2, 2)])).splitlines()
+    assert lines[0].startswith(f"| T | arm | RTT ms | {' | '.join(KINDS)} | mean |")
+    assert lines[2].startswith("| 0 | ahead | 0 | 2.00 (2.00..2.00) |")
+    assert len({line.count("|") for line in lines}) == 1
