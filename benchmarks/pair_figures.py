@@ -1,8 +1,10 @@
 """What `make bench-ahead ARGS="--pair ..."` computes from its runs (benchmarks/real_pair.py)."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 from questions import QUESTIONS
 
@@ -29,7 +31,8 @@ class Run:
     temperature: float
     repeat: int
     answers: list[Said]
-    counters: dict[str, int] = field(default_factory=dict)
+    counters: dict[str, dict[str, int]] = field(default_factory=dict)
+    """The engine's, by kind of question; none of plain vLLM."""
     up_bytes: int = 0
     down_bytes: int = 0
 
@@ -41,17 +44,29 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """One kind of question (`all`: the tokens of all kinds) in one cell, over all repeats."""
+
+    times: tuple[float, float, float]
+    """Plain vLLM's tokens a second: median, least, most."""
+    tokens_per_s: float
+    acceptance: float
+    verified_per_step: float
+    tokens_per_step: float
+    step_times: float
+    """How many times as long as plain vLLM's a step takes, holding included: `tokens_per_step` over it is `times`."""
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One arm at one RTT and temperature, by kind: times plain vLLM, median and range over the repeats."""
+    """One arm at one RTT and temperature."""
 
     arm: str
     rtt_ms: float
     temperature: float
-    times: dict[str, tuple[float, float, float]]
-    """By kind: median, least, most. `all` counts the tokens of all kinds, `mean` is the mean of the kinds."""
-    tokens_per_s: float
-    acceptance: float
-    tokens_per_step: float
+    by_kind: dict[str, Figures]
+    mean: tuple[float, float, float]
+    """The kinds' mean of times plain vLLM: median, least, most."""
     up_bytes_per_token: float
     parted: int
     """Greedy answers that are not plain vLLM's, token by token, over all repeats."""
@@ -68,24 +83,43 @@ def summarise(runs: Sequence[Run]) -> list[Cell]:
 
 def _cell(runs: Sequence[Run], plain: dict[tuple[int, float], Run]) -> Cell:
     pairs = [(run, plain[run.repeat, run.temperature]) for run in runs]
-    times: dict[str, list[float]] = {
-        kind: [run.tokens_per_s(kind) / base.tokens_per_s(kind) for run, base in pairs] for kind in (*QUESTIONS, ALL)
-    }
-    times["mean"] = [statistics.mean(times[kind][at] for kind in QUESTIONS) for at in range(len(runs))]
-    counted = {name: sum(run.counters.get(name, 0) for run in runs) for name in runs[0].counters}
     num_tokens = sum(len(answer.tokens) for run in runs for answer in run.answers)
     first = runs[0]
     return Cell(
         first.arm,
         first.rtt_ms,
         first.temperature,
-        {kind: (statistics.median(each), min(each), max(each)) for kind, each in times.items()},
-        statistics.median(run.tokens_per_s(ALL) for run in runs),
-        counted["accepted_tokens"] / max(counted["verified_tokens"], 1),
-        counted["committed_tokens"] / max(counted["steps"], 1),
+        {kind: _figures(kind, pairs) for kind in (*QUESTIONS, ALL)},
+        _spread([statistics.mean(_times(kind, *pair) for kind in QUESTIONS) for pair in pairs]),
         sum(run.up_bytes for run in runs) / num_tokens,
         0 if first.temperature else sum(_num_parted(run, base) for run, base in pairs),
     )
+
+
+def _figures(kind: str, pairs: Sequence[tuple[Run, Run]]) -> Figures:
+    times = _spread([_times(kind, *pair) for pair in pairs])
+    counted: Counter[str] = Counter()
+    for run, _ in pairs:
+        for name, counters in run.counters.items():
+            counted.update(counters if kind in (name, ALL) else {})
+    num_steps = max(counted["steps"], 1)
+    tokens_per_step = counted["committed_tokens"] / num_steps
+    return Figures(
+        times,
+        statistics.median(run.tokens_per_s(kind) for run, _ in pairs),
+        counted["accepted_tokens"] / max(counted["verified_tokens"], 1),
+        counted["verified_tokens"] / num_steps,
+        tokens_per_step,
+        tokens_per_step / times[0],
+    )
+
+
+def _times(kind: str, run: Run, base: Run) -> float:
+    return run.tokens_per_s(kind) / base.tokens_per_s(kind)
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    return statistics.median(values), min(values), max(values)
 
 
 def _num_parted(run: Run, base: Run) -> int:
@@ -94,14 +128,26 @@ def _num_parted(run: Run, base: Run) -> int:
 
 def as_table(cells: Sequence[Cell]) -> str:
     """Markdown."""
-    kinds = (*QUESTIONS, "mean")
     lines = [
-        f"| T | arm | RTT ms | {' | '.join(kinds)} | accepted | tokens a step | bytes up a token | parted |",
-        "|---|---|---|" + "---|" * (len(kinds) + 4),
+        f"| T | arm | RTT ms | {' | '.join(QUESTIONS)} | mean | accepted | tokens a step | bytes up a token | parted |",
+        "|---|---|---|" + "---|" * (len(QUESTIONS) + 5),
     ]
     for cell in cells:
-        times = [f"{middle:.2f} ({least:.2f}..{most:.2f})" for middle, least, most in (cell.times[k] for k in kinds)]
-        rest = [f"{cell.acceptance:.0%}", f"{cell.tokens_per_step:.2f}", f"{cell.up_bytes_per_token:.0f}"]
+        spreads = [*(cell.by_kind[kind].times for kind in QUESTIONS), cell.mean]
+        times = [f"{middle:.2f} ({least:.2f}..{most:.2f})" for middle, least, most in spreads]
+        every = cell.by_kind[ALL]
+        rest = [f"{every.acceptance:.0%}", f"{every.tokens_per_step:.2f}", f"{cell.up_bytes_per_token:.0f}"]
         row = [f"{cell.temperature:g}", cell.arm, f"{cell.rtt_ms:g}", *times, *rest, str(cell.parted)]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def as_split(cells: Sequence[Cell]) -> str:
+    """Where each ratio comes from, as Markdown: tokens a step, over how much longer a step takes."""
+    lines = ["| T | arm | RTT ms | kind | verified a step | accepted | tokens a step | step times |", "|---" * 8 + "|"]
+    for cell, kind in product(cells, QUESTIONS):
+        seen = cell.by_kind[kind]
+        values = [f"{seen.verified_per_step:.2f}", f"{seen.acceptance:.0%}", f"{seen.tokens_per_step:.2f}"]
+        row = [f"{cell.temperature:g}", cell.arm, f"{cell.rtt_ms:g}", kind, *values, f"{seen.step_times:.2f}"]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)

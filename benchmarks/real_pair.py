@@ -24,7 +24,7 @@ import httpx2 as httpx
 import psutil
 import typer
 from ahead import LOGS, RESULTS, Target, check, launch_all, machine_and_code
-from pair_figures import PLAIN, Run, Said, as_table, summarise
+from pair_figures import PLAIN, Run, Said, as_split, as_table, summarise
 from pairs import CACHE, PAIRS, Pair, PairError, prepare
 from questions import QUESTIONS
 from relay import Relay, Traffic
@@ -108,19 +108,18 @@ async def ask(url: str, body: dict[str, Any]) -> Answer:
     return answer
 
 
-def ask_all(plan: Plan, target: Target, temperature: float, repeat: int) -> list[Said]:
-    """Every question of every kind, one after the other."""
+def ask_all(plan: Plan, kind: str, target: Target, temperature: float, repeat: int) -> list[Said]:
+    """Every question of a kind, one after the other."""
     said = []
-    for kind, questions in QUESTIONS.items():
-        for number, question in enumerate(questions[: plan.num_questions]):
-            body = {"model": target.server.model, "messages": [{"role": "user", "content": question}]}
-            body |= {"max_tokens": plan.num_tokens, "temperature": temperature}
-            body |= {"seed": 100 * repeat + number} if temperature else {}
-            answer = asyncio.run(ask(target.server.url, body))
-            target.num_asked += len(answer.tokens)
-            first, last = answer.chunks[0], answer.chunks[-1]
-            num_timed = len(answer.tokens) - first.num_tokens
-            said.append(Said(kind, answer.tokens, num_timed, last.at_s - first.at_s))
+    for number, question in enumerate(QUESTIONS[kind][: plan.num_questions]):
+        body = {"model": target.server.model, "messages": [{"role": "user", "content": question}]}
+        body |= {"max_tokens": plan.num_tokens, "temperature": temperature}
+        body |= {"seed": 100 * repeat + number} if temperature else {}
+        answer = asyncio.run(ask(target.server.url, body))
+        target.num_asked += len(answer.tokens)
+        first, last = answer.chunks[0], answer.chunks[-1]
+        num_timed = len(answer.tokens) - first.num_tokens
+        said.append(Said(kind, answer.tokens, num_timed, last.at_s - first.at_s))
     return said
 
 
@@ -147,13 +146,15 @@ def measure(plan: Plan, arm: Arm, target: Target, cell: tuple[int, float, float]
     with drafting(plan, arm, target, rtt_ms) as relay:
         warm = {"model": target.server.model, "messages": [{"role": "user", "content": "Say hello."}]}
         target.num_asked += len(asyncio.run(ask(target.server.url, {**warm, "max_tokens": WARM_UP_TOKENS})).tokens)
-        counters_before, before = target.counters(), relay.traffic if relay else Traffic(0, 0)
-        answers = ask_all(plan, target, temperature, repeat)
+        answers, counters = [], {}
+        counted, before = target.counters(), relay.traffic if relay else Traffic(0, 0)
+        for kind in QUESTIONS:
+            answers += ask_all(plan, kind, target, temperature, repeat)
+            counted_before, counted = counted, target.counters()
+            counters[kind] = {name: value - counted_before[name] for name, value in counted.items()}
         after = relay.traffic if relay else Traffic(0, 0)
-        counters = target.counters()
-        counters.subtract(counters_before)
     up_bytes, down_bytes = after.up_bytes - before.up_bytes, after.down_bytes - before.down_bytes
-    return Run(arm.name, rtt_ms, temperature, repeat, answers, dict(counters), up_bytes, down_bytes)
+    return Run(arm.name, rtt_ms, temperature, repeat, answers, counters, up_bytes, down_bytes)
 
 
 def measure_all(plan: Plan, stack: ExitStack) -> list[Run]:
@@ -187,7 +188,7 @@ def report(plan: Plan, runs: Sequence[Run], output: Path) -> bool:
     written |= {"cells": [asdict(cell) for cell in cells], "runs": [asdict(run) for run in runs]}
     output.write_text(json.dumps(written, indent=1) + "\n")
     print(f"{plan.pair.title}, {plan.dtype}; times plain vLLM, median (range) of {plan.repeats}\n")
-    print(as_table(cells))
+    print(as_table(cells), as_split(cells), sep="\n\n")
     console.print(f"All runs are in {output}")
     return plan.dtype != "float32" or not any(cell.parted for cell in cells)
 

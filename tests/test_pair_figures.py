@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 from questions import QUESTIONS
 
-from benchmarks.pair_figures import ALL, PLAIN, Run, Said, as_table, summarise
+from benchmarks.pair_figures import ALL, PLAIN, Run, Said, as_split, as_table, summarise
 
 KINDS = list(QUESTIONS)
-COUNTERS = {"verified_tokens": 40, "accepted_tokens": 10, "steps": 20, "committed_tokens": 30}
+COUNTERS = {
+    kind: {"verified_tokens": 40 * n, "accepted_tokens": 10 * n, "steps": 20, "committed_tokens": 30 * n}
+    for n, kind in enumerate(KINDS, 1)
+}
 
 
 def run(arm: str, *seconds: float, repeat: int = 0, temperature: float = 0.0, rtt_ms: float = 0.0) -> Run:
@@ -27,10 +30,10 @@ def test_a_ratio_is_to_plain_vllm_of_the_same_repeat_and_temperature() -> None:
         run("ahead", 6, 3, 2, temperature=0.7, rtt_ms=20),
     ]
     greedy, sampled = summarise(runs)
-    assert [greedy.times[kind] for kind in KINDS] == [(1.5, 1.0, 2.0), (4.0, 4.0, 4.0), (3.5, 2.0, 5.0)]
-    assert greedy.times["mean"] == pytest.approx((3.0, 7 / 3, 11 / 3))
-    assert greedy.times[ALL] == pytest.approx(((30 / 9.5 + 24 / 14) / 2, 24 / 14, 30 / 9.5))
-    assert [sampled.times[kind][0] for kind in KINDS] == [1.0, 2.0, 3.0]
+    assert [greedy.by_kind[kind].times for kind in KINDS] == [(1.5, 1.0, 2.0), (4.0, 4.0, 4.0), (3.5, 2.0, 5.0)]
+    assert greedy.mean == pytest.approx((3.0, 7 / 3, 11 / 3))
+    assert greedy.by_kind[ALL].times == pytest.approx(((30 / 9.5 + 24 / 14) / 2, 24 / 14, 30 / 9.5))
+    assert [sampled.by_kind[kind].times[0] for kind in KINDS] == [1.0, 2.0, 3.0]
 
 
 def test_round_trips_and_arms_are_apart() -> None:
@@ -44,10 +47,18 @@ def test_round_trips_and_arms_are_apart() -> None:
 
 
 def test_counters_and_bytes_are_summed_over_the_repeats() -> None:
-    [cell] = summarise(
-        [each for n in range(2) for each in (run(PLAIN, 1, 1, 1, repeat=n), run("ahead", 1, 1, 1, repeat=n))]
-    )
-    assert (cell.acceptance, cell.tokens_per_step, cell.up_bytes_per_token) == (0.25, 1.5, 10.0)
+    [cell] = summarise([run(arm, 1, 1, 1, repeat=repeat) for repeat in range(2) for arm in (PLAIN, "ahead")])
+    first, every = cell.by_kind[KINDS[0]], cell.by_kind[ALL]
+    assert (first.acceptance, first.verified_per_step, first.tokens_per_step) == (0.25, 2.0, 1.5)
+    assert (every.acceptance, every.verified_per_step, every.tokens_per_step) == (0.25, 4.0, 3.0)
+    assert cell.up_bytes_per_token == 10.0
+
+
+def test_a_ratio_is_tokens_a_step_over_what_a_step_takes_more() -> None:
+    [cell] = summarise([run(PLAIN, 3, 3, 3), run("ahead", 2.5, 1.5, 2)])
+    for kind in (*KINDS, ALL):
+        figures = cell.by_kind[kind]
+        assert figures.tokens_per_step / figures.step_times == pytest.approx(figures.times[0])
 
 
 def test_only_greedy_answers_are_held_against_plain_ones() -> None:
@@ -62,4 +73,10 @@ def test_the_table_has_a_column_for_each_kind() -> None:
     lines = as_table(summarise([run(PLAIN, 4, 4, 4), run("ahead", 2, 2, 2)])).splitlines()
     assert lines[0].startswith(f"| T | arm | RTT ms | {' | '.join(KINDS)} | mean |")
     assert lines[2].startswith("| 0 | ahead | 0 | 2.00 (2.00..2.00) |")
-    assert len({line.count("|") for line in lines}) == 1
+    split = as_split(summarise([run(PLAIN, 4, 4, 4), run("ahead", 2, 2, 2)])).splitlines()
+    assert split[2:] == [
+        f"| 0 | ahead | 0 | {KINDS[0]} | 2.00 | 25% | 1.50 | 0.75 |",
+        f"| 0 | ahead | 0 | {KINDS[1]} | 4.00 | 25% | 3.00 | 1.50 |",
+        f"| 0 | ahead | 0 | {KINDS[2]} | 6.00 | 25% | 4.50 | 2.25 |",
+    ]
+    assert all(len({line.count("|") for line in table}) == 1 for table in (lines, split))
