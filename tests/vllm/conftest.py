@@ -38,6 +38,7 @@ MIDDLEWARES = (
 )
 STRUCTURED = ("--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}))
 """A model that may write white space between two values writes it until it has no tokens left, if luck will have it."""
+THINKING = ("--reasoning-config", json.dumps({"reasoning_start_str": "<|im_start|>", "reasoning_end_str": "</think>"}))
 DEADLINE_S = 120.0
 """So long is waited for what has to come: a bound for what is broken, not for what is slow."""
 KV_BYTES = 200 * 2**20
@@ -105,7 +106,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
     """A server without speculation, and one that takes edges, has little KV memory and prefills in chunks."""
     assert (MODEL / "config.json").exists(), "make the model first: make model"
     logs = tmp_path_factory.mktemp("servers")
-    shared = ("--max-model-len", "2048", "--max-num-seqs", "16", *STRUCTURED)
+    shared = ("--max-model-len", "2048", "--max-num-seqs", "16", *STRUCTURED, *THINKING)
+    development = {"VLLM_SERVER_DEV_MODE": "1"}  # for what is said to a server between requests
     # Not the default port: other tests look at what happens with it.
     config: dict[str, Any] = {"method": "edge", "num_speculative_tokens": 5, "listen": f"127.0.0.1:{GATEWAY_PORT}"}
     # Everybody is held and all is verified: the default leaves out most of both on a busy CPU. And for as long as it
@@ -117,7 +119,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
     with ExitStack() as stack:
         both = []
         for port, arguments in ((8010, ()), (8011, (*edge, *kv))):
-            server = start_server(MODEL, logs / f"{port}.log", port, *shared, *arguments, gateway_port=GATEWAY_PORT)
+            log, options = logs / f"{port}.log", (*shared, *arguments)
+            server = start_server(MODEL, log, port, *options, gateway_port=GATEWAY_PORT, env=development)
             stack.callback(server.process.stop)
             both.append(Target(server))
             stack.callback(both[-1].http.close)

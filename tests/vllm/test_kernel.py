@@ -1,6 +1,8 @@
 """vLLM's rejection sampler with drafts of no probability, as edges send them: what comes out is the target's."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from scipy.stats import chisquare
 from vllm.platforms import current_platform
 
-from vllm_specedge.adapter import cpu_kernels, hooks
+from vllm_specedge.adapter import cpu_kernels, hooks, verification
 from vllm_specedge.adapter.sampling import shorten
 
 # As vLLM's workers do, before they import what uses the kernels: without Triton the CPU's C++ kernels take their place.
@@ -17,10 +19,18 @@ if hasattr(current_platform, "register_triton_kernel_overrides"):
     current_platform.register_triton_kernel_overrides()
 cpu_kernels.mend()
 shorten()
+verification.mend()
 
+from vllm import SamplingParams  # noqa: E402
 from vllm.v1.sample import rejection_sampler  # noqa: E402
-from vllm.v1.sample.logits_processor import LogitsProcessors  # noqa: E402
+from vllm.v1.sample.logits_processor import (  # noqa: E402
+    BatchUpdate,
+    LogitBiasLogitsProcessor,
+    LogitsProcessors,
+    MinPLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata  # noqa: E402
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p  # noqa: E402
 from vllm.v1.sample.rejection_sampler import RejectionSampler, expand_batch_to_tokens  # noqa: E402
 from vllm.v1.sample.sampler import Sampler  # noqa: E402
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata  # noqa: E402
@@ -137,3 +147,66 @@ def test_a_sampler_of_another_shape_is_left_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hooks, "SAMPLING_SOURCES", ((f"{RejectionSampler.__module__}:RejectionSampler", "no such"),))
     shorten()
     assert RejectionSampler.forward is original
+
+
+def of_parameters(requests: Sequence[SamplingParams]) -> SamplingMetadata:
+    """What vLLM's worker makes of the parameters of a batch."""
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
+    processors = (
+        MinPLogitsProcessor(config, torch.device("cpu"), False),
+        LogitBiasLogitsProcessor(None, torch.device("cpu"), False),
+    )
+    added = [(row, each, [0], []) for row, each in enumerate(requests)]
+    for processor in processors:
+        processor.update_state(BatchUpdate(len(requests), removed=[], added=added, moved=[]))
+    return replace(
+        sampling(len(requests)),
+        temperature=torch.tensor([each.temperature for each in requests]),
+        all_random=all(each.temperature > 0 for each in requests),
+        top_p=torch.tensor([each.top_p for each in requests]),
+        no_penalties=False,
+        prompt_token_ids=torch.tensor([[1, 2]] * len(requests)),
+        frequency_penalties=torch.tensor([each.frequency_penalty for each in requests]),
+        presence_penalties=torch.tensor([each.presence_penalty for each in requests]),
+        repetition_penalties=torch.tensor([each.repetition_penalty for each in requests]),
+        logitsprocs=LogitsProcessors(processors),
+    )
+
+
+def as_plainly(logits: torch.Tensor, sampled_by: SamplingMetadata) -> torch.Tensor:
+    """What plain sampling chooses from: the steps of Sampler.forward and Sampler.sample, up to the choice."""
+    sampler = Sampler()
+    logits = sampler.apply_logits_processors(logits, sampled_by, predict_bonus_token=False)
+    logits = sampler.apply_temperature(logits, sampled_by.temperature, sampled_by.all_random)
+    for processor in sampled_by.logitsprocs.argmax_invariant:
+        logits = processor.apply(logits)
+    return apply_top_k_top_p(logits, None, sampled_by.top_p)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_drafts_are_verified_by_what_plain_sampling_chooses_from(seed: int) -> None:
+    """Under min_p and biases too, beside penalties, top-p and greedy requests. Rows: requests 0, 0, 2, 3."""
+    random = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    requests = [
+        SamplingParams(
+            temperature=float(random.choice([0.0, 0.5, 1.5])),
+            min_p=float(random.choice([0.0, 0.1, 0.6])),
+            top_p=float(random.choice([0.5, 0.9, 1.0])),
+            repetition_penalty=float(random.choice([1.0, 1.7])),
+            logit_bias={int(token): float(random.normal(0, 3)) for token in random.choice(VOCABULARY, 2, replace=False)}
+            if random.random() < 0.6
+            else None,
+        )
+        for _ in range(4)
+    ]
+    drafts = [[1, 2], [], [3], [0]]
+    logits = 3 * torch.randn(4, VOCABULARY)
+    wanted_by = of_parameters([requests[row] for row in (0, 0, 2, 3)])
+    wanted_by.output_token_ids = [[], [1], [], []]
+    wanted = as_plainly(logits.clone(), wanted_by)
+    metadata_, sampled_by = metadata(drafts), of_parameters(requests)
+    sampled_by.spec_token_ids = drafts
+    got = RejectionSampler(Sampler()).apply_logits_processors(logits.clone(), sampled_by, metadata_)
+    got = rejection_sampler.apply_sampling_constraints(got, metadata_.cu_num_draft_tokens, sampled_by)
+    assert torch.equal(got, wanted)

@@ -60,6 +60,31 @@ SAMPLING_SOURCES = (
     (f"{_REJECTION}:RejectionSampler.forward", "self.sampler("),
     (f"{_REJECTION}:sample_recovered_tokens", "sampling_metadata.generators"),
 )
+VERIFICATION_HOOKS = (
+    Hook(f"{_REJECTION}:RejectionSampler.apply_logits_processors", ("logits", "sampling_metadata", "metadata")),
+    Hook(f"{_REJECTION}:apply_sampling_constraints", ("logits", "cu_num_draft_tokens", "sampling_metadata")),
+    Hook("vllm:SamplingParams._validate_spec_decode", ("speculative_config",)),
+    Hook(
+        "vllm.v1.worker.gpu_model_runner:build_logitsprocs",
+        ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
+    ),
+    Hook("vllm.v1.sample.logits_processor:BUILTIN_LOGITS_PROCESSORS"),
+)
+"""What verification.py wraps; without it requests with `min_p` or `logit_bias` are refused, as by vLLM alone."""
+VERIFICATION_SOURCES = (
+    (f"{_REJECTION}:RejectionSampler.forward", "apply_sampling_constraints("),
+    (f"{_REJECTION}:RejectionSampler.apply_logits_processors", "isinstance(processor, MinTokensLogitsProcessor)"),
+    ("vllm.v1.sample.logits_processor:LogitBiasLogitsProcessor.apply", "self.biases"),
+    ("vllm.v1.sample.logits_processor:MinPLogitsProcessor.apply", "self.min_p_count"),
+    ("vllm.v1.sample.logits_processor:MinPLogitsProcessor.update_state", "self.min_p.unsqueeze_(1)"),
+)
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+DISCARD_HOOKS = (Hook(f"{_RUNNER}._sample"), Hook(f"{_RUNNER}._bookkeeping_sync"))
+"""What discards.py wraps; without it a seed on a long prompt ends an engine on CPUs, as it does with vLLM alone."""
+DISCARD_SOURCES = (
+    (f"{_RUNNER}._bookkeeping_sync", "self.discard_request_mask.np"),
+    (f"{_RUNNER}._bookkeeping_sync", "self.input_batch.generators"),
+)
 SOURCES = (
     ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "next_decode_eligible_step"),
     ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "spec_token_ids"),
@@ -123,7 +148,19 @@ def tracing_problems() -> list[str]:
 
 def sampling_problems() -> list[str]:
     """What stands between shorter sampling and the vLLM that is installed; empty when nothing does."""
-    found = [*map(_problem, SAMPLING_HOOKS), *(_source_problem(path, name) for path, name in SAMPLING_SOURCES)]
+    found = [*map(_problem, SAMPLING_HOOKS), *(_source_problem(*source) for source in SAMPLING_SOURCES)]
+    return [problem for problem in found if problem is not None]
+
+
+def verification_problems() -> list[str]:
+    """What stands between requests with `min_p` or `logit_bias` and drafts; empty when nothing does."""
+    found = [*map(_problem, VERIFICATION_HOOKS), *(_source_problem(*source) for source in VERIFICATION_SOURCES)]
+    return [problem for problem in found if problem is not None]
+
+
+def discard_problems() -> list[str]:
+    """What stands between a seed on a long prompt and a CPU; empty when nothing does."""
+    found = [*map(_problem, DISCARD_HOOKS), *(_source_problem(*source) for source in DISCARD_SOURCES)]
     return [problem for problem in found if problem is not None]
 
 
@@ -141,5 +178,9 @@ def report(print_line: Callable[[str], None]) -> list[str]:
         print_line(f"No traces of drafts: {problem}")
     for problem in sampling_problems():
         print_line(f"No shorter sampling: {problem}")
+    for problem in verification_problems():
+        print_line(f"Requests with min_p or logit_bias are refused: {problem}")
+    for problem in discard_problems():
+        print_line(f"A seed on a long prompt may end an engine on CPUs: {problem}")
     print_line("Edges cannot be used with it." if found else f"All {len(HOOKS) + len(SOURCES)} hooks are there.")
     return found

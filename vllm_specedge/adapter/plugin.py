@@ -52,7 +52,10 @@ def _rewriting(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
             is_edge = rewrite(self)
             config = create_engine_config(self, *args, **kwargs)
             if is_edge:
+                from vllm_specedge.adapter import verification
+
                 check_config(config)
+                verification.admit()
         except UserError as error:
             if "SERVER" in getattr(usage, "name", ""):
                 sys.exit(f"vllm-specedge: {error}")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_specedge.adapter import cpu_kernels, sampling
+from vllm_specedge.adapter import cpu_kernels, discards, sampling, verification
 
 
 class EdgeProposer:
@@ -15,7 +15,9 @@ class EdgeProposer:
     def __init__(self, vllm_config: Any) -> None:
         del vllm_config
         cpu_kernels.mend()
+        discards.mend()
         sampling.shorten()
+        verification.mend()
 
     def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         """One list of draft tokens a batch row: none."""

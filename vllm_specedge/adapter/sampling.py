@@ -10,14 +10,12 @@ changes: a step without drafts is sampled as if there were no speculation, and w
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 from vllm_specedge.adapter import hooks
+from vllm_specedge.adapter.wrapping import wrap
 
 logger = logging.getLogger("vllm.specedge.sampling")
-
-_MARK = "_is_shortened_by_specedge"
 
 
 def shorten() -> None:
@@ -30,25 +28,17 @@ def shorten() -> None:
         return
     from vllm.v1.sample import rejection_sampler
 
-    _wrap(rejection_sampler.RejectionSampler, "forward", _plainly)
+    wrap(rejection_sampler.RejectionSampler, "forward", _plainly)
     if current_platform.is_cpu():
-        _wrap(rejection_sampler, "sample_recovered_tokens", _for_drafts_only)
-
-
-def _wrap(owner: Any, name: str, wrapped_by: Any) -> None:
-    original = getattr(owner, name)
-    if hasattr(original, _MARK):
-        return
-    wrapper = wraps(original)(wrapped_by(original))
-    setattr(wrapper, _MARK, True)
-    setattr(owner, name, wrapper)
+        wrap(rejection_sampler, "sample_recovered_tokens", _for_drafts_only)
 
 
 def _plainly(forward: Any) -> Any:
     def sample(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
         if metadata.max_spec_len:
             return forward(self, metadata, draft_probs, logits, sampling_metadata)
-        return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+        # As the bonus token that it is: else the thinking budgets of all requests would be applied to the first one.
+        return self.sampler(logits=logits, sampling_metadata=sampling_metadata, predict_bonus_token=True)
 
     return sample
 

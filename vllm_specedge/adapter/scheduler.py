@@ -25,6 +25,7 @@ from zmq import ZMQError
 from vllm_specedge.adapter import hooks
 from vllm_specedge.adapter.load import LoadReport
 from vllm_specedge.adapter.ngrams import NgramLookup
+from vllm_specedge.adapter.parameters import Treatment, treatment
 from vllm_specedge.adapter.predictions import Predictions
 from vllm_specedge.adapter.profile import step_profile
 from vllm_specedge.adapter.start import engine_options, start_link
@@ -38,6 +39,7 @@ from vllm_specedge.prediction import KEY
 logger = init_logger("vllm.specedge.scheduler")
 
 _ENGINE_FRAMES = 12
+_WITHOUT_DRAFTS = (Treatment.ALONE, Treatment.UNDRAFTED)
 _BLOCK_S = 0.002
 
 
@@ -62,6 +64,8 @@ class EdgeScheduler(Scheduler):
         self._is_drafting = False
         self._ngrams: NgramLookup | None = None
         self._suggested: set[str] = set()
+        self._alone: set[str] = set()
+        """Requests beside which nothing may be verified."""
         self._spans: RequestSpans | None = None
         self._link = None
         self._process = None
@@ -192,8 +196,8 @@ class EdgeScheduler(Scheduler):
         Without edges only those with something to verify are rows, for a row costs microseconds and there may be
         hundreds.
         """
-        has_edges, is_scarce = bool(self.book.num_edges), self._is_scarce()
-        drafted = self._suggested | self.book.predicted
+        has_edges, is_scarce = bool(self.book.num_edges) and not self._alone, self._is_scarce()
+        drafted = self._suggested | self.book.predicted if not self._alone else set()
         rows, prefill, context, num_others, step_limit_s = [], 0, 0, 0, inf
         for request in self.running:
             num_left = request.num_tokens - request.num_computed_tokens
@@ -308,7 +312,12 @@ class EdgeScheduler(Scheduler):
         has_ids = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.mm_features
         # The end of a streaming-input session comes as another Request of the same id.
         is_new = self.requests.get(request.request_id) is request
-        if parameters is None or not has_ids or request.resumable or not is_new:
+        if parameters is None:
+            return
+        how = treatment(parameters)
+        if how is Treatment.ALONE:
+            self._alone.add(request.request_id)
+        if how in _WITHOUT_DRAFTS or not has_ids or request.resumable or not is_new:
             return
         session = (parameters.extra_args or {}).get("specedge", "")
         session = session if is_text(session) else ""
@@ -323,6 +332,7 @@ class EdgeScheduler(Scheduler):
 
     def _close(self, request: Request) -> None:
         self._plan_ahead = None
+        self._alone.discard(request.request_id)
         if self._load is not None:
             self._load.num_finished += 1
         if self._ngrams is not None:
