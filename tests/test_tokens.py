@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,9 @@ def test_the_file_is_for_its_owner_alone_and_holds_no_token(tokens: TokenFile) -
     assert tokens.path.stat().st_mode & 0o777 == 0o600
     assert token not in tokens.path.read_text()
     assert token.removeprefix("se-") not in tokens.path.read_text()
-    assert [path.name for path in tokens.path.parent.iterdir()] == ["tokens.json"]
+    lock = tokens.path.with_name("tokens.json.lock")
+    assert set(tokens.path.parent.iterdir()) == {tokens.path, lock}
+    assert (lock.stat().st_mode & 0o777, lock.stat().st_size) == (0o600, 0)
 
 
 def test_a_name_is_given_once(tokens: TokenFile) -> None:
@@ -92,3 +96,49 @@ def test_a_file_of_an_earlier_release_is_read(tokens: TokenFile) -> None:
     tokens.path.parent.mkdir()
     tokens.path.write_text('[{"name": "one", "role": "pool", "sha256": "00", "expires_s": 0.0}]')
     assert tokens.records()[0].max_edges == 0
+
+
+NUM_ISSUERS = 8
+ISSUER = """
+import sys
+from pathlib import Path
+from vllm_specedge.tokens import TokenFile
+tokens, who = TokenFile(Path(sys.argv[1])), sys.argv[2]
+print("ready", flush=True)
+sys.stdin.readline()
+tokens.revoke(f"old {who}")
+for number in range(5):
+    tokens.issue(f"{who} {number}", "pool")
+"""
+
+
+def test_those_who_issue_and_revoke_at_once_lose_nothing_and_bring_nothing_back(tokens: TokenFile) -> None:
+    for who in range(NUM_ISSUERS):
+        tokens.issue(f"old {who}", "pool")
+    commands = [[sys.executable, "-c", ISSUER, str(tokens.path), str(who)] for who in range(NUM_ISSUERS)]
+    issuers = [subprocess.Popen(each, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for each in commands]
+    for issuer in issuers:
+        assert issuer.stdout is not None
+        assert issuer.stdout.readline() == "ready\n"
+    for issuer in issuers:  # all are there: now they go at once
+        assert issuer.stdin is not None
+        issuer.stdin.write("go\n")
+        issuer.stdin.flush()
+    assert [(issuer.communicate(), issuer.returncode)[1] for issuer in issuers] == [0] * NUM_ISSUERS
+    expected = {f"{who} {number}" for who in range(NUM_ISSUERS) for number in range(5)}
+    assert {record.name for record in tokens.records()} == expected
+
+
+def test_a_link_to_the_file_stays_one(tokens: TokenFile, tmp_path: Path) -> None:
+    tokens.issue("one", "pool")
+    link = tmp_path / "link.json"
+    link.symlink_to(tokens.path)
+    TokenFile(link).issue("two", "pool")
+    assert link.is_symlink()
+    assert [record.name for record in tokens.records()] == ["one", "two"]
+
+
+def test_a_place_that_cannot_be_written_to_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        TokenFile(tmp_path / "file" / "tokens.json").issue("one", "pool")

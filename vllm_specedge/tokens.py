@@ -5,6 +5,10 @@ import hmac
 import json
 import os
 import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,20 +64,23 @@ class TokenFile:
         """Add a token and return it. Raises UserError if the name is taken or the role unknown."""
         if role not in ROLES:
             raise UserError(f"There is no role '{role}': choose {' or '.join(ROLES)}.")
-        records = self.records() if self.path.exists() else []
-        if any(record.name == name for record in records):
-            raise UserError(f"There is a token named '{name}' already: revoke it first or choose another name.")
         token = _PREFIX + secrets.token_urlsafe(32)
-        self._write([*records, TokenRecord(name, role, _hash(token), expires_s, max_edges)])
+        with self._changing():
+            records = self.records() if self.path.exists() else []
+            if any(record.name == name for record in records):
+                raise UserError(f"There is a token named '{name}' already: revoke it first or choose another name.")
+            self._write([*records, TokenRecord(name, role, _hash(token), expires_s, max_edges)])
         return token
 
     def revoke(self, name: str) -> None:
         """Remove a token by its name. Raises UserError if there is none."""
-        records = self.records()
-        left = [record for record in records if record.name != name]
-        if len(left) == len(records):
-            raise UserError(f"There is no token named '{name}': 'vllm-specedge token list' shows those there are.")
-        self._write(left)
+        self.records()  # where there are none, no folder and no lock are made
+        with self._changing():
+            records = self.records()
+            left = [record for record in records if record.name != name]
+            if len(left) == len(records):
+                raise UserError(f"There is no token named '{name}': 'vllm-specedge token list' shows those there are.")
+            self._write(left)
 
     def find(self, token: str, now_s: float) -> TokenRecord | None:
         """The record of `token`; None if it is unknown or has expired at unix time `now_s`."""
@@ -83,9 +90,37 @@ class TokenFile:
                 found = record
         return found if found is not None and found.is_valid(now_s) else None
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The only one who reads and writes the file meanwhile, of those who change it. Raises UserError.
+
+        The lock is a file of its own, since the other is replaced; it ends with its process, whatever ends that.
+        """
+        if sys.platform == "win32":
+            raise UserError("Tokens are issued where the gateway runs, which is not on Windows.")
+        import fcntl  # noqa: PLC0415 - there is none on Windows
+
+        target = self.path.resolve()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(target.with_name(target.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+        except OSError as error:
+            raise UserError(
+                f"The tokens file {self.path} cannot be written ({error.strerror}): name another with --tokens-file."
+            ) from None
+
     def _write(self, records: list[TokenRecord]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(self.path.name + ".unfinished")
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump([asdict(record) for record in records], file, indent=1)
-        unfinished.replace(self.path)
+        """The file has these records or, if anything stops this, those that it had: never a part."""
+        target = self.path.resolve()  # a link stays a link
+        descriptor, unfinished = tempfile.mkstemp(prefix=target.name, suffix=".unfinished", dir=target.parent)
+        try:
+            with open(descriptor, "w") as file:
+                json.dump([asdict(record) for record in records], file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, target)
+        except BaseException:
+            os.unlink(unfinished)
+            raise
