@@ -626,6 +626,7 @@ def test_a_killed_gateway_is_started_again_and_everybody_comes_back(tmp_path: Pa
             engine.wait(lambda: engine.book.num_edges == 0)
             engine.wait(lambda: engine.book.num_edges == 1)
             assert engine.generate("after", 20) > 0
+        assert engine.link.num_welcomes == 2
     finally:
         engine.link.stop()
         supervisor.stop()

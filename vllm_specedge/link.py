@@ -85,6 +85,8 @@ class EngineLink(threading.Thread):
         self._remote = context.socket(zmq.PAIR)
         self._remote.setsockopt(zmq.LINGER, 0)
         self._remote.connect(f"inproc://specedge-{id(self)}")
+        self.num_welcomes = 0
+        """By gateways, so far: the same one after an interruption, or another one."""
         self._is_welcome = False
         self._refusal = ""
         self._heard_s = time.monotonic()
@@ -217,6 +219,7 @@ class EngineLink(threading.Thread):
                 self._post(encode(VocabularyPart(frame.offset, part)))
             case EngineWelcome():
                 self._is_welcome = True
+                self.num_welcomes += 1
                 self.inbox.append((now_s, frame))
             case Bye():
                 if frame.code != ByeCode.GOING_AWAY and frame.text != self._refusal:
