@@ -63,7 +63,7 @@ from vllm_specedge.router import ROLES
 from vllm_specedge.session import State
 from vllm_specedge.supervisor import GatewayProcess
 from vllm_specedge.tokens import TokenFile
-from vllm_specedge.web import make_app
+from vllm_specedge.web import is_from_here, make_app
 
 DEADLINE_S = 20.0
 VOCAB_SIZE = 100
@@ -799,12 +799,45 @@ def test_names_of_edges_are_for_this_machine(tmp_path: Path, reader: str, is_pub
         named = Hello(PROTOCOL_VERSION, "test", "my laptop", "pool", FINGERPRINT, 4)
         gateway.router.edge_hello(1, named, "session", frozenset(ROLES))
         transport = httpx.ASGITransport(make_app(gateway), client=(reader, 1234))
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8100") as client:
             view = (await client.get("/status.json")).json()
         gateway.close()
         return [edge["name"] for edge in view["edges"]]
 
     assert asyncio.run(names()) == [shown]
+
+
+@pytest.mark.parametrize(
+    ("headers", "version", "is_here"),
+    [
+        ({"host": "localhost:8100"}, "2", True),
+        ({"host": "127.0.0.1"}, "1.1", True),
+        ({"host": "[::1]:8100"}, "1.1", True),
+        ({"host": "localhost", "user-agent": "curl/8", "x-request-id": "7"}, "1.1", True),
+        ({"host": "localhost", "forwarded": "for=192.0.2.7"}, "1.1", False),
+        ({"host": "localhost", "x-forwarded-for": "192.0.2.7"}, "1.1", False),
+        ({"host": "localhost", "x-forwarded-proto": "https"}, "1.1", False),
+        ({"host": "localhost", "x-real-ip": "192.0.2.7"}, "2", False),
+        ({"host": "localhost", "via": "1.1 vegur"}, "1.1", False),
+        ({"host": "localhost", "cf-connecting-ip": "192.0.2.7"}, "2", False),
+        ({"host": "localhost", "true-client-ip": "192.0.2.7"}, "2", False),
+        ({"host": "localhost", "x-envoy-external-address": "192.0.2.7"}, "2", False),
+        ({"host": "gpu.example.org"}, "1.1", False),
+        ({"host": "localhost.example.org"}, "1.1", False),
+        ({"host": ""}, "1.1", False),
+        ({"host": "[localhost"}, "1.1", False),
+        ({"host": "127.0.0.1:8100"}, "1.0", False),
+        ({"host": "127.0.0.1:8100"}, "1", False),
+        ({}, "2", False),
+    ],
+)
+def test_what_a_proxy_on_this_machine_asks_is_not_from_here(
+    headers: dict[str, str], version: str, is_here: bool
+) -> None:
+    """Whoever is behind it is elsewhere. One that does not say so keeps the host's name, or asks in HTTP/1.0."""
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "client": ("127.0.0.1", 1234), "http_version": version, "headers": pairs}
+    assert is_from_here(scope) == is_here
 
 
 def test_edges_are_asked_how_far_away_they_are_but_not_all_at_a_time(tmp_path: Path) -> None:

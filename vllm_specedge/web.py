@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import zmq
 from fastapi import FastAPI, HTTPException, Query, Request
@@ -27,7 +28,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_specedge import __version__
-from vllm_specedge.config import EdgeOptions, split_address
+from vllm_specedge.config import EdgeOptions, is_loopback, split_address
 from vllm_specedge.errors import UserError
 from vllm_specedge.frames import MEDIA_TYPE
 from vllm_specedge.gateway import MAX_HANDSHAKE_S, MAX_UNFINISHED_CONNECTIONS, STOP_S, Connection, Gateway
@@ -43,6 +44,9 @@ PAGE_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
+FORWARDED = {"cf-connecting-ip", "fastly-client-ip", "forwarded", "true-client-ip", "via", "x-client-ip", "x-real-ip"}
+FORWARDED_BEGIN = ("x-forwarded", "x-envoy-", "x-original-")
+"""Headers by which a proxy says that somebody else asks."""
 EVENT_S = 1.0
 MAX_WATCHING = 16
 VOCABULARIES = "/edge/v1/vocabularies"
@@ -116,15 +120,28 @@ async def _start(send: Send, status: int, *headers: tuple[bytes, bytes]) -> None
     await send({"type": "http.response.start", "status": status, "headers": list(headers)})
 
 
-def _reader(request: Request) -> str:
-    return request.client.host if request.client is not None else ""
+def is_from_here(scope: Scope) -> bool:
+    """Whether a request comes from this machine, and not through a proxy that runs on it for others.
+
+    In doubt it is from elsewhere: a proxy that says nothing of itself asks for the name under which others know it, or
+    in HTTP/1.0, as nginx does unless it is told otherwise. An `ssh -L` is from here.
+    """
+    host, _ = scope["client"] or ("", 0)
+    names = {name.decode("latin-1") for name, _ in scope["headers"]}
+    is_forwarded = any(name in FORWARDED or name.startswith(FORWARDED_BEGIN) for name in names)
+    try:
+        asked_for = urlsplit(f"//{_header(scope, b'host') or ''}").hostname or ""
+    except ValueError:
+        asked_for = ""
+    is_old = scope["http_version"] in ("1", "1.0")
+    return is_loopback(host) and is_loopback(asked_for) and not is_forwarded and not is_old
 
 
-async def _events(gateway: Gateway, reader: str) -> AsyncIterator[str]:
+async def _events(gateway: Gateway, is_here: bool) -> AsyncIterator[str]:
     gateway.num_watching += 1
     try:
         while True:
-            yield f"data: {json.dumps(gateway.view(reader), separators=(',', ':'))}\n\n"
+            yield f"data: {json.dumps(gateway.view(is_here), separators=(',', ':'))}\n\n"
             await asyncio.sleep(EVENT_S)
     finally:
         gateway.num_watching -= 1
@@ -164,7 +181,7 @@ def _pages(gateway: Gateway) -> FastAPI:
 
     @app.get("/status.json")
     async def status(request: Request) -> JSONResponse:
-        return JSONResponse(gateway.view(_reader(request)))
+        return JSONResponse(gateway.view(is_from_here(request.scope)))
 
     @app.get("/status/events")
     async def events(request: Request) -> StreamingResponse:
@@ -172,7 +189,9 @@ def _pages(gateway: Gateway) -> FastAPI:
         if gateway.num_watching >= MAX_WATCHING:
             raise HTTPException(503, "Too many look at this page: try again later.")
         return StreamingResponse(
-            _events(gateway, _reader(request)), media_type="text/event-stream", headers={"cache-control": "no-store"}
+            _events(gateway, is_from_here(request.scope)),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store"},
         )
 
     @app.get(VOCABULARIES)
