@@ -369,6 +369,18 @@ def test_health_and_metrics_over_http_1(gateway: Running, engine: Engine) -> Non
         assert client.post(f"{gateway.url}/edge/v1/up").status_code == 409
 
 
+def test_a_gateway_without_an_engine_is_alive_and_not_ready(tmp_path: Path) -> None:
+    """A probe that restarts what is not alive must not restart it for want of an engine: that is another's fault."""
+    with running_gateway(tmp_path) as running, httpx.Client(trust_env=False) as client:
+        for ask in (client.get, client.head):
+            assert ask(f"{running.url}/livez").status_code == 200
+            assert ask(f"{running.url}/healthz").status_code == 503
+        engine = Engine(running.endpoint)
+        wait_for(running.process, f"{running.url}/healthz", "engines", 1)
+        assert client.get(f"{running.url}/livez").status_code == client.get(f"{running.url}/healthz").status_code == 200
+        engine.link.stop()
+
+
 def test_what_finished_requests_came_to_is_served_newest_first(gateway: Running, engine: Engine) -> None:
     number = 4_000_000_000
     with httpx.Client(trust_env=False) as client:

@@ -209,8 +209,14 @@ def _pages(gateway: Gateway) -> FastAPI:
             raise HTTPException(404, "No engine here has this vocabulary.")
         return Response(packed[offset : offset + MAX_PART_BYTES], media_type=VOCABULARY_MEDIA_TYPE)
 
-    @app.get("/healthz")
+    @app.api_route("/livez", methods=["GET", "HEAD"])
+    async def livez() -> JSONResponse:
+        """Whether it answers at all: for probes that start anew what does not."""
+        return JSONResponse({})
+
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> JSONResponse:
+        """Whether it is of use to edges: for probes that send them elsewhere meanwhile."""
         num_engines = len(gateway.router.engines)
         return JSONResponse({"engines": num_engines, "edges": len(gateway.router.edges)}, 200 if num_engines else 503)
 
