@@ -11,10 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_specedge.errors import UserError
 from vllm_specedge.router import PRIVATE, ROLES
 
+MAX_DAYS = 36_500
+MAX_NAME = 64
+_DAY_S = 86_400.0
 _PREFIX = "se-"
 
 
@@ -22,12 +28,14 @@ _PREFIX = "se-"
 class TokenRecord:
     """One issued token. `role` pool allows private too."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
     name: str
-    role: str
-    sha256: str
+    role: Annotated[str, Field(pattern=f"^({'|'.join(ROLES)})$")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]*$")]
     expires_s: float
-    """Unix time; 0: never."""
-    max_edges: int = 0
+    """Unix time; 0: never. An earlier release took any number, nan too, which no time is before."""
+    max_edges: Annotated[int, Field(ge=0)] = 0
     """Connections at once that may use it; 0: as many as the gateway takes."""
 
     def is_valid(self, now_s: float) -> bool:
@@ -44,6 +52,21 @@ def _hash(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+_RECORDS = TypeAdapter(list[TokenRecord])
+
+
+def expiry_s(days: float, now_s: float) -> float:
+    """The unix time at which a token of so many days ends; 0 for one of 0 days, which never does. Raises UserError."""
+    if not 0 <= days <= MAX_DAYS:  # nan is not either
+        raise UserError(f"--days takes 0 to {MAX_DAYS}, and 0 is for ever, not {days:g}.")
+    return now_s + days * _DAY_S if days else 0.0
+
+
+def _check_name(name: str) -> None:
+    if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or name != name.strip():
+        raise UserError(f"A token's name has 1 to {MAX_NAME} letters, without line breaks or spaces around them.")
+
+
 class TokenFile:
     """The tokens of one gateway, a JSON file that only its owner can read."""
 
@@ -53,17 +76,25 @@ class TokenFile:
     def records(self) -> list[TokenRecord]:
         """All tokens ever issued and not revoked. Raises UserError if the file cannot be read."""
         try:
-            return [TokenRecord(**entry) for entry in json.loads(self.path.read_text())]
-        except (OSError, ValueError, TypeError) as error:
+            text = self.path.read_bytes()
+        except OSError as error:
             raise UserError(
-                f"The tokens file {self.path} cannot be read ({error!s:.100}): "
+                f"The tokens file {self.path} cannot be read ({error.strerror}): "
                 "make one with 'vllm-specedge token issue'."
+            ) from None
+        try:
+            return _RECORDS.validate_json(text)
+        except ValidationError as error:
+            raise UserError(
+                f"The tokens file {self.path} cannot be read ({_damage(text, error)}): mend it, or move it away and "
+                "make another with 'vllm-specedge token issue'."
             ) from None
 
     def issue(self, name: str, role: str, expires_s: float = 0.0, max_edges: int = 0) -> str:
         """Add a token and return it. Raises UserError if the name is taken or the role unknown."""
         if role not in ROLES:
             raise UserError(f"There is no role '{role}': choose {' or '.join(ROLES)}.")
+        _check_name(name)
         token = _PREFIX + secrets.token_urlsafe(32)
         with self._changing():
             records = self.records() if self.path.exists() else []
@@ -124,3 +155,16 @@ class TokenFile:
         except BaseException:
             os.unlink(unfinished)
             raise
+
+
+def _damage(text: bytes, error: ValidationError) -> str:
+    """What is wrong, and where: the entry by its place and name, and what of it, or the line and column."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place: list[str] = []
+    match first["loc"]:
+        case (int(index), *inside):
+            entry = json.loads(text)[index]
+            name = entry.get("name") if isinstance(entry, dict) else None
+            names = [f"{name!r:.{MAX_NAME + 2}}"] if isinstance(name, str) else []
+            place = [f"entry {index + 1}", *names, *map(str, inside)]
+    return ": ".join([", ".join(place), first["msg"]] if place else [first["msg"]])
