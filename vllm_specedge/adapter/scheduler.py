@@ -31,6 +31,7 @@ from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.adapter.tracing import RequestSpans, request_spans
 from vllm_specedge.book import DraftBook, Plan, Row, Step
 from vllm_specedge.counters import CountedSince, groups_frame, step_times
+from vllm_specedge.errors import UserError
 from vllm_specedge.frames import Bye, Frame, Stats, is_text
 from vllm_specedge.policy import HoldLimits, Load
 from vllm_specedge.prediction import KEY
@@ -97,6 +98,8 @@ class EdgeScheduler(Scheduler):
             self._link, self._process = start_link(
                 self.vllm_config, options, tokenizer, wake=self._wake, stats=self._stats
             )
+        except UserError as error:
+            logger.error("Serving without edge drafts: %s", error)
         except (OSError, ZMQError):
             logger.exception("Serving without edge drafts: the gateway cannot be started")
         self._is_drafting = True
