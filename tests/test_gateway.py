@@ -21,6 +21,12 @@ import httpx2 as httpx
 import pytest
 import trustme
 from certificates import write_certificate
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from prometheus_client.parser import text_string_to_metric_families
 from raw_client import pack, unpack
 from stack import BIN, Process, start, wait_for
@@ -470,6 +476,43 @@ def test_tokens_and_tls(tmp_path: Path) -> None:
         log = gateway.process.log.read_text()
     assert pool not in log
     assert private not in log
+
+
+EC_PARAMETERS = b"-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"
+"""Of P-256: `openssl ecparam -genkey` writes them before the key."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "before"),
+    [
+        (trustme.KeyType.RSA, PrivateFormat.PKCS8, b""),
+        (trustme.KeyType.RSA, PrivateFormat.TraditionalOpenSSL, b""),
+        (trustme.KeyType.ECDSA, PrivateFormat.TraditionalOpenSSL, b""),
+        (trustme.KeyType.ECDSA, PrivateFormat.TraditionalOpenSSL, EC_PARAMETERS),
+    ],
+    ids=["RSA in PKCS#8", "PKCS#1", "SEC1", "SEC1 behind its parameters"],
+)
+def test_a_key_in_any_common_form_serves_tls(
+    tmp_path: Path, kind: trustme.KeyType, form: PrivateFormat, before: bytes
+) -> None:
+    options = write_certificate(tmp_path, trustme.CA(key_type=kind), key_type=kind, key_format=form)
+    (tmp_path / "key.pem").write_bytes(before + (tmp_path / "key.pem").read_bytes())
+    ca = str(tmp_path / "ca.pem")
+    with (
+        running_gateway(tmp_path, *options, verify=ca) as gateway,
+        httpx.Client(trust_env=False, verify=ssl.create_default_context(cafile=ca)) as client,
+    ):
+        assert client.get(f"{gateway.url}/livez").status_code == 200
+
+
+def test_a_key_with_a_passphrase_is_one_sentence_and_not_asked_for(tmp_path: Path) -> None:
+    options = write_certificate(tmp_path, trustme.CA())
+    key = load_pem_private_key((tmp_path / "key.pem").read_bytes(), None)
+    locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    (tmp_path / "key.pem").write_bytes(locked)
+    assert "without a passphrase" in failing(
+        "vllm-specedge", "gateway", *options, "--listen", f"127.0.0.1:{free_port()}"
+    )
 
 
 @pytest.mark.parametrize("how", ["option", "environment"])

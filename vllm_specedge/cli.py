@@ -40,7 +40,7 @@ def gateway(
     listen: Annotated[str, typer.Option(help="Where edges connect, HOST:PORT.")] = "127.0.0.1:8100",
     tokens_file: Annotated[str, typer.Option(help="Made by 'vllm-specedge token issue'.")] = "",
     tls_cert: Annotated[str, typer.Option(help="PEM certificate chain.")] = "",
-    tls_key: Annotated[str, typer.Option(help="PEM private key, PKCS#8.")] = "",
+    tls_key: Annotated[str, typer.Option(help="PEM private key, without a passphrase.")] = "",
     tls_client_ca: Annotated[str, typer.Option(help="Edges must show a certificate of this authority.")] = "",
     insecure: Annotated[bool, typer.Option("--insecure", help="Beyond loopback without TLS or tokens.")] = False,
     credit_tokens: Annotated[int, typer.Option(help="How far past the last commit edges may draft.")] = 32,

@@ -44,7 +44,8 @@ class EdgeOptions(BaseModel):
     tls_cert: str = ""
     """PEM certificate chain of the gateway; with it, only TLS is spoken."""
     tls_key: str = ""
-    """Its private key, PEM in PKCS#8 form. When either file changes, the gateway starts anew with the new ones."""
+    """Its private key, PEM (PKCS#8, PKCS#1 or SEC1), without a passphrase. When either file changes, the gateway starts
+    anew with the new ones."""
     tls_client_ca: str = ""
     """Take only edges that show a certificate of this authority (PEM), beside their token."""
     insecure: bool = False
