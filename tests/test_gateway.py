@@ -41,6 +41,7 @@ from vllm_specedge.book import DraftBook, Row
 from vllm_specedge.config import EdgeOptions
 from vllm_specedge.counters import REQUEST_COUNTERS
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
+from vllm_specedge.fingerprint import vocabulary_fingerprint
 from vllm_specedge.frames import (
     MAX_FRAME_BYTES,
     MAX_TOKENS_PER_FRAME,
@@ -69,6 +70,7 @@ from vllm_specedge.router import ROLES
 from vllm_specedge.session import State
 from vllm_specedge.supervisor import GatewayProcess
 from vllm_specedge.tokens import TokenFile
+from vllm_specedge.vocabulary import pack_vocabulary
 from vllm_specedge.web import is_from_here, make_app
 
 DEADLINE_S = 20.0
@@ -88,10 +90,14 @@ class Engine:
     endpoint: str
     book: DraftBook = field(default_factory=lambda: DraftBook(VOCAB_SIZE, 4, HoldLimits()))
     arrived: threading.Event = field(default_factory=threading.Event)
+    vocabulary: dict[str, int] = field(default_factory=dict)
+    """What the gateway may tell edges of it."""
 
     def __post_init__(self) -> None:
-        hello = EngineHello(PROTOCOL_VERSION, "toy", FINGERPRINT, VOCAB_SIZE)
-        self.link = EngineLink(self.endpoint, hello, self.arrived.set, lambda: (Stats((1, 2, 3)),))
+        fingerprint = vocabulary_fingerprint(self.vocabulary) if self.vocabulary else FINGERPRINT
+        hello = EngineHello(PROTOCOL_VERSION, "toy", fingerprint, VOCAB_SIZE)
+        packed = pack_vocabulary(self.vocabulary) if self.vocabulary else b""
+        self.link = EngineLink(self.endpoint, hello, self.arrived.set, lambda: (Stats((1, 2, 3)),), packed)
         self.link.start()
 
     def take_in(self) -> None:
