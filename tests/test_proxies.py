@@ -1,5 +1,6 @@
 """Gateways behind a real proxy."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import httpx2 as httpx
 import pytest
 from stack import wait_for
 
+from edge_client import link as link_module
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
-from edge_client.link import Gateway
+from edge_client.link import Gateway, LinkError
 from tests.proxies import needs_nginx, running_nginx
-from tests.test_gateway import Engine, Running, edge_in_thread, running_gateway
+from tests.test_gateway import Engine, Running, edge_in_thread, hello, refused, running_gateway
 
 pytestmark = needs_nginx
 
@@ -55,3 +57,58 @@ def test_who_reads_the_page_through_a_proxy_on_this_machine_sees_no_names(
         assert names(gateway.url) == ["my laptop"]
         assert names(proxy_url) == [""]
     engine.wait(lambda: engine.book.num_edges == 0)
+
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "operate.md").read_text()
+DOCUMENTED = re.findall(r"```nginx\n(.*?)```", DOCUMENT, re.DOTALL)
+
+
+def with_gateway(location: str, gateway: Running) -> str:
+    assert location.count("127.0.0.1:8100") == 1
+    return location.replace("127.0.0.1:8100", f"127.0.0.1:{gateway.port}")
+
+
+@pytest.mark.parametrize(
+    "location",
+    [*DOCUMENTED, DOCUMENTED[1].replace("proxy_buffering off;", "")],
+    ids=["as HTTP/2", "as HTTP/1.1", "but for what the gateway asks for itself"],
+)
+def test_an_edge_drafts_through_a_proxy_that_is_set_up_as_documented(
+    gateway: Running, engine: Engine, tmp_path: Path, location: str
+) -> None:
+    """For longer than a request's body may be, by nginx's default."""
+    with (
+        running_nginx(tmp_path, with_gateway(location, gateway), listen=" http2") as url,
+        edge_in_thread(EdgeClient(Gateway(url), NgramDrafter(), "edge")),
+    ):
+        assert engine.generate("one", 60) >= 30
+    engine.wait(lambda: engine.book.num_edges == 0)
+
+
+HOLDS_BACK = {
+    "both ways": "proxy_pass http://127.0.0.1:8100; proxy_ignore_headers X-Accel-Buffering;",
+    "what edges say": "proxy_pass http://127.0.0.1:8100;",
+    "what edges say, since it is refused": "grpc_pass grpc://127.0.0.1:8100; location /edge/v1/up { return 403; }",
+}
+
+
+@pytest.mark.parametrize("location", HOLDS_BACK.values(), ids=HOLDS_BACK)
+def test_an_edge_whose_streams_are_held_back_is_told_so_at_once(
+    gateway: Running, tmp_path: Path, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "FIRST_SILENCE_S", 1.0)
+    with running_nginx(tmp_path, with_gateway(location, gateway), listen=" http2") as url:
+        assert "may hold streams back" in str(refused(url, hello()))
+
+
+def test_the_gateway_says_so_too(gateway: Running, tmp_path: Path) -> None:
+    """It gives up first, and what it says comes through where only what edges say is held back."""
+    location = with_gateway(HOLDS_BACK["what edges say"], gateway)
+    with running_nginx(tmp_path, location, listen=" http2") as url:
+        assert "may hold streams back" in str(refused(url, hello()))
+
+
+def test_a_body_that_is_longer_than_a_proxy_takes_ends_the_connection(gateway: Running, tmp_path: Path) -> None:
+    location = with_gateway(DOCUMENTED[1], gateway).replace("client_max_body_size 0", "client_max_body_size 1")
+    with running_nginx(tmp_path, location, listen=" http2") as url:
+        assert isinstance(refused(url, hello()), LinkError)

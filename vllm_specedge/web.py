@@ -47,6 +47,9 @@ PAGE_HEADERS = {
 FORWARDED = {"cf-connecting-ip", "fastly-client-ip", "forwarded", "true-client-ip", "via", "x-client-ip", "x-real-ip"}
 FORWARDED_BEGIN = ("x-forwarded", "x-envoy-", "x-original-")
 """Headers by which a proxy says that somebody else asks."""
+AS_IT_COMES = ((b"cache-control", b"no-store, no-transform"), (b"x-accel-buffering", b"no"))
+"""Asks proxies to pass a stream on as it comes: some do."""
+AS_IT_COMES_BY_NAME = {name.decode(): value.decode() for name, value in AS_IT_COMES}
 EVENT_S = 1.0
 MAX_WATCHING = 16
 VOCABULARIES = "/edge/v1/vocabularies"
@@ -67,7 +70,7 @@ class Downlinks:
         connection = self._gateway.connect(self._gateway.authorize(_header(scope, b"authorization")))
         watching = asyncio.create_task(self._watch(receive, connection))
         try:
-            await _start(send, 200, (b"content-type", MEDIA_TYPE.encode()))
+            await _start(send, 200, (b"content-type", MEDIA_TYPE.encode()), *AS_IT_COMES)
             async for chunk in self._gateway.downlink(connection):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body"})
@@ -191,7 +194,7 @@ def _pages(gateway: Gateway) -> FastAPI:
         return StreamingResponse(
             _events(gateway, is_from_here(request.scope)),
             media_type="text/event-stream",
-            headers={"cache-control": "no-store"},
+            headers=AS_IT_COMES_BY_NAME,
         )
 
     @app.get(VOCABULARIES)
