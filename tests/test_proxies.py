@@ -13,7 +13,8 @@ from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.link import Gateway, LinkError
 from tests.proxies import needs_nginx, running_nginx
-from tests.test_gateway import Engine, Running, edge_in_thread, hello, refused, running_gateway
+from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, hello, refused, running_gateway
+from vllm_specedge.frames import FrameReader, Greet
 
 pytestmark = needs_nginx
 
@@ -68,11 +69,21 @@ def with_gateway(location: str, gateway: Running) -> str:
     return location.replace("127.0.0.1:8100", f"127.0.0.1:{gateway.port}")
 
 
-@pytest.mark.parametrize(
-    "location",
-    [*DOCUMENTED, DOCUMENTED[1].replace("proxy_buffering off;", "")],
-    ids=["as HTTP/2", "as HTTP/1.1", "but for what the gateway asks for itself"],
-)
+@pytest.mark.parametrize("path", ["/edge/v1/down", "/status/events"])
+def test_what_the_gateway_says_is_passed_on_as_it_asks(gateway: Running, tmp_path: Path, path: str) -> None:
+    """As nginx is, it would keep what it gets until it has some kilobytes, or there is no more."""
+    with (
+        running_nginx(tmp_path, with_gateway("proxy_pass http://127.0.0.1:8100;", gateway)) as url,
+        httpx.stream("GET", url + path, timeout=DEADLINE_S, trust_env=False) as answer,
+    ):
+        first = next(answer.iter_raw())
+    if path == "/edge/v1/down":
+        assert [type(frame) for frame in FrameReader().feed(first)] == [Greet]
+    else:
+        assert first.count(b"data: ") <= 3  # of which there is one a second
+
+
+@pytest.mark.parametrize("location", DOCUMENTED, ids=["as HTTP/2", "as HTTP/1.1"])
 def test_an_edge_drafts_through_a_proxy_that_is_set_up_as_documented(
     gateway: Running, engine: Engine, tmp_path: Path, location: str
 ) -> None:
