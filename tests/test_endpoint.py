@@ -4,15 +4,18 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
-from tests.test_gateway import failing
+from tests.test_gateway import DEADLINE_S, failing, running_gateway
 from vllm_specedge.adapter.start import new_endpoint
 from vllm_specedge.config import MAX_SOCKET_PATH_BYTES, parse_options
 from vllm_specedge.engine_socket import EngineSocket
 from vllm_specedge.errors import UserError
+from vllm_specedge.frames import PROTOCOL_VERSION, EngineHello
+from vllm_specedge.link import EngineLink
 
 
 @pytest.fixture
@@ -81,3 +84,34 @@ def test_the_longest_endpoint_that_is_taken_can_be_bound(tmp_path: Path) -> None
     path += "x" * (MAX_SOCKET_PATH_BYTES - len(os.fsencode(path)))
     EngineSocket(f"ipc://{path}", lambda engine, data: None).close()
     shutil.rmtree(directory)
+
+
+def test_an_engine_that_no_gateway_answers_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And takes one that comes later."""
+    monkeypatch.setattr("vllm_specedge.link._UNANSWERED_S", -1.0)
+    monkeypatch.setattr("vllm_specedge.link._BEAT_S", 0.05)
+    arrived, num_beats, has_beaten = threading.Event(), 0, threading.Event()
+    link = EngineLink(
+        f"ipc://{tmp_path}/engines", EngineHello(PROTOCOL_VERSION, "toy", "f", 9), arrived.set, lambda: ()
+    )
+    post = link._post
+
+    def counted(data: bytes) -> None:
+        nonlocal num_beats
+        post(data)
+        num_beats += 1
+        if num_beats > 3:
+            has_beaten.set()
+
+    monkeypatch.setattr(link, "_post", counted)
+    link.start()
+    try:
+        assert has_beaten.wait(DEADLINE_S)
+        assert caplog.text.count("No gateway answers at ipc://") == 1
+        with running_gateway(tmp_path):
+            assert arrived.wait(DEADLINE_S)
+        assert link.num_welcomes == 1
+    finally:
+        link.stop()

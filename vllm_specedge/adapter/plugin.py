@@ -7,6 +7,7 @@ imported; it is not imported for it, which would take each worker a second.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -14,8 +15,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from vllm_specedge.adapter.rewrite import METHOD, check_config, parse_value, rewrite
+from vllm_specedge.adapter.request_log import hide_ours
+from vllm_specedge.adapter.rewrite import METHOD, check_config, parse_value, rewrite, unreached
 from vllm_specedge.errors import UserError
+
+logger = logging.getLogger("vllm.specedge.plugin")
 
 ARG_UTILS = "vllm.engine.arg_utils"
 
@@ -81,6 +85,12 @@ def _with_edge(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _warn_if_unreached(config: Any) -> None:
+    sentence = unreached(config)
+    if sentence is not None:
+        logger.warning("%s", sentence)
+
+
 def _rewriting(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         usage = kwargs.get("usage_context", args[0] if args else None)
@@ -88,7 +98,9 @@ def _rewriting(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
             is_edge = rewrite(self)
             config = create_engine_config(self, *args, **kwargs)
             if is_edge:
+                hide_ours()
                 check_config(config)
+                _warn_if_unreached(config)
         except UserError as error:
             if "SERVER" in getattr(usage, "name", ""):
                 sys.exit(f"vllm-specedge: {error}")

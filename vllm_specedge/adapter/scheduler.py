@@ -27,6 +27,7 @@ from vllm_specedge.adapter.load import LoadReport
 from vllm_specedge.adapter.ngrams import NgramLookup
 from vllm_specedge.adapter.predictions import Predictions
 from vllm_specedge.adapter.profile import step_profile
+from vllm_specedge.adapter.request_log import hide_ours
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.adapter.tracing import RequestSpans, request_spans
 from vllm_specedge.book import DraftBook, Plan, Row, Step
@@ -67,6 +68,7 @@ class EdgeScheduler(Scheduler):
         self._link = None
         self._process = None
         self._predictions: Predictions | None = None
+        hide_ours()
         problems = hooks.problems()
         if problems:
             logger.warning("Serving without edge drafts: %s", "; ".join(problems))
