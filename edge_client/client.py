@@ -18,8 +18,9 @@ from tenacity import (
 )
 
 from edge_client.drafters import CacheFullError, Candidate, Drafter, DraftSequence
+from edge_client.drafters.translated import TranslatedDrafter
 from edge_client.link import Gateway, Link, LinkError, OtherVocabularyError
-from edge_client.mismatch import OwnVocabulary, explained
+from edge_client.mismatch import OwnVocabulary, fitted
 from edge_client.pace import Pace
 from edge_client.speculation import Job, Speculation, SpeculationStats
 from vllm_specedge import __version__
@@ -61,6 +62,8 @@ class EdgeClient:
     state: str = "connecting"
     speculation: Speculation = field(init=False)
     totals: list[SpeculationStats] = field(default_factory=list)
+    _own_drafter: Drafter = field(init=False)
+    """As it was given: for a target of nearly its vocabulary, `drafter` translates."""
     _was_admitted: bool = False
     _link: Link = field(init=False)
     _sequences: dict[int, DraftSequence] = field(default_factory=dict)
@@ -68,6 +71,7 @@ class EdgeClient:
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "draft"))
 
     def __post_init__(self) -> None:
+        self._own_drafter = self.drafter
         self._renew()
 
     def _renew(self) -> None:
@@ -117,9 +121,19 @@ class EdgeClient:
             except LinkError as error:
                 raise UserError(f"The gateway at {self.gateway.url} cannot be used: {error}.") from None
             except OtherVocabularyError as refusal:
-                raise await explained(refusal, self.gateway, self.own_vocabulary) from None
+                await self._fit(refusal)
+                continue
             num_short = 0 if lasted_s > LASTING_S else num_short + 1
             await asyncio.sleep(random.uniform(0, min(MAX_PAUSE_S, FIRST_PAUSE_S * 2**num_short)))
+
+    async def _fit(self, refusal: OtherVocabularyError) -> None:
+        """Draft for the model whose vocabulary is most like the draft's. Raises UserError if none is like enough."""
+        mismatch, translation = await fitted(refusal, self.gateway, self.own_vocabulary)
+        if mismatch.fingerprint == self.drafter.fingerprint:
+            raise refusal  # whose it is has left
+        if mismatch.found:
+            logger.warning("%s", mismatch)
+        self.drafter = TranslatedDrafter(self._own_drafter, translation, mismatch.fingerprint)
 
     def _before_sleep(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None

@@ -26,13 +26,14 @@ from edge_client.forecast import (
     would_help,
 )
 from edge_client.link import Gateway, Link, LinkError, OtherVocabularyError
-from edge_client.mismatch import explained
+from edge_client.mismatch import fitted
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
 from vllm_specedge.frames import PROTOCOL_VERSION, Frame, Hello, Welcome
 
 NUM_PASSES = 9
 NUM_PINGS = 9
+SAME_VOCABULARY = "the draft's is the server's"
 WIDE_ROWS = 8
 CONTEXT_TOKENS = 64
 DEADLINE_S = 20.0
@@ -198,13 +199,21 @@ async def _look_at_gateway(asked: Asked, drafter: Drafter | None, found: Diagnos
     try:
         await _reach(asked, drafter.fingerprint)
     except OtherVocabularyError as refusal:
-        why = await explained(refusal, asked.gateway, lambda: own_vocabulary(asked.options))
-        found.checks.append(Check("vocabulary", False, str(why)))
-        return None
+        return await _fit(refusal, asked, found, reached)
     except (LinkError, UserError) as error:
         found.checks.append(Check("vocabulary", False, _sentence(error)))
         return None
-    found.checks.append(Check("vocabulary", True, "the draft's is the server's"))
+    found.checks.append(Check("vocabulary", True, SAME_VOCABULARY))
+    return reached
+
+
+async def _fit(refusal: OtherVocabularyError, asked: Asked, found: Diagnosis, reached: Reached) -> Reached | None:
+    try:
+        fit = await fitted(refusal, asked.gateway, lambda: own_vocabulary(asked.options))
+    except UserError as error:
+        found.checks.append(Check("vocabulary", False, str(error)))
+        return None
+    found.checks.append(Check("vocabulary", True, str(fit.mismatch) if fit.mismatch.found else SAME_VOCABULARY))
     return reached
 
 

@@ -28,6 +28,7 @@ CONNECT_TIMEOUT_S = 10.0
 SILENCE_HEARTBEATS = 3
 FIRST_SILENCE_S = 15.0
 MAX_QUEUED_BYTES = 1 << 20
+HELD_BACK = "a proxy in between may hold streams back, or refuse the one up (see docs/operate.md, 'Behind a proxy')"
 
 
 class LinkError(Exception):
@@ -92,6 +93,7 @@ class Link:
     _queued_bytes: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _heartbeat_s: float = FIRST_SILENCE_S / SILENCE_HEARTBEATS
+    _was_admitted: bool = False
 
     def send(self, frame: Frame) -> None:
         """Queue a frame. One is dropped that finds the queue full, for the link is too slow for it to be of use, or the
@@ -114,8 +116,8 @@ class Link:
             raise LinkError(f"the gateway broke the protocol: {error}") from error
         except httpx.UnsupportedProtocol:
             raise UserError(f"'{self.gateway.url}' is no gateway URL: it starts with http:// or https://.") from None
-        except TimeoutError as error:
-            raise LinkError("nothing was heard from the gateway for too long") from error
+        except (TimeoutError, httpx.ReadTimeout) as error:
+            raise LinkError(self._silent("nothing was heard from the gateway for too long")) from error
         except (httpx.HTTPError, httpx.StreamError, H2Error, OSError) as error:  # H2Error: what follows a GOAWAY
             raise LinkError(str(error) or type(error).__name__) from error
         raise LinkError("the gateway ended the connection")
@@ -173,18 +175,23 @@ class Link:
                     raise OtherVocabularyError(text)
                 if frame.code >= ByeCode.PROTOCOL:  # from there on a retry cannot help
                     raise UserError(text)
-                raise LinkError(text)
+                raise LinkError(self._silent(text) if frame.code == ByeCode.SILENT else text)
             case Pong():
                 self.rtt_s = (_stamp_us() - frame.stamp) % 2**32 / 1e6
                 self.on_pong(self.rtt_s)
             case Ping():
                 self.send(Pong(frame.stamp))
             case Welcome():
+                self._was_admitted = True
                 self._heartbeat_s = frame.heartbeat_ms / 1000
                 self.ping()  # at once: how far away the gateway is decides how to draft
                 self.on_frame(frame)
             case _:
                 self.on_frame(frame)
+
+    def _silent(self, text: str) -> str:
+        """What to say of silence: from the start on it is hardly the network."""
+        return text if self._was_admitted else f"{text}; {HELD_BACK}"
 
     async def _ping(self) -> None:
         """Ping every heartbeat: the gateway answers, so that each side hears from the other."""

@@ -1,13 +1,14 @@
-"""Why a draft was refused: its vocabulary held against those that the gateway's engines have."""
+"""What to do about a draft that was refused: its vocabulary, held against those that the gateway's engines have."""
 
 import asyncio
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple, TypeAlias
 
 import httpx2 as httpx
 
+from edge_client.drafters.translated import Translation
 from edge_client.link import Gateway, OtherVocabularyError
 from vllm_specedge.errors import RemoteProtocolError, UserError
 from vllm_specedge.fingerprint import without_fillers
@@ -18,7 +19,12 @@ MAX_LIST_BYTES = 64 << 10
 MAX_FETCHED = 8
 """Vocabularies: a gateway has few, and this machine has little time."""
 FETCHING_S = 60.0
+LIST_PAUSES_S = (0.0, 0.5, 1.0)
 NUM_NAMED = 3
+MAX_MISSING_PART = 0.01
+"""Of the target's tokens. Fine-tunes and releases of a family differ in some dozens, families in a quarter and more."""
+SPACES = ("Ġ", "▁", " ")
+"""A token that every model has seen much of, as vocabularies spell it."""
 MAX_SHOWN = 24
 """Letters of somebody else's name."""
 
@@ -32,15 +38,37 @@ class Mismatch(NamedTuple):
     found: Sequence[Difference]
     num_tokens: int
     """That either side has."""
+    fingerprint: str = ""
+    """The target's."""
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether it drafts well all the same: it has all but few of the target's tokens, under whatever ids.
+
+        Where those few come it is wrong, which costs that draft and no more: the target decides every token.
+        """
+        num_of_draft = sum(each.target_id is None for each in self.found)
+        num_missing = sum(each.draft_id is None for each in self.found)
+        return num_missing <= MAX_MISSING_PART * (self.num_tokens - num_of_draft)
 
     def __str__(self) -> str:
+        nearly, end = ("", "choose a draft of the same family, or draft with 'ngram'")
+        if self.is_harmless:
+            nearly, end = "quite ", "it drafts all the same, and is wrong where the target says what it does not have"
         verb = "differs" if len(self.found) == 1 else "differ"
         such = "such as" if len(self.found) > NUM_NAMED else "namely"
         named = ", ".join(map(_named, self.found[:NUM_NAMED]))
         return (
-            f"The draft's vocabulary is not that of {_shown(self.model)}: {len(self.found):,} of {self.num_tokens:,} "
-            f"tokens {verb}, {such} {named}: choose a draft of the same family, or draft with 'ngram'."
+            f"The draft's vocabulary is not {nearly}that of {_shown(self.model)}: {len(self.found):,} of "
+            f"{self.num_tokens:,} tokens {verb}, {such} {named}: {end}."
         )
+
+
+class Fit(NamedTuple):
+    """What a draft is compared with, and what makes it fit."""
+
+    mismatch: Mismatch
+    translation: Translation
 
 
 def _named(each: Difference) -> str:
@@ -60,29 +88,78 @@ def _shown(text: str) -> str:
     return f"{shown}..." if len(text) > MAX_SHOWN else shown
 
 
-async def explained(refusal: OtherVocabularyError, gateway: Gateway, own: OwnVocabulary) -> UserError:
-    """The refusal with what differs, from the model that is most alike; as it was where that cannot be found out."""
+async def fitted(refusal: OtherVocabularyError, gateway: Gateway, own: OwnVocabulary) -> Fit:
+    """How a draft that was refused can draft all the same, for the model that is most alike.
+
+    Raises UserError: with what differs, or the refusal where that cannot be found out.
+    """
+    fit = await _closest(gateway, own)
+    if fit is None:
+        raise refusal
+    if not fit.mismatch.is_harmless:
+        raise UserError(str(fit.mismatch))
+    return fit
+
+
+async def _closest(gateway: Gateway, own: OwnVocabulary) -> Fit | None:
     try:
         async with asyncio.timeout(FETCHING_S):
             targets = await _fetched(gateway)
         draft = await asyncio.to_thread(lambda: without_fillers(own()))
-        mismatches = [await asyncio.to_thread(_compared, *target, draft) for target in targets]
-        closest = min(mismatches, key=lambda each: len(each.found))
-        return UserError(str(closest)) if draft and closest.found else refusal
+        fits = [await asyncio.to_thread(_compared, *target, draft) for target in targets] if draft else []
+        return min(fits, key=lambda each: len(each.mismatch.found), default=None)
     except Exception:  # noqa: BLE001 - the refusal stands, whatever goes wrong in explaining it
-        return refusal
+        return None
 
 
-def _compared(model: str, fingerprint: str, packed: bytes, draft: Mapping[str, int]) -> Mismatch:
+def _compared(model: str, fingerprint: str, packed: bytes, draft: Mapping[str, int]) -> Fit:
     target = unpack_vocabulary(packed, fingerprint)
-    return Mismatch(model, differences(target, draft), len(target.keys() | draft.keys()))
+    found = _without_respelled(differences(target, draft))
+    mismatch = Mismatch(model, found, len(target.keys() | draft.keys()), fingerprint)
+    return Fit(mismatch, _translation(found, set(target.values()), draft))
+
+
+def _without_respelled(found: Sequence[Difference]) -> list[Difference]:
+    """Without tokens that one side writes with spaces in place of `▁`, as GGUF files do with some of Gemma's."""
+
+    def written(each: Difference) -> tuple[int | None, str]:
+        return each.draft_id if each.target_id is None else each.target_id, each.token.replace("▁", " ")
+
+    there = {written(each) for each in found if each.draft_id is None}
+    same = there & {written(each) for each in found if each.target_id is None}
+    is_moved = [None not in (each.target_id, each.draft_id) for each in found]
+    return [each for each, is_kept in zip(found, is_moved, strict=True) if is_kept or written(each) not in same]
+
+
+def _translation(found: Sequence[Difference], target_ids: Set[int], draft: Mapping[str, int]) -> Translation:
+    """What is missing on a side is left as it is where that side has another token of this id: that may be its name for
+    it. Where it has none, the target's token is read as a space, and the draft's is not proposed.
+    """
+    draft_ids = set(draft.values())
+    space = next((draft[token] for token in SPACES if token in draft), 0)
+    to_draft: dict[int, int] = {}
+    to_target: dict[int, int | None] = {}
+    for _, there, here in found:
+        if there is not None and here is not None:
+            to_draft[there], to_target[here] = here, there
+    for _, there, here in found:
+        if here is None and there is not None and there not in draft_ids:
+            to_draft.setdefault(there, space)
+        elif there is None and here is not None and here not in target_ids:
+            to_target.setdefault(here, None)
+    return Translation(to_draft, to_target)
 
 
 async def _fetched(gateway: Gateway) -> list[tuple[str, str, bytes]]:
     """The model, fingerprint and packed vocabulary of each that the gateway serves."""
     found = []
     async with gateway.client() as client:
-        for each in _listed(await _get(client, PATH, MAX_LIST_BYTES))[:MAX_FETCHED]:
+        listed: list[_Listed] = []
+        for pause_s in LIST_PAUSES_S:  # an engine that has just come may be bringing its own
+            await asyncio.sleep(pause_s)
+            if listed := _listed(await _get(client, PATH, MAX_LIST_BYTES))[:MAX_FETCHED]:
+                break
+        for each in listed:
             packed = b""
             while len(packed) < each.num_bytes:
                 left_bytes = each.num_bytes - len(packed)

@@ -1,7 +1,7 @@
 """A certificate authority of one's own, to try TLS with: python examples/certificates.py DIRECTORY NAME ...
 
-Writes cert.pem and key.pem (PKCS#8, as the gateway takes it) for a server of these names, and ca.pem, which edges are
-told to trust (`edge-client connect --ca-file`). Not for production: nobody keeps the authority's key.
+Writes cert.pem and key.pem for a server of these names, and ca.pem, which edges are told to trust (`edge-client connect
+--ca-file`). Not for production: nobody keeps the authority's key.
 """
 
 import os
@@ -14,13 +14,18 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 
 def write_certificate(
-    directory: Path, authority: trustme.CA, *names: str, not_after: datetime | None = None
+    directory: Path,
+    authority: trustme.CA,
+    *names: str,
+    not_after: datetime | None = None,
+    key_type: trustme.KeyType = trustme.KeyType.ECDSA,
+    key_format: PrivateFormat = PrivateFormat.PKCS8,
 ) -> list[str]:
     """A server's certificate, its key and its authority; returns the gateway's options for it. Whole files at once."""
-    certificate = authority.issue_cert(*(names or ("localhost",)), not_after=not_after)
+    certificate = authority.issue_cert(*(names or ("localhost",)), not_after=not_after, key_type=key_type)
     key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
     files = {
-        "key.pem": key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        "key.pem": key.private_bytes(Encoding.PEM, key_format, NoEncryption()),
         "cert.pem": b"".join(part.bytes() for part in certificate.cert_chain_pems),
         "ca.pem": authority.cert_pem.bytes(),
     }

@@ -3,24 +3,33 @@
 import asyncio
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
+from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
 
 from vllm_specedge import admission
 from vllm_specedge.admission import DEFAULT_CLASS, LOAD_VARIABLE, STALE_S, AdmissionMiddleware, LoadFile
+from vllm_specedge.asgi import answer_json
 
+DEADLINE_S = 20.0
 BODY = {"model": "m", "prompt": "hello"}
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the body that it was sent."""
+    """Answers with the body that it was sent, as Starlette reads it."""
     body, more = b"", True
     while more:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
         body, more = body + message["body"], message.get("more_body", False)
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": body})
@@ -29,8 +38,8 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 class Front:
     """The middleware, and what it answered."""
 
-    def __init__(self) -> None:
-        self.middleware = AdmissionMiddleware(application)
+    def __init__(self, app: Any = application) -> None:
+        self.middleware = AdmissionMiddleware(app)
 
     def ask(
         self, body: Any = BODY, path: str = "/v1/completions", parts: int = 1
@@ -50,8 +59,51 @@ class Front:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        asyncio.run(self.middleware({"type": "http", "path": path}, receive, send))
+        asyncio.run(self.middleware({"type": "http", "path": path, "headers": []}, receive, send))
         return sent[0]["status"], sent[1]["body"], dict(sent[0]["headers"])
+
+
+@contextmanager
+def running(number: int) -> Iterator[Front]:
+    """A front that has let in so many requests, which are being answered until the block ends."""
+    started, ended = threading.Semaphore(0), threading.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            await application(scope, receive, send)
+            return
+        await receive()
+        started.release()
+        assert await asyncio.to_thread(ended.wait, DEADLINE_S)
+        await answer_json(send, 200, {})
+
+    front = Front(slow)
+    threads = [threading.Thread(target=front.ask) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+        assert started.acquire(timeout=DEADLINE_S)
+    try:
+        yield front
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+
+
+async def stranger(scope: Any, receive: Any, send: Any) -> None:
+    """Refuses whoever asks, as vLLM's front does without a key: it looks at no body."""
+    await answer_json(send, 401, {"error": "Unauthorized"})
+
+
+async def no_model(scope: Any, receive: Any, send: Any) -> None:
+    """Reads what is asked and answers by itself: the engine hears nothing."""
+    await receive()
+    await answer_json(send, 404, {"error": "no such model"})
+
+
+async def broken(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    raise ConnectionResetError
 
 
 @pytest.fixture
@@ -73,14 +125,83 @@ def test_as_many_are_let_in_as_there_is_room_for_until_the_engine_says_more(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(admission, "LOOK_AGAIN_S", 0.0)
-    file, front = LoadFile(directory / "0.json"), Front()
+    file = LoadFile(directory / "0.json")
     file.write({DEFAULT_CLASS: 2}, 7)
-    assert [front.ask()[0] for _ in range(3)] == [200, 200, 503]
-    status, body, headers = front.ask()
-    assert (status, headers[b"retry-after"]) == (503, b"7")
-    assert json.loads(body)["error"]["code"] == 503
+    with running(2) as front:
+        status, body, headers = front.ask()
+        assert (status, headers[b"retry-after"]) == (503, b"7")
+        assert json.loads(body)["error"]["code"] == 503
+        file.write({DEFAULT_CLASS: 1}, 7)
+        assert front.ask()[0] == 200  # and it is over: the next may come
+        assert front.ask()[0] == 200
+
+
+def test_a_place_is_given_back_when_a_request_is_over_but_not_into_what_an_engine_said_since(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "LOOK_AGAIN_S", 0.0)
+    file = LoadFile(directory / "0.json")
+    file.write({DEFAULT_CLASS: 2}, 7)
+    with running(2) as front:
+        assert front.ask()[0] == 503
+    assert front.ask()[0] == 200
     file.write({DEFAULT_CLASS: 1}, 7)
-    assert [front.ask()[0] for _ in range(2)] == [200, 503]
+    with running(1) as front:
+        assert front.ask()[0] == 503
+        file.write({DEFAULT_CLASS: 0}, 7)
+        assert front.ask()[0] == 503
+    assert front.ask()[0] == 503
+
+
+@pytest.mark.parametrize("app", [stranger, no_model, broken])
+def test_what_never_reaches_an_engine_takes_no_place(directory: Path, app: Any) -> None:
+    LoadFile(directory / "0.json").write({DEFAULT_CLASS: 1}, 7)
+    front = Front(app)
+    for _ in range(20):
+        with suppress(ConnectionResetError):
+            assert front.ask()[0] in (401, 404)
+
+
+def test_the_body_of_a_stranger_is_not_even_read(directory: Path) -> None:
+    async def receive() -> Any:
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        pass
+
+    LoadFile(directory / "0.json").write({DEFAULT_CLASS: 1}, 7)
+    asyncio.run(
+        AdmissionMiddleware(stranger)({"type": "http", "path": "/v1/completions", "headers": []}, receive, send)
+    )
+
+
+def test_a_refusal_is_the_only_answer_whatever_the_application_makes_of_it(directory: Path) -> None:
+    """The order of vLLM's front: this middleware, the key's, then the framework that reads the body."""
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def completions(asked: dict[str, Any]) -> dict[str, Any]:
+        return asked
+
+    @app.middleware("http")
+    async def with_key(request: Request, call_next: Any) -> Response:
+        has_key = request.headers.get("authorization") == "Bearer key"
+        return await call_next(request) if has_key else Response(status_code=401)  # type: ignore[no-any-return]
+
+    app.add_middleware(AdmissionMiddleware)
+    LoadFile(directory / "0.json").write({DEFAULT_CLASS: 0}, 7)
+
+    async def ask(key: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return await client.post("/v1/completions", json=BODY, headers={"authorization": f"Bearer {key}"})
+
+    assert asyncio.run(ask("none")).status_code == 401
+    refused = asyncio.run(ask("key"))
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "7")
+    assert refused.json()["error"]["type"] == "overloaded_error"
+    LoadFile(directory / "0.json").write({DEFAULT_CLASS: 1}, 7)
+    app.middleware_stack = None  # the next is told at once what the engine said
+    assert asyncio.run(ask("key")).json() == BODY
 
 
 def test_what_an_engine_said_long_ago_does_not_count(directory: Path) -> None:
@@ -94,8 +215,8 @@ def test_what_an_engine_said_long_ago_does_not_count(directory: Path) -> None:
 def test_one_engine_with_room_is_enough(directory: Path) -> None:
     LoadFile(directory / "0.json").write({DEFAULT_CLASS: 0}, 1)
     LoadFile(directory / "1.json").write({DEFAULT_CLASS: 1}, 1)
-    front = Front()
-    assert [front.ask()[0] for _ in range(2)] == [200, 503]
+    with running(1) as front:
+        assert front.ask()[0] == 503
 
 
 def test_a_priority_with_a_class_of_its_own_is_counted_there(directory: Path) -> None:

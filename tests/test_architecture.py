@@ -79,6 +79,7 @@ LEVELS: list[set[str]] = [
         "edge_client.cooling",
         "edge_client.drafters",
         "edge_client.drafters.entries",
+        "edge_client.drafters.translated",
     },
     {
         "vllm_specedge.frames",

@@ -125,7 +125,7 @@ def test_the_secrets_are_made_once_for_their_owners_alone(tmp_path: Path) -> Non
     run(*service.command)
     files = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*") if path.is_file()}
     secret = {"gateway/key.pem", "gateway/cert.pem", "gateway/tokens.json", "edges/edge-draft", "edges/edge-ngram"}
-    assert files.keys() == secret | {"trust/ca.pem"}
+    assert files.keys() == secret | {"trust/ca.pem", "gateway/tokens.json.lock"}
     assert {oct(files[name].stat().st_mode & 0o777) for name in secret} == {"0o600"}
     assert oct(files["trust/ca.pem"].stat().st_mode & 0o777) == "0o644"
     tokens = json.loads(files["gateway/tokens.json"].read_text())

@@ -21,6 +21,12 @@ import httpx2 as httpx
 import pytest
 import trustme
 from certificates import write_certificate
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from prometheus_client.parser import text_string_to_metric_families
 from raw_client import pack, unpack
 from stack import BIN, Process, start, wait_for
@@ -35,6 +41,7 @@ from vllm_specedge.book import DraftBook, Row
 from vllm_specedge.config import EdgeOptions
 from vllm_specedge.counters import REQUEST_COUNTERS
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
+from vllm_specedge.fingerprint import vocabulary_fingerprint
 from vllm_specedge.frames import (
     MAX_FRAME_BYTES,
     MAX_TOKENS_PER_FRAME,
@@ -63,7 +70,8 @@ from vllm_specedge.router import ROLES
 from vllm_specedge.session import State
 from vllm_specedge.supervisor import GatewayProcess
 from vllm_specedge.tokens import TokenFile
-from vllm_specedge.web import make_app
+from vllm_specedge.vocabulary import pack_vocabulary
+from vllm_specedge.web import is_from_here, make_app
 
 DEADLINE_S = 20.0
 VOCAB_SIZE = 100
@@ -82,10 +90,14 @@ class Engine:
     endpoint: str
     book: DraftBook = field(default_factory=lambda: DraftBook(VOCAB_SIZE, 4, HoldLimits()))
     arrived: threading.Event = field(default_factory=threading.Event)
+    vocabulary: dict[str, int] = field(default_factory=dict)
+    """What the gateway may tell edges of it."""
 
     def __post_init__(self) -> None:
-        hello = EngineHello(PROTOCOL_VERSION, "toy", FINGERPRINT, VOCAB_SIZE)
-        self.link = EngineLink(self.endpoint, hello, self.arrived.set, lambda: (Stats((1, 2, 3)),))
+        fingerprint = vocabulary_fingerprint(self.vocabulary) if self.vocabulary else FINGERPRINT
+        hello = EngineHello(PROTOCOL_VERSION, "toy", fingerprint, VOCAB_SIZE)
+        packed = pack_vocabulary(self.vocabulary) if self.vocabulary else b""
+        self.link = EngineLink(self.endpoint, hello, self.arrived.set, lambda: (Stats((1, 2, 3)),), packed)
         self.link.start()
 
     def take_in(self) -> None:
@@ -369,6 +381,18 @@ def test_health_and_metrics_over_http_1(gateway: Running, engine: Engine) -> Non
         assert client.post(f"{gateway.url}/edge/v1/up").status_code == 409
 
 
+def test_a_gateway_without_an_engine_is_alive_and_not_ready(tmp_path: Path) -> None:
+    """A probe that restarts what is not alive must not restart it for want of an engine: that is another's fault."""
+    with running_gateway(tmp_path) as running, httpx.Client(trust_env=False) as client:
+        for ask in (client.get, client.head):
+            assert ask(f"{running.url}/livez").status_code == 200
+            assert ask(f"{running.url}/healthz").status_code == 503
+        engine = Engine(running.endpoint)
+        wait_for(running.process, f"{running.url}/healthz", "engines", 1)
+        assert client.get(f"{running.url}/livez").status_code == client.get(f"{running.url}/healthz").status_code == 200
+        engine.link.stop()
+
+
 def test_what_finished_requests_came_to_is_served_newest_first(gateway: Running, engine: Engine) -> None:
     number = 4_000_000_000
     with httpx.Client(trust_env=False) as client:
@@ -458,6 +482,43 @@ def test_tokens_and_tls(tmp_path: Path) -> None:
         log = gateway.process.log.read_text()
     assert pool not in log
     assert private not in log
+
+
+EC_PARAMETERS = b"-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"
+"""Of P-256: `openssl ecparam -genkey` writes them before the key."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "before"),
+    [
+        (trustme.KeyType.RSA, PrivateFormat.PKCS8, b""),
+        (trustme.KeyType.RSA, PrivateFormat.TraditionalOpenSSL, b""),
+        (trustme.KeyType.ECDSA, PrivateFormat.TraditionalOpenSSL, b""),
+        (trustme.KeyType.ECDSA, PrivateFormat.TraditionalOpenSSL, EC_PARAMETERS),
+    ],
+    ids=["RSA in PKCS#8", "PKCS#1", "SEC1", "SEC1 behind its parameters"],
+)
+def test_a_key_in_any_common_form_serves_tls(
+    tmp_path: Path, kind: trustme.KeyType, form: PrivateFormat, before: bytes
+) -> None:
+    options = write_certificate(tmp_path, trustme.CA(key_type=kind), key_type=kind, key_format=form)
+    (tmp_path / "key.pem").write_bytes(before + (tmp_path / "key.pem").read_bytes())
+    ca = str(tmp_path / "ca.pem")
+    with (
+        running_gateway(tmp_path, *options, verify=ca) as gateway,
+        httpx.Client(trust_env=False, verify=ssl.create_default_context(cafile=ca)) as client,
+    ):
+        assert client.get(f"{gateway.url}/livez").status_code == 200
+
+
+def test_a_key_with_a_passphrase_is_one_sentence_and_not_asked_for(tmp_path: Path) -> None:
+    options = write_certificate(tmp_path, trustme.CA())
+    key = load_pem_private_key((tmp_path / "key.pem").read_bytes(), None)
+    locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    (tmp_path / "key.pem").write_bytes(locked)
+    assert "without a passphrase" in failing(
+        "vllm-specedge", "gateway", *options, "--listen", f"127.0.0.1:{free_port()}"
+    )
 
 
 @pytest.mark.parametrize("how", ["option", "environment"])
@@ -626,6 +687,7 @@ def test_a_killed_gateway_is_started_again_and_everybody_comes_back(tmp_path: Pa
             engine.wait(lambda: engine.book.num_edges == 0)
             engine.wait(lambda: engine.book.num_edges == 1)
             assert engine.generate("after", 20) > 0
+        assert engine.link.num_welcomes == 2
     finally:
         engine.link.stop()
         supervisor.stop()
@@ -798,12 +860,45 @@ def test_names_of_edges_are_for_this_machine(tmp_path: Path, reader: str, is_pub
         named = Hello(PROTOCOL_VERSION, "test", "my laptop", "pool", FINGERPRINT, 4)
         gateway.router.edge_hello(1, named, "session", frozenset(ROLES))
         transport = httpx.ASGITransport(make_app(gateway), client=(reader, 1234))
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8100") as client:
             view = (await client.get("/status.json")).json()
         gateway.close()
         return [edge["name"] for edge in view["edges"]]
 
     assert asyncio.run(names()) == [shown]
+
+
+@pytest.mark.parametrize(
+    ("headers", "version", "is_here"),
+    [
+        ({"host": "localhost:8100"}, "2", True),
+        ({"host": "127.0.0.1"}, "1.1", True),
+        ({"host": "[::1]:8100"}, "1.1", True),
+        ({"host": "localhost", "user-agent": "curl/8", "x-request-id": "7"}, "1.1", True),
+        ({"host": "localhost", "forwarded": "for=192.0.2.7"}, "1.1", False),
+        ({"host": "localhost", "x-forwarded-for": "192.0.2.7"}, "1.1", False),
+        ({"host": "localhost", "x-forwarded-proto": "https"}, "1.1", False),
+        ({"host": "localhost", "x-real-ip": "192.0.2.7"}, "2", False),
+        ({"host": "localhost", "via": "1.1 vegur"}, "1.1", False),
+        ({"host": "localhost", "cf-connecting-ip": "192.0.2.7"}, "2", False),
+        ({"host": "localhost", "true-client-ip": "192.0.2.7"}, "2", False),
+        ({"host": "localhost", "x-envoy-external-address": "192.0.2.7"}, "2", False),
+        ({"host": "gpu.example.org"}, "1.1", False),
+        ({"host": "localhost.example.org"}, "1.1", False),
+        ({"host": ""}, "1.1", False),
+        ({"host": "[localhost"}, "1.1", False),
+        ({"host": "127.0.0.1:8100"}, "1.0", False),
+        ({"host": "127.0.0.1:8100"}, "1", False),
+        ({}, "2", False),
+    ],
+)
+def test_what_a_proxy_on_this_machine_asks_is_not_from_here(
+    headers: dict[str, str], version: str, is_here: bool
+) -> None:
+    """Whoever is behind it is elsewhere. One that does not say so keeps the host's name, or asks in HTTP/1.0."""
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "client": ("127.0.0.1", 1234), "http_version": version, "headers": pairs}
+    assert is_from_here(scope) == is_here
 
 
 def test_edges_are_asked_how_far_away_they_are_but_not_all_at_a_time(tmp_path: Path) -> None:

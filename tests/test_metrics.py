@@ -10,7 +10,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_specedge import book, router
-from vllm_specedge.counters import ENGINE_COUNTERS, REQUEST_COUNTERS, engine_values, request_values, step_times
+from vllm_specedge.counters import (
+    ENGINE_COUNTERS,
+    REQUEST_COUNTERS,
+    CountedSince,
+    engine_values,
+    request_values,
+    step_times,
+)
 from vllm_specedge.frames import (
     MAX_UINT32,
     PROTOCOL_VERSION,
@@ -72,6 +79,48 @@ def test_what_the_router_and_its_engines_count_is_exposed() -> None:
     assert values["specedge_gateway_assigned_total"] == 7
     for index, (name, _) in enumerate(ENGINE_COUNTERS):
         assert values[f"specedge_engine_{name}_total"] == 2 * index + 1
+
+
+def greet(router: Router, *engines: bytes) -> None:
+    for engine in engines:
+        router.from_engine(engine, EngineHello(PROTOCOL_VERSION, "toy", "f", 9))
+
+
+def decoding(seconds: float) -> Stats:
+    """What an engine says that has decoded for so long, and 1.5 times as fast as plainly."""
+    return Stats(engine_values(Counter({"decode_us": int(seconds * 1e6), "plain_decode_us": int(seconds * 1.5e6)})))
+
+
+def test_sums_go_on_past_the_wire_s_32_bits_and_when_engines_leave_or_come_back() -> None:
+    router = Router(RouterLimits())
+    greet(router, b"a", b"b")
+    sums = [0.0]
+    for minute in range(0, 300):
+        for engine in (b"a", b"b"):
+            if minute == 200:
+                router.engine_left(engine)  # and is back, and counts from there on
+                greet(router, engine)
+            router.from_engine(engine, decoding(60 * (minute - 200 if minute >= 200 else minute)))
+        values = exposed(router)
+        sums.append(values["specedge_engine_decode_us_total"])
+    router.engine_left(b"a")
+    values = exposed(router)
+    sums.append(values["specedge_engine_decode_us_total"])
+    assert sums == sorted(sums)
+    assert sums[-1] == 2 * 60e6 * (199 + 99)
+    assert values["specedge_engine_plain_decode_us_total"] / sums[-1] == 1.5
+
+
+def test_a_gateway_is_told_what_an_engine_has_counted_since_it_knows_it() -> None:
+    """The first one everything: an engine may have begun before its gateway was there."""
+    since, counters = CountedSince(), Counter({"steps": 5})
+    assert since.values(counters, 1)[0] == 5
+    counters["steps"] = 2**32 + 6
+    assert since.values(counters, 1)[0] == 6
+    assert since.values(counters, 2)[0] == 0
+    counters["steps"] += 3
+    assert since.values(counters, 2)[0] == 3
+    assert sum(since.values(counters, 2)) == 3
 
 
 @pytest.mark.parametrize("values", [(), (5,), (5,) * (len(ENGINE_COUNTERS) + 3)])

@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
+from vllm_specedge.asgi import answer_json
 from vllm_specedge.prediction import KEY, prediction_text, take_prediction
 from vllm_specedge.prediction_front import PredictionMiddleware
 
@@ -157,6 +158,45 @@ def test_extra_arguments_that_are_none_are_the_server_s_to_refuse(others: object
     asked = {"prediction": PREDICTION, "vllm_xargs": others}
     assert take_prediction(asked) == FORETOLD
     assert asked == {"vllm_xargs": others}
+
+
+def test_the_body_of_a_stranger_is_not_even_read() -> None:
+    """vLLM's own middleware, which looks at the key, comes after this one."""
+
+    async def stranger(scope: Any, receive: Any, send: Any) -> None:
+        await answer_json(send, 401, {"error": "Unauthorized"})
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    asyncio.run(PredictionMiddleware(stranger)(scope, receive, send))
+    assert sent[0]["status"] == 401
+
+
+def test_a_program_that_hangs_up_in_the_middle_of_its_request_asked_for_nothing() -> None:
+    body = json.dumps({"prediction": PREDICTION}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": True}, {"type": "http.disconnect"}]
+    got: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        got.extend([await receive(), await receive()])
+
+    async def receive() -> Any:
+        return messages[len(taken) - 1] if not taken.append(None) else None  # type: ignore[func-returns-value]
+
+    async def send(message: Any) -> None:
+        raise AssertionError
+
+    taken: list[None] = []
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    asyncio.run(PredictionMiddleware(application)(scope, receive, send))
+    assert got == messages
 
 
 def test_other_paths_and_long_bodies_are_none_of_its_business(monkeypatch: pytest.MonkeyPatch) -> None:

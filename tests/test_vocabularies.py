@@ -3,26 +3,30 @@
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from stack import wait_for
 
 from edge_client import mismatch
 from edge_client.client import EdgeClient
 from edge_client.doctor import Asked, diagnose
-from edge_client.drafters import DrafterOptions
+from edge_client.drafters import Candidate, DrafterOptions
 from edge_client.drafters.gguf import gguf_vocabulary
-from edge_client.drafters.ngram import NgramDrafter
+from edge_client.drafters.ngram import NgramDrafter, NgramSequence
+from edge_client.drafters.translated import TranslatedDrafter, Translation
 from edge_client.link import Gateway
 from edge_client.mismatch import Mismatch
-from tests.test_gateway import DEADLINE_S, Running, failing, running_gateway
+from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, failing, running_gateway
 from tests.test_gguf_drafter import GGUF
 from vllm_specedge.errors import UserError
-from vllm_specedge.fingerprint import vocabulary_fingerprint
+from vllm_specedge.fingerprint import vocabulary_fingerprint, without_fillers
 from vllm_specedge.frames import PROTOCOL_VERSION, EngineHello
 from vllm_specedge.link import EngineLink
 from vllm_specedge.tokens import TokenFile
@@ -32,6 +36,8 @@ from vllm_specedge.web import MAX_PART_BYTES
 OF_THE_DRAFT = gguf_vocabulary(GGUF)
 NEARLY = {("A<br>\nnew" if token == "Ġthe" else token): id_ for token, id_ in OF_THE_DRAFT.items()} | {"[NEW]": 49152}
 """The draft's, but for one token that is called otherwise, and one more."""
+APART = {(token if id_ % 50 else f"A<br>\n{token}"): id_ for token, id_ in OF_THE_DRAFT.items()}
+"""One of fifty tokens is another."""
 FAR = {f"{id_ * 7919 % 20011:x}": id_ for id_ in range(20011)}
 PATH = "/edge/v1/vocabularies"
 
@@ -73,46 +79,48 @@ def listed(gateway: Running) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """With an engine whose vocabulary is nearly the draft's."""
-    with running_gateway(tmp_path_factory.mktemp("gateway")) as running, engine(running, "near", NEARLY):
+    """With an engine whose vocabulary is not the draft's, though most of it is."""
+    with running_gateway(tmp_path_factory.mktemp("gateway")) as running, engine(running, "near", APART):
         until(lambda: len(listed(running)) == 1)
         yield running
 
 
 def test_an_engines_vocabulary_is_there_for_edges(gateway: Running) -> None:
-    fingerprint = vocabulary_fingerprint(NEARLY)
-    expected = pack_vocabulary(NEARLY)
+    fingerprint = vocabulary_fingerprint(APART)
+    expected = pack_vocabulary(APART)
     assert listed(gateway) == [{"fingerprint": fingerprint, "bytes": len(expected), "models": ["near"]}]
     packed = b""
     while len(packed) < len(expected):
-        answer = get(f"{url_of(gateway, NEARLY)}?offset={len(packed)}")
+        answer = get(f"{url_of(gateway, APART)}?offset={len(packed)}")
         assert answer.headers["content-type"] == "application/vnd.specedge.vocabulary"
         packed += answer.content
     assert packed == expected
-    assert unpack_vocabulary(packed, fingerprint) == NEARLY
+    assert unpack_vocabulary(packed, fingerprint) == APART
     assert get(url_of(gateway, FAR)).status_code == 404
 
 
 def test_no_answer_has_more_than_a_window_of_it(gateway: Running) -> None:
     """Of what was not read, a gateway would have to hold a copy for each reader."""
-    packed = pack_vocabulary(NEARLY)
+    packed = pack_vocabulary(APART)
     for offset in (0, 1, MAX_PART_BYTES, len(packed) - 5, len(packed), 1 << 70):
-        assert get(f"{url_of(gateway, NEARLY)}?offset={offset}").content == packed[offset : offset + MAX_PART_BYTES]
+        assert get(f"{url_of(gateway, APART)}?offset={offset}").content == packed[offset : offset + MAX_PART_BYTES]
     assert len(packed) > 4 * MAX_PART_BYTES
     assert MAX_PART_BYTES < 65_535
     for wrong in ("-1", "x", ""):
-        assert get(f"{url_of(gateway, NEARLY)}?offset={wrong}").status_code == 422
+        assert get(f"{url_of(gateway, APART)}?offset={wrong}").status_code == 422
 
 
 def test_two_engines_of_a_family_have_one_and_one_of_another_its_own(tmp_path: Path) -> None:
     with running_gateway(tmp_path) as gateway:
         with engine(gateway, "b", FAR), engine(gateway, "a", FAR):
             until(lambda: [each["models"] for each in listed(gateway)] == [["a", "b"]])
-            with engine(gateway, "near", NEARLY):
+            with engine(gateway, "near", APART):
                 until(lambda: len(listed(gateway)) == 2)
-                assert get(url_of(gateway, NEARLY)).status_code == get(url_of(gateway, FAR)).status_code == 200
+                assert get(url_of(gateway, APART)).status_code == get(url_of(gateway, FAR)).status_code == 200
                 # The one that is most alike is what a draft is compared with.
-                assert "not that of near: 3 of" in failing("edge-client", "connect", gateway.url, "--draft", str(GGUF))
+                assert "not that of near: 1,968 of" in failing(
+                    "edge-client", "connect", gateway.url, "--draft", str(GGUF)
+                )
         until(lambda: get(url_of(gateway, FAR)).status_code == 404)
         assert listed(gateway) == []
 
@@ -124,7 +132,7 @@ def test_it_is_for_those_who_may_connect(tmp_path: Path) -> None:
     with running_gateway(tmp_path, "--tokens-file", str(tokens.path)) as gateway, engine(gateway, "toy", FAR):
         until(lambda: get(url_of(gateway, FAR), token).status_code == 200)
         for wrong in ("", "se-wrong", revoked):
-            for url in (url_of(gateway, FAR), url_of(gateway, NEARLY), f"{gateway.url}{PATH}"):
+            for url in (url_of(gateway, FAR), url_of(gateway, APART), f"{gateway.url}{PATH}"):
                 answer = get(url, wrong)
                 assert answer.status_code == 401
                 assert answer.json().keys() == {"detail"}
@@ -146,9 +154,9 @@ def test_an_engine_that_sends_none_or_another_is_an_engine_all_the_same(tmp_path
 
 
 SENTENCE = (
-    "The draft's vocabulary is not that of near: 3 of 49,154 tokens differ, namely "
-    "'A<br>?new' (id 260 there, none here), 'Ġthe' (none there, id 260 here), '[NEW]' (id 49152 there, none here): "
-    "choose a draft of the same family, or draft with 'ngram'."
+    "The draft's vocabulary is not that of near: 1,968 of 50,136 tokens differ, such as "
+    "'<|endoftext|>' (none there, id 0 here), 'A<br>?<|endoftext|>' (id 0 there, none here), 'A<br>?B' (id 50 there, "
+    "none here): choose a draft of the same family, or draft with 'ngram'."
 )
 
 
@@ -172,6 +180,145 @@ def test_doctor_says_it_too(gateway: Running) -> None:
     assert said["vocabulary"] == SENTENCE
 
 
+@dataclass
+class Own(NgramDrafter):
+    """A draft that looks back, and like a model knows no other ids than its vocabulary's."""
+
+    vocabulary: dict[str, int]
+
+    def __post_init__(self) -> None:
+        self.fingerprint = vocabulary_fingerprint(self.vocabulary)
+
+    def open(self) -> NgramSequence:
+        return OwnSequence(set(self.vocabulary.values()))
+
+
+class OwnSequence(NgramSequence):
+    def __init__(self, ids: set[int]) -> None:
+        super().__init__()
+        self.ids = ids
+
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        assert self.ids.issuperset(tokens)
+        return super().append(tokens, width)
+
+
+TARGET = {f"t{id_}": id_ for id_ in range(100)}
+"""The engine's, which says the first ten again and again."""
+WITHOUT_ONE = {token: id_ for token, id_ in TARGET.items() if token != "t9"}
+MOVED = TARGET | {"t3": 5, "t5": 3, "t8": 120, "new": 8}
+RENAMED = {("tnine" if token == "t9" else token): id_ for token, id_ in TARGET.items()}
+WITH_MORE = TARGET | {f"more{id_}": id_ for id_ in range(100, 200)}
+
+
+@pytest.mark.parametrize(
+    ("own", "share", "said"),
+    [
+        (WITHOUT_ONE, 0.5, "1 of 100 tokens differs, namely 't9' (id 9 there, none here)"),
+        (RENAMED, 0.5, "2 of 101 tokens differ, namely 't9' (id 9 there, none here), 'tnine' (none there, id 9 here)"),
+        (MOVED, 0.9, "4 of 101 tokens differ, such as 't3' (id 3 there, 5 here), 't5' (id 5 there, 3 here)"),
+        (WITH_MORE, 0.9, "100 of 200 tokens differ, such as 'more100' (none there, id 100 here)"),
+    ],
+    ids=["one token less", "one is called otherwise", "some have other ids", "many more"],
+)
+def test_a_draft_that_lacks_hardly_anything_drafts_and_says_what_differs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, own: dict[str, int], share: float, said: str
+) -> None:
+    with running_gateway(tmp_path) as gateway:
+        engine = Engine(gateway.endpoint, vocabulary=TARGET)
+        try:
+            until(lambda: len(listed(gateway)) == 1)
+            client = EdgeClient(Gateway(gateway.url), Own(own), "edge", own_vocabulary=lambda: own)
+            with edge_in_thread(client):
+                # Each answer of the engine's is one token more than it took of the draft.
+                assert engine.generate("one", 100) >= share * 100 * 0.5
+            assert client.speculation.stats.num_requests == 1
+        finally:
+            engine.link.stop()
+    assert said in caplog.text
+    assert "it drafts all the same" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_an_edge_that_fitted_one_server_fits_the_next(tmp_path: Path) -> None:
+    """Gateway and engine are replaced by others: of the draft's own vocabulary, and of another that is nearly it."""
+    client = EdgeClient(Gateway(""), Own(MOVED), "edge", own_vocabulary=lambda: MOVED)
+    with ExitStack() as edges:
+        for vocabulary in (TARGET, MOVED, RENAMED):
+            directory = tmp_path / vocabulary_fingerprint(vocabulary)[:8]
+            directory.mkdir()
+            with running_gateway(directory) as gateway:
+                engine = Engine(gateway.endpoint, vocabulary=vocabulary)
+                try:
+                    until(lambda at=gateway: len(listed(at)) == 1)  # type: ignore[misc]
+                    client.gateway = Gateway(gateway.url)
+                    if vocabulary is TARGET:
+                        edges.enter_context(edge_in_thread(client))
+                    assert engine.generate("one", 20) > 0
+                finally:
+                    engine.link.stop()
+
+
+tokens = st.text(max_size=3) | st.sampled_from(["Ġ", "▁▁", "  ", "[PAD7]"])
+
+
+@given(*[st.lists(tokens, min_size=1, max_size=12, unique=True).flatmap(st.permutations)] * 2)
+def test_what_both_have_is_translated_there_and_back(target_tokens: list[str], draft_tokens: list[str]) -> None:
+    target, draft = ({token: id_ for id_, token in enumerate(each)} for each in (target_tokens, draft_tokens))
+    packed, fingerprint = pack_vocabulary(target), vocabulary_fingerprint(target)
+    to_draft, to_target = mismatch._compared("toy", fingerprint, packed, without_fillers(draft)).translation
+    for token in without_fillers(target).keys() & without_fillers(draft).keys():
+        assert to_draft.get(target[token], target[token]) == draft[token]
+        assert to_target.get(draft[token], draft[token]) == target[token]
+    known = set(without_fillers(draft).values()) | {0}
+    assert {to_draft.get(id_, id_) for id_ in without_fillers(target).values()} <= known
+
+
+def test_branches_are_translated_too() -> None:
+    asked: list[object] = []
+
+    class Forked(NgramSequence):
+        def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+            asked.append((tokens, parents, width))
+            return [[Candidate(7, 0.5), Candidate(8, 0.3)], [Candidate(1, 0.2)]]
+
+    class Forking(NgramDrafter):
+        def open(self) -> NgramSequence:
+            return Forked()
+
+    drafter = TranslatedDrafter(Forking(), Translation({1: 7, 3: 4}, {7: 1, 8: None}), "f")
+    assert drafter.fingerprint == "f"
+    found = drafter.open().branch([1, 2, 3], [0, 0, 1], 2)
+    assert asked == [([7, 2, 4], [0, 0, 1], 2)]
+    assert found == [[Candidate(1, 0.5)], [Candidate(1, 0.2)]]
+
+
+def test_spaces_that_are_written_otherwise_are_no_difference(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in GGUF files of Gemma, whose runs of `▁` are runs of spaces."""
+    target = TARGET | {"▁" * number: 100 + number for number in range(2, 32)}
+    own = TARGET | {" " * number: 100 + number for number in range(2, 32)}
+    with running_gateway(tmp_path) as gateway, engine(gateway, "gemma", target):
+        until(lambda: len(listed(gateway)) == 1)
+        client = EdgeClient(Gateway(gateway.url), Own(own), "edge", own_vocabulary=lambda: own)
+        with edge_in_thread(client):
+            assert client.model == "gemma"
+    assert "differ" not in caplog.text
+
+
+def test_doctor_says_that_a_draft_fits_though_something_differs(tmp_path: Path) -> None:
+    with running_gateway(tmp_path) as gateway, engine(gateway, "near", NEARLY):
+        until(lambda: len(listed(gateway)) == 1)
+        options = DrafterOptions(str(GGUF), device="cpu", threads=1)
+        found = diagnose(Asked(Gateway(gateway.url), options, "pool", "test", 0, 5, None))
+    [check] = [check for check in found.checks if check.name == "vocabulary"]
+    assert check.is_good
+    assert check.text == (
+        "The draft's vocabulary is not quite that of near: 3 of 49,154 tokens differ, namely "
+        "'A<br>?new' (id 260 there, none here), 'Ġthe' (none there, id 260 here), '[NEW]' (id 49152 there, none here): "
+        "it drafts all the same, and is wrong where the target says what it does not have."
+    )
+
+
 class Other(NgramDrafter):
     """A draft that no engine has the vocabulary of."""
 
@@ -193,8 +340,6 @@ def test_what_cannot_be_explained_is_refused_as_before(gateway: Running, monkeyp
 
     assert refusal(gateway.url, fail) == before
     assert refusal(gateway.url, dict) == before, "it is not known"
-    assert refusal(gateway.url, lambda: NEARLY) == before, "nothing differs"
-    assert "1 of 49,154 tokens differs, namely '[X]' (none" in refusal(gateway.url, lambda: {**NEARLY, "[X]": 60000})
     monkeypatch.setattr(mismatch, "PATH", "/edge/v1/none")  # a gateway of another release
     assert refusal(gateway.url, lambda: FAR) == before
     monkeypatch.setattr(mismatch, "PATH", "/healthz")  # an answer of another kind
@@ -209,10 +354,17 @@ def test_the_sentence() -> None:
         Difference("foo", 17, 20),
         Difference("bar", 18, None),
         Difference("x" * 30, None, 3),
-        *[("y", 1, 2)] * 1211,
+        *[Difference("y", 1, 2)] * 1000,
+        *[Difference("z", 1, None)] * 1515,
     ]
+    assert str(Mismatch("a\x1b[31mmodel", found[:-2], 151665)) == (
+        "The draft's vocabulary is not quite that of a?[31mmodel: 2,516 of 151,665 tokens differ, such as "
+        "'foo' (id 17 there, 20 here), 'bar' (id 18 there, none here), 'xxxxxxxxxxxxxxxxxxxxxxxx...' (none there, id 3 "
+        "here): it drafts all the same, and is wrong where the target says what it does not have."
+    )
+    found += [Difference("more than one of a hundred", 1, None)]
     assert str(Mismatch("a\x1b[31mmodel", found, 151665)) == (
-        "The draft's vocabulary is not that of a?[31mmodel: 1,214 of 151,665 tokens differ, such as "
+        "The draft's vocabulary is not that of a?[31mmodel: 2,519 of 151,665 tokens differ, such as "
         "'foo' (id 17 there, 20 here), 'bar' (id 18 there, none here), 'xxxxxxxxxxxxxxxxxxxxxxxx...' (none there, id 3 "
         "here): choose a draft of the same family, or draft with 'ngram'."
     )

@@ -5,19 +5,19 @@
 
 Each engine writes a few numbers to a file beside its socket, some times a second (`LoadFile`); the front looks at them.
 Rule 1: in doubt a request is let in. An engine that has nothing to do writes nothing, so what is old does not count.
-Rule 2: the same answer as an overloaded OpenAI service gives, which its clients know to try again: 503, Retry-After.
+Rule 2: what is refused by somebody else, and what is over, has no place.
+Rule 3: the same answer as an overloaded OpenAI service gives, which its clients know to try again: 503, Retry-After.
 """
 
 import json
 import os
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from vllm_specedge.asgi import App, Receive, Send, answer_json, read_body
+from vllm_specedge.asgi import App, Receive, Refusal, Scope, Send, pass_on
 
 LOAD_VARIABLE = "SPECEDGE_LOAD"
 """The directory of the engines' load files; set by the front end when there are targets, inherited by its engines."""
@@ -77,17 +77,26 @@ class _Front:
                 said = json.loads(Path(entry.path).read_text())
                 self.room[name], self.retry_after_s = dict(said["room"]), said["retry_after_s"]
 
-    def take(self, class_: str) -> bool:
-        """Whether one more request is let in: some engine has room for it, or none has said anything of late."""
+    def take(self, class_: str) -> dict[str, int] | None:
+        """A place for one more request, to be given back when it is over: what an engine said that has room for it.
+
+        None if no engine has. If none has said anything of late, all have.
+        """
         self.look()
         best = max(self.room.values(), key=lambda room: _room(room, class_), default=None)
         if best is None:
-            return True
+            return {}
         if _room(best, class_) <= 0:
-            return False
+            return None
         for name in best:
             best[name] -= 1
-        return True
+        return best
+
+    def give_back(self, place: dict[str, int]) -> None:
+        """A request is over, which an engine may have had or not. What the engine says later knows of that by itself,
+        and is another place than this."""
+        for name in place:
+            place[name] += 1
 
 
 def _room(room: Mapping[str, int], class_: str) -> int:
@@ -102,15 +111,22 @@ class AdmissionMiddleware:
         directory = os.environ.get(LOAD_VARIABLE)
         self._front = _Front(Path(directory)) if directory else None
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if self._front is None or scope["type"] != "http" or not scope["path"].endswith(_PATHS):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        front = self._front
+        if front is None or scope["type"] != "http" or not scope["path"].endswith(_PATHS):
             await self._app(scope, receive, send)
             return
-        body, _, receive = await read_body(receive, MAX_BODY_BYTES)
-        if self._front.take(_priority(body)):
-            await self._app(scope, receive, send)
-        else:
-            await _refuse(send, self._front.retry_after_s)
+        place: dict[str, int] | None = None
+
+        def look(body: bytes, is_whole: bool) -> Refusal | None:
+            nonlocal place
+            place = front.take(_priority(body))
+            return _refusal(front.retry_after_s) if place is None else None
+
+        try:
+            await pass_on(self._app, scope, receive, send, MAX_BODY_BYTES, look)
+        finally:
+            front.give_back(place or {})
 
 
 def _priority(body: bytes) -> str:
@@ -121,7 +137,7 @@ def _priority(body: bytes) -> str:
     return str(priority)
 
 
-async def _refuse(send: Send, retry_after_s: int) -> None:
+def _refusal(retry_after_s: int) -> Refusal:
     text = "The server is at its limit: it could not answer within its latency targets. Try again later."
     error = {"message": text, "type": "overloaded_error", "param": None, "code": 503}
-    await answer_json(send, 503, {"error": error}, {b"retry-after": str(retry_after_s).encode()})
+    return Refusal(503, {"error": error}, {b"retry-after": str(retry_after_s).encode()})

@@ -1,16 +1,73 @@
-"""What our ASGI middlewares share: a request's body, read and still there to be read, and an answer in JSON."""
+"""What our ASGI middlewares share: a request's body, looked at on its way to the application, and an answer in JSON.
+
+vLLM runs its users' middlewares before its own, which looks at the API key. So a body is looked at when the application
+asks for it, and not before: by then it has let its sender in. Whom it refuses costs nothing here.
+"""
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from starlette.requests import ClientDisconnect
+
 Message: TypeAlias = MutableMapping[str, Any]
+Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-async def read_body(receive: Receive, limit_bytes: int) -> tuple[bytes, bool, Receive]:
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer in the application's place."""
+
+    status: int
+    said: object
+    headers: Mapping[bytes, bytes] = field(default_factory=dict)
+
+
+Look: TypeAlias = Callable[[bytes, bool], bytes | Refusal | None]
+"""Of a body, and whether that is all of it: what the application gets instead, or None: what came."""
+
+
+async def pass_on(app: App, scope: Scope, receive: Receive, send: Send, limit_bytes: int, look: Look) -> None:
+    """Run an application. `look` is called once, with the body up to the message that reaches the limit."""
+    inner = {**scope, "headers": list(scope["headers"])}
+    again: Receive | None = None
+    is_refused = False
+
+    async def looked_at() -> Message:
+        nonlocal again, is_refused
+        if again is None:
+            body, is_whole, again = await _read_body(receive, limit_bytes)
+            found = look(body, is_whole)
+            if isinstance(found, Refusal):
+                is_refused = True
+                await answer_json(send, found.status, found.said, found.headers)
+                again = _first([{"type": "http.disconnect"}], receive)
+            elif found is not None:
+                _set_length(inner["headers"], len(found))
+                again = _first([{"type": "http.request", "body": found, "more_body": False}], receive)
+        return await again()
+
+    async def unless_refused(message: Message) -> None:
+        if not is_refused:
+            await send(message)
+
+    try:
+        await app(inner, looked_at, unless_refused)
+    except ClientDisconnect:
+        if not is_refused:
+            raise
+
+
+def _set_length(headers: list[tuple[bytes, bytes]], num_bytes: int) -> None:
+    """In place: the application has this list already."""
+    headers[:] = [*(pair for pair in headers if pair[0] != b"content-length"), (b"content-length", b"%d" % num_bytes)]
+
+
+async def _read_body(receive: Receive, limit_bytes: int) -> tuple[bytes, bool, Receive]:
     """A request's body, up to the message that reaches the limit; whether that is all; a way to read it again."""
     messages = [await receive()]
     size = len(messages[0].get("body", b""))
@@ -18,10 +75,11 @@ async def read_body(receive: Receive, limit_bytes: int) -> tuple[bytes, bool, Re
         messages.append(await receive())
         size += len(messages[-1].get("body", b""))
     body = b"".join(message.get("body", b"") for message in messages)
-    return body, not messages[-1].get("more_body"), first(messages, receive)
+    is_whole = messages[-1]["type"] == "http.request" and not messages[-1].get("more_body")
+    return body, is_whole, _first(messages, receive)
 
 
-def first(messages: list[Message], receive: Receive) -> Receive:
+def _first(messages: list[Message], receive: Receive) -> Receive:
     """These, and then what `receive` has."""
     left = iter(messages)
 

@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vllm_specedge import __version__
 from vllm_specedge.config import check_endpoint, parse_options
@@ -18,7 +19,7 @@ from vllm_specedge.errors import UserError
 from vllm_specedge.log_format import LogFormat, begin_logging
 from vllm_specedge.policy import HoldLimits
 from vllm_specedge.supervisor import USER_ERROR_STATUS
-from vllm_specedge.tokens import TokenFile
+from vllm_specedge.tokens import TokenFile, expiry_s
 
 app = typer.Typer(
     help="Edge-drafted speculative decoding for vLLM.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -39,7 +40,7 @@ def gateway(
     listen: Annotated[str, typer.Option(help="Where edges connect, HOST:PORT.")] = "127.0.0.1:8100",
     tokens_file: Annotated[str, typer.Option(help="Made by 'vllm-specedge token issue'.")] = "",
     tls_cert: Annotated[str, typer.Option(help="PEM certificate chain.")] = "",
-    tls_key: Annotated[str, typer.Option(help="PEM private key, PKCS#8.")] = "",
+    tls_key: Annotated[str, typer.Option(help="PEM private key, without a passphrase.")] = "",
     tls_client_ca: Annotated[str, typer.Option(help="Edges must show a certificate of this authority.")] = "",
     insecure: Annotated[bool, typer.Option("--insecure", help="Beyond loopback without TLS or tokens.")] = False,
     credit_tokens: Annotated[int, typer.Option(help="How far past the last commit edges may draft.")] = 32,
@@ -171,8 +172,7 @@ def issue(
     tokens_file: TokensFile = DEFAULT_TOKENS_FILE,
 ) -> None:
     """Make a token and print it, once."""
-    expires_s = time.time() + days * 86400 if days else 0.0
-    typer.echo(TokenFile(tokens_file).issue(name, role, expires_s, max_edges))
+    typer.echo(TokenFile(tokens_file).issue(name, role, expiry_s(days, time.time()), max_edges))
     typer.echo(f"Written to {tokens_file}: name it to the server as its tokens_file.", err=True)
 
 
@@ -181,9 +181,21 @@ def list_tokens(tokens_file: TokensFile = DEFAULT_TOKENS_FILE) -> None:
     """Show the tokens there are, not their secrets."""
     table = Table("name", "role", "expires", "edges")
     for record in TokenFile(tokens_file).records():
-        expires = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.expires_s)) if record.expires_s else "never"
-        table.add_row(record.name, record.role, expires, str(record.max_edges or "any"))
+        table.add_row(Text(_shown(record.name)), record.role, _end(record.expires_s), str(record.max_edges or "any"))
     Console().print(table)
+
+
+def _end(expires_s: float) -> str:
+    """When a token ends, as people read it; an earlier release took times that no calendar has."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(expires_s)) if expires_s else "never"
+    except (ValueError, OverflowError, OSError):
+        return "never" if expires_s > 0 else "long ago"
+
+
+def _shown(name: str) -> str:
+    """A name that an earlier release took, or a hand wrote, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 @token_app.command()

@@ -1,6 +1,8 @@
 """What an operator can set, each option documented where it is defined. Unknown keys are errors."""
 
 import ipaddress
+import os
+import sys
 from collections.abc import Mapping
 from math import inf
 from typing import Literal, Self
@@ -11,6 +13,8 @@ from vllm_specedge.errors import UserError
 from vllm_specedge.slo import Target, Targets
 
 DEFAULT_SPEC_TOKENS = 5
+MAX_SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
+"""Of a socket in the file system (unix(7), sun_path)."""
 MAX_SPEC_TOKENS = 128
 """vLLM's rejection sampler takes no longer draft (v1/sample/rejection_sampler.py, MAX_SPEC_LEN)."""
 
@@ -40,7 +44,8 @@ class EdgeOptions(BaseModel):
     tls_cert: str = ""
     """PEM certificate chain of the gateway; with it, only TLS is spoken."""
     tls_key: str = ""
-    """Its private key, PEM in PKCS#8 form. When either file changes, the gateway starts anew with the new ones."""
+    """Its private key, PEM (PKCS#8, PKCS#1 or SEC1), without a passphrase. When either file changes, the gateway starts
+    anew with the new ones."""
     tls_client_ca: str = ""
     """Take only edges that show a certificate of this authority (PEM), beside their token."""
     insecure: bool = False
@@ -144,6 +149,8 @@ def check_endpoint(endpoint: str, insecure: bool) -> None:
     """An engine endpoint carries prompts in the clear and trusts who dials in: a socket file or loopback."""
     scheme, _, rest = endpoint.partition("://")
     if scheme == "ipc" and rest:
+        if len(os.fsencode(rest)) > MAX_SOCKET_PATH_BYTES:
+            raise ValueError(f"a socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes, unlike '{rest}'")
         return
     if scheme != "tcp":
         raise ValueError(f"'{endpoint}' is no endpoint such as ipc:///run/specedge.sock or tcp://127.0.0.1:8101")

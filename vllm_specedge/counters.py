@@ -64,9 +64,31 @@ ENGINE_COUNTERS = (
 """What an engine reports in Stats, in this order: the same over all requests, and what is counted only in total."""
 
 
+WRAP = 2**32
+"""Where counters in Stats begin again at 0."""
+
+
 def engine_values(counters: Counter[str]) -> tuple[int, ...]:
-    """An engine's counters as Stats carries them; they wrap at 2**32, as a restart would reset them."""
-    return tuple(counters[name] % 2**32 for name, _ in ENGINE_COUNTERS)
+    """An engine's counters as Stats carries them."""
+    return tuple(counters[name] % WRAP for name, _ in ENGINE_COUNTERS)
+
+
+class CountedSince:
+    """What a gateway is told of an engine's counters: what was counted since it welcomed the engine.
+
+    So a gateway adds what it hears to its sums, whoever comes back to whom. The first is told everything, since an
+    engine may serve before it finds a gateway.
+    """
+
+    def __init__(self) -> None:
+        self._before: Counter[str] = Counter()
+        self._num_welcomes = 1
+
+    def values(self, counters: Counter[str], num_welcomes: int) -> tuple[int, ...]:
+        """As Stats carries them. `num_welcomes`: so many times the engine was welcomed by now, by whichever gateway."""
+        if num_welcomes > self._num_welcomes:
+            self._before, self._num_welcomes = Counter(counters), num_welcomes
+        return engine_values(Counter({name: counters[name] - self._before[name] for name, _ in ENGINE_COUNTERS}))
 
 
 @dataclass(frozen=True, slots=True)

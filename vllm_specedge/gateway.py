@@ -16,7 +16,7 @@ from pathlib import Path
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
-from vllm_specedge.config import EdgeOptions, is_loopback
+from vllm_specedge.config import EdgeOptions
 from vllm_specedge.counters import groups_of
 from vllm_specedge.engine_socket import EngineSocket
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
@@ -329,11 +329,11 @@ class Gateway:
         except Exception:  # noqa: BLE001 - the outermost edge of this message
             self._failed("A message of an engine's failed")
 
-    def view(self, reader: str) -> dict[str, object]:
-        """What the status page shows to a reader at this address."""
+    def view(self, is_from_here: bool) -> dict[str, object]:
+        """What the status page shows, to a reader on this machine or elsewhere."""
         now_s = time.monotonic()
         rtts_s = {each.id: each.rtt_s for each in self._connections.values() if each.rtt_s is not None}
-        has_names = self._has_public_names or is_loopback(reader)
+        has_names = self._has_public_names or is_from_here
         return self._overview.view(self.router, rtts_s, now_s, has_names)
 
     def _from_engine(self, engine: bytes, frame: Frame) -> None:

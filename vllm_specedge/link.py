@@ -36,6 +36,7 @@ logger = logging.getLogger("vllm_specedge.link")
 
 _BEAT_S = 1.0
 _LOST_S = 5.0
+_UNANSWERED_S = 60.0
 _MAX_RECEIVED = 256
 _MAX_INBOX = 65_536
 """Frames that wait for the scheduler; more are dropped, oldest first. A step takes in all that there are."""
@@ -85,7 +86,12 @@ class EngineLink(threading.Thread):
         self._remote = context.socket(zmq.PAIR)
         self._remote.setsockopt(zmq.LINGER, 0)
         self._remote.connect(f"inproc://specedge-{id(self)}")
+        self.num_welcomes = 0
+        """By gateways, so far: the same one after an interruption, or another one."""
         self._is_welcome = False
+        self._endpoint = endpoint
+        self._unanswered_s = time.monotonic() + _UNANSWERED_S
+        """When that is said, once."""
         self._refusal = ""
         self._heard_s = time.monotonic()
         self._wake_at_s: float | None = None
@@ -167,6 +173,10 @@ class EngineLink(threading.Thread):
             self._post(b"".join(map(encode, (Ping(int(now_s * 1000) % 2**32), *self._stats()))))
         else:
             self._post(encode(self._hello))
+            if now_s > self._unanswered_s:
+                self._unanswered_s = math.inf
+                text = "No gateway answers at %s: no edge drafts for this engine until one does"
+                logger.warning(text, self._endpoint)
 
     def _obey(self) -> bool:
         while True:
@@ -216,7 +226,8 @@ class EngineLink(threading.Thread):
                 part = self._vocabulary[frame.offset : frame.offset + MAX_DATA_BYTES]
                 self._post(encode(VocabularyPart(frame.offset, part)))
             case EngineWelcome():
-                self._is_welcome = True
+                self._is_welcome, self._unanswered_s = True, math.inf
+                self.num_welcomes += 1
                 self.inbox.append((now_s, frame))
             case Bye():
                 if frame.code != ByeCode.GOING_AWAY and frame.text != self._refusal:

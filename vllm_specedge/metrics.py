@@ -96,10 +96,7 @@ class RouterCollector(Collector):
         yield GaugeMetricFamily("specedge_requests", "Live requests known to the gateway.", router.num_requests)
         for name, help_text in GATEWAY_COUNTERS:
             yield CounterMetricFamily(f"specedge_gateway_{name}", help_text, router.counters[name])
-        engines = router.engine_counters()
-        for index, (name, help_text) in enumerate(ENGINE_COUNTERS):
-            # An engine of another release may know fewer counters, or more.
-            total = sum(values[index] for values in engines if index < len(values))
+        for (name, help_text), total in zip(ENGINE_COUNTERS, router.engine_totals, strict=True):
             yield CounterMetricFamily(f"specedge_engine_{name}", help_text, total)
         yield from self._step_times()
 

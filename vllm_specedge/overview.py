@@ -35,23 +35,17 @@ _NAMES = (
 )
 _SOURCES = ("", "ngram_", "prediction_")
 _INDICES = tuple(next(i for i, (known, _) in enumerate(ENGINE_COUNTERS) if known == name) for name in _NAMES)
-_WRAP = 2**32
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
     at_s: float
     totals: tuple[int, ...]
-    """In the order of _NAMES: what all engines have counted since they were first seen."""
+    """In the order of _NAMES: what all engines have counted."""
 
 
 def _ratio(part: float, whole: float) -> float | None:
     return round(part / whole, 3) if whole > 0 else None
-
-
-def _at(values: Sequence[int], index: int) -> int:
-    """An engine of another release may count less."""
-    return values[index] if index < len(values) else 0
 
 
 class Overview:
@@ -60,9 +54,6 @@ class Overview:
     def __init__(self) -> None:
         self._samples: deque[_Sample] = deque(maxlen=int(HOUR_S / SAMPLE_S) + 1)
         self._groups: deque[Group] = deque(maxlen=MAX_GROUPS)
-        self._totals = (0,) * len(_NAMES)
-        self._seen: dict[bytes, tuple[int, ...]] = {}
-        """What each engine had counted last; what it counted before it was known here is nobody's."""
         self._edge_tokens: dict[int, int] = {}
         self._edge_rates: dict[int, float] = {}
 
@@ -75,24 +66,13 @@ class Overview:
         if self._samples and now_s - self._samples[-1].at_s < SAMPLE_S:
             return
         since_s = now_s - self._samples[-1].at_s if self._samples else 0.0
-        self._count(router)
-        self._samples.append(_Sample(now_s, self._totals))
+        self._samples.append(_Sample(now_s, tuple(router.engine_totals[index] for index in _INDICES)))
         tokens = {edge: info.num_committed_tokens for edge, info in router.edges.items()}
         self._edge_rates = {
             edge: (number - self._edge_tokens.get(edge, number)) / since_s if since_s else 0.0
             for edge, number in tokens.items()
         }
         self._edge_tokens = tokens
-
-    def _count(self, router: Router) -> None:
-        """Add what engines have counted since the last time; they come, go and wrap around."""
-        counted = {name: engine.counters for name, engine in router.engines.items() if engine.counters}
-        now = {name: tuple(_at(values, index) for index in _INDICES) for name, values in counted.items()}
-        for name, values in now.items():
-            before = self._seen.get(name, values)
-            triples = zip(self._totals, values, before, strict=True)
-            self._totals = tuple(total + (new - old) % _WRAP for total, new, old in triples)
-        self._seen = now
 
     def view(
         self, router: Router, rtts_s: Mapping[int, float], now_s: float, has_names: bool = True

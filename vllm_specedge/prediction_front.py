@@ -12,10 +12,10 @@ import asyncio
 import copy
 import json
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
-from vllm_specedge.asgi import App, Message, Receive, Send, answer_json, first, read_body
+from vllm_specedge.asgi import App, Message, Receive, Refusal, Scope, Send, pass_on
 from vllm_specedge.prediction import KEY, Prediction, take_prediction
 
 logger = logging.getLogger("vllm.specedge.prediction")
@@ -35,29 +35,31 @@ class PredictionMiddleware:
         self._app = app
         self._encode: Encode | None = None
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(_PATHS):
             await self._app(scope, receive, send)
             return
-        body, is_whole, again = await read_body(receive, MAX_BODY_BYTES)
-        asked = _asked(body) if is_whole else None
-        if asked is None:
-            await self._app(scope, again, send)
-            return
-        try:
-            text = take_prediction(asked)
-        except ValueError as error:
-            refusal = {"message": str(error), "type": "invalid_request_error", "param": "prediction", "code": 400}
-            await answer_json(send, 400, {"error": refusal})
-            return
-        if not text:
-            await self._app(scope, again, send)
-            return
-        body = json.dumps(asked).encode()
-        whole: Message = {"type": "http.request", "body": body, "more_body": False}
-        await self._app(_with_length(scope, len(body)), first([whole], receive), self._answer(scope, send, text))
+        answer = send
 
-    def _answer(self, scope: MutableMapping[str, Any], send: Send, text: str) -> Send:
+        def look(body: bytes, is_whole: bool) -> bytes | Refusal | None:
+            nonlocal answer
+            asked = _asked(body) if is_whole else None
+            try:
+                text = take_prediction(asked) if asked is not None else ""
+            except ValueError as error:
+                said = {"message": str(error), "type": "invalid_request_error", "param": "prediction", "code": 400}
+                return Refusal(400, {"error": said})
+            if not text:
+                return None
+            answer = self._answer(scope, send, text)
+            return json.dumps(asked).encode()
+
+        async def answered(message: Message) -> None:
+            await answer(message)
+
+        await pass_on(self._app, scope, receive, answered, MAX_BODY_BYTES, look)
+
+    def _answer(self, scope: Scope, send: Send, text: str) -> Send:
         async def usage(answers: list[str]) -> dict[str, int]:
             try:
                 return await asyncio.to_thread(prediction_usage, text, answers, self._encoder(scope))
@@ -67,7 +69,7 @@ class PredictionMiddleware:
 
         return Answer(send, usage)
 
-    def _encoder(self, scope: MutableMapping[str, Any]) -> Encode:
+    def _encoder(self, scope: Scope) -> Encode:
         """A tokenizer of its own: the server's is in use on other threads, and cannot be shared with them."""
         if self._encode is None:
             tokenizer = copy.deepcopy(scope["app"].state.engine_client.get_tokenizer())
@@ -165,8 +167,3 @@ def _asked(body: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None  # the application has something to say about it
     return asked if isinstance(asked, dict) else None
-
-
-def _with_length(scope: MutableMapping[str, Any], num_bytes: int) -> MutableMapping[str, Any]:
-    kept = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
-    return {**scope, "headers": [*kept, (b"content-length", str(num_bytes).encode())]}

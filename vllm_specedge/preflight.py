@@ -56,9 +56,15 @@ def check_certificate(options: EdgeOptions) -> None:
     certificate, key, authority = options.tls_cert, options.tls_key, options.tls_client_ca
     if not certificate:
         return
+
+    def passphrase() -> str:
+        # Nobody is there to be asked: the web server's threads, and a gateway that its engine starts, have no terminal.
+        hint = f"'openssl pkey -in {key}' writes one"
+        raise UserError(f"The key {key} is encrypted: give one without a passphrase, in a file of its own ({hint}).")
+
     try:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(certificate, key, passphrase)
         if authority:
             context.load_verify_locations(authority)
     except (OSError, ssl.SSLError) as error:

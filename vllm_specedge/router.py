@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from vllm_specedge.counters import ACCEPTED, VERIFIED
+from vllm_specedge.counters import ACCEPTED, ENGINE_COUNTERS, VERIFIED, WRAP
 from vllm_specedge.errors import ByeCode, RemoteProtocolError
 from vllm_specedge.frames import (
     PROTOCOL_VERSION,
@@ -103,7 +103,8 @@ class RequestReport:
 class _Engine:
     hello: EngineHello
     number: int
-    counters: tuple[int, ...] = ()
+    counters: list[int] = field(default_factory=lambda: [0] * len(ENGINE_COUNTERS))
+    """As it said last: 0 when it comes."""
     step_times: StepTimes | None = None
 
 
@@ -210,6 +211,8 @@ class Router:
         self.engines: dict[bytes, _Engine] = {}
         self.reports: deque[RequestReport] = deque(maxlen=MAX_REPORTS)
         """Of the requests that closed last, oldest first. A frame of an engine's adds one at most."""
+        self.engine_totals = [0] * len(ENGINE_COUNTERS)
+        """What engines have counted while this gateway knew them, those that have left included: they never fall."""
         self._prefixes = PrefixMemory() if prefixes is None else prefixes
         self._num_engines = 0
         self._requests: dict[_Key, _Request] = {}
@@ -218,10 +221,6 @@ class Router:
     @property
     def num_requests(self) -> int:
         return len(self._requests)
-
-    def engine_counters(self) -> list[tuple[int, ...]]:
-        """Of each engine that has sent any, in the order of counters.ENGINE_COUNTERS."""
-        return [engine.counters for engine in self.engines.values() if engine.counters]
 
     def step_times(self) -> dict[int, StepTimes]:
         """What engines say their steps take, by engine number."""
@@ -246,7 +245,7 @@ class Router:
             case Ping():
                 return [ToEngine(engine, Pong(frame.stamp))]
             case Stats():
-                known.counters = frame.values
+                self._count(known, frame.values)
             case StepTimes():
                 known.step_times = frame
             case Report():
@@ -278,6 +277,12 @@ class Router:
         # All of them go before the room they leave is given away, or one of them could get it.
         effects = [effect for key in keys for effect in self._drop(key, CloseReason.FINISHED)]
         return [*effects, *self._assign_waiting()]
+
+    def _count(self, engine: _Engine, values: tuple[int, ...]) -> None:
+        """An engine of another release may know fewer counters, or more."""
+        for index, (value, before) in enumerate(zip(values, engine.counters, strict=False)):
+            self.engine_totals[index] += (value - before) % WRAP
+            engine.counters[index] = value
 
     def _open(self, engine: bytes, opening: Open) -> list[Effect]:
         key = (engine, opening.request)

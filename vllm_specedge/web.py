@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import zmq
 from fastapi import FastAPI, HTTPException, Query, Request
@@ -27,7 +28,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_specedge import __version__
-from vllm_specedge.config import EdgeOptions, split_address
+from vllm_specedge.config import EdgeOptions, is_loopback, split_address
 from vllm_specedge.errors import UserError
 from vllm_specedge.frames import MEDIA_TYPE
 from vllm_specedge.gateway import MAX_HANDSHAKE_S, MAX_UNFINISHED_CONNECTIONS, STOP_S, Connection, Gateway
@@ -43,6 +44,12 @@ PAGE_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
+FORWARDED = {"cf-connecting-ip", "fastly-client-ip", "forwarded", "true-client-ip", "via", "x-client-ip", "x-real-ip"}
+FORWARDED_BEGIN = ("x-forwarded", "x-envoy-", "x-original-")
+"""Headers by which a proxy says that somebody else asks."""
+AS_IT_COMES = ((b"cache-control", b"no-store, no-transform"), (b"x-accel-buffering", b"no"))
+"""Asks proxies to pass a stream on as it comes: some do."""
+AS_IT_COMES_BY_NAME = {name.decode(): value.decode() for name, value in AS_IT_COMES}
 EVENT_S = 1.0
 MAX_WATCHING = 16
 VOCABULARIES = "/edge/v1/vocabularies"
@@ -63,7 +70,7 @@ class Downlinks:
         connection = self._gateway.connect(self._gateway.authorize(_header(scope, b"authorization")))
         watching = asyncio.create_task(self._watch(receive, connection))
         try:
-            await _start(send, 200, (b"content-type", MEDIA_TYPE.encode()))
+            await _start(send, 200, (b"content-type", MEDIA_TYPE.encode()), *AS_IT_COMES)
             async for chunk in self._gateway.downlink(connection):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body"})
@@ -116,15 +123,28 @@ async def _start(send: Send, status: int, *headers: tuple[bytes, bytes]) -> None
     await send({"type": "http.response.start", "status": status, "headers": list(headers)})
 
 
-def _reader(request: Request) -> str:
-    return request.client.host if request.client is not None else ""
+def is_from_here(scope: Scope) -> bool:
+    """Whether a request comes from this machine, and not through a proxy that runs on it for others.
+
+    In doubt it is from elsewhere: a proxy that says nothing of itself asks for the name under which others know it, or
+    in HTTP/1.0, as nginx does unless it is told otherwise. An `ssh -L` is from here.
+    """
+    host, _ = scope["client"] or ("", 0)
+    names = {name.decode("latin-1") for name, _ in scope["headers"]}
+    is_forwarded = any(name in FORWARDED or name.startswith(FORWARDED_BEGIN) for name in names)
+    try:
+        asked_for = urlsplit(f"//{_header(scope, b'host') or ''}").hostname or ""
+    except ValueError:
+        asked_for = ""
+    is_old = scope["http_version"] in ("1", "1.0")
+    return is_loopback(host) and is_loopback(asked_for) and not is_forwarded and not is_old
 
 
-async def _events(gateway: Gateway, reader: str) -> AsyncIterator[str]:
+async def _events(gateway: Gateway, is_here: bool) -> AsyncIterator[str]:
     gateway.num_watching += 1
     try:
         while True:
-            yield f"data: {json.dumps(gateway.view(reader), separators=(',', ':'))}\n\n"
+            yield f"data: {json.dumps(gateway.view(is_here), separators=(',', ':'))}\n\n"
             await asyncio.sleep(EVENT_S)
     finally:
         gateway.num_watching -= 1
@@ -164,7 +184,7 @@ def _pages(gateway: Gateway) -> FastAPI:
 
     @app.get("/status.json")
     async def status(request: Request) -> JSONResponse:
-        return JSONResponse(gateway.view(_reader(request)))
+        return JSONResponse(gateway.view(is_from_here(request.scope)))
 
     @app.get("/status/events")
     async def events(request: Request) -> StreamingResponse:
@@ -172,7 +192,9 @@ def _pages(gateway: Gateway) -> FastAPI:
         if gateway.num_watching >= MAX_WATCHING:
             raise HTTPException(503, "Too many look at this page: try again later.")
         return StreamingResponse(
-            _events(gateway, _reader(request)), media_type="text/event-stream", headers={"cache-control": "no-store"}
+            _events(gateway, is_from_here(request.scope)),
+            media_type="text/event-stream",
+            headers=AS_IT_COMES_BY_NAME,
         )
 
     @app.get(VOCABULARIES)
@@ -190,8 +212,14 @@ def _pages(gateway: Gateway) -> FastAPI:
             raise HTTPException(404, "No engine here has this vocabulary.")
         return Response(packed[offset : offset + MAX_PART_BYTES], media_type=VOCABULARY_MEDIA_TYPE)
 
-    @app.get("/healthz")
+    @app.api_route("/livez", methods=["GET", "HEAD"])
+    async def livez() -> JSONResponse:
+        """Whether it answers at all: for probes that start anew what does not."""
+        return JSONResponse({})
+
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> JSONResponse:
+        """Whether it is of use to edges: for probes that send them elsewhere meanwhile."""
         num_engines = len(gateway.router.engines)
         return JSONResponse({"engines": num_engines, "edges": len(gateway.router.edges)}, 200 if num_engines else 503)
 

@@ -24,7 +24,7 @@ ENDLESS = {
 }
 """What says that it is at work; then it is told to end."""
 WHOLE = [command for command in of("edge-client", "vllm-specedge") if command.is_whole]
-PORTS = iter(range(8280, 8300))
+PORTS = iter(range(8280, 8400))
 
 
 def filled(command: Command, target: Target, directory: Path) -> list[str]:
@@ -37,6 +37,7 @@ def filled(command: Command, target: Target, directory: Path) -> list[str]:
         "DRAFT_MODEL": str(DRAFT),
         "MODEL": str(DRAFT),
         "ipc:///run/specedge/engines": f"ipc://{directory}/engines",
+        "tcp://192.0.2.7:8101": f"tcp://127.0.0.1:{next(PORTS)}",
         "127.0.0.1:8100": f"127.0.0.1:{next(PORTS)}",
         "results.json": str(Path(__file__).parents[2] / "benchmarks" / "results" / "never-slower.json"),
     }

@@ -40,3 +40,10 @@ def test_a_busy_server_refuses_what_would_miss_its_target_and_serves_the_others(
         assert retry_after is not None
         assert int(retry_after) >= 1
         assert status(edge_target)[0] == 200
+
+
+def test_requests_that_the_front_answers_by_itself_take_no_place(edge_target: Target) -> None:
+    """Within what an engine said last: it has work just before, so that its word counts."""
+    assert status(edge_target)[0] == 200
+    assert {status(edge_target, model="none")[0] for _ in range(100)} == {404}
+    assert status(edge_target)[0] == 200

@@ -2,23 +2,63 @@
 
 vLLM calls `register` in every process, before it parses its command line (engine/arg_utils.py, add_cli_args). Two
 functions of the front end are wrapped and nothing else; engines and workers get our classes by their dotted names.
+Whoever loads plugins before that module is there (`vllm.plugins.load_general_plugins`) has it wrapped when it is
+imported; it is not imported for it, which would take each worker a second.
 """
 
 import argparse
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
-from vllm_specedge.adapter.rewrite import METHOD, check_config, parse_value, rewrite
+from vllm_specedge.adapter.request_log import hide_ours
+from vllm_specedge.adapter.rewrite import METHOD, check_config, parse_value, rewrite, unreached
 from vllm_specedge.errors import UserError
+
+logger = logging.getLogger("vllm.specedge.plugin")
+
+ARG_UTILS = "vllm.engine.arg_utils"
 
 
 def register() -> None:
     """Wrap the front end's argument parsing, once. Cheap, and nothing is started."""
-    arg_utils = sys.modules.get("vllm.engine.arg_utils")
-    if arg_utils is None or hasattr(arg_utils.EngineArgs, "_specedge"):
+    arg_utils = sys.modules.get(ARG_UTILS)
+    if arg_utils is not None:
+        _wrap(getattr(arg_utils, "EngineArgs", None))
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds one module as the other finders do, and has it wrapped as soon as it is there."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != ARG_UTILS:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def run_and_wrap(module: ModuleType) -> None:
+            run(module)
+            _wrap(getattr(module, "EngineArgs", None))
+
+        spec.loader.exec_module = run_and_wrap
+        return spec
+
+
+def _wrap(engine_args: Any) -> None:
+    if engine_args is None or hasattr(engine_args, "_specedge"):
         return
-    engine_args = arg_utils.EngineArgs
     engine_args._specedge = True
     engine_args.add_cli_args = staticmethod(_with_edge(engine_args.add_cli_args))
     engine_args.create_engine_config = _rewriting(engine_args.create_engine_config)
@@ -45,6 +85,12 @@ def _with_edge(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _warn_if_unreached(config: Any) -> None:
+    sentence = unreached(config)
+    if sentence is not None:
+        logger.warning("%s", sentence)
+
+
 def _rewriting(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         usage = kwargs.get("usage_context", args[0] if args else None)
@@ -54,7 +100,9 @@ def _rewriting(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
             if is_edge:
                 from vllm_specedge.adapter import verification
 
+                hide_ours()
                 check_config(config)
+                _warn_if_unreached(config)
                 verification.admit()
         except UserError as error:
             if "SERVER" in getattr(usage, "name", ""):

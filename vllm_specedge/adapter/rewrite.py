@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_specedge.adapter.start import ENDPOINT_VARIABLE, new_endpoint
+from vllm_specedge.adapter.start import ENDPOINT_VARIABLE, engine_options, new_endpoint
 from vllm_specedge.admission import LOAD_VARIABLE
 from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, parse_options
 from vllm_specedge.errors import UserError
@@ -123,3 +123,19 @@ def check_config(config: Any) -> None:
         raise UserError("Edge drafting does not work with data parallelism of mixture-of-experts models yet.")
     if config.kv_transfer_config is not None:
         raise UserError("Edge drafting has not been tried with KV connectors: leave --kv-transfer-config out.")
+
+
+def unreached(config: Any) -> str | None:
+    """Why no edge drafts for the engines that this process starts, and what to do; None if some may.
+
+    A server's gateway is started by its first data-parallel rank, and reached through a socket of that machine.
+    """
+    parallel, options = config.parallel_config, engine_options(config)
+    if options.gateway or parallel.data_parallel_rank == 0 or parallel.node_rank_within_dp > 0:
+        return None
+    return (
+        f"Edges do not draft for the data-parallel ranks from {parallel.data_parallel_rank} on, which run here: the "
+        "gateway is on the first rank's machine. Run 'vllm-specedge gateway --engines tcp://ADDRESS:8101 --insecure' "
+        "where all reach it, on a closed network, and give every machine "
+        """'"gateway": "tcp://ADDRESS:8101", "insecure": true'."""
+    )

@@ -28,10 +28,12 @@ from vllm_specedge.adapter.ngrams import NgramLookup
 from vllm_specedge.adapter.parameters import Treatment, treatment
 from vllm_specedge.adapter.predictions import Predictions
 from vllm_specedge.adapter.profile import step_profile
+from vllm_specedge.adapter.request_log import hide_ours
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.adapter.tracing import RequestSpans, request_spans
 from vllm_specedge.book import DraftBook, Plan, Row, Step
-from vllm_specedge.counters import engine_values, groups_frame, step_times
+from vllm_specedge.counters import CountedSince, groups_frame, step_times
+from vllm_specedge.errors import UserError
 from vllm_specedge.frames import Bye, Frame, Stats, is_text
 from vllm_specedge.policy import HoldLimits, Load
 from vllm_specedge.prediction import KEY
@@ -70,6 +72,7 @@ class EdgeScheduler(Scheduler):
         self._link = None
         self._process = None
         self._predictions: Predictions | None = None
+        hide_ours()
         problems = hooks.problems()
         if problems:
             logger.warning("Serving without edge drafts: %s", "; ".join(problems))
@@ -96,10 +99,13 @@ class EdgeScheduler(Scheduler):
         self._load = LoadReport(self.vllm_config, self._targets) if options.slo else None
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
         self._predictions = Predictions(tokenizer, self.max_model_len)
+        self._counted = CountedSince()
         try:
             self._link, self._process = start_link(
                 self.vllm_config, options, tokenizer, wake=self._wake, stats=self._stats
             )
+        except UserError as error:
+            logger.error("Serving without edge drafts: %s", error)
         except (OSError, ZMQError):
             logger.exception("Serving without edge drafts: the gateway cannot be started")
         self._is_drafting = True
@@ -351,7 +357,7 @@ class EdgeScheduler(Scheduler):
         """Called by the link's thread."""
         groups = [self.book.groups.popleft() for _ in range(len(self.book.groups))]
         return [
-            Stats(engine_values(self.book.counters)),
+            Stats(self._counted.values(self.book.counters, self._link.num_welcomes if self._link else 1)),
             step_times(self.book.cost),
             groups_frame(groups, time.monotonic()),
         ]

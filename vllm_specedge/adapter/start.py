@@ -4,10 +4,12 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vllm_specedge.config import EdgeOptions, parse_options
+from vllm_specedge.config import MAX_SOCKET_PATH_BYTES, EdgeOptions, parse_options
+from vllm_specedge.errors import UserError
 from vllm_specedge.fingerprint import vocabulary_fingerprint
 from vllm_specedge.frames import MAX_TEXT_BYTES, PROTOCOL_VERSION, EngineHello, Frame
 from vllm_specedge.link import EngineLink
@@ -20,9 +22,18 @@ ENDPOINT_VARIABLE = "SPECEDGE_ENDPOINT"
 """Where the engines of one `vllm serve` meet their gateway; set by the front end, inherited by its engines."""
 
 
+SHORT_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - a new directory of this user's alone is made there
+"""Where a socket is made if the directory for temporary files has too long a name."""
+
+
 def new_endpoint() -> str:
-    """A socket that only this user can reach."""
-    return f"ipc://{Path(tempfile.mkdtemp(prefix='specedge-')) / 'engines'}"
+    """A socket that only this user can reach, with a path that a system takes. Raises UserError."""
+    for directory in (tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR"), *SHORT_DIRECTORIES):
+        # As long as mkdtemp's name, of eight letters.
+        if directory and len(os.fsencode(Path(directory) / "specedge-12345678" / "engines")) <= MAX_SOCKET_PATH_BYTES:
+            with suppress(OSError):
+                return f"ipc://{Path(tempfile.mkdtemp(prefix='specedge-', dir=directory)) / 'engines'}"
+    raise UserError("There is no place for the engines' socket: set TMPDIR to a directory with a short name.")
 
 
 def engine_options(vllm_config: Any) -> EdgeOptions:
