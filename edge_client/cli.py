@@ -30,6 +30,7 @@ from edge_client.link import Gateway
 from edge_client.pace import UPLINK_BYTES_PER_TOKEN, Pace
 from edge_client.sensors import hottest_c
 from edge_client.view import AcceptedRate, heat, panel, status_line, summary
+from edge_client.ways import checked_server_url
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
 
@@ -87,9 +88,10 @@ Draft = Annotated[
     typer.Option(help="Draft model: a directory, GGUF file, OWNER/NAME, hf:OWNER/NAME/FILE.gguf, or 'ngram'."),
 ]
 OwnTokenFile = Annotated[Path | None, typer.Option(help=f"File with your token; or set {TOKEN_VARIABLE}.")]
-CaFile = Annotated[str, typer.Option(help="Trust this certificate authority (PEM).")]
+CaFile = Annotated[str, typer.Option(help="Trust this certificate authority (PEM), for --server too.")]
 CertFile = Annotated[str, typer.Option(help="Your certificate and its key (PEM), if the gateway asks.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Send the token without TLS, beyond this machine.")]
+NoProxy = Annotated[bool, typer.Option("--no-proxy", help="Do without the proxy that the environment names.")]
 Role = Annotated[str, typer.Option(help="pool: for any request; private: only for those that name this edge.")]
 Name = Annotated[str, typer.Option(help="What the operator sees.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
@@ -121,6 +123,7 @@ def connect(
     ca_file: CaFile = "",
     cert_file: CertFile = "",
     insecure: Insecure = False,
+    no_proxy: NoProxy = False,
     role: Role = "pool",
     name: Name = THIS_MACHINE,
     device: Device = "auto",
@@ -137,7 +140,7 @@ def connect(
     config: Config = None,
 ) -> None:
     """Connect to a gateway and draft for it until Ctrl-C."""
-    gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
+    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
     cooler = _Cooler(max_temperature_c)
     pace = Pace(uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
@@ -158,10 +161,14 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Pages of this origin may use it, beside this machine's; again.")
     ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Programs may call it by this name, beside its own; * is any; again.")
+    ] = None,
     token_file: OwnTokenFile = None,
     ca_file: CaFile = "",
     cert_file: CertFile = "",
     insecure: Insecure = False,
+    no_proxy: NoProxy = False,
     name: Name = THIS_MACHINE,
     device: Device = "auto",
     threads: Threads = 0,
@@ -174,20 +181,26 @@ def serve(
     config: Config = None,
 ) -> None:
     """An OpenAI endpoint on this machine: passes on to the server, and drafts for its own requests only."""
-    gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
+    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
     key = _read(api_key_file, "key") if api_key_file is not None else ""
-    from edge_client.serve import listening, make_app, serve_beside  # noqa: PLC0415 - `connect` needs no web server
+    from edge_client import serve as endpoint  # noqa: PLC0415 - `connect` needs no web server
 
-    with listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
+    client_of_server = partial(endpoint.server_client, checked_server_url(server), not no_proxy, ca_file)
+    client_of_server()  # what cannot be used is said before a model is loaded
+    with endpoint.listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
         options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
         console, drafter = _begin(options, quiet)
         client = EdgeClient(gateway, drafter, name[:100], "private", max_requests)
         client.own_vocabulary = partial(own_vocabulary, options)
-        endpoint = make_app(server, lambda: client.session if client.model else "", key, allow_origin or ())
+        is_opened, names = endpoint.names_here(listener)
+        hosts = [host, *names, *(allow_host or ())]
+        web = endpoint.make_app(
+            server, client.open_session, key, allow_origin or (), hosts, is_opened, client_of_server
+        )
         if not quiet:
-            _say(console, f"OpenAI endpoint: http://{host}:{port}/v1")
+            _say(console, f"OpenAI endpoint: http://{f'[{host}]' if ':' in host else host}:{port}/v1")
         drafting = _run(client, wait, console, quiet, _Cooler(max_temperature_c))
-        asyncio.run(serve_beside(endpoint, listener, drafting))
+        asyncio.run(endpoint.serve_beside(web, listener, drafting))
 
 
 @app.command()
@@ -204,6 +217,7 @@ def chat(
     ca_file: CaFile = "",
     cert_file: CertFile = "",
     insecure: Insecure = False,
+    no_proxy: NoProxy = False,
     name: Name = THIS_MACHINE,
     device: Device = "auto",
     threads: Threads = 0,
@@ -215,14 +229,14 @@ def chat(
     """A chat that shows which tokens were accepted drafts, and how fast they come."""
     from edge_client.chat import Chat, Server, chat_beside  # noqa: PLC0415 - `connect` has no use for it
 
-    gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
+    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
     key = _read(api_key_file, "key") if api_key_file is not None else ""
-    asked = Server(server, key, model, max_tokens, temperature)
+    asked = Server(checked_server_url(server), key, model, max_tokens, temperature, ca_file, not no_proxy)
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
     _, drafter = _begin(options, quiet=False)
     client = EdgeClient(gateway, drafter, name[:100], "private")
     client.own_vocabulary = partial(own_vocabulary, options)
-    talk = Chat(asked, lambda: client.session if client.model else "", Console(highlight=False))
+    talk = Chat(asked, client.open_session, Console(highlight=False))
 
     async def run() -> None:
         connected = asyncio.Event()
@@ -247,6 +261,7 @@ def doctor(
     ca_file: CaFile = "",
     cert_file: CertFile = "",
     insecure: Insecure = False,
+    no_proxy: NoProxy = False,
     role: Role = "pool",
     name: Name = THIS_MACHINE,
     device: Device = "auto",
@@ -264,7 +279,7 @@ def doctor(
     """Check this machine, its draft and the gateway, and say whether it would help. Ends with 0 if so, else with 1."""
     from edge_client import doctor as examination  # noqa: PLC0415 - the other commands need no simulator
 
-    gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
+    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
     asked = examination.Asked(gateway, options, role, name[:100], max_width, spec_tokens, acceptance)
     errors, console = Console(stderr=True), Console(highlight=False)
@@ -275,6 +290,12 @@ def doctor(
         console.print(table)
     console.print(f"This machine {found.verdict}.", soft_wrap=True)
     raise typer.Exit(0 if found.is_good else 1)
+
+
+def _checked(gateway: Gateway) -> Gateway:
+    """The same. What cannot be used of it is said before a model is loaded: raises UserError."""
+    gateway.client()
+    return gateway
 
 
 def _begin(options: DrafterOptions, quiet: bool) -> tuple[Console, Drafter]:

@@ -92,6 +92,10 @@ class EdgeClient:
         self._sequences = {}
         self.model = ""
 
+    def open_session(self) -> str:
+        """What a request names to be drafted for by this edge; empty while it is not connected."""
+        return self.session if self.model else ""
+
     @property
     def rtt_s(self) -> float | None:
         return self._link.rtt_s

@@ -213,12 +213,10 @@ def _sentence(error: Exception) -> str:
 
 
 async def _get(gateway: Gateway, path: str) -> httpx.Response:
-    """Raises LinkError, and UserError for what is no gateway's URL."""
+    """Raises LinkError."""
     try:
         async with gateway.client() as client:
             return await client.get(path)
-    except httpx.UnsupportedProtocol:
-        raise UserError(f"'{gateway.url}' is no gateway URL: it starts with http:// or https://.") from None
     except (httpx.HTTPError, OSError) as error:
         raise LinkError(str(error) or type(error).__name__) from None
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 from h2.exceptions import H2Error
 
+from edge_client.ways import checked_gateway_url, client_for, is_loopback, trusted
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.frames import (
     MEDIA_TYPE,
@@ -49,29 +50,31 @@ class Gateway:
     """Show the token without TLS, beyond this machine."""
     cert_file: str = ""
     """This edge's own certificate and key (PEM), for gateways that ask for one."""
+    has_proxy: bool = True
+    """It may be reached by the proxy that the environment names."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no address."""
+        checked_gateway_url(self.url)
 
     def client(self) -> httpx.AsyncClient:
         parts = urlsplit(self.url)
-        is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        if self.token and parts.scheme == "http" and not is_local and not self.insecure:
+        if self.token and parts.scheme == "http" and not is_loopback(parts.hostname) and not self.insecure:
             raise UserError("A token is not sent over plain http:// to another machine: use https://, or --insecure.")
         headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
-        try:
-            context = ssl.create_default_context(cafile=self.ca_file or None)
-        except (OSError, ssl.SSLError) as error:
-            raise UserError(f"The CA file {self.ca_file} cannot be used: {error}.") from None
+        context = trusted(self.ca_file, is_alone=True)
         try:
             if self.cert_file:
                 context.load_cert_chain(self.cert_file)
         except (OSError, ssl.SSLError) as error:
             raise UserError(f"The certificate {self.cert_file} cannot be used: {error}.") from None
-        return httpx.AsyncClient(
-            base_url=self.url,
+        return client_for(
+            self.url,
+            self.has_proxy,
             headers=headers,
             http1=False,
             http2=True,
             verify=context,
-            trust_env=False,
             timeout=httpx.Timeout(CONNECT_TIMEOUT_S, read=FIRST_SILENCE_S, pool=None),
             limits=httpx.Limits(max_connections=1),
         )
@@ -112,8 +115,6 @@ class Link:
                 await self._talk(client, response)
         except RemoteProtocolError as error:
             raise LinkError(f"the gateway broke the protocol: {error}") from error
-        except httpx.UnsupportedProtocol:
-            raise UserError(f"'{self.gateway.url}' is no gateway URL: it starts with http:// or https://.") from None
         except TimeoutError as error:
             raise LinkError("nothing was heard from the gateway for too long") from error
         except (httpx.HTTPError, httpx.StreamError, H2Error, OSError) as error:  # H2Error: what follows a GOAWAY

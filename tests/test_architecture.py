@@ -32,6 +32,7 @@ PURE = {
     "vllm_specedge.prediction",
     "edge_client.cooling",
     "edge_client.drafttree",
+    "edge_client.naming",
     "edge_client.pace",
     "edge_client.speculation",
     "edge_client.drafters",
@@ -89,8 +90,10 @@ LEVELS: list[set[str]] = [
         "edge_client.drafters.hub",
         "edge_client.drafters.lanes",
         "edge_client.sensors",
+        "edge_client.naming",
         "edge_client.settings",
         "edge_client.drafttree",
+        "edge_client.ways",
     },
     {
         "vllm_specedge.config",
