@@ -1,6 +1,8 @@
 """`edge-client`: what a person with a laptop runs."""
 
 import asyncio
+import codecs
+import io
 import logging
 import os
 import platform
@@ -44,14 +46,29 @@ PLAIN_STATUS_S = 10.0
 
 
 def _token(file: Path | None) -> str:
-    return os.environ.get(TOKEN_VARIABLE, "") if file is None else _read(file, "token")
+    if file is not None:
+        return _read(file, "token")
+    return _secret(os.environ.get(TOKEN_VARIABLE, ""), f"The environment's {TOKEN_VARIABLE}")
 
 
 def _read(file: Path, what: str) -> str:
     try:
-        return file.read_text().strip()
+        return _secret(file.read_bytes().decode(errors="replace"), f"The {what} file {file}")
     except OSError as error:
         raise UserError(f"The {what} file {file} cannot be read: {error.strerror}.") from None
+
+
+def _secret(text: str, where: str) -> str:
+    """What goes into a header. Raises UserError."""
+    secret = text.strip()
+    if not (secret.isascii() and secret.isprintable()):
+        raise UserError(f"{where} holds more than one line of letters and digits: put nothing else into it.")
+    return secret
+
+
+def _shown(name: str) -> str:
+    """A name that can be sent: the command line may hold half a letter."""
+    return name.encode(errors="replace").decode()[:100]
 
 
 def _configure(context: typer.Context, file: Path | None) -> Path | None:
@@ -145,7 +162,7 @@ def connect(
     cooler = _Cooler(max_temperature_c)
     pace = Pace(uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
     console, drafter = _begin(options, quiet)
-    client = EdgeClient(gateway, drafter, name[:100], role, max_requests, max_width, pace)
+    client = EdgeClient(gateway, drafter, _shown(name), role, max_requests, max_width, pace)
     client.own_vocabulary = partial(own_vocabulary, options)
     asyncio.run(_run(client, wait, console, quiet, cooler))
 
@@ -190,7 +207,7 @@ def serve(
     with endpoint.listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
         options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
         console, drafter = _begin(options, quiet)
-        client = EdgeClient(gateway, drafter, name[:100], "private", max_requests)
+        client = EdgeClient(gateway, drafter, _shown(name), "private", max_requests)
         client.own_vocabulary = partial(own_vocabulary, options)
         is_opened, names = endpoint.names_here(listener)
         hosts = [host, *names, *(allow_host or ())]
@@ -234,7 +251,7 @@ def chat(
     asked = Server(checked_server_url(server), key, model, max_tokens, temperature, ca_file, not no_proxy)
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
     _, drafter = _begin(options, quiet=False)
-    client = EdgeClient(gateway, drafter, name[:100], "private")
+    client = EdgeClient(gateway, drafter, _shown(name), "private")
     client.own_vocabulary = partial(own_vocabulary, options)
     talk = Chat(asked, client.open_session, Console(highlight=False))
 
@@ -281,7 +298,7 @@ def doctor(
 
     gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
-    asked = examination.Asked(gateway, options, role, name[:100], max_width, spec_tokens, acceptance)
+    asked = examination.Asked(gateway, options, role, _shown(name), max_width, spec_tokens, acceptance)
     errors, console = Console(stderr=True), Console(highlight=False)
     if errors.is_terminal:
         errors.print("Measuring; this takes some seconds ...")
@@ -399,8 +416,19 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
     pass
 
 
+def _take_any_letter() -> None:
+    """Any text is read and written, whatever a terminal can show: a letter that cannot be is a ?."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            is_ascii = (
+                codecs.lookup(stream.encoding).name == "ascii"
+            )  # a locale that says nothing, as Python itself does
+            stream.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
+
+
 def main() -> NoReturn:
     """The console script: a user's fault is one sentence and status 2."""
+    _take_any_letter()
     try:
         app()
     except UserError as error:

@@ -119,7 +119,9 @@ class EdgeClient:
             try:
                 lasted_s: float = await retrying(self._run_once)
             except LinkError as error:
-                raise UserError(f"The gateway at {self.gateway.url} cannot be used: {error}.") from None
+                raise UserError(
+                    f"The gateway at {self.gateway.url} cannot be used: {str(error).rstrip('.')}."
+                ) from None
             except OtherVocabularyError as refusal:
                 raise await explained(refusal, self.gateway, self.own_vocabulary) from None
             num_short = 0 if lasted_s > LASTING_S else num_short + 1
