@@ -9,7 +9,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from edge_client import settings
-from edge_client.client import EdgeClient
+from edge_client.client import DraftModelError, EdgeClient
 from edge_client.cooling import cooler_share
 from edge_client.drafters import Drafter, DrafterOptions
 from edge_client.drafters.load import fetched, load_drafter
@@ -37,6 +37,8 @@ from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
 
 app = typer.Typer(help="Draft tokens for a vLLM server.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+logger = logging.getLogger("edge_client")
 
 TOKEN_VARIABLE = "SPECEDGE_TOKEN"  # noqa: S105 - a name, not a secret
 THIS_MACHINE = platform.node()
@@ -164,7 +166,7 @@ def connect(
     console, drafter = _begin(options, quiet)
     client = EdgeClient(gateway, drafter, _shown(name), role, max_requests, max_width, pace)
     client.own_vocabulary = partial(own_vocabulary, options)
-    asyncio.run(_run(client, wait, console, quiet, cooler))
+    asyncio.run(_run(client, client.run(wait), console, quiet, cooler))
 
 
 @app.command()
@@ -216,7 +218,7 @@ def serve(
         )
         if not quiet:
             _say(console, f"OpenAI endpoint: http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-        drafting = _run(client, wait, console, quiet, _Cooler(max_temperature_c))
+        drafting = _run(client, _outlived(client.run(wait)), console, quiet, _Cooler(max_temperature_c))
         asyncio.run(endpoint.serve_beside(web, listener, drafting))
 
 
@@ -333,9 +335,20 @@ def _begin(options: DrafterOptions, quiet: bool) -> tuple[Console, Drafter]:
     return console, drafter
 
 
-async def _run(client: EdgeClient, wait_s: float, console: Console, quiet: bool, cooler: "_Cooler") -> None:
+async def _outlived(drafting: Coroutine[None, None, None]) -> None:
+    """Drafting for an endpoint, which goes on passing requests on where the draft model cannot go on."""
+    try:
+        await drafting
+    except DraftModelError as error:
+        logger.error("%s Until then requests are passed on, and nobody drafts for them.", error)
+        await asyncio.Event().wait()
+
+
+async def _run(
+    client: EdgeClient, drafting: Coroutine[None, None, None], console: Console, quiet: bool, cooler: "_Cooler"
+) -> None:
     loop = asyncio.get_running_loop()
-    running = asyncio.create_task(client.run(wait_s))
+    running = asyncio.create_task(drafting)
     for number in (signal.SIGINT, signal.SIGTERM):
         with suppress(NotImplementedError):  # on Windows, where Ctrl-C cancels this coroutine
             loop.add_signal_handler(number, running.cancel)

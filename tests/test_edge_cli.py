@@ -1,15 +1,17 @@
 """What the edge client prints."""
 
+import asyncio
 import errno
 import io
 
 import pytest
 from rich.console import Console
 
-from edge_client.cli import _announce
-from edge_client.client import EdgeClient
+from edge_client.cli import _announce, _outlived
+from edge_client.client import DraftModelError, EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.link import Gateway
+from vllm_specedge.errors import UserError
 
 
 class FullDisk(io.StringIO):
@@ -34,3 +36,22 @@ def test_a_private_edge_says_what_requests_must_name() -> None:
     said = io.StringIO()
     _announce(client, Console(file=said, width=40))
     assert '"vllm_xargs": {"specedge": "a-session"}' in said.getvalue()
+
+
+async def failing(error: Exception) -> None:
+    raise error
+
+
+def test_an_endpoint_outlives_its_draft_model_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        outlived = asyncio.create_task(_outlived(failing(DraftModelError("It fails: start again."))))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await outlived
+        with pytest.raises(UserError, match="vocabulary"):
+            await _outlived(failing(UserError("vocabulary")))
+
+    asyncio.run(run())
+    assert [record.getMessage() for record in caplog.records] == [
+        "It fails: start again. Until then requests are passed on, and nobody drafts for them."
+    ]
