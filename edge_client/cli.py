@@ -75,7 +75,7 @@ def _shown(name: str) -> str:
 
 def _configure(context: typer.Context, file: Path | None) -> Path | None:
     """Make what the user's file says this command's defaults: what its line says comes before them."""
-    chosen = file or Path(typer.get_app_dir("specedge")) / "edge.toml"
+    chosen = file or settings.folder(sys.platform, os.environ, Path.home()) / "edge.toml"
     if file is None and not chosen.exists():
         return None
     functions = {command.callback.__name__: command.callback for command in app.registered_commands if command.callback}
@@ -96,7 +96,7 @@ def _configure(context: typer.Context, file: Path | None) -> Path | None:
 Config = Annotated[
     Path | None,
     typer.Option(
-        help="TOML file with options; default: edge.toml in your configuration folder.",
+        help="TOML file with options; default: ~/.config/specedge/edge.toml, on Windows %APPDATA%/specedge/edge.toml.",
         callback=_configure,
         is_eager=True,
     ),
