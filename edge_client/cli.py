@@ -114,7 +114,9 @@ NoProxy = Annotated[bool, typer.Option("--no-proxy", help="Do without the proxy 
 Role = Annotated[str, typer.Option(help="pool: for any request; private: only for those that name this edge.")]
 Name = Annotated[str, typer.Option(help="What the operator sees.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
-Threads = Annotated[int, typer.Option(help="CPU threads for the draft model; 0: as its runtime likes.")]
+Threads = Annotated[
+    int, typer.Option(help="CPU threads for the draft model; 0: one for each core that this process may use.")
+]
 DraftVocab = Annotated[int | None, typer.Option(help="Draft with the N most frequent tokens only; 0: with all.", min=0)]
 DraftVocabFile = Annotated[
     Path | None, typer.Option(help="Token ids by frequency; default: draft_vocab.json beside the model.")

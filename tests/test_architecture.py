@@ -86,6 +86,7 @@ LEVELS: list[set[str]] = [
         "vllm_specedge.lookups",
         "vllm_specedge.policy",
         "vllm_specedge.slo",
+        "edge_client.drafters.cores",
         "edge_client.drafters.devices",
         "edge_client.drafters.hub",
         "edge_client.drafters.lanes",
