@@ -38,6 +38,12 @@ MAX_KEPT = 4
 """Contexts of ended requests that a follow-up may go on from."""
 
 
+def sentence(error: Exception) -> str:
+    """What an error says, with a mark at its end."""
+    text = str(error)
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
 class DraftModelError(UserError):
     """The draft model cannot draft any more, for any request."""
 
@@ -66,6 +72,7 @@ class EdgeClient:
     speculation: Speculation = field(init=False)
     totals: list[SpeculationStats] = field(default_factory=list)
     _was_admitted: bool = False
+    _has_said_too_long: bool = False
     _link: Link = field(init=False)
     _sequences: dict[int, DraftSequence] = field(default_factory=dict)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -175,6 +182,10 @@ class EdgeClient:
             return
         self.pace.rtt_s = self._link.rtt_s or 0.0
         self._send(self.speculation.receive(frame, time.monotonic()))
+        if self.speculation.stats.num_too_long and not self._has_said_too_long:
+            self._has_said_too_long = True
+            limit = self.drafter.max_context_tokens
+            logger.warning("Requests that are longer than this draft takes, %s tokens, are given back", f"{limit:,}")
         self._wake.set()
 
     def _send(self, frames: Iterable[Frame]) -> None:

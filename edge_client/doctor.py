@@ -25,7 +25,7 @@ from edge_client.forecast import (
     verdict,
     would_help,
 )
-from edge_client.link import Gateway, Link, LinkError, OtherVocabularyError
+from edge_client.link import Gateway, Link, LinkError, OtherVocabularyError, what_is_wrong
 from edge_client.mismatch import explained
 from edge_client.pace import Pace
 from edge_client.speculation import Speculation, run_pass
@@ -256,7 +256,7 @@ async def _get(gateway: Gateway, path: str) -> httpx.Response:
         async with gateway.client() as client:
             return await client.get(path)
     except (httpx.HTTPError, OSError) as error:
-        raise LinkError(str(error) or type(error).__name__) from None
+        raise LinkError(what_is_wrong(error, is_answered=False)) from None
 
 
 async def _reach(asked: Asked, fingerprint: str) -> Reached:

@@ -109,8 +109,10 @@ class Link:
 
     async def run(self) -> None:
         """Stay connected. Raises LinkError when that ends, UserError when trying again cannot help."""
+        is_answered = False
         try:
             async with self.gateway.client() as client, client.stream("GET", "/edge/v1/down") as response:
+                is_answered = True
                 await self._check(response)
                 await self._talk(client, response)
         except RemoteProtocolError as error:
@@ -118,7 +120,7 @@ class Link:
         except TimeoutError as error:
             raise LinkError("nothing was heard from the gateway for too long") from error
         except (httpx.HTTPError, httpx.StreamError, H2Error, OSError) as error:  # H2Error: what follows a GOAWAY
-            raise LinkError(str(error) or type(error).__name__) from error
+            raise LinkError(what_is_wrong(error, is_answered)) from error
         raise LinkError("the gateway ended the connection")
 
     async def _check(self, response: httpx.Response) -> None:
@@ -202,6 +204,16 @@ class Link:
         """Say Bye, so that the gateway gives this edge's requests to others at once."""
         if self.session.state is not State.CLOSED:
             self.send(Bye(ByeCode.GOING_AWAY, "the edge is stopping"))
+
+
+def what_is_wrong(error: Exception, is_answered: bool) -> str:
+    """Why a connection ended, in words for its user; one that was not answered may lead to something else."""
+    text = str(error) or type(error).__name__
+    if not is_answered and "WRONG_VERSION_NUMBER" in text:
+        return "what is there speaks no TLS: write http://, or name the gateway's port"
+    if not is_answered and isinstance(error, httpx.RemoteProtocolError | H2Error):
+        return "what is there hangs up or speaks no HTTP/2: is the port the gateway's, and not the server's own?"
+    return text
 
 
 def _stamp_us() -> int:

@@ -63,6 +63,8 @@ class SpeculationStats:
     num_requests: int = 0
     num_failed: int = 0
     """Given back, as the draft model failed."""
+    num_too_long: int = 0
+    """Given back, as the draft model takes no such context."""
     drafted_tokens: int = 0
     proposed_tokens: int = 0
     accepted_tokens: int = 0
@@ -154,7 +156,9 @@ class Speculation:
 
     def _open(self, frame: Open) -> list[Frame]:
         is_full = len(self._requests) >= self._max_requests and frame.request not in self._requests
-        if is_full or frame.num_tokens + frame.credit > self._max_context_tokens:
+        is_too_long = frame.num_tokens + frame.credit > self._max_context_tokens
+        self.stats.num_too_long += is_too_long
+        if is_full or is_too_long:
             return [Close(frame.request, CloseReason.DECLINED)]
         self._kept.pop(frame.request, None)  # its sequence is this one's from now on
         self._requests[frame.request] = _Request(frame.num_tokens, frame.credit, frame.max_draft)
@@ -171,6 +175,7 @@ class Speculation:
             reason = CloseReason.GAP
         elif end + request.credit > self._max_context_tokens:
             reason = CloseReason.DECLINED
+            self.stats.num_too_long += 1
         if reason is not None:
             self._end(frame.request)
             return [Close(frame.request, reason)]

@@ -290,6 +290,25 @@ def test_a_draft_model_that_does_nothing_any_more_ends_drafting_with_a_sentence(
     assert client.open_session() == ""
 
 
+class ShortDrafter(NgramDrafter):
+    max_context_tokens = 64
+
+
+def test_a_request_that_is_too_long_is_given_back_and_that_is_said_once(
+    gateway: Running, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = EdgeClient(Gateway(gateway.url), ShortDrafter(), "short")
+    with edge_in_thread(client):
+        engine.wait(lambda: engine.book.num_edges == 1)
+        for number in range(2):
+            engine.link.send(engine.book.open(f"long {number}", [1] * 65, ""))
+        engine.wait(lambda: client.speculation.stats.num_too_long == 2)
+        for number in range(2):
+            engine.link.send(engine.book.close(f"long {number}"))
+    said = [record.message for record in caplog.records if "longer" in record.message]
+    assert said == ["Requests that are longer than this draft takes, 64 tokens, are given back"]
+
+
 def test_another_edge_takes_over_when_one_dies(gateway: Running, engine: Engine) -> None:
     command = [str(BIN / "edge-client"), "connect", gateway.url, "--draft", "ngram", "--quiet"]
     edge = subprocess.Popen(command)

@@ -186,6 +186,21 @@ def test_an_edge_drafts_through_a_proxy(tmp_path: Path, monkeypatch: pytest.Monk
             engine.link.stop()
 
 
+# -- what is no gateway --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scheme", "said"), [("http", "is the port the gateway's"), ("https", "write http://")])
+def test_a_port_that_is_no_gateway_s_is_said(tmp_path: Path, scheme: str, said: str) -> None:
+    with served(Toy()) as url:
+        for command in (
+            ["connect", "--draft", "ngram"],
+            ["serve", "--server", f"{url}/v1", "--port", str(free_port())],
+        ):
+            status, errors = edge_client(tmp_path, *command, url.replace("http", scheme, 1), "--quiet")
+            assert (status, errors.count("\n")) == (2, 1), errors
+            assert said in errors
+
+
 # -- authorities ---------------------------------------------------------------------------------------------------
 
 
