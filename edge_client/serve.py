@@ -245,6 +245,7 @@ async def serve_beside(app: FastAPI, listener: socket.socket, drafting: Coroutin
     beside = asyncio.create_task(drafting)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({beside, serving}, return_when=asyncio.FIRST_COMPLETED)
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off from here on is meant to be
     server.should_exit = True
     await serving
     beside.cancel()
