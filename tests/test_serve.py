@@ -340,7 +340,7 @@ class Closing(threading.Thread):
     """A server that answers one request on its first connection, closes that when another comes, and then is well."""
 
     def __init__(self, listener: socket.socket) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
         self.listener = listener
         self.num_asked = 0
 

@@ -126,7 +126,7 @@ class Proxy(threading.Thread):
     """Connects through to one port of this machine, whatever it is asked for, and keeps what that was."""
 
     def __init__(self, listener: socket.socket, port: int) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
         self.listener, self.port = listener, port
         self.asked: list[bytes] = []
 
@@ -143,7 +143,7 @@ class Proxy(threading.Thread):
         server = socket.create_connection(("127.0.0.1", self.port))
         program.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
         for source, sink in ((program, server), (server, program)):
-            threading.Thread(target=_copy, args=(source, sink)).start()
+            threading.Thread(target=_copy, args=(source, sink), daemon=True).start()
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:
