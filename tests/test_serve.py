@@ -213,6 +213,7 @@ def ask_raw(url: str, path: str, host: str = "localhost") -> bytes:
         "/v1/%2e%2e/health",
         "/v1/%2E./health",
         "/v1/%252e%252e/health",
+        "/v1/%25252e%25252e/health",
         "/v1/a/..%2f..%2fhealth",
         "/v1/..%5chealth",
         "/v1/./models",

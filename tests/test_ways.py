@@ -1,6 +1,7 @@
 """Addresses, proxies and authorities: the way to a gateway and to a server."""
 
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -107,6 +108,7 @@ def test_what_goes_by_which_proxy(url: str, proxies: dict[str, str], proxy: str 
 @pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "socks5://127.0.0.1:9", "gopher://127.0.0.1:9", "http://:x"])
 def test_a_proxy_that_cannot_be_used_is_one_sentence(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
     monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as without the extra
     with pytest.raises(UserError, match="--no-proxy"):
         client_for("https://host/v1")
     client_for("https://host/v1", has_proxy=False)
