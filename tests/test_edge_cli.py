@@ -18,7 +18,7 @@ from edge_client.drafters.ngram import NgramDrafter
 from edge_client.link import Gateway
 from edge_client.view import status_line
 from tests.test_gateway import free_port, running_gateway, wait_for_port
-from tests.test_serve import DEADLINE_S, Toy, served
+from tests.test_serve import DEADLINE_S, Toy, ask_raw, served
 from tests.test_settings import edge_client
 from vllm_specedge.asgi import Receive, Send
 from vllm_specedge.errors import UserError
@@ -102,6 +102,21 @@ def test_a_signal_in_the_middle_of_a_stream_ends_an_endpoint_in_silence(tmp_path
         "OpenAI endpoint",
         "Drafted for 0 requests",
     ]
+
+
+def test_an_endpoint_is_opened_on_the_command_line(tmp_path: Path) -> None:
+    port = free_port()
+    with served(Toy()) as server:
+        command = [str(BIN / "edge-client"), "serve", "http://127.0.0.1:1", "--server", f"{server}/v1", "--wait", "600"]
+        more = ["--host", "0.0.0.0", "--port", str(port), "--allow-host", "edge", "--quiet"]
+        process = start([*command, *more], tmp_path / "edge.log")
+        try:
+            wait_for_port(process, port)
+            url = f"http://127.0.0.1:{port}"
+            for host, status in (("edge", b"200"), (f"192.0.2.7:{port}", b"200"), ("evil.example.org", b"400")):
+                assert ask_raw(url, "/v1/models", host).split()[1] == status
+        finally:
+            process.stop()
 
 
 @pytest.mark.parametrize(("host", "shown"), [("::1", "http://[::1]:"), ("127.0.0.1", "http://127.0.0.1:")])

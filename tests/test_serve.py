@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 from edge_client.naming import NOBODY, is_own_name, own_location, path_below, with_session
-from edge_client.serve import make_app
+from edge_client.serve import make_app, names_here
 from tests.helpers import in_thread
 from vllm_specedge.asgi import Receive, Send
 from vllm_specedge.prediction import KEY
@@ -300,6 +300,13 @@ def test_what_the_user_opened_is_answered(options: dict[str, Any], status: bytes
         assert ask_raw(pair.url, "/v1/models", host="[::1]:11435").split()[1] == b"200"
 
 
+@pytest.mark.parametrize(("host", "is_opened"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_an_endpoint_for_other_machines_knows_its_machine_s_name(host: str, is_opened: bool) -> None:
+    with socket.create_server((host, 0)) as listener:
+        found, names = names_here(listener)
+    assert (found, socket.gethostname() in names) == (is_opened, is_opened)
+
+
 # -- as it came ----------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +363,8 @@ class Closing(threading.Thread):
                         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
 
 
-def test_a_connection_that_the_server_just_closed_costs_no_answer() -> None:
+def test_a_connection_that_the_server_just_closed_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_client.serve.KEPT_S", 600.0)  # however slow this machine is
     with socket.create_server(("127.0.0.1", 0)) as listener:
         closing = Closing(listener)
         closing.start()
