@@ -2,7 +2,8 @@
 
 A server sends a chunk a step. All tokens of a chunk but the last were drafts that the target accepted, this machine's
 or those of the server's own lookup; the last is the target's own. (A client that reads slowly may get two steps in one
-chunk: then one token too many counts as a draft.)
+chunk: then one token too many counts as a draft.) What is shown and sent back is the answer's text: tokens, of which
+some never get into it, give it their colours.
 """
 
 import asyncio
@@ -17,20 +18,62 @@ import httpx2 as httpx
 from rich.console import Console
 from rich.text import Text
 
+from edge_client.naming import NOBODY
+from edge_client.ways import client_for, trusted
 from vllm_specedge.errors import UserError
 
 DRAFTED, OWN = "green", "default"
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 120.0
 HELP = "/alone: the server without this machine; /with: with it again; /again: the last question once more; /quit"
 
+MAX_PENDING_BYTES = 4096
+"""Of tokens whose text did not come yet."""
+
 Message = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What came at once: the texts of its tokens."""
+    """What came at once: its tokens, as bytes, and what it adds to the answer, or to the thoughts before it."""
 
-    tokens: tuple[str, ...]
+    tokens: tuple[bytes, ...]
+    text: str = ""
+    thought: str = ""
+
+
+@dataclass
+class Colours:
+    """Which letters of an answer were drafts: its text found again in its tokens.
+
+    A token may be in no text (an end mark), in one that comes later (held back by the server), or a part of a letter.
+    """
+
+    _bytes: bytes = b""
+    """Of tokens, since the last text that was found."""
+    _is_draft: bytes = b""
+    """Of each of these bytes, 1 or 0."""
+
+    def add(self, tokens: Sequence[bytes]) -> None:
+        """What came in one chunk: all but the last were drafts."""
+        for number, token in enumerate(tokens, 1):
+            self._bytes += token
+            self._is_draft += bytes([number < len(tokens)]) * len(token)
+        self._bytes, self._is_draft = self._bytes[-MAX_PENDING_BYTES:], self._is_draft[-MAX_PENDING_BYTES:]
+
+    def of(self, text: str) -> list[tuple[str, bool]]:
+        """The text in pieces, and whether each was a draft; what is found nowhere counts as none."""
+        at = self._bytes.find(text.encode())
+        end = at + len(text.encode()) if at >= 0 else 0
+        flags = self._is_draft[max(at, 0) : end]
+        self._bytes, self._is_draft = self._bytes[end:], self._is_draft[end:]
+        pieces: list[tuple[str, bool]] = []
+        num_bytes = 0
+        for letter in text:
+            num_bytes += len(letter.encode())
+            is_draft = bool(flags and flags[num_bytes - 1])
+            before = pieces.pop()[0] if pieces and pieces[-1][1] == is_draft else ""
+            pieces.append((before + letter, is_draft))
+        return pieces
 
 
 @dataclass
@@ -51,9 +94,9 @@ class Answer:
         if not self.num_chunks:
             self.first_s = at_s
         self.took_s = at_s
-        self.text += "".join(chunk.tokens)
+        self.text += chunk.text
         self.num_tokens += len(chunk.tokens)
-        self.num_accepted += len(chunk.tokens) - 1
+        self.num_accepted += max(0, len(chunk.tokens) - 1)
         self.num_chunks += 1
 
     @property
@@ -81,12 +124,17 @@ class Server:
     max_tokens: int = 512
     temperature: float | None = None
     """None: as the server likes."""
+    ca_file: str = ""
+    has_proxy: bool = True
     client: httpx.AsyncClient = field(init=False)
 
     def __post_init__(self) -> None:
+        """Raises UserError."""
         headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S)
-        self.client = httpx.AsyncClient(base_url=self.url.rstrip("/") + "/", headers=headers, timeout=timeout)
+        context = trusted(self.ca_file, is_alone=False)
+        url = self.url.rstrip("/") + "/"
+        self.client = client_for(url, self.has_proxy, verify=context, headers=headers, timeout=timeout)
 
     async def find_model(self) -> None:
         """Choose a model, if none was. Raises UserError."""
@@ -98,19 +146,17 @@ class Server:
             raise UserError(f"{self.url} does not answer as an OpenAI endpoint ({error}): see --server.") from None
 
     async def ask(self, messages: Sequence[Message], session: str) -> AsyncIterator[Chunk]:
-        """The answer, chunk by chunk; drafted for by the edge of that session, if one is named. Raises UserError."""
+        """The answer, chunk by chunk; drafted for by the edge of that session, or by none. Raises UserError."""
         body: dict[str, Any] = {"model": self.model, "messages": list(messages), "max_tokens": self.max_tokens}
-        body |= {"stream": True, "logprobs": True}
+        body |= {"stream": True, "logprobs": True, "vllm_xargs": {"specedge": session or NOBODY}}
         if self.temperature is not None:
             body["temperature"] = self.temperature
-        if session:
-            body["vllm_xargs"] = {"specedge": session}
         try:
             async with self.client.stream("POST", "chat/completions", json=body) as answer:
                 if answer.status_code != 200:
                     raise UserError(f"The server answered {answer.status_code}: {_message(await answer.aread())}")
                 async for line in answer.aiter_lines():
-                    chunk = _chunk(line)
+                    chunk = chunk_of(line)
                     if chunk is not None:
                         yield chunk
         except httpx.HTTPError as error:
@@ -121,23 +167,37 @@ def _message(body: bytes) -> str:
     """What an error says, in OpenAI's form or any other."""
     try:
         return str(json.loads(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return body.decode(errors="replace")[:500]
 
 
-def _chunk(line: str) -> Chunk | None:
-    """One line of the stream; None for those without tokens."""
+def chunk_of(line: str) -> Chunk | None:
+    """One line of the stream; None for those without tokens. Raises UserError for an error in the middle of it."""
     name, _, data = line.partition(":")
     if name != "data" or data.strip() in ("", "[DONE]"):
         return None
-    choices = json.loads(data).get("choices") or [{}]
-    tokens = (choices[0].get("logprobs") or {}).get("content") or []
-    return Chunk(tuple(_text(token) for token in tokens)) if tokens else None
+    try:
+        said = json.loads(data)
+        if said.get("error"):
+            raise UserError(f"The server ended its answer: {_message(data.encode(errors='replace'))}")
+        choice = (said.get("choices") or [{}])[0]
+        delta = choice.get("delta") or {}
+        tokens = tuple(_bytes(token) for token in (choice.get("logprobs") or {}).get("content") or [])
+        thought = delta.get("reasoning") or delta.get("reasoning_content")
+        chunk = Chunk(tokens, as_text(delta.get("content")), as_text(thought))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"The server's answer is none of an OpenAI endpoint's ({data:.100}): see --server.") from None
+    return chunk if chunk != Chunk(()) else None
 
 
-def _text(token: Mapping[str, Any]) -> str:
+def _bytes(token: Mapping[str, Any]) -> bytes:
     """A token may be a part of a letter, which only its bytes say."""
-    return bytes(token["bytes"]).decode(errors="replace") if token.get("bytes") else str(token["token"])
+    return bytes(token["bytes"]) if token.get("bytes") else str(token["token"]).encode(errors="replace")
+
+
+def as_text(said: object) -> str:
+    """What can be written and sent: half a letter, which JSON and terminals may hold, cannot."""
+    return str(said or "").encode(errors="replace").decode()
 
 
 @dataclass
@@ -167,6 +227,7 @@ class Chat:
 
     async def say(self, line: str) -> None:
         """A question, or what changes how it is answered."""
+        line = as_text(line)
         if line in ("/alone", "/with"):
             self.is_helped = line == "/with"
         elif line == "/again" and self.answers:
@@ -181,16 +242,25 @@ class Chat:
         session = self.session() if self.is_helped else ""
         asked = {"role": "user", "content": question}
         answer, started_s = Answer(question, bool(session)), time.monotonic()
-        async for chunk in self.server.ask([*self.messages, asked], session):
-            answer.take(chunk, time.monotonic() - started_s)
-            for number, token in enumerate(chunk.tokens, 1):
-                style = DRAFTED if number < len(chunk.tokens) else OWN
-                self.console.print(Text(token, style), end="", soft_wrap=True)
-        self.console.print()
+        colours = Colours()
+        try:
+            async for chunk in self.server.ask([*self.messages, asked], session):
+                answer.take(chunk, time.monotonic() - started_s)
+                self._show(chunk, colours)
+        finally:
+            self.console.print()
         self.console.print(str(answer), style="dim")
         self.messages += [asked, {"role": "assistant", "content": answer.text}]
         self.answers.append(answer)
         self._compare(answer)
+
+    def _show(self, chunk: Chunk, colours: Colours) -> None:
+        colours.add(chunk.tokens)
+        for piece, is_draft in colours.of(chunk.thought):
+            style = f"{DRAFTED if is_draft else OWN} dim"
+            self.console.print(Text(piece, style), end="", soft_wrap=True)
+        for piece, is_draft in colours.of(chunk.text):
+            self.console.print(Text(piece, DRAFTED if is_draft else OWN), end="", soft_wrap=True)
 
     def _compare(self, answer: Answer) -> None:
         """With the last answer of the other kind to the same question."""
@@ -215,7 +285,7 @@ async def read_line(console: Console) -> str | None:
     def read() -> None:
         try:
             text: str | None = console.input("> ")
-        except EOFError:
+        except (EOFError, OSError, ValueError):  # ValueError: it is closed
             text = None
         loop.call_soon_threadsafe(done, text)
 

@@ -1,13 +1,15 @@
 """`edge-client`: what a person with a laptop runs."""
 
 import asyncio
+import codecs
+import io
 import logging
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +23,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from edge_client import settings
-from edge_client.client import EdgeClient
+from edge_client.client import DraftModelError, EdgeClient
 from edge_client.cooling import cooler_share
 from edge_client.drafters import Drafter, DrafterOptions
 from edge_client.drafters.load import fetched, load_drafter
@@ -30,10 +32,13 @@ from edge_client.link import Gateway
 from edge_client.pace import UPLINK_BYTES_PER_TOKEN, Pace
 from edge_client.sensors import hottest_c
 from edge_client.view import AcceptedRate, heat, panel, status_line, summary
+from edge_client.ways import checked_server_url
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
 
 app = typer.Typer(help="Draft tokens for a vLLM server.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+logger = logging.getLogger("edge_client")
 
 TOKEN_VARIABLE = "SPECEDGE_TOKEN"  # noqa: S105 - a name, not a secret
 THIS_MACHINE = platform.node()
@@ -43,19 +48,34 @@ PLAIN_STATUS_S = 10.0
 
 
 def _token(file: Path | None) -> str:
-    return os.environ.get(TOKEN_VARIABLE, "") if file is None else _read(file, "token")
+    if file is not None:
+        return _read(file, "token")
+    return _secret(os.environ.get(TOKEN_VARIABLE, ""), f"The environment's {TOKEN_VARIABLE}")
 
 
 def _read(file: Path, what: str) -> str:
     try:
-        return file.read_text().strip()
+        return _secret(file.read_bytes().decode(errors="replace"), f"The {what} file {file}")
     except OSError as error:
         raise UserError(f"The {what} file {file} cannot be read: {error.strerror}.") from None
 
 
+def _secret(text: str, where: str) -> str:
+    """What goes into a header. Raises UserError."""
+    secret = text.strip()
+    if not (secret.isascii() and secret.isprintable()):
+        raise UserError(f"{where} holds more than one line of letters and digits: put nothing else into it.")
+    return secret
+
+
+def _shown(name: str) -> str:
+    """A name that can be sent: the command line may hold half a letter."""
+    return name.encode(errors="replace").decode()[:100]
+
+
 def _configure(context: typer.Context, file: Path | None) -> Path | None:
     """Make what the user's file says this command's defaults: what its line says comes before them."""
-    chosen = file or Path(typer.get_app_dir("specedge")) / "edge.toml"
+    chosen = file or settings.folder(sys.platform, os.environ, Path.home()) / "edge.toml"
     if file is None and not chosen.exists():
         return None
     functions = {command.callback.__name__: command.callback for command in app.registered_commands if command.callback}
@@ -76,7 +96,7 @@ def _configure(context: typer.Context, file: Path | None) -> Path | None:
 Config = Annotated[
     Path | None,
     typer.Option(
-        help="TOML file with options; default: edge.toml in your configuration folder.",
+        help="TOML file with options; default: ~/.config/specedge/edge.toml, on Windows %APPDATA%/specedge/edge.toml.",
         callback=_configure,
         is_eager=True,
     ),
@@ -87,13 +107,16 @@ Draft = Annotated[
     typer.Option(help="Draft model: a directory, GGUF file, OWNER/NAME, hf:OWNER/NAME/FILE.gguf, or 'ngram'."),
 ]
 OwnTokenFile = Annotated[Path | None, typer.Option(help=f"File with your token; or set {TOKEN_VARIABLE}.")]
-CaFile = Annotated[str, typer.Option(help="Trust this certificate authority (PEM).")]
+CaFile = Annotated[str, typer.Option(help="Trust this certificate authority (PEM), for --server too.")]
 CertFile = Annotated[str, typer.Option(help="Your certificate and its key (PEM), if the gateway asks.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Send the token without TLS, beyond this machine.")]
+NoProxy = Annotated[bool, typer.Option("--no-proxy", help="Do without the proxy that the environment names.")]
 Role = Annotated[str, typer.Option(help="pool: for any request; private: only for those that name this edge.")]
 Name = Annotated[str, typer.Option(help="What the operator sees.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
-Threads = Annotated[int, typer.Option(help="CPU threads for the draft model; 0: as its runtime likes.")]
+Threads = Annotated[
+    int, typer.Option(help="CPU threads for the draft model; 0: one for each core that this process may use.")
+]
 DraftVocab = Annotated[int | None, typer.Option(help="Draft with the N most frequent tokens only; 0: with all.", min=0)]
 DraftVocabFile = Annotated[
     Path | None, typer.Option(help="Token ids by frequency; default: draft_vocab.json beside the model.")
@@ -121,6 +144,7 @@ def connect(
     ca_file: CaFile = "",
     cert_file: CertFile = "",
     insecure: Insecure = False,
+    no_proxy: NoProxy = False,
     role: Role = "pool",
     name: Name = THIS_MACHINE,
     device: Device = "auto",
@@ -137,14 +161,14 @@ def connect(
     config: Config = None,
 ) -> None:
     """Connect to a gateway and draft for it until Ctrl-C."""
-    gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
+    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
     cooler = _Cooler(max_temperature_c)
     pace = Pace(uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
     console, drafter = _begin(options, quiet)
-    client = EdgeClient(gateway, drafter, name[:100], role, max_requests, max_width, pace)
+    client = EdgeClient(gateway, drafter, _shown(name), role, max_requests, max_width, pace)
     client.own_vocabulary = partial(own_vocabulary, options)
-    asyncio.run(_run(client, wait, console, quiet, cooler))
+    asyncio.run(_run(client, client.run(wait), console, quiet, cooler))
 
 
 @app.command()
@@ -158,10 +182,14 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Pages of this origin may use it, beside this machine's; again.")
     ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Programs may call it by this name, beside its own; * is any; again.")
+    ] = None,
     token_file: OwnTokenFile = None,
     ca_file: CaFile = "",
     cert_file: CertFile = "",
     insecure: Insecure = False,
+    no_proxy: NoProxy = False,
     name: Name = THIS_MACHINE,
     device: Device = "auto",
     threads: Threads = 0,
@@ -174,20 +202,26 @@ def serve(
     config: Config = None,
 ) -> None:
     """An OpenAI endpoint on this machine: passes on to the server, and drafts for its own requests only."""
-    gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
+    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
     key = _read(api_key_file, "key") if api_key_file is not None else ""
-    from edge_client.serve import listening, make_app, serve_beside  # noqa: PLC0415 - `connect` needs no web server
+    from edge_client import serve as endpoint  # noqa: PLC0415 - `connect` needs no web server
 
-    with listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
+    client_of_server = partial(endpoint.server_client, checked_server_url(server), not no_proxy, ca_file)
+    client_of_server()  # what cannot be used is said before a model is loaded
+    with endpoint.listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
         options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
         console, drafter = _begin(options, quiet)
-        client = EdgeClient(gateway, drafter, name[:100], "private", max_requests)
+        client = EdgeClient(gateway, drafter, _shown(name), "private", max_requests)
         client.own_vocabulary = partial(own_vocabulary, options)
-        endpoint = make_app(server, lambda: client.session if client.model else "", key, allow_origin or ())
+        is_opened, names = endpoint.names_here(listener)
+        hosts = [host, *names, *(allow_host or ())]
+        web = endpoint.make_app(
+            server, client.open_session, key, allow_origin or (), hosts, is_opened, client_of_server
+        )
         if not quiet:
-            _say(console, f"OpenAI endpoint: http://{host}:{port}/v1")
-        drafting = _run(client, wait, console, quiet, _Cooler(max_temperature_c))
-        asyncio.run(serve_beside(endpoint, listener, drafting))
+            _say(console, f"OpenAI endpoint: http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        drafting = _run(client, _outlived(client.run(wait)), console, quiet, _Cooler(max_temperature_c))
+        asyncio.run(endpoint.serve_beside(web, listener, drafting))
 
 
 @app.command()
@@ -204,6 +238,7 @@ def chat(
     ca_file: CaFile = "",
     cert_file: CertFile = "",
     insecure: Insecure = False,
+    no_proxy: NoProxy = False,
     name: Name = THIS_MACHINE,
     device: Device = "auto",
     threads: Threads = 0,
@@ -215,14 +250,14 @@ def chat(
     """A chat that shows which tokens were accepted drafts, and how fast they come."""
     from edge_client.chat import Chat, Server, chat_beside  # noqa: PLC0415 - `connect` has no use for it
 
-    gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
+    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
     key = _read(api_key_file, "key") if api_key_file is not None else ""
-    asked = Server(server, key, model, max_tokens, temperature)
+    asked = Server(checked_server_url(server), key, model, max_tokens, temperature, ca_file, not no_proxy)
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
     _, drafter = _begin(options, quiet=False)
-    client = EdgeClient(gateway, drafter, name[:100], "private")
+    client = EdgeClient(gateway, drafter, _shown(name), "private")
     client.own_vocabulary = partial(own_vocabulary, options)
-    talk = Chat(asked, lambda: client.session if client.model else "", Console(highlight=False))
+    talk = Chat(asked, client.open_session, Console(highlight=False))
 
     async def run() -> None:
         connected = asyncio.Event()
@@ -247,6 +282,7 @@ def doctor(
     ca_file: CaFile = "",
     cert_file: CertFile = "",
     insecure: Insecure = False,
+    no_proxy: NoProxy = False,
     role: Role = "pool",
     name: Name = THIS_MACHINE,
     device: Device = "auto",
@@ -264,9 +300,9 @@ def doctor(
     """Check this machine, its draft and the gateway, and say whether it would help. Ends with 0 if so, else with 1."""
     from edge_client import doctor as examination  # noqa: PLC0415 - the other commands need no simulator
 
-    gateway = Gateway(url, _token(token_file), ca_file, insecure, cert_file)
+    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
-    asked = examination.Asked(gateway, options, role, name[:100], max_width, spec_tokens, acceptance)
+    asked = examination.Asked(gateway, options, role, _shown(name), max_width, spec_tokens, acceptance)
     errors, console = Console(stderr=True), Console(highlight=False)
     if errors.is_terminal:
         errors.print("Measuring; this takes some seconds ...")
@@ -275,6 +311,12 @@ def doctor(
         console.print(table)
     console.print(f"This machine {found.verdict}.", soft_wrap=True)
     raise typer.Exit(0 if found.is_good else 1)
+
+
+def _checked(gateway: Gateway) -> Gateway:
+    """The same. What cannot be used of it is said before a model is loaded: raises UserError."""
+    gateway.client()
+    return gateway
 
 
 def _begin(options: DrafterOptions, quiet: bool) -> tuple[Console, Drafter]:
@@ -295,9 +337,20 @@ def _begin(options: DrafterOptions, quiet: bool) -> tuple[Console, Drafter]:
     return console, drafter
 
 
-async def _run(client: EdgeClient, wait_s: float, console: Console, quiet: bool, cooler: "_Cooler") -> None:
+async def _outlived(drafting: Coroutine[None, None, None]) -> None:
+    """Drafting for an endpoint, which goes on passing requests on where the draft model cannot go on."""
+    try:
+        await drafting
+    except DraftModelError as error:
+        logger.error("%s Until then requests are passed on, and nobody drafts for them.", error)
+        await asyncio.Event().wait()
+
+
+async def _run(
+    client: EdgeClient, drafting: Coroutine[None, None, None], console: Console, quiet: bool, cooler: "_Cooler"
+) -> None:
     loop = asyncio.get_running_loop()
-    running = asyncio.create_task(client.run(wait_s))
+    running = asyncio.create_task(drafting)
     for number in (signal.SIGINT, signal.SIGTERM):
         with suppress(NotImplementedError):  # on Windows, where Ctrl-C cancels this coroutine
             loop.add_signal_handler(number, running.cancel)
@@ -378,8 +431,19 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
     pass
 
 
+def _take_any_letter() -> None:
+    """Any text is read and written, whatever a terminal can show: a letter that cannot be is a ?."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            is_ascii = (
+                codecs.lookup(stream.encoding).name == "ascii"
+            )  # a locale that says nothing, as Python itself does
+            stream.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
+
+
 def main() -> NoReturn:
     """The console script: a user's fault is one sentence and status 2."""
+    _take_any_letter()
     try:
         app()
     except UserError as error:

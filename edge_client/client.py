@@ -17,12 +17,12 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from edge_client.drafters import CacheFullError, Candidate, Drafter, DraftSequence
+from edge_client.drafters import CacheFullError, Drafter, DraftSequence
 from edge_client.drafters.translated import TranslatedDrafter
 from edge_client.link import Gateway, Link, LinkError, OtherVocabularyError
 from edge_client.mismatch import OwnVocabulary, fitted
 from edge_client.pace import Pace
-from edge_client.speculation import Job, Speculation, SpeculationStats
+from edge_client.speculation import Job, NotFiniteError, Speculation, SpeculationStats, run_pass
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
 from vllm_specedge.frames import PROTOCOL_VERSION, Frame, Hello, Welcome
@@ -37,6 +37,16 @@ MAX_CLIENT = 120
 BYE_S = 1.0
 MAX_KEPT = 4
 """Contexts of ended requests that a follow-up may go on from."""
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, with a mark at its end."""
+    text = str(error)
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
+class DraftModelError(UserError):
+    """The draft model cannot draft any more, for any request."""
 
 
 @dataclass(slots=True)
@@ -65,6 +75,7 @@ class EdgeClient:
     _own_drafter: Drafter = field(init=False)
     """As it was given: for a target of nearly its vocabulary, `drafter` translates."""
     _was_admitted: bool = False
+    _has_said_too_long: bool = False
     _link: Link = field(init=False)
     _sequences: dict[int, DraftSequence] = field(default_factory=dict)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -96,6 +107,10 @@ class EdgeClient:
         self._sequences = {}
         self.model = ""
 
+    def open_session(self) -> str:
+        """What a request names to be drafted for by this edge; empty while it is not connected."""
+        return self.session if self.model else ""
+
     @property
     def rtt_s(self) -> float | None:
         return self._link.rtt_s
@@ -119,7 +134,9 @@ class EdgeClient:
             try:
                 lasted_s: float = await retrying(self._run_once)
             except LinkError as error:
-                raise UserError(f"The gateway at {self.gateway.url} cannot be used: {error}.") from None
+                raise UserError(
+                    f"The gateway at {self.gateway.url} cannot be used: {str(error).rstrip('.')}."
+                ) from None
             except OtherVocabularyError as refusal:
                 await self._fit(refusal)
                 continue
@@ -160,6 +177,7 @@ class EdgeClient:
             raise
         finally:
             self.totals.append(self.speculation.stats)
+            self.model = ""
             drafting.cancel()
             linking.cancel()
             await asyncio.gather(drafting, linking, return_exceptions=True)
@@ -178,6 +196,10 @@ class EdgeClient:
             return
         self.pace.rtt_s = self._link.rtt_s or 0.0
         self._send(self.speculation.receive(frame, time.monotonic()))
+        if self.speculation.stats.num_too_long and not self._has_said_too_long:
+            self._has_said_too_long = True
+            limit = self.drafter.max_context_tokens
+            logger.warning("Requests that are longer than this draft takes, %s tokens, are given back", f"{limit:,}")
         self._wake.set()
 
     def _send(self, frames: Iterable[Frame]) -> None:
@@ -199,19 +221,34 @@ class EdgeClient:
                 await self._rest(now_s)
                 continue
             try:
-                said = await loop.run_in_executor(self._executor, _run, self._sequence(job), job)
+                said = await loop.run_in_executor(self._executor, run_pass, self._sequence(job), job)
             except CacheFullError as error:
                 logger.warning("Request %s is given back, as the draft's cache is full: %s", job.request, error)
                 self.speculation.forget_kept()
                 self._send(self.speculation.decline(job.request))
                 continue
-            except Exception:
-                logger.exception("The draft model failed: request %s is given back", job.request)
+            except Exception as error:
+                is_known = isinstance(error, NotFiniteError)
+                logger.warning(
+                    "The draft model failed: request %s is given back: %s", job.request, error, exc_info=not is_known
+                )
+                self.speculation.stats.num_failed += 1
                 self._send(self.speculation.decline(job.request))
+                await loop.run_in_executor(self._executor, self._check_drafter)
                 continue
             done_s = time.monotonic()
             self._send(self.speculation.drafted(job, said, done_s - now_s, done_s))
             self.pace.drafted(len(said), now_s, done_s - now_s)
+
+    def _check_drafter(self) -> None:
+        """Raises DraftModelError if the draft model does nothing any more, whatever it is asked: a device is gone."""
+        try:
+            run_pass(self.drafter.open(), Job(0, 0, (), (1,), (), 1))
+        except CacheFullError:
+            pass
+        except Exception as error:
+            text = f"The draft model fails ({error!s:.120}): start again, or choose another --device or --draft."
+            raise DraftModelError(text) from error
 
     async def _rest(self, now_s: float) -> None:
         """Until a frame comes, or something is due."""
@@ -230,11 +267,3 @@ class EdgeClient:
         if job.request not in self._sequences:
             self._sequences[job.request] = self.drafter.open()
         return self._sequences[job.request]
-
-
-def _run(sequence: DraftSequence, job: Job) -> list[list[Candidate]]:
-    """One forward pass, in the drafting thread."""
-    sequence.keep(job.keep, job.moved)
-    if job.parents:
-        return sequence.branch(job.tokens, job.parents, job.width)
-    return [sequence.append(job.tokens, job.width)]

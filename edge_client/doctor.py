@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from edge_client.drafters import Drafter, DrafterOptions
+from edge_client.drafters import Drafter, DrafterOptions, DraftSequence
 from edge_client.drafters.load import fetched, load_drafter
 from edge_client.drafters.own_vocabulary import own_vocabulary
 from edge_client.forecast import (
@@ -25,17 +25,21 @@ from edge_client.forecast import (
     verdict,
     would_help,
 )
-from edge_client.link import Gateway, Link, LinkError, OtherVocabularyError
+from edge_client.link import Gateway, Link, LinkError, OtherVocabularyError, what_is_wrong
 from edge_client.mismatch import fitted
+from edge_client.pace import Pace
+from edge_client.speculation import Speculation, run_pass
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
-from vllm_specedge.frames import PROTOCOL_VERSION, Frame, Hello, Welcome
+from vllm_specedge.frames import PROTOCOL_VERSION, Close, Commit, Frame, Hello, Open, Propose, Welcome
 
 NUM_PASSES = 9
 NUM_PINGS = 9
 SAME_VOCABULARY = "the draft's is the server's"
 WIDE_ROWS = 8
 CONTEXT_TOKENS = 64
+REHEARSED_PROMPT_TOKENS, REHEARSED_CREDIT, REHEARSED_ROUNDS, MAX_DRAFT = 1200, 16, 24, 5
+REHEARSAL_S = 20.0
 DEADLINE_S = 20.0
 BYE_S = 1.0
 
@@ -132,6 +136,7 @@ def _look_at_draft(asked: Asked, found: Diagnosis) -> tuple[Drafter | None, Pass
     found.checks.append(Check("draft model", True, f"{drafter.description}; loaded in {took_s:.1f} s"))
     try:
         times = time_passes(drafter, time.perf_counter)
+        num_tokens = rehearse(drafter, time.perf_counter)
     except Exception as error:  # noqa: BLE001 - whatever a model's code does: it cannot draft, which is what is asked
         text = f"A forward pass fails ({error!s:.120}): choose another draft or --device cpu."
         found.checks.append(Check("forward pass", False, text))
@@ -140,7 +145,40 @@ def _look_at_draft(asked: Asked, found: Diagnosis) -> tuple[Drafter | None, Pass
     found.checks.append(
         Check("forward pass", True, f"{1e3 * times.one_s:.1f} ms of 1 row{wide}, median of {NUM_PASSES}")
     )
+    found.checks.append(Check("whole request", True, f"{num_tokens} tokens, with branches and rollbacks"))
     return drafter, times
+
+
+def rehearse(drafter: Drafter, clock: Callable[[], float]) -> int:
+    """Draft for a request as long as real ones are, whose answer follows the trunk, a branch and neither in turn.
+
+    Returns how many tokens that were; a slow draft is not tried to the end. Raises what the draft model's code does,
+    and NotFiniteError.
+    """
+    num_prompt = max(1, min(REHEARSED_PROMPT_TOKENS, drafter.max_context_tokens - 4 * REHEARSED_CREDIT))
+    tokens = [1 + position % CONTEXT_TOKENS for position in range(num_prompt)]
+    speculation = Speculation(drafter.max_context_tokens, drafter.max_width, pace=Pace(rtt_s=1.0))
+    speculation.receive(Open(0, num_prompt, MAX_DRAFT, REHEARSED_CREDIT, ""), 0.0)
+    frames = speculation.receive(Commit(0, 0, tuple(tokens)), 0.0)
+    sequence, started_s = drafter.open(), clock()
+    for number in range(REHEARSED_ROUNDS):
+        frames += _drafted(speculation, sequence)
+        runs = [run for frame in frames if isinstance(frame, Propose) for run in frame.runs]
+        drafts = [draft[:MAX_DRAFT] for base, run in runs if (draft := run[max(0, len(tokens) - base) :])]
+        said = drafts[number % 3] if number % 3 < min(2, len(drafts)) else (1,)
+        frames = speculation.receive(Commit(0, len(tokens), said), 0.0)
+        if any(isinstance(frame, Close) for frame in frames) or clock() > started_s + REHEARSAL_S:
+            break
+        tokens += said
+    return len(tokens)
+
+
+def _drafted(speculation: Speculation, sequence: DraftSequence) -> list[Frame]:
+    """All that is said before the next commit."""
+    frames: list[Frame] = []
+    while (job := speculation.next_job()) is not None:
+        frames += speculation.drafted(job, run_pass(sequence, job), 0.001, 0.0)
+    return frames + (speculation.poll(speculation.due_s) if speculation.due_s is not None else [])
 
 
 def time_passes(drafter: Drafter, clock: Callable[[], float]) -> PassTimes:
@@ -222,14 +260,12 @@ def _sentence(error: Exception) -> str:
 
 
 async def _get(gateway: Gateway, path: str) -> httpx.Response:
-    """Raises LinkError, and UserError for what is no gateway's URL."""
+    """Raises LinkError."""
     try:
         async with gateway.client() as client:
             return await client.get(path)
-    except httpx.UnsupportedProtocol:
-        raise UserError(f"'{gateway.url}' is no gateway URL: it starts with http:// or https://.") from None
     except (httpx.HTTPError, OSError) as error:
-        raise LinkError(str(error) or type(error).__name__) from None
+        raise LinkError(what_is_wrong(error, is_answered=False)) from None
 
 
 async def _reach(asked: Asked, fingerprint: str) -> Reached:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 from h2.exceptions import H2Error
 
+from edge_client.ways import checked_gateway_url, client_for, is_loopback, trusted
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.frames import (
     MEDIA_TYPE,
@@ -50,29 +51,31 @@ class Gateway:
     """Show the token without TLS, beyond this machine."""
     cert_file: str = ""
     """This edge's own certificate and key (PEM), for gateways that ask for one."""
+    has_proxy: bool = True
+    """It may be reached by the proxy that the environment names."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no address."""
+        checked_gateway_url(self.url)
 
     def client(self) -> httpx.AsyncClient:
         parts = urlsplit(self.url)
-        is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        if self.token and parts.scheme == "http" and not is_local and not self.insecure:
+        if self.token and parts.scheme == "http" and not is_loopback(parts.hostname) and not self.insecure:
             raise UserError("A token is not sent over plain http:// to another machine: use https://, or --insecure.")
         headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
-        try:
-            context = ssl.create_default_context(cafile=self.ca_file or None)
-        except (OSError, ssl.SSLError) as error:
-            raise UserError(f"The CA file {self.ca_file} cannot be used: {error}.") from None
+        context = trusted(self.ca_file, is_alone=True)
         try:
             if self.cert_file:
                 context.load_cert_chain(self.cert_file)
         except (OSError, ssl.SSLError) as error:
             raise UserError(f"The certificate {self.cert_file} cannot be used: {error}.") from None
-        return httpx.AsyncClient(
-            base_url=self.url,
+        return client_for(
+            self.url,
+            self.has_proxy,
             headers=headers,
             http1=False,
             http2=True,
             verify=context,
-            trust_env=False,
             timeout=httpx.Timeout(CONNECT_TIMEOUT_S, read=FIRST_SILENCE_S, pool=None),
             limits=httpx.Limits(max_connections=1),
         )
@@ -108,18 +111,18 @@ class Link:
 
     async def run(self) -> None:
         """Stay connected. Raises LinkError when that ends, UserError when trying again cannot help."""
+        is_answered = False
         try:
             async with self.gateway.client() as client, client.stream("GET", "/edge/v1/down") as response:
+                is_answered = True
                 await self._check(response)
                 await self._talk(client, response)
         except RemoteProtocolError as error:
             raise LinkError(f"the gateway broke the protocol: {error}") from error
-        except httpx.UnsupportedProtocol:
-            raise UserError(f"'{self.gateway.url}' is no gateway URL: it starts with http:// or https://.") from None
         except (TimeoutError, httpx.ReadTimeout) as error:
             raise LinkError(self._silent("nothing was heard from the gateway for too long")) from error
         except (httpx.HTTPError, httpx.StreamError, H2Error, OSError) as error:  # H2Error: what follows a GOAWAY
-            raise LinkError(str(error) or type(error).__name__) from error
+            raise LinkError(what_is_wrong(error, is_answered)) from error
         raise LinkError("the gateway ended the connection")
 
     async def _check(self, response: httpx.Response) -> None:
@@ -208,6 +211,16 @@ class Link:
         """Say Bye, so that the gateway gives this edge's requests to others at once."""
         if self.session.state is not State.CLOSED:
             self.send(Bye(ByeCode.GOING_AWAY, "the edge is stopping"))
+
+
+def what_is_wrong(error: Exception, is_answered: bool) -> str:
+    """Why a connection ended, in words for its user; one that was not answered may lead to something else."""
+    text = str(error) or type(error).__name__
+    if not is_answered and "WRONG_VERSION_NUMBER" in text:
+        return "what is there speaks no TLS: write http://, or name the gateway's port"
+    if not is_answered and isinstance(error, httpx.RemoteProtocolError | H2Error):
+        return "what is there hangs up or speaks no HTTP/2: is the port the gateway's, and not the server's own?"
+    return text
 
 
 def _stamp_us() -> int:

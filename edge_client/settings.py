@@ -16,6 +16,13 @@ SECRETS = {"token": "token_file", "api_key": "api_key_file"}
 """No secret stands in the file itself: it names files that hold them."""
 
 
+def folder(platform: str, environment: Mapping[str, str], home: Path) -> Path:
+    """Where a user's file of options is, by `sys.platform`: one place for macOS and Linux, as most tools have it."""
+    if platform == "win32":
+        return Path(environment.get("APPDATA") or home / "AppData" / "Roaming") / "specedge"
+    return Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "specedge"
+
+
 def read(file: Path) -> dict[str, Any]:
     """Raises UserError."""
     try:

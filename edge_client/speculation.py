@@ -7,11 +7,12 @@ Rule 3: what is most probably needed is drafted first, on the trunk or beside it
 Time is an argument; how deep, wide and often follows from what `pace` has measured.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from edge_client.drafters import Candidate
+from edge_client.drafters import Candidate, DraftSequence
 from edge_client.drafttree import DraftTree, Node
 from edge_client.pace import Pace
 from vllm_specedge.frames import MAX_UINT32, Close, CloseReason, Commit, Frame, Open, Propose
@@ -39,11 +40,31 @@ class Job:
     source: int | None = None
 
 
+class NotFiniteError(Exception):
+    """A draft model's probabilities are no numbers: nothing can be made of what it says."""
+
+
+def run_pass(sequence: DraftSequence, job: Job) -> list[list[Candidate]]:
+    """One forward pass. Raises NotFiniteError, and what the draft model's code raises."""
+    sequence.keep(job.keep, job.moved)
+    if job.parents:
+        said = sequence.branch(job.tokens, job.parents, job.width)
+    else:
+        said = [sequence.append(job.tokens, job.width)]
+    if not all(math.isfinite(each.probability) for candidates in said for each in candidates):
+        raise NotFiniteError("its probabilities are no numbers, as float16 makes of some models")
+    return said
+
+
 @dataclass(slots=True)
 class SpeculationStats:
     """Totals over all requests since the start."""
 
     num_requests: int = 0
+    num_failed: int = 0
+    """Given back, as the draft model failed."""
+    num_too_long: int = 0
+    """Given back, as the draft model takes no such context."""
     drafted_tokens: int = 0
     proposed_tokens: int = 0
     accepted_tokens: int = 0
@@ -135,7 +156,9 @@ class Speculation:
 
     def _open(self, frame: Open) -> list[Frame]:
         is_full = len(self._requests) >= self._max_requests and frame.request not in self._requests
-        if is_full or frame.num_tokens + frame.credit > self._max_context_tokens:
+        is_too_long = frame.num_tokens + frame.credit > self._max_context_tokens
+        self.stats.num_too_long += is_too_long
+        if is_full or is_too_long:
             return [Close(frame.request, CloseReason.DECLINED)]
         self._kept.pop(frame.request, None)  # its sequence is this one's from now on
         self._requests[frame.request] = _Request(frame.num_tokens, frame.credit, frame.max_draft)
@@ -152,6 +175,7 @@ class Speculation:
             reason = CloseReason.GAP
         elif end + request.credit > self._max_context_tokens:
             reason = CloseReason.DECLINED
+            self.stats.num_too_long += 1
         if reason is not None:
             self._end(frame.request)
             return [Close(frame.request, reason)]

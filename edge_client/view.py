@@ -27,7 +27,8 @@ class AcceptedRate:
 def status_line(client: EdgeClient, accepted_per_s: float) -> Text:
     """Who is served with what, how well, and how far away it is."""
     return Text(
-        f"{client.state} {client.model} | {client.drafter.description} | {len(client.speculation)} requests | "
+        f"{client.state} {client.model}".rstrip()
+        + f" | {client.drafter.description} | {len(client.speculation)} requests | "
         f"acceptance {_acceptance(client)} | {accepted_per_s:.0f} accepted tokens/s | RTT {_rtt(client)}",
         no_wrap=True,
         overflow="ellipsis",

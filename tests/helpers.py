@@ -1,7 +1,9 @@
 """What several tests share: frames of every type, two sessions back to back, and a world in virtual time."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -374,3 +376,15 @@ def refused(act: Callable[[], object]) -> RemoteProtocolError:
     except RemoteProtocolError as error:
         return error
     raise AssertionError("nothing was refused")
+
+
+@contextmanager
+def in_thread(run: Callable[[], object]) -> Iterator[None]:
+    """Run something beside the block, which has to make it end."""
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(60.0)
+        assert not thread.is_alive()

@@ -228,7 +228,7 @@ def test_a_priority_with_a_class_of_its_own_is_counted_there(directory: Path) ->
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("body", [BODY | {"priority": 1}, b"no json", b"", [1, 2]])
+@pytest.mark.parametrize("body", [BODY | {"priority": 1}, b"no json", b"", [1, 2], b"[" * 200_000])
 def test_the_application_gets_the_whole_body(directory: Path, body: Any, parts: int) -> None:
     LoadFile(directory / "0.json").write({DEFAULT_CLASS: 9}, 1)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()

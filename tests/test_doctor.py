@@ -3,7 +3,7 @@
 import io
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx2 as httpx
@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from stack import BIN, wait_for
 
-from edge_client.doctor import Asked, Check, Diagnosis, diagnose, tables, time_passes
-from edge_client.drafters import DrafterOptions
+from edge_client.doctor import Asked, Check, Diagnosis, diagnose, rehearse, tables, time_passes
+from edge_client.drafters import Candidate, DrafterOptions
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.link import Gateway
-from tests.helpers import ListSequence
+from tests.helpers import Guess, ListSequence
 from tests.test_gateway import DEADLINE_S, Engine, Running, free_port, metric, running_gateway
 from tests.test_gguf_drafter import GGUF
 from vllm_specedge.counters import ENGINE_COUNTERS
@@ -189,3 +189,69 @@ def test_passes_are_timed_by_their_median_and_the_first_is_left_out() -> None:
     assert len(drafter.opened[0].entries) == 64, "each pass is taken back"
     narrow = time_passes(NgramDrafter(), Clock(*ones))
     assert (narrow.one_s, narrow.wide_s, narrow.rows) == (2, 2, 1)
+
+
+class Watched(ListSequence):
+    """Fails where a rollback goes behind what `num_seen` more entries hid, and keeps what it was asked for."""
+
+    def __init__(self, guess: Guess, num_seen: int) -> None:
+        super().__init__(guess)
+        self.num_seen, self.longest = num_seen, 0
+        self.num_rollbacks = self.num_branches = self.num_moved = 0
+
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
+        self.num_moved += bool(moved)
+        if length + len(moved) < len(self.entries):
+            self.num_rollbacks += 1
+            if len(self.entries) > self.num_seen:
+                raise RuntimeError("`crop` was called")
+        super().keep(length, moved)
+        self.longest = max(self.longest, len(self.entries))
+
+    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        self.num_branches += 1
+        return super().branch(tokens, parents, width)
+
+
+class WatchedDrafter(ToyDrafter):
+    def __init__(self, num_seen: int = 1 << 20, probability: float = 0.6) -> None:
+        super().__init__()
+        self.num_seen, self.probability = num_seen, probability
+
+    def open(self) -> Watched:
+        said = [Candidate(2, self.probability), Candidate(3, 0.3)]
+        self.opened.append(Watched(lambda tokens: said, self.num_seen))
+        return self.opened[-1]  # type: ignore[return-value]
+
+
+def test_a_rehearsal_is_as_long_as_a_request_with_branches_and_rollbacks() -> None:
+    drafter = WatchedDrafter()
+    num_tokens = rehearse(drafter, lambda: 0.0)
+    [sequence] = drafter.opened
+    assert isinstance(sequence, Watched)
+    assert num_tokens > 1200
+    assert sequence.longest > 1200
+    assert min(sequence.num_rollbacks, sequence.num_branches, sequence.num_moved) >= 5
+    narrow = WatchedDrafter()
+    narrow.max_width = 1
+    assert rehearse(narrow, lambda: 0.0) > 1200
+    assert rehearse(NgramDrafter(), lambda: 0.0) > 1200
+    short = WatchedDrafter()
+    short.max_context_tokens = 100
+    assert 36 < rehearse(short, lambda: 0.0) <= 100
+
+
+def test_a_slow_draft_is_not_tried_to_the_end() -> None:
+    times = iter([0.0, *[100.0] * 99])
+    assert rehearse(WatchedDrafter(), lambda: next(times)) <= 1200 + 6
+
+
+@pytest.mark.parametrize(("num_seen", "probability"), [(512, 0.6), (1 << 20, float("nan"))])
+def test_a_draft_that_fails_on_real_requests_does_not_pass(
+    gateway: Running, monkeypatch: pytest.MonkeyPatch, num_seen: int, probability: float
+) -> None:
+    monkeypatch.setattr("edge_client.doctor.load_drafter", lambda options, say: WatchedDrafter(num_seen, probability))
+    found = look(gateway.url)
+    assert list(failed(found)) == ["forward pass"]
+    assert "choose another draft" in failed(found)["forward pass"]
+    assert found.verdict == "cannot be judged: mend what failed above first"

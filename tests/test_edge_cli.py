@@ -1,15 +1,27 @@
 """What the edge client prints."""
 
+import asyncio
 import errno
 import io
+import signal
+from pathlib import Path
+from typing import Any
 
+import httpx2 as httpx
 import pytest
 from rich.console import Console
+from stack import BIN, start
 
-from edge_client.cli import _announce
-from edge_client.client import EdgeClient
+from edge_client.cli import _announce, _outlived
+from edge_client.client import DraftModelError, EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.link import Gateway
+from edge_client.view import status_line
+from tests.test_gateway import free_port, running_gateway, wait_for_port
+from tests.test_serve import DEADLINE_S, Toy, ask_raw, served
+from tests.test_settings import edge_client
+from vllm_specedge.asgi import Receive, Send
+from vllm_specedge.errors import UserError
 
 
 class FullDisk(io.StringIO):
@@ -34,3 +46,90 @@ def test_a_private_edge_says_what_requests_must_name() -> None:
     said = io.StringIO()
     _announce(client, Console(file=said, width=40))
     assert '"vllm_xargs": {"specedge": "a-session"}' in said.getvalue()
+
+
+async def failing(error: Exception) -> None:
+    raise error
+
+
+def test_an_endpoint_outlives_its_draft_model_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        outlived = asyncio.create_task(_outlived(failing(DraftModelError("It fails: start again."))))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await outlived
+        with pytest.raises(UserError, match="vocabulary"):
+            await _outlived(failing(UserError("vocabulary")))
+
+    asyncio.run(run())
+    assert [record.getMessage() for record in caplog.records] == [
+        "It fails: start again. Until then requests are passed on, and nobody drafts for them."
+    ]
+
+
+class Endless(Toy):
+    """Begins an answer and says no more."""
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self.is_left.set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle_of_a_stream_ends_an_endpoint_in_silence(tmp_path: Path, number: int) -> None:
+    endless, port, log = Endless(), free_port(), tmp_path / "edge.log"
+    with served(endless) as server, running_gateway(tmp_path) as gateway:
+        command = [str(BIN / "edge-client"), "serve", gateway.url, "--server", f"{server}/v1", "--wait", "60"]
+        process = start([*command, "--port", str(port)], log)
+        try:
+            wait_for_port(process, port)
+            url = f"http://127.0.0.1:{port}/v1/completions"
+            with httpx.stream("POST", url, json={}, trust_env=False, timeout=DEADLINE_S) as answer:
+                chunks = answer.iter_raw()  # one that is let go of hangs up
+                assert next(chunks)
+                process.popen.send_signal(number)
+                assert process.popen.wait(DEADLINE_S) == 0
+            assert endless.is_left.wait(DEADLINE_S)
+        finally:
+            process.stop()
+    said = [line for line in log.read_text().splitlines() if "Not connected" not in line]
+    assert [line.partition(":")[0] for line in said] == [
+        "Drafting by prompt lookup",
+        "OpenAI endpoint",
+        "Drafted for 0 requests",
+    ]
+
+
+def test_an_endpoint_is_opened_on_the_command_line(tmp_path: Path) -> None:
+    port = free_port()
+    with served(Toy()) as server:
+        command = [str(BIN / "edge-client"), "serve", "http://127.0.0.1:1", "--server", f"{server}/v1", "--wait", "600"]
+        more = ["--host", "0.0.0.0", "--port", str(port), "--allow-host", "edge", "--quiet"]
+        process = start([*command, *more], tmp_path / "edge.log")
+        try:
+            wait_for_port(process, port)
+            url = f"http://127.0.0.1:{port}"
+            for host, status in (("edge", b"200"), (f"192.0.2.7:{port}", b"200"), ("evil.example.org", b"400")):
+                assert ask_raw(url, "/v1/models", host).split()[1] == status
+        finally:
+            process.stop()
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "http://[::1]:"), ("127.0.0.1", "http://127.0.0.1:")])
+def test_the_endpoint_that_is_said_is_an_address(tmp_path: Path, host: str, shown: str) -> None:
+    port = str(free_port())
+    more = ["--server", "http://127.0.0.1:1/v1", "--host", host, "--port", port]
+    status, said = edge_client(tmp_path, "serve", "http://127.0.0.1:1", *more)
+    if "cannot listen" in said:
+        pytest.skip("there is no IPv6 here")
+    assert (status, f"OpenAI endpoint: {shown}{port}/v1" in said) == (2, True), said
+
+
+def test_without_a_model_there_is_no_gap() -> None:
+    client = EdgeClient(Gateway("http://localhost:1"), NgramDrafter(), "edge")
+    client.state = "reconnecting"
+    assert status_line(client, 0.0).plain.startswith("reconnecting | ")

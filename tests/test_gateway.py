@@ -32,8 +32,8 @@ from raw_client import pack, unpack
 from stack import BIN, Process, start, wait_for
 
 from benchmarks.light_edge import LightEdge
-from edge_client.client import EdgeClient
-from edge_client.drafters import CacheFullError
+from edge_client.client import DraftModelError, EdgeClient
+from edge_client.drafters import CacheFullError, Candidate
 from edge_client.drafters.ngram import NgramDrafter, NgramSequence
 from edge_client.link import Gateway, Link, LinkError
 from tests.faults.matrix import FAKETIME, Clock
@@ -252,6 +252,73 @@ def test_an_edge_whose_cache_is_full_gives_its_requests_back(
             engine.wait(lambda: engine.book.num_edges == 2)
             assert engine.generate("for the other", 60) > 0
     assert not any(record.exc_info for record in caplog.records)
+
+
+class SickSequence(NgramSequence):
+    """Says what is no number."""
+
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        return [Candidate(1, float("nan"))]
+
+
+class SickDrafter(NgramDrafter):
+    """The first `num_sick` contexts are beyond it."""
+
+    def __init__(self, num_sick: int) -> None:
+        super().__init__()
+        self.num_sick = num_sick
+
+    def open(self) -> NgramSequence:
+        self.num_sick -= 1
+        return SickSequence() if self.num_sick >= 0 else NgramSequence()
+
+
+def test_a_draft_that_is_no_number_gives_its_request_back_in_one_line(
+    gateway: Running, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = EdgeClient(Gateway(gateway.url), SickDrafter(1), "sick")
+    with edge_in_thread(client):
+        engine.wait(lambda: engine.book.num_edges == 1)
+        engine.link.send(engine.book.open("sick", [1, 2, 3], ""))
+        engine.wait(lambda: client.speculation.stats.num_failed == 1)
+        engine.link.send(engine.book.close("sick"))
+        assert engine.generate("well", 20) > 0
+    said = [record for record in caplog.records if "is given back" in record.message]
+    assert [(record.exc_info, "no numbers" in record.message) for record in said] == [(False, True)]
+
+
+def test_a_draft_model_that_does_nothing_any_more_ends_drafting_with_a_sentence(
+    gateway: Running, engine: Engine
+) -> None:
+    client = EdgeClient(Gateway(gateway.url), SickDrafter(1000), "gone")
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(lambda: asyncio.run(client.run(DEADLINE_S)))
+        engine.wait(lambda: engine.book.num_edges == 1)
+        engine.link.send(engine.book.open("for nobody else", [1, 2, 3], ""))
+        with pytest.raises(DraftModelError, match="choose another --device"):
+            running.result(DEADLINE_S)
+    engine.link.send(engine.book.close("for nobody else"))
+    engine.wait(lambda: engine.book.num_edges == 0)
+    assert client.open_session() == ""
+
+
+class ShortDrafter(NgramDrafter):
+    max_context_tokens = 64
+
+
+def test_a_request_that_is_too_long_is_given_back_and_that_is_said_once(
+    gateway: Running, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = EdgeClient(Gateway(gateway.url), ShortDrafter(), "short")
+    with edge_in_thread(client):
+        engine.wait(lambda: engine.book.num_edges == 1)
+        for number in range(2):
+            engine.link.send(engine.book.open(f"long {number}", [1] * 65, ""))
+        engine.wait(lambda: client.speculation.stats.num_too_long == 2)
+        for number in range(2):
+            engine.link.send(engine.book.close(f"long {number}"))
+    said = [record.message for record in caplog.records if "longer" in record.message]
+    assert said == ["Requests that are longer than this draft takes, 64 tokens, are given back"]
 
 
 def test_another_edge_takes_over_when_one_dies(gateway: Running, engine: Engine) -> None:

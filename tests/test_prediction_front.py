@@ -98,7 +98,16 @@ def test_a_stream_passes_as_it_comes_and_its_last_usage_has_the_figures(size: in
 
 
 @pytest.mark.parametrize(
-    "body", [b'{"model": "m", "messages": []}', b"{", b"[]", b'{"x": "prediction"}', b'{"prediction": null}', b""]
+    "body",
+    [
+        b'{"model": "m", "messages": []}',
+        b"{",
+        b"[]",
+        b'{"x": "prediction"}',
+        b'{"prediction": null}',
+        b"",
+        b'{"prediction": ' + b"[" * 200_000,
+    ],
 )
 def test_a_request_without_a_prediction_passes_as_it_came(body: bytes) -> None:
     app, asked = application({"choices": [], "usage": {}})

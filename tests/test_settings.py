@@ -2,13 +2,16 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
-from edge_client.settings import Kind, kind_of, options_of
+from edge_client.cli import app
+from edge_client.settings import Kind, folder, kind_of, options_of
 from tests.test_gateway import BIN, free_port
 from vllm_specedge.errors import UserError
 
@@ -69,6 +72,40 @@ def test_values_of_another_kind_are_said(kind: Kind, good: list[Any], bad: list[
     for value in bad:
         with pytest.raises(UserError, match=r"In edge\.toml, option is .*: it takes "):
             kind.check("option", value, FILE)
+
+
+HOME = Path("/home/u")
+
+
+@pytest.mark.parametrize(
+    ("platform", "environment", "place"),
+    [
+        ("linux", {}, HOME / ".config/specedge"),
+        ("linux", {"XDG_CONFIG_HOME": "/x"}, Path("/x/specedge")),
+        ("linux", {"XDG_CONFIG_HOME": "", "APPDATA": "/a"}, HOME / ".config/specedge"),
+        ("darwin", {}, HOME / ".config/specedge"),
+        ("win32", {"APPDATA": "/a", "XDG_CONFIG_HOME": "/x"}, Path("/a/specedge")),
+        ("win32", {}, HOME / "AppData/Roaming/specedge"),
+    ],
+)
+def test_each_system_has_one_place_for_it(platform: str, environment: dict[str, str], place: Path) -> None:
+    assert folder(platform, environment, HOME) == place
+
+
+@pytest.mark.parametrize(("platform", "place"), [("darwin", ".config"), ("win32", "AppData/Roaming")])
+def test_the_file_is_found_on_other_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str, place: str
+) -> None:
+    for name in ("XDG_CONFIG_HOME", "APPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", platform)
+    file = tmp_path / place / "specedge" / "edge.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text("speed = 1\n")
+    done = CliRunner().invoke(app, ["connect"])
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception).startswith(f"In {file}, there is no option speed")
 
 
 # -- the command ---------------------------------------------------------------------------------------------------

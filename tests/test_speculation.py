@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 from edge_client.drafters import Candidate
 from edge_client.drafttree import Node
 from edge_client.pace import Pace
-from edge_client.speculation import MAX_ENTRIES, MAX_SHORT, MIN_SHARED_TOKENS, Job, Speculation
+from edge_client.speculation import (
+    MAX_ENTRIES,
+    MAX_SHORT,
+    MIN_SHARED_TOKENS,
+    Job,
+    NotFiniteError,
+    Speculation,
+    run_pass,
+)
 from tests.helpers import Guess, ListSequence
 from vllm_specedge.frames import Close, CloseReason, Commit, Frame, Open, Ping, Propose, encode
 from vllm_specedge.proposals import Fate, ProposalTree
-from vllm_specedge.simulator import run_pass
 
 CREDIT = 3
 PROMPT = (10, 11)
@@ -973,3 +980,13 @@ def test_entries_are_what_they_are_thought_to_be_and_the_server_can_use_all_that
         bench.check()
     bench.settle()
     bench.check()
+
+
+# -- what a draft model may say ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("claimed", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_probability_gets_no_further_than_the_pass(claimed: float) -> None:
+    edge = opened({11: [(20, 0.6), (30, claimed)]}, max_width=4)
+    with pytest.raises(NotFiniteError):
+        edge.start()

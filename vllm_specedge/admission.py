@@ -132,7 +132,7 @@ class AdmissionMiddleware:
 def _priority(body: bytes) -> str:
     try:
         priority = json.loads(body).get("priority", 0)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return DEFAULT_CLASS  # the application has something to say about it
     return str(priority)
 

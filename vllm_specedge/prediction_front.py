@@ -145,7 +145,7 @@ class Answer:
             for choice in said["choices"]:
                 self._texts[choice["index"]] = self._texts.get(choice["index"], "") + _text_of(choice)
             usage = said.get("usage")
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             return data  # an error, or the end of a stream
         if usage is None or (said["choices"] and self._is_stream):
             return data
@@ -164,6 +164,6 @@ def _asked(body: bytes) -> dict[str, Any] | None:
         return None
     try:
         asked = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # the application has something to say about it
     return asked if isinstance(asked, dict) else None

@@ -20,7 +20,7 @@ from typing import Any
 
 from edge_client.drafters import Candidate, DraftSequence
 from edge_client.pace import UPLINK_BYTES_PER_TOKEN, Pace
-from edge_client.speculation import Job, Speculation
+from edge_client.speculation import Job, Speculation, run_pass
 from vllm_specedge.acceptance import MAX_DEPTH, Acceptance
 from vllm_specedge.book import DraftBook, Plan, Row, Step
 from vllm_specedge.frames import PROTOCOL_VERSION, Bye, EngineHello, Frame, Hello, Ping, Pong, Welcome
@@ -254,14 +254,6 @@ class _SimulatedSequence(DraftSequence):
         if entry < 0:
             return self._draft.astray(width)
         return self._draft.candidates(self._key, self._drafting, entry + 1, width)
-
-
-def run_pass(sequence: DraftSequence, job: Job) -> list[list[Candidate]]:
-    """One forward pass, as edge_client/client.py does it."""
-    sequence.keep(job.keep, job.moved)
-    if job.parents:
-        return sequence.branch(job.tokens, job.parents, job.width)
-    return [sequence.append(job.tokens, job.width)]
 
 
 class VirtualEdge:

@@ -8,10 +8,10 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from edge_client.drafters import CacheFullError, Candidate
+from edge_client.drafters.cores import usable_cores
 from edge_client.drafters.lanes import Cut, Lanes, Row
 from vllm_specedge.errors import UserError
 from vllm_specedge.fingerprint import vocabulary_fingerprint
@@ -135,7 +135,7 @@ class GgufModel:
         options.kv_unified = True  # lanes share cells
         options.swa_full = True  # a window that forgot its past could not be rolled back
         options.no_perf = True
-        options.n_threads = options.n_threads_batch = threads or psutil.cpu_count(logical=False) or options.n_threads
+        options.n_threads = options.n_threads_batch = threads or usable_cores()
         context = llama_cpp.llama_init_from_model(self._model, options)
         if not context:
             raise _unusable(file, _errors[-1] if _errors else "there is no room for its cache")

@@ -1,5 +1,6 @@
 """A Hugging Face causal language model as the draft, on CUDA, MPS or the CPU; its KV cache survives rollbacks."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from edge_client.drafters import Candidate
 from edge_client.drafters.entries import Entries
@@ -16,6 +17,8 @@ from edge_client.drafters.passes import candidates, tree_bias
 from vllm_specedge.errors import UserError
 from vllm_specedge.fingerprint import vocabulary_fingerprint
 
+ENTRIES_OF = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Kinds of layers that keep an entry for each token, all or the last ones."""
 UNLIMITED = 1 << 20
 TREE_WIDTHS = {"cuda": 16, "mps": 16, "cpu": 4}
 """By device: how many entries a pass takes at most."""
@@ -26,13 +29,25 @@ PROBE_TOLERANCE = 0.2
 
 
 class HfSequence:
-    """One request's KV cache."""
+    """One request's KV cache.
+
+    A sliding window hides entries by the mask; the cache keeps them all, for a rollback needs those that were out of
+    sight. A layer with a state (Mamba, convolutions) has no entries to cut: there the context is run anew.
+    """
 
     def __init__(self, model: Any, kept: Tensor | None) -> None:
         self._model = model
         self._kept = kept
         self._entries = Entries()
-        self._cache = DynamicCache(config=model.config)
+        self._has_state = not all(type(layer) in ENTRIES_OF for layer in layers_of(model))
+        self._tokens: list[int] = []
+        """Of all entries, where there may be need to run them again."""
+        self._num_run = 0
+        """How many of them the cache has seen."""
+        self._cache = self._new_cache()
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self._model.config) if self._has_state else DynamicCache()
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def keep(self, length: int, moved: Sequence[int] = ()) -> None:
@@ -40,10 +55,11 @@ class HfSequence:
         if self._entries.keep(length, moved):
             self._move(moved, length)
         num_forgotten = num_before - len(self._entries)
-        if num_forgotten == num_before:
-            self._cache = DynamicCache(config=self._model.config)
+        if num_forgotten == num_before or (num_forgotten and self._has_state):
+            self._cache, self._num_run = self._new_cache(), 0
         elif num_forgotten:
             self._cache.crop(-num_forgotten)
+        del self._tokens[len(self._entries) :]
 
     def _move(self, moved: Sequence[int], start: int) -> None:
         """Copy keys and values, [1, kv heads, entries, head dim] each, of the entries `moved` to `start` and on."""
@@ -55,6 +71,10 @@ class HfSequence:
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
         self._entries.append(len(tokens))
+        if self._has_state:
+            self._tokens += tokens
+            tokens = self._tokens[self._num_run :]
+            self._num_run = len(self._tokens)
         return self._forward(tokens, width, logits_to_keep=1)[0]
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
@@ -79,10 +99,18 @@ class HfSequence:
         return candidates(output.logits[0].float(), width, self._kept)
 
 
+def layers_of(model: Any) -> list[Any]:
+    """What transformers would keep for each of a model's layers."""
+    return list(DynamicCache(config=model.config).layers)
+
+
 class HfDrafter:
     """A draft model and its tokenizer's fingerprint; `kept` cuts its output head down to those token ids."""
 
     def __init__(self, model: Any, fingerprint: str, name: str, kept: list[int] | None) -> None:
+        """Raises UserError for a model that does not go on from a cache: it would see the last tokens alone."""
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise UserError(f"'{name}' keeps no keys and values to go on from (Mamba, say): choose another draft.")
         self._model = model
         self._kept = None if kept is None else torch.tensor(kept, device=model.device)
         self.fingerprint = fingerprint
@@ -106,8 +134,8 @@ class HfDrafter:
         No property of a model tells, so it is tried: at both leaves of a small tree it has to say what it says to the
         paths that lead there.
         """
-        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=self._model.config).layers):
-            return False  # a sliding window or a state: no entries to hide or to move
+        if any(type(layer) is not DynamicLayer for layer in layers_of(self._model)):
+            return False  # a sliding window, which our mask knows nothing of, or a state: no entries to hide or to move
         size = self._model.get_input_embeddings().num_embeddings
         first, second, third, left, right = (size * part // 6 for part in range(1, 6))
         tree = self.open()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edge_client.drafters import Drafter, DrafterOptions
+from edge_client.drafters.cores import usable_cores
 from edge_client.drafters.devices import choose_device
 from edge_client.drafters.hub import fetch, is_hub_name
 from edge_client.drafters.ngram import NgramDrafter
@@ -65,8 +66,7 @@ def _load_model(options: DrafterOptions, say: Say) -> Drafter:
     from edge_client.drafters.llama import LlamaDrafter, is_of_llama_family  # noqa: PLC0415
 
     device, why = choose_device(options.device, devices_of_torch())
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or min(torch.get_num_threads(), usable_cores()))
     name = options.draft
     fingerprint, vocab_size = tokenizer_fingerprint(name)
     kept = draft_vocabulary(name, options.draft_vocab, options.draft_vocab_file, vocab_size)

@@ -64,7 +64,17 @@ def test_the_doctor_at_a_real_server(edge_target: Target, prompts: list[str]) ->
     print(done.stdout)
     said = " ".join(done.stdout.split())
     assert "FAILED" not in said, done.stdout
-    for name in ("device", "draft model", "forward pass", "gateway", "admission", "round trip", "vocabulary", "server"):
+    for name in (
+        "device",
+        "draft model",
+        "forward pass",
+        "whole request",
+        "gateway",
+        "admission",
+        "round trip",
+        "vocabulary",
+        "server",
+    ):
         assert f"{name} ok" in said
     # Whether it would help depends on what else this machine does; the status says the same as the words.
     assert ("This machine would help: about" in said) == (done.returncode == 0)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,6 +80,46 @@ def test_what_does_not_come_this_way_is_not_drafted_for_here(endpoint: Endpoint)
     until(lambda: num_assigned() > before, "nothing was drafted for here")
     completion(endpoint.direct)
     assert num_assigned() == before + 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("responses", {"input": REPEATING, "max_output_tokens": 32}),
+        ("messages", {"messages": QUESTION, "max_tokens": 32}),
+        ("chat/completions/batch", {"messages": [QUESTION], "max_tokens": 32}),
+        ("chat/completions/", {"messages": QUESTION, "max_tokens": 32}),
+    ],
+)
+def test_whatever_generates_is_drafted_for_here_and_by_no_pool_edge(
+    endpoint: Endpoint, tmp_path: Path, path: str, body: dict[str, object]
+) -> None:
+    server = endpoint.target.server
+    command = [str(BIN / "edge-client"), "connect", server.gateway_url, "--draft", "ngram"]
+    pool = start(command, tmp_path / "pool.log")
+    try:
+        wait_for(pool, f"{server.gateway_url}/healthz", "edges", 2)
+        before = server.metrics()["specedge_gateway_assigned"]
+        asked = {"model": MODEL_NAME, "temperature": 0, **body}
+        answer = httpx.post(f"{endpoint.url}/{path}", json=asked, timeout=DEADLINE_S, follow_redirects=True)
+        assert answer.status_code == 200, answer.text
+        until(lambda: server.metrics()["specedge_gateway_assigned"] == before + 1, "nobody drafts for it")
+    finally:
+        pool.stop()
+    assert "Drafted for 0 requests" in (tmp_path / "pool.log").read_text()
+
+
+def test_a_whole_answer_that_nobody_waits_for_is_not_computed_to_its_end(endpoint: Endpoint) -> None:
+    server = endpoint.target.server
+    before = vllm_metric(server, "generation_tokens_total")
+    body = {"model": MODEL_NAME, "prompt": REPEATING, "max_tokens": 1500, "temperature": 0, "ignore_eos": True}
+    with socket.create_connection(("127.0.0.1", PORT), timeout=DEADLINE_S) as program:
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
+        program.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + data)
+        until(lambda: vllm_metric(server, "num_requests_running") == 1, "it did not come")
+    until(lambda: vllm_metric(server, "num_requests_running") == 0, "the server goes on")
+    assert vllm_metric(server, "generation_tokens_total") - before < 1500
 
 
 def test_a_chat_as_a_whole_and_as_a_stream(endpoint: Endpoint) -> None:
@@ -225,6 +266,7 @@ def test_a_chat_shows_which_tokens_were_drafts(endpoint: Endpoint) -> None:
     part = int(re.search(r"(\d+)% of them accepted drafts", said)[1])  # type: ignore[index]
     assert part > 20
     assert re.sub(r"\x1b\[[\d;]*m", "", said).startswith(f"> {REPEAT}\n")
+    assert "<|im_end|>" not in said
 
 
 def test_a_conversation_is_typed_and_compared(endpoint: Endpoint) -> None:
@@ -237,7 +279,7 @@ def test_a_conversation_is_typed_and_compared(endpoint: Endpoint) -> None:
 
 def test_a_server_that_is_none_is_one_sentence(endpoint: Endpoint) -> None:
     gateway = endpoint.target.server.gateway_url
-    command = [str(BIN / "edge-client"), "chat", gateway, "--server", gateway, "--ask", "x"]
+    command = [str(BIN / "edge-client"), "chat", gateway, "--server", f"{gateway}/v1", "--ask", "x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "does not answer as an OpenAI endpoint" in done.stderr

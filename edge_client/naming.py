@@ -1,0 +1,170 @@
+"""What `edge-client serve` changes of a request on its way: it names the edge that may draft for it. Pure.
+
+Rule 1: nothing else is changed, not even how a number is written: what is no request is the server's to refuse.
+Rule 2: every request that makes the server generate names an edge, if only NOBODY: one that names none may be read by
+any pool edge.
+"""
+
+import ipaddress
+import json
+import re
+from collections.abc import Collection
+from contextlib import suppress
+from email.message import Message
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from vllm_specedge.prediction import KEY, prediction_text
+
+NOBODY = "nobody"
+"""No edge has this session: gateways make them up, of 192 random bits."""
+ARGUMENTS = "vllm_xargs"
+IN_JSON = frozenset({"chat/completions", "chat/completions/batch", "completions", "responses", "messages"})
+"""Paths below /v1 that generate, and take what vLLM calls extra arguments in a JSON object."""
+IN_FORMS = frozenset({"audio/transcriptions", "audio/translations"})
+"""The same in a form."""
+NAMED_PART = rb"\bname=\"?%b\"?\s*(;|\r|$)" % ARGUMENTS.encode()
+WITHOUT_TOKENS = frozenset(
+    {
+        "cancel",
+        "count_tokens",
+        "derender",
+        "detokenize",
+        "embeddings",
+        "load_lora_adapter",
+        "pooling",
+        "render",
+        "rerank",
+        "score",
+        "tokenize",
+        "unload_lora_adapter",
+    }
+)
+"""Last parts of paths where nothing is generated, so that there is nothing to draft."""
+
+
+class _Number(str):
+    """A number as it is written: 1e400 is no float."""
+
+
+def path_below(path: str) -> str | None:
+    """A path below /v1, written for a URL; None if it would lead elsewhere, however its dots are written."""
+    plain, before = path, ""
+    while plain != before:
+        plain, before = unquote(plain), plain
+    if {".", ".."} & set(re.split(r"[/\\]", plain)):
+        return None
+    return quote(path, safe="/:@!$&'()*+,;=~")
+
+
+def is_named(path: str) -> bool:
+    """Whether requests to a path below /v1 can name an edge."""
+    return path.strip("/") in IN_JSON | IN_FORMS
+
+
+def is_generating(path: str) -> bool:
+    """Whether what is posted to a path below /v1 may make the server generate, as far as is known here."""
+    return path.strip("/").rpartition("/")[2] not in WITHOUT_TOKENS
+
+
+def with_session(path: str, kind: str, body: bytes, session: str) -> bytes:
+    """The same request, of content type `kind`, that names an edge, and its predicted output where the server reads it.
+
+    What its program names itself comes first. A body that is not understood stays as it is.
+    """
+    try:
+        match path.strip("/"):
+            case name if name in IN_JSON:
+                return _object_with_session(body, session)
+            case name if name in IN_FORMS:
+                return _form_with_session(kind, body, session)
+    except (ValueError, RecursionError):
+        pass
+    return body
+
+
+def _object_with_session(body: bytes, session: str) -> bytes:
+    """The arguments are written at the end of the object: of two with one name, the last counts."""
+    encoding = json.detect_encoding(body)
+    text = body.decode(encoding, "surrogatepass").rstrip(" \t\r\n")
+    asked = _read(text)
+    if not isinstance(asked, dict):
+        return body
+    more = {"specedge": session}
+    if asked.get("prediction") is not None:
+        with suppress(ValueError):  # the server's to refuse
+            more[KEY] = prediction_text(asked["prediction"])
+    comma = ", " if asked else ""
+    merged = _merged(more, asked.get(ARGUMENTS))
+    return f'{text[:-1]}{comma}"{ARGUMENTS}": {merged}}}'.encode(encoding, "surrogatepass")
+
+
+def _form_with_session(kind: str, body: bytes, session: str) -> bytes:
+    """A part more, the first."""
+    header = Message()
+    header["content-type"] = kind
+    boundary = header.get_param("boundary")
+    if header.get_content_type() != "multipart/form-data" or not isinstance(boundary, str):
+        return body
+    line = f"\r\n--{boundary}".encode()
+    preamble, *parts = (b"\r\n" + body).split(line)
+    own = [part for part in parts if re.search(NAMED_PART, part.partition(b"\r\n\r\n")[0])]
+    given = _read(own[-1].partition(b"\r\n\r\n")[2].decode()) if own else None
+    head = f'\r\nContent-Disposition: form-data; name="{ARGUMENTS}"\r\n\r\n'
+    first = (head + _merged({"specedge": session}, given)).encode()
+    if not parts:
+        return body
+    return line.join([preamble, first, *(part for part in parts if part not in own)]).removeprefix(b"\r\n")
+
+
+def _read(text: str) -> Any:
+    """Raises ValueError for what is no JSON, RecursionError for what is nested too deeply."""
+    return json.loads(text, parse_float=_Number, parse_int=_Number)
+
+
+def _merged(more: dict[str, Any], given: Any) -> str:
+    """Arguments of both, those that were given before ours. Raises ValueError for what are no arguments."""
+    if not isinstance(given or {}, dict):
+        raise ValueError(given)
+    return _written({**more, **(given or {})})
+
+
+def _written(value: Any) -> str:
+    """JSON again, with each number as it was."""
+    match value:
+        case _Number():
+            return value
+        case dict():
+            return "{" + ", ".join(f"{json.dumps(name)}: {_written(each)}" for name, each in value.items()) + "}"
+        case list():
+            return "[" + ", ".join(map(_written, value)) + "]"
+        case _:
+            return json.dumps(value)
+
+
+def is_own_name(header: str, is_opened: bool, names: Collection[str]) -> bool:
+    """Whether a Host header names this endpoint; `names`: those that its user allows, * for any.
+
+    A page that has its name lead here (DNS rebinding) comes under that name, and never under an address. Other
+    machines' programs are answered only where the user has `opened` the endpoint to them.
+    """
+    try:
+        host = (urlsplit(f"//{header}").hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    if "*" in names or host == "localhost" or host in {name.lower() for name in names}:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback or is_opened
+    except ValueError:
+        return False
+
+
+def own_location(location: str, server_url: str) -> str:
+    """Where a redirect leads: what is below the server's /v1 is below the endpoint's."""
+    there, server = urlsplit(location), urlsplit(server_url)
+    base = server.path.rstrip("/") + "/"
+    is_below = there.path.startswith(base) and there.netloc in ("", server.netloc)
+    if not is_below:
+        return location
+    return there._replace(scheme="", netloc="", path=f"/v1/{there.path.removeprefix(base)}").geturl()

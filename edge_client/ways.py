@@ -1,0 +1,109 @@
+"""The way to a server: its address, the proxy in between, and whose certificates are believed."""
+
+import ipaddress
+import ssl
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpx2 as httpx
+
+from vllm_specedge.errors import UserError
+
+GATEWAY_EXAMPLE, SERVER_EXAMPLE = "https://gpu.example.org:8100", "https://gpu.example.org/v1"
+
+
+def checked_gateway_url(text: str) -> str:
+    """A gateway's address. Raises UserError."""
+    return _checked(text, "gateway", GATEWAY_EXAMPLE)
+
+
+def checked_server_url(text: str) -> str:
+    """The address of an OpenAI endpoint. Raises UserError."""
+    url = _checked(text, "server", SERVER_EXAMPLE)
+    if not urlsplit(url).path.strip("/"):
+        raise UserError(
+            f"'{text}' is no server URL (it names no path, which is /v1 mostly): write {url.rstrip('/')}/v1."
+        )
+    return url
+
+
+def _checked(text: str, what: str, example: str) -> str:
+    fault = _fault(text)
+    if fault:
+        raise UserError(f"'{text}' is no {what} URL ({fault}): write it as {example}.")
+    return text
+
+
+def _fault(url: str) -> str:
+    """What is wrong with an address; empty if nothing is."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL):
+        return "host or port are none: a port is a number up to 65535, and an IPv6 address stands in brackets"
+    if parts.scheme not in ("http", "https"):
+        return "it starts with http:// or https://"
+    if not host:
+        return "it names no host"
+    if port == 0:
+        return "no port is 0"
+    if any(letter.isspace() for letter in url):
+        return "it has a space"
+    return "it has a ? or a #" if parts.query or parts.fragment else ""
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a host is this machine, by its name."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def proxy_for(url: str, proxies: Mapping[str, str], is_bypassed: Callable[[str], Any]) -> str | None:
+    """The proxy to an address, by what the environment says of each scheme; None: the direct way. Never to loopback."""
+    parts = urlsplit(url)
+    chosen = proxies.get(parts.scheme) or proxies.get("all")
+    if not chosen or is_loopback(parts.hostname) or is_bypassed(parts.netloc.rpartition("@")[2]):
+        return None
+    chosen = chosen if "://" in chosen else f"http://{chosen}"
+    return chosen.replace("socks://", "socks5://", 1) if chosen.startswith("socks://") else chosen
+
+
+def client_for(url: str, has_proxy: bool = True, **options: Any) -> httpx.AsyncClient:
+    """A client for one server, through the proxy that the environment names if it `has_proxy`; the rest is httpx's.
+
+    HTTP/2 without TLS passes no HTTP proxy, so there is none where nothing else is spoken. Raises UserError.
+    """
+    proxy = proxy_for(url, getproxies(), proxy_bypass) if has_proxy else None
+    is_only_http2 = not options.get("http1", True) and urlsplit(url).scheme == "http"
+    if proxy is not None and is_only_http2 and not proxy.startswith("socks"):
+        proxy = None
+    try:
+        return httpx.AsyncClient(base_url=url, proxy=proxy, trust_env=False, **options)
+    except ImportError:
+        text = f"The proxy {proxy} is one for SOCKS: pip install 'vllm-specedge[socks]', or use --no-proxy."
+        raise UserError(text) from None
+    except (ValueError, httpx.InvalidURL):
+        raise UserError(f"The environment's proxy {proxy} is none: mend it, or use --no-proxy.") from None
+
+
+def trusted(ca_file: str, is_alone: bool) -> ssl.SSLContext:
+    """Certificates are believed by the system's authorities or, with a `ca_file`, by its own `is_alone` or too.
+
+    Raises UserError.
+    """
+    try:
+        if ca_file and is_alone:
+            return ssl.create_default_context(cafile=ca_file)
+        context = httpx.create_ssl_context()
+        if ca_file:
+            context.load_verify_locations(ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise UserError(f"The CA file {ca_file} cannot be used: {error}.") from None
+    return context
