@@ -242,7 +242,7 @@ def test_a_draft_that_lacks_hardly_anything_drafts_and_says_what_differs(
 
 def test_an_edge_that_fitted_one_server_fits_the_next(tmp_path: Path) -> None:
     """Gateway and engine are replaced by others: of the draft's own vocabulary, and of another that is nearly it."""
-    client = EdgeClient(Gateway(""), Own(MOVED), "edge", own_vocabulary=lambda: MOVED)
+    client = EdgeClient(Gateway("http://127.0.0.1:1"), Own(MOVED), "edge", own_vocabulary=lambda: MOVED)
     with ExitStack() as edges:
         for vocabulary in (TARGET, MOVED, RENAMED):
             directory = tmp_path / vocabulary_fingerprint(vocabulary)[:8]
