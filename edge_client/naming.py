@@ -14,6 +14,7 @@ from email.message import Message
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from vllm_specedge import exact_json
 from vllm_specedge.prediction import KEY, prediction_text
 
 NOBODY = "nobody"
@@ -41,10 +42,6 @@ WITHOUT_TOKENS = frozenset(
     }
 )
 """Last parts of paths where nothing is generated, so that there is nothing to draft."""
-
-
-class _Number(str):
-    """A number as it is written: 1e400 is no float."""
 
 
 def path_below(path: str) -> str | None:
@@ -87,7 +84,7 @@ def _object_with_session(body: bytes, session: str) -> bytes:
     """The arguments are written at the end of the object: of two with one name, the last counts."""
     encoding = json.detect_encoding(body)
     text = body.decode(encoding, "surrogatepass").rstrip(" \t\r\n")
-    asked = _read(text)
+    asked = exact_json.read(text)
     if not isinstance(asked, dict):
         return body
     more = {"specedge": session}
@@ -109,7 +106,7 @@ def _form_with_session(kind: str, body: bytes, session: str) -> bytes:
     line = f"\r\n--{boundary}".encode()
     preamble, *parts = (b"\r\n" + body).split(line)
     own = [part for part in parts if re.search(NAMED_PART, part.partition(b"\r\n\r\n")[0])]
-    given = _read(own[-1].partition(b"\r\n\r\n")[2].decode()) if own else None
+    given = exact_json.read(own[-1].partition(b"\r\n\r\n")[2].decode()) if own else None
     head = f'\r\nContent-Disposition: form-data; name="{ARGUMENTS}"\r\n\r\n'
     first = (head + _merged({"specedge": session}, given)).encode()
     if not parts:
@@ -117,29 +114,11 @@ def _form_with_session(kind: str, body: bytes, session: str) -> bytes:
     return line.join([preamble, first, *(part for part in parts if part not in own)]).removeprefix(b"\r\n")
 
 
-def _read(text: str) -> Any:
-    """Raises ValueError for what is no JSON, RecursionError for what is nested too deeply."""
-    return json.loads(text, parse_float=_Number, parse_int=_Number)
-
-
 def _merged(more: dict[str, Any], given: Any) -> str:
     """Arguments of both, those that were given before ours. Raises ValueError for what are no arguments."""
     if not isinstance(given or {}, dict):
         raise ValueError(given)
-    return _written({**more, **(given or {})})
-
-
-def _written(value: Any) -> str:
-    """JSON again, with each number as it was."""
-    match value:
-        case _Number():
-            return value
-        case dict():
-            return "{" + ", ".join(f"{json.dumps(name)}: {_written(each)}" for name, each in value.items()) + "}"
-        case list():
-            return "[" + ", ".join(map(_written, value)) + "]"
-        case _:
-            return json.dumps(value)
+    return exact_json.write({**more, **(given or {})})
 
 
 def is_own_name(header: str, is_opened: bool, names: Collection[str]) -> bool:

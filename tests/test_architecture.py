@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("vllm_specedge", "edge_client")
 PURE = {
     "vllm_specedge.errors",
+    "vllm_specedge.exact_json",
     "vllm_specedge.frames",
     "vllm_specedge.session",
     "vllm_specedge.proposals",
@@ -68,6 +69,7 @@ LEVELS: list[set[str]] = [
         "vllm_specedge.asgi",
         "vllm_specedge.errors",
         "vllm_specedge.estimates",
+        "vllm_specedge.exact_json",
         "vllm_specedge.fingerprint",
         "vllm_specedge.prediction",
         "vllm_specedge.log_format",
@@ -146,6 +148,7 @@ EDGE_MAY_IMPORT = {
     "vllm_specedge",
     "vllm_specedge.errors",
     "vllm_specedge.estimates",
+    "vllm_specedge.exact_json",
     "vllm_specedge.frames",
     "vllm_specedge.fingerprint",
     "vllm_specedge.prediction",

@@ -65,6 +65,13 @@ def test_a_prediction_goes_to_the_engine_and_the_usage_says_what_became_of_it() 
     assert int(answer.headers["content-length"]) == len(answer.content)
 
 
+def test_numbers_beside_a_prediction_stay_as_they_are_written() -> None:
+    app, asked = application({"choices": [], "usage": {}})
+    numbers = b'"seed": 12345678901234567890123, "x": [1e400, 1.10, -0], "y": {"z": null, "t": true}'
+    post(app, b'{"prediction": {"type": "content", "content": "a"}, ' + numbers + b"}")
+    assert asked == [b"{" + numbers + b', "vllm_xargs": {"' + KEY.encode() + b'": "a"}}']
+
+
 def test_the_engine_s_own_field_may_be_given_instead() -> None:
     app, asked = application({"choices": [choice(FORETOLD, i) for i in range(2)], "usage": {}})
     body = {"vllm_xargs": {KEY: FORETOLD}}
@@ -123,6 +130,7 @@ def test_a_request_without_a_prediction_passes_as_it_came(body: bytes) -> None:
         7,
         {},
         {"type": "content"},
+        {"type": "content", "content": 7},
         {"type": "x", "content": "y"},
         {"type": "content", "content": [{"text": "y"}]},
         {"type": "content", "content": [{"type": "text", "text": 7}]},

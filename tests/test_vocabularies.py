@@ -319,6 +319,10 @@ def test_doctor_says_that_a_draft_fits_though_something_differs(tmp_path: Path) 
     )
 
 
+REFUSED_WITHIN_S = 120.0
+"""One that is not refused stays connected for ever."""
+
+
 class Other(NgramDrafter):
     """A draft that no engine has the vocabulary of."""
 
@@ -328,7 +332,7 @@ class Other(NgramDrafter):
 def refusal(url: str, own: Callable[[], dict[str, int]]) -> str:
     client = EdgeClient(Gateway(url), Other(), "edge", own_vocabulary=own)
     with pytest.raises(UserError) as caught:
-        asyncio.run(client.run(0.0))
+        asyncio.run(asyncio.wait_for(client.run(0.0), REFUSED_WITHIN_S))
     return str(caught.value)
 
 

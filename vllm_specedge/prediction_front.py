@@ -15,6 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
+from vllm_specedge import exact_json
 from vllm_specedge.asgi import App, Message, Receive, Refusal, Scope, Send, pass_on
 from vllm_specedge.prediction import KEY, Prediction, take_prediction
 
@@ -52,7 +53,7 @@ class PredictionMiddleware:
             if not text:
                 return None
             answer = self._answer(scope, send, text)
-            return json.dumps(asked).encode()
+            return exact_json.write(asked).encode()
 
         async def answered(message: Message) -> None:
             await answer(message)
@@ -163,7 +164,7 @@ def _asked(body: bytes) -> dict[str, Any] | None:
     if not any(mark in body for mark in _MARKS):
         return None
     try:
-        asked = json.loads(body)
+        asked = exact_json.read(body)
     except (ValueError, RecursionError):
         return None  # the application has something to say about it
     return asked if isinstance(asked, dict) else None
