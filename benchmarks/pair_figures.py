@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 from questions import QUESTIONS
 
@@ -41,6 +42,12 @@ class Run:
         chosen = [answer for answer in self.answers if kind in (answer.kind, ALL)]
         seconds = sum(answer.seconds for answer in chosen)
         return sum(answer.num_timed for answer in chosen) / seconds if seconds else 0.0
+
+
+def run_of(read: dict[str, Any]) -> Run:
+    """A run as JSON gives it."""
+    said = [Said(**{**answer, "tokens": tuple(answer["tokens"])}) for answer in read["answers"]]
+    return Run(**{**read, "answers": said})
 
 
 @dataclass(frozen=True)

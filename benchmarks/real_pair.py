@@ -1,11 +1,12 @@
 """`make bench-ahead ARGS="--pair qwen"`: what an edge brings with a real pair of models, by kind of question.
 
-    PYTHONPATH=examples python benchmarks/real_pair.py --pair qwen [--rtt 20] [--repeats 1] [--temperature 0.7]
+    PYTHONPATH=examples python benchmarks/real_pair.py --pair qwen [--rtt 20] [--repeats 1] [--resume]
 
 Plain vLLM without the plugin, the paper's way (wait for every draft) and this project's (draft ahead, with branches, as
 `vllm serve --speculative-config edge` and `edge-client connect` do by default) side by side: a server each on one core,
 one real edge at a time on the other, behind a relay that adds delay. Greedy and sampled. Tokens a second are those
-while an answer streams, without its prompt; each ratio is to plain vLLM in the same repeat.
+while an answer streams, without its prompt; each ratio is to plain vLLM in the same round, which is a repeat at one
+temperature. All is saved after every round; --resume goes on with a file that was left.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ import httpx2 as httpx
 import psutil
 import typer
 from ahead import LOGS, RESULTS, Target, check, launch_all, machine_and_code
-from pair_figures import PLAIN, Run, Said, as_split, as_table, summarise
+from pair_figures import PLAIN, Run, Said, as_split, as_table, run_of, summarise
 from pairs import CACHE, PAIRS, Pair, PairError, prepare
 from questions import QUESTIONS
 from relay import Relay, Traffic
@@ -67,14 +68,16 @@ class Plan:
     num_tokens: int
     """Of each answer at most."""
 
-    def cells(self) -> Iterator[tuple[int, float, float, Arm]]:
-        """Repeat, temperature, RTT in ms and arm; each round starts with another arm. Plain vLLM has no RTT."""
-        for repeat, (number, temperature) in product(range(self.repeats), enumerate(self.temperatures)):
-            cells = [(arm, rtt) for rtt in self.rtts_ms for arm in self.arms if arm.options is not None]
-            cells += [(arm, 0.0) for arm in self.arms if arm.options is None]
-            shift = (repeat + number) * 2 % len(cells)
-            for arm, rtt in cells[shift:] + cells[:shift]:
-                yield repeat, temperature, rtt, arm
+    def rounds(self) -> Iterator[tuple[int, float]]:
+        """Repeat and temperature. All that is compared is measured within one."""
+        return product(range(self.repeats), self.temperatures)
+
+    def cells(self, repeat: int, temperature: float) -> list[tuple[Arm, float]]:
+        """Arms and RTTs in ms of a round; each starts with another arm. Plain vLLM has no RTT."""
+        cells = [(arm, rtt) for rtt in self.rtts_ms for arm in self.arms if arm.options is not None]
+        cells += [(arm, 0.0) for arm in self.arms if arm.options is None]
+        shift = (repeat + self.temperatures.index(temperature)) * 2 % len(cells)
+        return cells[shift:] + cells[:shift]
 
 
 def arms_of(names: Sequence[str], uplinks: Sequence[float], k: int | None) -> tuple[Arm, ...]:
@@ -157,7 +160,7 @@ def measure(plan: Plan, arm: Arm, target: Target, cell: tuple[int, float, float]
     return Run(arm.name, rtt_ms, temperature, repeat, answers, counters, up_bytes, down_bytes)
 
 
-def measure_all(plan: Plan, stack: ExitStack) -> list[Run]:
+def start_servers(plan: Plan, stack: ExitStack) -> dict[str, Target]:
     servers = {arm.server: arm.options for arm in plan.arms}
 
     def speculation(name: str, gateway_port: int) -> dict[str, object] | None:
@@ -167,26 +170,53 @@ def measure_all(plan: Plan, stack: ExitStack) -> list[Run]:
     arguments = ["--max-model-len", "2048", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(400 << 20)]
     model = plan.pair.target_directory(CACHE)
     with console.status("Starting all servers (minutes) ..."):
-        targets = launch_all(list(servers), speculation, arguments, LOGS, stack, model=model, dtype=plan.dtype)
+        return launch_all(list(servers), speculation, arguments, LOGS, stack, model=model, dtype=plan.dtype)
+
+
+def measure_all(plan: Plan, targets: dict[str, Target], rounds: Sequence[tuple[int, float]]) -> Iterator[list[Run]]:
+    """The runs of these rounds, round by round."""
     psutil.Process().cpu_affinity([EDGE_CORE])  # as in ahead.py: asking never stops the model's core
-    cells, runs = list(plan.cells()), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, auto_refresh=False) as progress:  # no thread that draws while we measure
-        task = progress.add_task("measuring", total=len(cells))
-        for repeat, temperature, rtt_ms, arm in cells:
-            progress.update(task, description=f"{arm.name}, {rtt_ms:g} ms, T {temperature:g}", refresh=True)
-            runs.append(measure(plan, arm, targets[arm.server], (repeat, temperature, rtt_ms)))
-            progress.advance(task)
-    return runs
+        task = progress.add_task("measuring", total=sum(len(plan.cells(*each)) for each in rounds))
+        for repeat, temperature in rounds:
+            runs = []
+            for arm, rtt_ms in plan.cells(repeat, temperature):
+                progress.update(task, description=f"{arm.name}, {rtt_ms:g} ms, T {temperature:g}", refresh=True)
+                runs.append(measure(plan, arm, targets[arm.server], (repeat, temperature, rtt_ms)))
+                progress.advance(task)
+            yield runs
+
+
+# -- the file ------------------------------------------------------------------------------------------------------
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """The plan as it is in a file."""
+    said = json.loads(json.dumps({**asdict(plan), "pair": plan.pair.name}))
+    return {name: value for name, value in said.items() if name not in ("repeats", "temperatures")}
+
+
+def save(plan: Plan, runs: Sequence[Run], output: Path) -> None:
+    written = machine_and_code() | {"plan": described(plan)}
+    written |= {"cells": [asdict(cell) for cell in summarise(runs)], "runs": [asdict(run) for run in runs]}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(written, indent=1) + "\n")
+
+
+def load(plan: Plan, output: Path) -> list[Run]:
+    """The runs of a file that this plan, but for more rounds, has left; of none if there is none."""
+    if not output.exists():
+        return []
+    written = json.loads(output.read_text())
+    if written["plan"] != described(plan):
+        sys.exit(f"real_pair: {output} was measured by another plan: give another --output.")
+    return [run_of(each) for each in written["runs"]]
 
 
 def report(plan: Plan, runs: Sequence[Run], output: Path) -> bool:
-    """Print and write all; False where a greedy answer in float32 is not plain vLLM's."""
+    """Print all; False where a greedy answer in float32 is not plain vLLM's."""
     cells = summarise(runs)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    written = machine_and_code() | {"plan": {**asdict(plan), "pair": plan.pair.name}}
-    written |= {"cells": [asdict(cell) for cell in cells], "runs": [asdict(run) for run in runs]}
-    output.write_text(json.dumps(written, indent=1) + "\n")
     print(f"{plan.pair.title}, {plan.dtype}; times plain vLLM, median (range) of {plan.repeats}\n")
     print(as_table(cells), as_split(cells), sep="\n\n")
     console.print(f"All runs are in {output}")
@@ -207,6 +237,7 @@ def main(
     questions: Annotated[int, typer.Option(help="Of each kind.", min=1, max=3)] = 3,
     tokens: Annotated[int, typer.Option(help="Of each answer, at most.", min=16)] = 96,
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/pair-PAIR.json.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the output file; only what is missing.")] = False,
 ) -> None:
     """What an edge brings with a real pair of models, by kind of question."""
     if pair not in PAIRS:
@@ -214,13 +245,18 @@ def main(
     chosen = arms_of(arms, uplink, k)
     plan = Plan(PAIRS[pair], dtype, chosen, tuple(rtt), tuple(temperature), repeats, questions, tokens)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the servers are stopped
+    output = output or RESULTS / f"pair-{pair}.json"
+    runs = load(plan, output) if resume else []
+    missing = [each for each in plan.rounds() if each not in {(run.repeat, run.temperature) for run in runs}]
     try:
         prepare(plan.pair, CACHE)
         with ExitStack() as stack:
-            runs = measure_all(plan, stack)
+            for measured in measure_all(plan, start_servers(plan, stack), missing) if missing else ():
+                runs += measured
+                save(plan, runs, output)
     except (PairError, StackError) as error:
         sys.exit(f"real_pair: {error}")
-    sys.exit(not report(plan, runs, output or RESULTS / f"pair-{pair}.json"))
+    sys.exit(not report(plan, runs, output))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What `make bench-ahead ARGS="--pair ..."` computes from its runs: benchmarks/pair_figures.py."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 from questions import QUESTIONS
 
-from benchmarks.pair_figures import ALL, PLAIN, Run, Said, as_split, as_table, summarise
+from benchmarks.pair_figures import ALL, PLAIN, Run, Said, as_split, as_table, run_of, summarise
 
 KINDS = list(QUESTIONS)
 COUNTERS = {
@@ -80,3 +81,8 @@ def test_the_table_has_a_column_for_each_kind() -> None:
         f"| 0 | ahead | 0 | {KINDS[2]} | 6.00 | 25% | 4.50 | 2.25 |",
     ]
     assert all(len({line.count("|") for line in table}) == 1 for table in (lines, split))
+
+
+def test_a_run_comes_back_from_its_file() -> None:
+    before = run("ahead", 1, 2, 3, rtt_ms=20, temperature=0.7)
+    assert run_of(json.loads(json.dumps(asdict(before)))) == before
