@@ -311,7 +311,7 @@ def train(
     layers: Annotated[str, typer.Option(help="The target's layers to start from.")] = "0,1,2,28,29",
     start: Annotated[Path | None, typer.Option(help="A draft directory to start from instead.")] = None,
     tokens: Annotated[int, typer.Option(help="Answer tokens to train on, repeats counted.")] = 1_500_000,
-    head_rows: Annotated[int, typer.Option(help="Rows of the target's head to keep.")] = 8192,
+    head_rows: Annotated[int, typer.Option(help="Rows of the target's head to keep.")] = 12_288,
     batch: Annotated[int, typer.Option(help="Answers a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     name: Name = "state",

@@ -32,13 +32,13 @@ def test_it_fits_the_repository() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 20_000_000
 
 
-@pytest.mark.parametrize(("name", "least"), [("heldout", 0.5), ("ordinary", 0.44)])
+@pytest.mark.parametrize(("name", "least"), [("heldout", 0.6), ("ordinary", 0.55)])
 def test_it_agrees_with_the_target_as_often_as_stated(draft: LlamaDrafter, name: str, least: float) -> None:
     """On topics and, for half of the prompts, in templates never trained on; on ordinary questions of other kinds.
 
     By the runtime that edges use, on every other answer.
     """
-    assert "8192 of 49152 tokens" in draft.description
+    assert "12288 of 49152 tokens" in draft.description
     stated = json.loads((SHIPPED / "metrics.json").read_text())[f"{name}_int8"]["agreement"]
     num_right = num_tokens = 0
     for line in (HELD_OUT / f"{name}.jsonl").read_text().splitlines()[::2]:
