@@ -35,7 +35,7 @@ def scheduler() -> Any:
     made = object.__new__(EdgeScheduler)
     made.book = DraftBook(9, 5, HoldLimits())
     made.book.receive(Edges(1), 0.0)
-    made._suggested, made._targets = set(), Targets({7: Target(itl_s=0.05)}, Target())
+    made._suggested, made._alone, made._targets = set(), set(), Targets({7: Target(itl_s=0.05)}, Target())
     made.running, made.waiting, made.kv_holding_waiting, made.deferred_waiting = [], [], [], []
     made.max_num_running_reqs, made.max_num_scheduled_tokens, made.max_model_len = 8, 512, 200
     made.kv_cache_manager = SimpleNamespace(block_pool=SimpleNamespace(get_num_free_blocks=lambda: 1000))
@@ -49,6 +49,13 @@ def test_who_decodes_is_a_row_with_the_room_that_is_left_for_drafts(scheduler: A
     assert rows == [Row("long", 9, 0), Row("last", 0, 0), Row("first", 89, 7)]
     assert (load.context, load.num_others, load.prefill, load.is_pressed) == (260, 0, 0, False)
     assert (load.room, load.step_limit_s) == (512, 0.05)
+
+
+def test_nobody_is_a_row_while_a_request_has_to_be_alone(scheduler: Any) -> None:
+    scheduler.running, scheduler._alone = [running("drafted for", 50), running("alone", 20)], {"alone"}
+    scheduler._suggested.add("drafted for")
+    rows, load = scheduler._look()
+    assert (rows, load.num_others) == ([], 2)
 
 
 def test_prompts_are_no_rows_and_come_first(scheduler: Any) -> None:
