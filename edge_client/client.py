@@ -39,12 +39,6 @@ MAX_KEPT = 4
 """Contexts of ended requests that a follow-up may go on from."""
 
 
-def sentence(error: Exception) -> str:
-    """What an error says, with a mark at its end."""
-    text = str(error)
-    return text if text.endswith((".", "?")) else f"{text}."
-
-
 class DraftModelError(UserError):
     """The draft model cannot draft any more, for any request."""
 

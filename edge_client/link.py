@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 from h2.exceptions import H2Error
 
-from edge_client.ways import checked_gateway_url, client_for, is_loopback, trusted
+from edge_client.ways import checked_gateway_url, client_for, trusted
+from vllm_specedge.addresses import is_loopback
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.frames import (
     MEDIA_TYPE,

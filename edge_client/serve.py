@@ -21,7 +21,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from edge_client.naming import NOBODY, is_generating, is_named, is_own_name, own_location, path_below, with_session
-from edge_client.ways import client_for, is_loopback, trusted
+from edge_client.ways import client_for, trusted
+from vllm_specedge.addresses import is_loopback
 from vllm_specedge.errors import UserError
 
 logger = logging.getLogger("edge_client")

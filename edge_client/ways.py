@@ -1,6 +1,5 @@
 """The way to a server: its address, the proxy in between, and whose certificates are believed."""
 
-import ipaddress
 import ssl
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx2 as httpx
 
+from vllm_specedge.addresses import is_loopback
 from vllm_specedge.errors import UserError
 
 GATEWAY_EXAMPLE, SERVER_EXAMPLE = "https://gpu.example.org:8100", "https://gpu.example.org/v1"
@@ -55,16 +55,6 @@ def _fault(url: str) -> str:
     return "it has a ? or a #" if parts.query or parts.fragment else ""
 
 
-def is_loopback(host: str | None) -> bool:
-    """Whether a host is this machine, by its name."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
-
-
 def proxy_for(url: str, proxies: Mapping[str, str], is_bypassed: Callable[[str], Any]) -> str | None:
     """The proxy to an address, by what the environment says of each scheme; None: the direct way. Never to loopback."""
     parts = urlsplit(url)
@@ -87,10 +77,16 @@ def client_for(url: str, has_proxy: bool = True, **options: Any) -> httpx.AsyncC
     try:
         return httpx.AsyncClient(base_url=url, proxy=proxy, trust_env=False, **options)
     except ImportError:
-        text = f"The proxy {proxy} is one for SOCKS: pip install 'vllm-specedge[socks]', or use --no-proxy."
+        text = f"The proxy {_named(proxy)} is one for SOCKS: pip install 'vllm-specedge[socks]', or use --no-proxy."
         raise UserError(text) from None
     except (ValueError, httpx.InvalidURL):
-        raise UserError(f"The environment's proxy {proxy} is none: mend it, or use --no-proxy.") from None
+        raise UserError(f"The environment's proxy {_named(proxy)} is none: mend it, or use --no-proxy.") from None
+
+
+def _named(proxy: str | None) -> str:
+    """A proxy without the name and password that it is used with: what is said may be in a log."""
+    scheme, _, rest = (proxy or "").partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
 def trusted(ca_file: str, is_alone: bool) -> ssl.SSLContext:

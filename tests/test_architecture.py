@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("vllm_specedge", "edge_client")
 PURE = {
+    "vllm_specedge.addresses",
     "vllm_specedge.errors",
     "vllm_specedge.exact_json",
     "vllm_specedge.frames",
@@ -66,6 +67,7 @@ LEVELS: list[set[str]] = [
     {
         "vllm_specedge",
         "vllm_specedge.acceptance",
+        "vllm_specedge.addresses",
         "vllm_specedge.asgi",
         "vllm_specedge.errors",
         "vllm_specedge.estimates",
@@ -146,6 +148,7 @@ LEVELS: list[set[str]] = [
 """Lowest first. A module imports from its own level or below; on its own level, no two import each other."""
 EDGE_MAY_IMPORT = {
     "vllm_specedge",
+    "vllm_specedge.addresses",
     "vllm_specedge.errors",
     "vllm_specedge.estimates",
     "vllm_specedge.exact_json",

@@ -1,6 +1,7 @@
 import pytest
 
-from vllm_specedge.config import EdgeOptions, is_loopback, parse_options, split_address
+from vllm_specedge.addresses import is_loopback
+from vllm_specedge.config import EdgeOptions, parse_options, split_address
 from vllm_specedge.errors import UserError
 
 SECURE = {"tls_cert": "c.pem", "tls_key": "k.pem", "tokens_file": "t.json"}

@@ -111,8 +111,17 @@ def test_a_proxy_that_cannot_be_used_is_one_sentence(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "socksio", None)  # as without the extra
     with pytest.raises(UserError, match="--no-proxy"):
         client_for("https://host/v1")
-    client_for("https://host/v1", has_proxy=False)
-    client_for("http://127.0.0.1/v1")
+    assert client_for("https://host/v1", has_proxy=False)
+    assert client_for("http://127.0.0.1/v1")
+
+
+@pytest.mark.parametrize("proxy", ["socks5://me:secret@proxy:1080", "gopher://me:secret@proxy:9"])
+def test_a_proxy_s_password_is_not_said(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(UserError, match="//proxy:") as caught:
+        client_for("https://host/v1")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("command", ["serve", "chat", "connect"])

@@ -1,6 +1,5 @@
 """What an operator can set, each option documented where it is defined. Unknown keys are errors."""
 
-import ipaddress
 import os
 import sys
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_specedge.addresses import is_loopback
 from vllm_specedge.errors import UserError
 from vllm_specedge.slo import Target, Targets
 
@@ -159,12 +159,3 @@ def check_endpoint(endpoint: str, insecure: bool) -> None:
         raise ValueError(
             f"the engines' endpoint on {host} is neither encrypted nor authenticated: use ipc:// or loopback"
         )
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

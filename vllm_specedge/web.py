@@ -28,7 +28,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_specedge import __version__
-from vllm_specedge.config import EdgeOptions, is_loopback, split_address
+from vllm_specedge.addresses import is_loopback
+from vllm_specedge.config import EdgeOptions, split_address
 from vllm_specedge.errors import UserError
 from vllm_specedge.frames import MEDIA_TYPE
 from vllm_specedge.gateway import MAX_HANDSHAKE_S, MAX_UNFINISHED_CONNECTIONS, STOP_S, Connection, Gateway
