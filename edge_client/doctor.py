@@ -25,7 +25,7 @@ from edge_client.forecast import (
     verdict,
     would_help,
 )
-from edge_client.link import Gateway, Link, LinkError, OtherVocabularyError, what_is_wrong
+from edge_client.link import BROKEN, Gateway, Link, LinkError, OtherVocabularyError, what_is_wrong
 from edge_client.mismatch import fitted
 from edge_client.pace import Pace
 from edge_client.speculation import Speculation, run_pass
@@ -264,7 +264,7 @@ async def _get(gateway: Gateway, path: str) -> httpx.Response:
     try:
         async with gateway.client() as client:
             return await client.get(path)
-    except (httpx.HTTPError, OSError) as error:
+    except BROKEN as error:
         raise LinkError(what_is_wrong(error, is_answered=False)) from None
 
 

@@ -82,6 +82,12 @@ class Gateway:
         )
 
 
+BROKEN = (httpx.HTTPError, httpx.StreamError, H2Error, OSError)
+"""What a connection ends by. H2Error: what follows a GOAWAY."""
+HANGING_UP = (httpx.RemoteProtocolError, H2Error, httpx.ReadError, httpx.WriteError)
+"""What a server that speaks no HTTP/2 looks like, by what is seen first: its answer, its reset or a closed pipe."""
+
+
 @dataclass(slots=True)
 class Link:
     """One connection, from Hello to Bye. `on_frame` gets every frame but the heartbeats, `on_pong` each round trip."""
@@ -122,7 +128,7 @@ class Link:
             raise LinkError(f"the gateway broke the protocol: {error}") from error
         except (TimeoutError, httpx.ReadTimeout) as error:
             raise LinkError(self._silent("nothing was heard from the gateway for too long")) from error
-        except (httpx.HTTPError, httpx.StreamError, H2Error, OSError) as error:  # H2Error: what follows a GOAWAY
+        except BROKEN as error:
             raise LinkError(what_is_wrong(error, is_answered)) from error
         raise LinkError("the gateway ended the connection")
 
@@ -219,7 +225,7 @@ def what_is_wrong(error: Exception, is_answered: bool) -> str:
     text = str(error) or type(error).__name__
     if not is_answered and "WRONG_VERSION_NUMBER" in text:
         return "what is there speaks no TLS: write http://, or name the gateway's port"
-    if not is_answered and isinstance(error, httpx.RemoteProtocolError | H2Error):
+    if not is_answered and isinstance(error, HANGING_UP):
         return "what is there hangs up or speaks no HTTP/2: is the port the gateway's, and not the server's own?"
     return text
 

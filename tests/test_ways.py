@@ -1,6 +1,8 @@
 """Addresses, proxies and authorities: the way to a gateway and to a server."""
 
+import asyncio
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from certificates import write_certificate
 
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
-from edge_client.link import Gateway
+from edge_client.link import Gateway, Link, LinkError
 from edge_client.serve import make_app, server_client
 from edge_client.ways import checked_gateway_url, checked_server_url, client_for, proxy_for
 from tests.helpers import in_thread
@@ -22,6 +24,7 @@ from tests.test_gateway import Engine, edge_in_thread, free_port, running_gatewa
 from tests.test_serve import Toy, ask_raw, served
 from tests.test_settings import edge_client
 from vllm_specedge.errors import UserError
+from vllm_specedge.frames import PROTOCOL_VERSION, Hello
 
 FAR = "gateway.example.org"
 """A name that only the proxy knows."""
@@ -210,6 +213,35 @@ def test_a_port_that_is_no_gateway_s_is_said(tmp_path: Path, scheme: str, said: 
             status, errors = edge_client(tmp_path, *command, url.replace("http", scheme, 1), "--quiet")
             assert (status, errors.count("\n")) == (2, 1), errors
             assert said in errors
+
+
+@contextmanager
+def hanging_up(answer: bytes, is_reset: bool) -> Iterator[str]:
+    """A server that sends `answer` to whoever connects, and hangs up."""
+
+    def answers() -> None:
+        with suppress(OSError):  # the listener was closed
+            while True:
+                peer, _ = listener.accept()
+                with peer:
+                    peer.recv(1)
+                    peer.sendall(answer)
+                    if is_reset:  # no time to linger: the peer's reads fail, whatever was sent before
+                        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, in_thread(answers):
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n"])
+def test_whatever_hangs_up_is_said_alike(answer: bytes, is_reset: bool) -> None:
+    hello = Hello(PROTOCOL_VERSION, "test", "near", "pool", "", 1)
+    with hanging_up(answer, is_reset) as url, pytest.raises(LinkError, match="is the port the gateway's"):
+        asyncio.run(Link(Gateway(url), hello, on_frame=lambda frame: None).run())
 
 
 # -- authorities ---------------------------------------------------------------------------------------------------
