@@ -21,9 +21,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_specedge.book import DraftBook, Plan, Row, Step
-from vllm_specedge.frames import Assign, Edges, Propose
-from vllm_specedge.policy import HoldLimits, Load
+from vllm_specedge.engine.drafting import DraftBook, Plan, Row, Step
+from vllm_specedge.policy.decision import HoldLimits, Load
+from vllm_specedge.wire.frames import Assign, Edges, Propose
 
 VOCAB_SIZE, SPEC_TOKENS = 50_000, 5
 PROFILE = {1: 0.022, 64: 0.023, 128: 0.026, 256: 0.03, 1024: 0.11}

@@ -35,7 +35,7 @@ from stack import MODEL_NAME, StackError, start, wait_for
 from streams import Answer, ask_all, decoding, duration_s
 from verdicts import bin_of, pooled, quantiles_ms
 
-from vllm_specedge.simulation_models import SERVERS
+from vllm_specedge.simulation.models import SERVERS
 
 LOGS = CACHE / "bench" / "emulated"
 KV_BYTES = 2 << 30

@@ -14,7 +14,7 @@ from emulation import SERVER_VARIABLE, SLOWER_VARIABLE, Pacer, PseudoModel
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_specedge.simulation_models import SERVERS
+from vllm_specedge.simulation.models import SERVERS
 
 SPIN_S = 0.0003
 """A sleep ends late by up to about as much."""

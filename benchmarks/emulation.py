@@ -7,7 +7,7 @@ prompt knows the right answer: every run can be checked token by token.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vllm_specedge.simulation_models import Server, SimulatedTarget
+from vllm_specedge.simulation.models import Server, SimulatedTarget
 
 SERVER_VARIABLE = "SPECEDGE_EMULATED"
 """The name of one of simulation_models.SERVERS, for the worker."""

@@ -67,7 +67,7 @@ from verdicts import (
     table,
 )
 
-from vllm_specedge.stepcost import KNOTS
+from vllm_specedge.policy.step_cost import KNOTS
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"

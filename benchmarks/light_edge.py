@@ -10,8 +10,8 @@ import h2.config
 import h2.connection
 import h2.events
 
-from vllm_specedge.frames import MEDIA_TYPE, PROTOCOL_VERSION, Bye, Frame, Greet, Hello, Ping, Pong, Welcome
-from vllm_specedge.session import Role, Session, State
+from vllm_specedge.wire.frames import MEDIA_TYPE, PROTOCOL_VERSION, Bye, Frame, Greet, Hello, Ping, Pong, Welcome
+from vllm_specedge.wire.session import Role, Session, State
 
 AUTHORITY = "localhost"
 

@@ -15,8 +15,12 @@ from typing import Annotated
 
 import typer
 
-from vllm_specedge.book import DraftBook
-from vllm_specedge.frames import (
+from vllm_specedge.engine.drafting import DraftBook
+from vllm_specedge.engine.proposal_tree import ProposalTree
+from vllm_specedge.gateway.router import ROLES, Router, RouterLimits
+from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.policy.step_cost import StepCost
+from vllm_specedge.wire.frames import (
     PROTOCOL_VERSION,
     Assign,
     Commit,
@@ -30,10 +34,6 @@ from vllm_specedge.frames import (
     Propose,
     encode,
 )
-from vllm_specedge.policy import HoldLimits
-from vllm_specedge.proposals import ProposalTree
-from vllm_specedge.router import ROLES, Router, RouterLimits
-from vllm_specedge.stepcost import StepCost
 
 VOCAB_SIZE, K = 49_152, 5
 ROUND_S = 0.05

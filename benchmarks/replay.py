@@ -27,8 +27,8 @@ import typer
 
 from edge_client.client import EdgeClient
 from edge_client.drafters import Candidate, Drafter, DrafterOptions, DraftSequence
-from edge_client.drafters.load import load_drafter
-from edge_client.link import Gateway
+from edge_client.drafters.choose import load_drafter
+from edge_client.gateway_link import Gateway
 
 SMOLLM2_VOCAB_SIZE = 49152
 WAIT_S = 30.0

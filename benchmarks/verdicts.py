@@ -12,7 +12,7 @@ from itertools import cycle, islice, pairwise
 from math import ceil, exp, log
 from typing import Any, NamedTuple
 
-from vllm_specedge.stepcost import CONTEXT_UNIT, on_curve
+from vllm_specedge.policy.step_cost import CONTEXT_UNIT, on_curve
 
 VANILLA, NGRAM, OURS = "vanilla", "ngram", "edge"
 GOOD, POOR, STALLING, DEAD, HALF = EDGES = ("good", "poor", "stalling", "dead", "half")

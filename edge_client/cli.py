@@ -26,10 +26,10 @@ from edge_client import settings
 from edge_client.client import DraftModelError, EdgeClient
 from edge_client.cooling import cooler_share
 from edge_client.drafters import Drafter, DrafterOptions
-from edge_client.drafters.load import fetched, load_drafter
+from edge_client.drafters.choose import fetched, load_drafter
 from edge_client.drafters.own_vocabulary import own_vocabulary
-from edge_client.link import Gateway
-from edge_client.pace import UPLINK_BYTES_PER_TOKEN, Pace
+from edge_client.drafting.pacing import UPLINK_BYTES_PER_TOKEN, Pace
+from edge_client.gateway_link import Gateway
 from edge_client.sensors import hottest_c
 from edge_client.view import AcceptedRate, heat, panel, status_line, summary
 from edge_client.ways import checked_server_url

@@ -19,13 +19,13 @@ from tenacity import (
 
 from edge_client.drafters import CacheFullError, Drafter, DraftSequence
 from edge_client.drafters.translated import TranslatedDrafter
-from edge_client.link import Gateway, Link, LinkError, OtherVocabularyError
+from edge_client.drafting.pacing import Pace
+from edge_client.drafting.speculation import Job, NotFiniteError, Speculation, SpeculationStats, run_pass
+from edge_client.gateway_link import Gateway, Link, LinkError, OtherVocabularyError
 from edge_client.mismatch import OwnVocabulary, fitted
-from edge_client.pace import Pace
-from edge_client.speculation import Job, NotFiniteError, Speculation, SpeculationStats, run_pass
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
-from vllm_specedge.frames import PROTOCOL_VERSION, Frame, Hello, Welcome
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Frame, Hello, Welcome
 
 logger = logging.getLogger("edge_client")
 

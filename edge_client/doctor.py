@@ -13,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from edge_client.drafters import Drafter, DrafterOptions, DraftSequence
-from edge_client.drafters.load import fetched, load_drafter
+from edge_client.drafters.choose import fetched, load_drafter
 from edge_client.drafters.own_vocabulary import own_vocabulary
+from edge_client.drafting.pacing import Pace
+from edge_client.drafting.speculation import Speculation, run_pass
 from edge_client.forecast import (
     ASSUMED_ACCEPTANCE,
     Knowledge,
@@ -25,13 +27,11 @@ from edge_client.forecast import (
     verdict,
     would_help,
 )
-from edge_client.link import BROKEN, Gateway, Link, LinkError, OtherVocabularyError, what_is_wrong
+from edge_client.gateway_link import BROKEN, Gateway, Link, LinkError, OtherVocabularyError, what_is_wrong
 from edge_client.mismatch import fitted
-from edge_client.pace import Pace
-from edge_client.speculation import Speculation, run_pass
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
-from vllm_specedge.frames import PROTOCOL_VERSION, Close, Commit, Frame, Hello, Open, Propose, Welcome
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Close, Commit, Frame, Hello, Open, Propose, Welcome
 
 NUM_PASSES = 9
 NUM_PINGS = 9

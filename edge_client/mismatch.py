@@ -9,10 +9,10 @@ from typing import NamedTuple, TypeAlias
 import httpx2 as httpx
 
 from edge_client.drafters.translated import Translation
-from edge_client.link import Gateway, OtherVocabularyError
+from edge_client.gateway_link import Gateway, OtherVocabularyError
 from vllm_specedge.errors import RemoteProtocolError, UserError
-from vllm_specedge.fingerprint import without_fillers
-from vllm_specedge.vocabulary import MAX_PACKED_BYTES, Difference, differences, unpack_vocabulary
+from vllm_specedge.wire.fingerprint import without_fillers
+from vllm_specedge.wire.vocabulary import MAX_PACKED_BYTES, Difference, differences, unpack_vocabulary
 
 PATH = "/edge/v1/vocabularies"
 MAX_LIST_BYTES = 64 << 10

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from vllm_specedge import exact_json
-from vllm_specedge.prediction import KEY, prediction_text
+from vllm_specedge.wire.request_fields import KEY, prediction_text
 
 NOBODY = "nobody"
 """No edge has this session: gateways make them up, of 192 random bits."""

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edge_client.client import EdgeClient
-from edge_client.speculation import SpeculationStats
+from edge_client.drafting.speculation import SpeculationStats
 
 
 @dataclass(slots=True)

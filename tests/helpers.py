@@ -11,11 +11,14 @@ from typing import Any
 from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate, DraftSequence
-from edge_client.pace import Pace
-from edge_client.speculation import Speculation
-from vllm_specedge.book import DraftBook, Plan, Row, Step
+from edge_client.drafting.pacing import Pace
+from edge_client.drafting.speculation import Speculation
+from vllm_specedge.engine.drafting import DraftBook, Plan, Row, Step
 from vllm_specedge.errors import RemoteProtocolError
-from vllm_specedge.frames import (
+from vllm_specedge.gateway.router import ROLES, Effect, Router, RouterLimits, ToEdge
+from vllm_specedge.policy.decision import HoldLimits, Load
+from vllm_specedge.simulation.simulator import VirtualEdge, VirtualTime
+from vllm_specedge.wire.frames import (
     MAX_TEXT_BYTES,
     MAX_UINT32,
     PROTOCOL_VERSION,
@@ -30,10 +33,7 @@ from vllm_specedge.frames import (
     Welcome,
     encode,
 )
-from vllm_specedge.policy import HoldLimits, Load
-from vllm_specedge.router import ROLES, Effect, Router, RouterLimits, ToEdge
-from vllm_specedge.session import Role, Session, State
-from vllm_specedge.simulator import VirtualEdge, VirtualTime
+from vllm_specedge.wire.session import Role, Session, State
 
 FRAME_TYPES: tuple[type[Frame], ...] = Frame.__args__
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.acceptance import MAX_DEPTH, MAX_SEEN, OWN_WEIGHT, PRIOR_RATE, Acceptance
+from vllm_specedge.policy.acceptance import MAX_DEPTH, MAX_SEEN, OWN_WEIGHT, PRIOR_RATE, Acceptance
 
 drafts = st.tuples(st.integers(0, 12), st.integers(0, 12)).map(lambda pair: (min(pair), max(pair)))
 """How many of its first tokens were right, and of how many that is known."""

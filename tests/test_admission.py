@@ -15,9 +15,9 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from starlette.requests import ClientDisconnect
 
-from vllm_specedge import admission
-from vllm_specedge.admission import DEFAULT_CLASS, LOAD_VARIABLE, STALE_S, AdmissionMiddleware, LoadFile
-from vllm_specedge.asgi import answer_json
+from vllm_specedge.frontend import admission
+from vllm_specedge.frontend.admission import DEFAULT_CLASS, LOAD_VARIABLE, STALE_S, AdmissionMiddleware, LoadFile
+from vllm_specedge.frontend.request_body import answer_json
 
 DEADLINE_S = 20.0
 BODY = {"model": "m", "prompt": "hello"}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import any_frame
-from vllm_specedge.book import (
+from vllm_specedge.engine.drafting import (
     FIRST_PROBE_AFTER,
     FORCED_AFTER,
     MAX_OPENED_TOKENS,
@@ -22,8 +22,9 @@ from vllm_specedge.book import (
     Source,
     Step,
 )
-from vllm_specedge.counters import REQUEST_COUNTERS, request_values
-from vllm_specedge.frames import (
+from vllm_specedge.policy.coalescing import REST_AFTER, REST_TOKENS, UNUSED_AFTER
+from vllm_specedge.policy.decision import EdgeRecord, HoldLimits, Load
+from vllm_specedge.wire.frames import (
     MAX_TOKENS_PER_FRAME,
     MAX_UINT32,
     Assign,
@@ -38,8 +39,7 @@ from vllm_specedge.frames import (
     Propose,
     Report,
 )
-from vllm_specedge.policy import EdgeRecord, HoldLimits, Load
-from vllm_specedge.rests import REST_AFTER, REST_TOKENS, UNUSED_AFTER
+from vllm_specedge.wire.telemetry import REQUEST_COUNTERS, request_values
 
 VOCAB_SIZE = 100
 MAX_DRAFT = 4

@@ -16,8 +16,8 @@ from edge_client.naming import NOBODY
 from tests.test_gateway import Engine, Running, running_gateway
 from tests.test_serve import Toy, served
 from tests.test_settings import edge_client
-from vllm_specedge.asgi import Receive, Send
 from vllm_specedge.errors import UserError
+from vllm_specedge.frontend.request_body import Receive, Send
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 

@@ -14,16 +14,16 @@ from stack import BIN, wait_for
 from edge_client.doctor import Asked, Check, Diagnosis, diagnose, rehearse, tables, time_passes
 from edge_client.drafters import Candidate, DrafterOptions
 from edge_client.drafters.ngram import NgramDrafter
-from edge_client.link import Gateway
+from edge_client.gateway_link import Gateway
 from tests.helpers import Guess, ListSequence
 from tests.test_gateway import DEADLINE_S, Engine, Running, free_port, metric, running_gateway
 from tests.test_gguf_drafter import GGUF
-from vllm_specedge.counters import ENGINE_COUNTERS
+from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.errors import UserError
-from vllm_specedge.frames import PROTOCOL_VERSION, EngineHello, Frame, Stats, StepTimes
-from vllm_specedge.link import EngineLink
-from vllm_specedge.stepcost import KNOTS
-from vllm_specedge.tokens import TokenFile
+from vllm_specedge.gateway.credentials import TokenFile
+from vllm_specedge.policy.step_cost import KNOTS
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello, Frame, Stats, StepTimes
+from vllm_specedge.wire.telemetry import ENGINE_COUNTERS
 
 SLOW_GPU = StepTimes(tuple(200_000 + 100 * knot for knot in KNOTS), 0, 0, 0)
 """A model so large that any draft pays: 0.2 s a step, 0.1 ms a token."""

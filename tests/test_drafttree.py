@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from edge_client.drafters import Candidate
-from edge_client.drafttree import DraftTree, Node
+from edge_client.drafting.draft_tree import DraftTree, Node
 from tests.helpers import ListSequence
 
 TOKENS = st.integers(0, 3)

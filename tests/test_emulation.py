@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.emulation import VOCAB_SIZE, Pacer, PseudoModel, target
-from vllm_specedge.simulation_models import SERVERS
+from vllm_specedge.simulation.models import SERVERS
 
 NUM_PROMPT = 12
 MODEL = target()

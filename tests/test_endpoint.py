@@ -12,10 +12,10 @@ import pytest
 from tests.test_gateway import DEADLINE_S, failing, running_gateway
 from vllm_specedge.adapter.start import new_endpoint
 from vllm_specedge.config import MAX_SOCKET_PATH_BYTES, parse_options
-from vllm_specedge.engine_socket import EngineSocket
+from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.errors import UserError
-from vllm_specedge.frames import PROTOCOL_VERSION, EngineHello
-from vllm_specedge.link import EngineLink
+from vllm_specedge.gateway.engine_socket import EngineSocket
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ def test_an_engine_that_no_gateway_answers_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And takes one that comes later."""
-    monkeypatch.setattr("vllm_specedge.link._UNANSWERED_S", -1.0)
-    monkeypatch.setattr("vllm_specedge.link._BEAT_S", 0.05)
+    monkeypatch.setattr("vllm_specedge.engine.gateway_link._UNANSWERED_S", -1.0)
+    monkeypatch.setattr("vllm_specedge.engine.gateway_link._BEAT_S", 0.05)
     arrived, num_beats, has_beaten = threading.Event(), 0, threading.Event()
     link = EngineLink(
         f"ipc://{tmp_path}/engines", EngineHello(PROTOCOL_VERSION, "toy", "f", 9), arrived.set, lambda: ()

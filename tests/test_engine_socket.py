@@ -10,7 +10,7 @@ import pytest
 import uvloop
 import zmq
 
-from vllm_specedge.engine_socket import MAX_RECEIVED, EngineSocket
+from vllm_specedge.gateway.engine_socket import MAX_RECEIVED, EngineSocket
 
 DEADLINE_S = 20.0
 NUM_MESSAGES = 20 * MAX_RECEIVED

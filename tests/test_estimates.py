@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_specedge.estimates import Line, Rate, Smoothed
+from vllm_specedge.estimators import Line, Rate, Smoothed
 
 sizes = st.integers(1, 64)
 took = st.floats(0, 1, allow_subnormal=False)

@@ -6,7 +6,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.fingerprint import vocabulary_fingerprint, vocabulary_lines
+from vllm_specedge.wire.fingerprint import vocabulary_fingerprint, vocabulary_lines
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 VOCABULARY = {"<s>": 0, "Ġthe": 1, "é": 2, "\t": 3, "extra": 3}

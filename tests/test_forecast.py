@@ -13,12 +13,12 @@ from edge_client.forecast import (
     verdict,
     would_help,
 )
-from vllm_specedge.counters import ENGINE_COUNTERS
-from vllm_specedge.frames import PROTOCOL_VERSION, EngineHello, Stats, StepTimes
-from vllm_specedge.metrics import RouterCollector
-from vllm_specedge.router import Router, RouterLimits
-from vllm_specedge.simulation_models import FittedServer
-from vllm_specedge.stepcost import KNOTS
+from vllm_specedge.gateway.metrics import RouterCollector
+from vllm_specedge.gateway.router import Router, RouterLimits
+from vllm_specedge.policy.step_cost import KNOTS
+from vllm_specedge.simulation.models import FittedServer
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello, Stats, StepTimes
+from vllm_specedge.wire.telemetry import ENGINE_COUNTERS
 
 GPU = FittedServer((1, 256, 512), (0.025, 0.026, 0.050), 1e-4, 20e-6)
 """Flat until its compute is full."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import FRAME_TYPES, any_frame, example_of, frames_of, refused
 from vllm_specedge.errors import RemoteProtocolError
-from vllm_specedge.frames import (
+from vllm_specedge.wire.frames import (
     MAX_BRANCHES,
     MAX_DATA_BYTES,
     MAX_FRAME_BYTES,

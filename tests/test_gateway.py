@@ -35,14 +35,21 @@ from benchmarks.light_edge import LightEdge
 from edge_client.client import DraftModelError, EdgeClient
 from edge_client.drafters import CacheFullError, Candidate
 from edge_client.drafters.ngram import NgramDrafter, NgramSequence
-from edge_client.link import Gateway, Link, LinkError
+from edge_client.gateway_link import Gateway, Link, LinkError
 from tests.faults.matrix import FAKETIME, Clock
-from vllm_specedge.book import DraftBook, Row
 from vllm_specedge.config import EdgeOptions
-from vllm_specedge.counters import REQUEST_COUNTERS
+from vllm_specedge.engine.drafting import DraftBook, Row
+from vllm_specedge.engine.gateway_link import EngineLink
+from vllm_specedge.engine.gateway_process import GatewayProcess
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
-from vllm_specedge.fingerprint import vocabulary_fingerprint
-from vllm_specedge.frames import (
+from vllm_specedge.gateway.connections import RTT_TICKS
+from vllm_specedge.gateway.connections import Gateway as EdgeGateway
+from vllm_specedge.gateway.credentials import TokenFile
+from vllm_specedge.gateway.router import ROLES
+from vllm_specedge.gateway.server import is_from_here, make_app
+from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
+from vllm_specedge.wire.frames import (
     MAX_FRAME_BYTES,
     MAX_TOKENS_PER_FRAME,
     MAX_UINT32,
@@ -62,16 +69,9 @@ from vllm_specedge.frames import (
     pack_tokens,
     unpack_tokens,
 )
-from vllm_specedge.gateway import RTT_TICKS
-from vllm_specedge.gateway import Gateway as EdgeGateway
-from vllm_specedge.link import EngineLink
-from vllm_specedge.policy import HoldLimits
-from vllm_specedge.router import ROLES
-from vllm_specedge.session import State
-from vllm_specedge.supervisor import GatewayProcess
-from vllm_specedge.tokens import TokenFile
-from vllm_specedge.vocabulary import pack_vocabulary
-from vllm_specedge.web import is_from_here, make_app
+from vllm_specedge.wire.session import State
+from vllm_specedge.wire.telemetry import REQUEST_COUNTERS
+from vllm_specedge.wire.vocabulary import pack_vocabulary
 
 DEADLINE_S = 20.0
 VOCAB_SIZE = 100
@@ -608,7 +608,7 @@ def test_the_log_is_json_where_that_is_asked_for(tmp_path: Path, how: str) -> No
     lines = [json.loads(line) for line in log.splitlines()]
     assert all(line.keys() == {"time", "level", "logger", "message"} for line in lines)
     joined = next(line for line in lines if "joined" in line["message"])
-    assert (joined["level"], joined["logger"]) == ("info", "vllm_specedge.gateway")
+    assert (joined["level"], joined["logger"]) == ("info", "vllm_specedge.gateway.connections")
     assert datetime.fromisoformat(joined["time"]).utcoffset() == timedelta(0)
     assert token not in log
 

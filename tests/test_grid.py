@@ -40,7 +40,7 @@ from benchmarks.verdicts import (
     server_model,
     table,
 )
-from vllm_specedge.stepcost import KNOTS
+from vllm_specedge.policy.step_cost import KNOTS
 
 CELL = Cell(4, 20.0, GOOD)
 LIMITS = Limits()

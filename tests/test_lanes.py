@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_client.drafters import CacheFullError
-from edge_client.drafters.lanes import Cut, Lanes, Row
+from edge_client.drafters.llama_cpp_lanes import Cut, Lanes, Row
 
 NUM_LANES = 12
 

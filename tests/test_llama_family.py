@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from edge_client.drafters import Candidate, DraftSequence
-from edge_client.drafters.llama import FastLlama, is_of_llama_family
-from edge_client.drafters.llama_weights import Shape, load_llama
+from edge_client.drafters.llama.drafter import FastLlama, is_of_llama_family
+from edge_client.drafters.llama.weights import Shape, load_llama
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

@@ -1,6 +1,6 @@
 """A lookup takes time that every request waits for: it is done where that is little, or where it brings more."""
 
-from vllm_specedge.lookups import SELDOM, Lookups
+from vllm_specedge.policy.ngram_budget import SELDOM, Lookups
 
 TOKEN_S, STEP_S, LOOKUP_S = 0.01, 0.02, 0.002
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from edge_client.drafters import Candidate
 from tests.helpers import Guess, HostileEdge, Trouble, World, virtual_edge
 from vllm_specedge.errors import ByeCode
-from vllm_specedge.policy import MODES, HoldLimits
-from vllm_specedge.router import Router, RouterLimits
-from vllm_specedge.simulator import VirtualEdge
+from vllm_specedge.gateway.router import Router, RouterLimits
+from vllm_specedge.policy.decision import MODES, HoldLimits
+from vllm_specedge.simulation.simulator import VirtualEdge
 
 VOCAB_SIZE = 6
 K = 5

@@ -9,16 +9,13 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_specedge import book, router
-from vllm_specedge.counters import (
-    ENGINE_COUNTERS,
-    REQUEST_COUNTERS,
-    CountedSince,
-    engine_values,
-    request_values,
-    step_times,
-)
-from vllm_specedge.frames import (
+from vllm_specedge.engine import drafting as book
+from vllm_specedge.engine.proposal_tree import Fate
+from vllm_specedge.gateway import router
+from vllm_specedge.gateway.metrics import GATEWAY_COUNTERS, RequestHistograms, RouterCollector, report_row
+from vllm_specedge.gateway.router import ROLES, RequestReport, Router, RouterLimits
+from vllm_specedge.policy.step_cost import KNOTS, StepCost
+from vllm_specedge.wire.frames import (
     MAX_UINT32,
     PROTOCOL_VERSION,
     EngineHello,
@@ -29,10 +26,14 @@ from vllm_specedge.frames import (
     StepTimes,
     encode,
 )
-from vllm_specedge.metrics import GATEWAY_COUNTERS, RequestHistograms, RouterCollector, report_row
-from vllm_specedge.proposals import Fate
-from vllm_specedge.router import ROLES, RequestReport, Router, RouterLimits
-from vllm_specedge.stepcost import KNOTS, StepCost
+from vllm_specedge.wire.telemetry import (
+    ENGINE_COUNTERS,
+    REQUEST_COUNTERS,
+    CountedSince,
+    engine_values,
+    request_values,
+    step_times,
+)
 
 
 def exposed(router: Router) -> dict[str, float]:
@@ -135,7 +136,7 @@ def test_what_engines_learned_of_their_steps_is_exposed_by_engine_and_size() -> 
     router = Router(RouterLimits())
     for engine in (b"a", b"silent", b"b"):
         router.from_engine(engine, EngineHello(PROTOCOL_VERSION, "toy", "f", 9))
-    router.from_engine(b"a", step_times(StepCost()))  # it has not measured anything yet
+    router.from_engine(b"a", step_times(*StepCost().parts_s))  # it has not measured anything yet
     router.from_engine(b"b", StepTimes(tuple(range(1000, 1000 + len(KNOTS) + 3)), 4, 5, 6))
     registry = CollectorRegistry()
     registry.register(RouterCollector(router))
@@ -156,7 +157,7 @@ def test_what_engines_learned_of_their_steps_is_exposed_by_engine_and_size() -> 
 @given(st.dictionaries(st.sampled_from(KNOTS), st.floats(1e-5, 1e9), min_size=1))
 def test_whatever_steps_take_fits_a_frame(profile: dict[int, float]) -> None:
     cost = StepCost(profile)
-    times = step_times(cost)
+    times = step_times(*cost.parts_s)
     encode(times)
     for size, time_us in zip(KNOTS, times.curve_us, strict=True):
         assert time_us == pytest.approx(min(cost(0, size, 0) * 1e6, MAX_UINT32), abs=1.5)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.counters import ENGINE_COUNTERS, REQUEST_COUNTERS, Group, groups_frame, groups_of
-from vllm_specedge.frames import (
+from vllm_specedge.gateway.router import ROLES, Router, RouterLimits
+from vllm_specedge.gateway.status import GROUPS_S, HOUR_S, MAX_GROUPS, MAX_NAME, NOW_S, SAMPLE_S, Overview
+from vllm_specedge.wire.frames import (
     PROTOCOL_VERSION,
     Commit,
     EngineHello,
@@ -19,8 +20,7 @@ from vllm_specedge.frames import (
     Stats,
     encode,
 )
-from vllm_specedge.overview import GROUPS_S, HOUR_S, MAX_GROUPS, MAX_NAME, NOW_S, SAMPLE_S, Overview
-from vllm_specedge.router import ROLES, Router, RouterLimits
+from vllm_specedge.wire.telemetry import ENGINE_COUNTERS, REQUEST_COUNTERS, Group, groups_frame, groups_of
 
 INDEX = {name: index for index, (name, _) in enumerate(ENGINE_COUNTERS)}
 WRAP = 2**32

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_client.pace import FRAME_BYTES, HTTP2_HEADER_BYTES, MAX_FLOOR, MIN_FLOOR, Calibration, Pace
-from vllm_specedge.frames import Propose, encode
+from edge_client.drafting.pacing import FRAME_BYTES, HTTP2_HEADER_BYTES, MAX_FLOOR, MIN_FLOOR, Calibration, Pace
+from vllm_specedge.wire.frames import Propose, encode
 
 probabilities = st.floats(0.0, 1.0)
 survivals = st.lists(st.floats(0.001, 1.0), min_size=1, max_size=40).map(lambda values: sorted(values, reverse=True))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import typer.main
 
-from vllm_specedge.adapter.rewrite import unreached
+from vllm_specedge.adapter.config_rewrite import unreached
 from vllm_specedge.cli import app
 from vllm_specedge.config import parse_options
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vllm_specedge.acceptance import Acceptance
-from vllm_specedge.estimates import Smoothed
-from vllm_specedge.policy import (
+from vllm_specedge.estimators import Smoothed
+from vllm_specedge.policy.acceptance import Acceptance
+from vllm_specedge.policy.decision import (
     BUDGET_MODES,
     CAUTION,
     FAST,
@@ -31,7 +31,7 @@ from vllm_specedge.policy import (
     awaited,
     decide,
 )
-from vllm_specedge.stepcost import KNOTS, StepCost
+from vllm_specedge.policy.step_cost import KNOTS, StepCost
 
 LIMITS = HoldLimits(hold_limit_s=0.1, max_slowdown=inf, max_stretch=inf)
 LIMITS_OF_A_SECOND = replace(LIMITS, hold_limit_s=1.0)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.prediction import MAX_ASTRAY, Prediction
+from vllm_specedge.engine.predicted_output import MAX_ASTRAY, Prediction
 
 texts = st.lists(st.integers(0, 5), max_size=40) | st.lists(st.integers(0, 500), max_size=80)
 

@@ -10,9 +10,9 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from vllm_specedge.asgi import answer_json
-from vllm_specedge.prediction import KEY, prediction_text, take_prediction
-from vllm_specedge.prediction_front import PredictionMiddleware
+from vllm_specedge.frontend.predicted_outputs import PredictionMiddleware
+from vllm_specedge.frontend.request_body import answer_json
+from vllm_specedge.wire.request_fields import KEY, prediction_text, take_prediction
 
 FORETOLD = "the quick brown fox"
 PREDICTION = {"type": "content", "content": FORETOLD}
@@ -217,7 +217,7 @@ def test_a_program_that_hangs_up_in_the_middle_of_its_request_asked_for_nothing(
 
 
 def test_other_paths_and_long_bodies_are_none_of_its_business(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_specedge.prediction_front.MAX_BODY_BYTES", 10)
+    monkeypatch.setattr("vllm_specedge.frontend.predicted_outputs.MAX_BODY_BYTES", 10)
     app, asked = application({"choices": [], "usage": {}})
     body = json.dumps({"prediction": PREDICTION}).encode()
     assert post(app, body).status_code == 200

@@ -5,8 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from vllm_specedge.frames import MAX_UINT32
-from vllm_specedge.proposals import Advance, Fate, Insertion, ProposalTree, _Node
+from vllm_specedge.engine.proposal_tree import Advance, Fate, Insertion, ProposalTree, _Node
+from vllm_specedge.wire.frames import MAX_UINT32
 
 TOKENS = st.integers(0, 2)  # few, so that drafts and decisions often agree
 RUNS = st.lists(TOKENS, max_size=6)

@@ -8,13 +8,13 @@ import httpx2 as httpx
 import pytest
 from stack import wait_for
 
-from edge_client import link as link_module
+from edge_client import gateway_link as link_module
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
-from edge_client.link import Gateway, LinkError
+from edge_client.gateway_link import Gateway, LinkError
 from tests.proxies import needs_nginx, running_nginx
 from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, hello, refused, running_gateway
-from vllm_specedge.frames import FrameReader, Greet
+from vllm_specedge.wire.frames import FrameReader, Greet
 
 pytestmark = needs_nginx
 

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.request_span import MAX_GROUPS, RequestSpan
+from vllm_specedge.engine.request_trace import MAX_GROUPS, RequestSpan
 
 
 def test_a_request_s_steps_are_told_one_by_one() -> None:

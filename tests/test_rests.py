@@ -1,9 +1,9 @@
-"""Of which commits an edge hears at once: vllm_specedge/rests.py."""
+"""Of which commits an edge hears at once: vllm_specedge/policy/coalescing.py."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.rests import REST_AFTER, REST_TOKENS, UNUSED_AFTER, Rest
+from vllm_specedge.policy.coalescing import REST_AFTER, REST_TOKENS, UNUSED_AFTER, Rest
 
 unused = st.sampled_from([0, UNUSED_AFTER, UNUSED_AFTER + 1])
 commits = st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.booleans(), unused), max_size=200)

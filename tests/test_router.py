@@ -10,7 +10,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.helpers import refused
 from vllm_specedge.errors import ByeCode
-from vllm_specedge.frames import (
+from vllm_specedge.gateway.router import (
+    MAX_EXTRA_LOAD,
+    MAX_GAPS,
+    MAX_REPORT_VALUES,
+    MAX_REPORTS,
+    MAX_UNREAD_TOKENS,
+    PRIVATE,
+    ROLES,
+    Effect,
+    PrefixMemory,
+    RequestReport,
+    Router,
+    RouterLimits,
+    ToEdge,
+    ToEngine,
+)
+from vllm_specedge.wire.frames import (
     MAX_UINT32,
     PROTOCOL_VERSION,
     Assign,
@@ -32,22 +48,6 @@ from vllm_specedge.frames import (
     StepTimes,
     Welcome,
     commits,
-)
-from vllm_specedge.router import (
-    MAX_EXTRA_LOAD,
-    MAX_GAPS,
-    MAX_REPORT_VALUES,
-    MAX_REPORTS,
-    MAX_UNREAD_TOKENS,
-    PRIVATE,
-    ROLES,
-    Effect,
-    PrefixMemory,
-    RequestReport,
-    Router,
-    RouterLimits,
-    ToEdge,
-    ToEngine,
 )
 
 ALL_ROLES = frozenset(ROLES)

@@ -17,8 +17,8 @@ import uvicorn
 from edge_client.naming import NOBODY, is_own_name, own_location, path_below, with_session
 from edge_client.serve import make_app, names_here
 from tests.helpers import in_thread
-from vllm_specedge.asgi import Receive, Send
-from vllm_specedge.prediction import KEY
+from vllm_specedge.frontend.request_body import Receive, Send
+from vllm_specedge.wire.request_fields import KEY
 
 DEADLINE_S = 20.0
 SESSION = "a-session"

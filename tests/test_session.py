@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import FRAME_TYPES, ConnectionPair, any_frame, example_of, refused
+from vllm_specedge.engine.proposal_tree import ProposalTree
 from vllm_specedge.errors import ByeCode, LocalProtocolError, RemoteProtocolError
-from vllm_specedge.frames import (
+from vllm_specedge.wire.frames import (
     Bye,
     Close,
     Commit,
@@ -25,8 +26,7 @@ from vllm_specedge.frames import (
     Welcome,
     encode,
 )
-from vllm_specedge.proposals import ProposalTree
-from vllm_specedge.session import TRANSITIONS, Role, Session, State
+from vllm_specedge.wire.session import TRANSITIONS, Role, Session, State
 
 TO_LIVE: list[tuple[Role, type[Frame]]] = [(Role.GATEWAY, Greet), (Role.EDGE, Hello), (Role.GATEWAY, Welcome)]
 PATHS: dict[State, list[tuple[Role, type[Frame]]]] = {

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_specedge import simulation_report as report
 from vllm_specedge.cli import app
 from vllm_specedge.errors import UserError
-from vllm_specedge.policy import HoldLimits
-from vllm_specedge.simulation_models import (
+from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.simulation import report
+from vllm_specedge.simulation.models import (
     SERVERS,
     Faults,
     RooflineServer,
@@ -22,7 +22,7 @@ from vllm_specedge.simulation_models import (
     in_server_gain,
     key_of,
 )
-from vllm_specedge.simulator import EdgeModel, Scenario, Served, Simulation, VirtualTime, simulate
+from vllm_specedge.simulation.simulator import EdgeModel, Scenario, Served, Simulation, VirtualTime, simulate
 
 A100, H100_8B, CPU = SERVERS["a100-14b"], SERVERS["h100-8b"], SERVERS["cpu-135m"]
 K = 5

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.estimates import Rate
-from vllm_specedge.slo import Queue, Target, Targets, forecast, is_admitted, num_admissible, retry_after_s
-from vllm_specedge.stepcost import StepCost
+from vllm_specedge.estimators import Rate
+from vllm_specedge.policy.slo import Queue, Target, Targets, forecast, is_admitted, num_admissible, retry_after_s
+from vllm_specedge.policy.step_cost import StepCost
 
 COST = StepCost({1: 0.02, 64: 0.03, 1024: 0.2})
 IDLE = Queue([], [], context=0, slots=64, room=1024, finished_per_s=0.0, is_by_priority=False)

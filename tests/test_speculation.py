@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate
-from edge_client.drafttree import Node
-from edge_client.pace import Pace
-from edge_client.speculation import (
+from edge_client.drafting.draft_tree import Node
+from edge_client.drafting.pacing import Pace
+from edge_client.drafting.speculation import (
     MAX_ENTRIES,
     MAX_SHORT,
     MIN_SHARED_TOKENS,
@@ -20,8 +20,8 @@ from edge_client.speculation import (
     run_pass,
 )
 from tests.helpers import Guess, ListSequence
-from vllm_specedge.frames import Close, CloseReason, Commit, Frame, Open, Ping, Propose, encode
-from vllm_specedge.proposals import Fate, ProposalTree
+from vllm_specedge.engine.proposal_tree import Fate, ProposalTree
+from vllm_specedge.wire.frames import Close, CloseReason, Commit, Frame, Open, Ping, Propose, encode
 
 CREDIT = 3
 PROMPT = (10, 11)

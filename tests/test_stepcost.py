@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.stepcost import CONTEXT_UNIT, KNOTS, StepCost, on_curve
+from vllm_specedge.policy.step_cost import CONTEXT_UNIT, KNOTS, StepCost, on_curve
 
 Curve = Callable[[int], float]
 

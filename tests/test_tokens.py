@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from vllm_specedge.cli import app
 from vllm_specedge.errors import UserError
-from vllm_specedge.tokens import TokenFile, expiry_s
+from vllm_specedge.gateway.credentials import TokenFile, expiry_s
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ NUM_ISSUERS = 8
 ISSUER = """
 import sys
 from pathlib import Path
-from vllm_specedge.tokens import TokenFile, expiry_s
+from vllm_specedge.gateway.credentials import TokenFile, expiry_s
 tokens, who = TokenFile(Path(sys.argv[1])), sys.argv[2]
 print("ready", flush=True)
 sys.stdin.readline()

@@ -20,10 +20,10 @@ from stack import wait_for
 from edge_client.client import EdgeClient
 from edge_client.cooling import MARGIN_C, MIN_SHARE, cooler_share
 from edge_client.drafters.ngram import NgramDrafter
-from edge_client.link import Gateway
-from edge_client.pace import Pace
+from edge_client.drafting.pacing import Pace
+from edge_client.drafting.speculation import SpeculationStats
+from edge_client.gateway_link import Gateway
 from edge_client.sensors import hottest_c
-from edge_client.speculation import SpeculationStats
 from edge_client.view import AcceptedRate, heat, panel, status_line, summary
 from tests.test_gateway import BIN, DEADLINE_S, Engine, Running, running_gateway
 from vllm_specedge.errors import UserError

@@ -21,17 +21,17 @@ from edge_client.drafters import Candidate, DrafterOptions
 from edge_client.drafters.gguf import gguf_vocabulary
 from edge_client.drafters.ngram import NgramDrafter, NgramSequence
 from edge_client.drafters.translated import TranslatedDrafter, Translation
-from edge_client.link import Gateway
+from edge_client.gateway_link import Gateway
 from edge_client.mismatch import Mismatch
 from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, failing, running_gateway
 from tests.test_gguf_drafter import GGUF
+from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.errors import UserError
-from vllm_specedge.fingerprint import vocabulary_fingerprint, without_fillers
-from vllm_specedge.frames import PROTOCOL_VERSION, EngineHello
-from vllm_specedge.link import EngineLink
-from vllm_specedge.tokens import TokenFile
-from vllm_specedge.vocabulary import Difference, pack_vocabulary, unpack_vocabulary
-from vllm_specedge.web import MAX_PART_BYTES
+from vllm_specedge.gateway.credentials import TokenFile
+from vllm_specedge.gateway.server import MAX_PART_BYTES
+from vllm_specedge.wire.fingerprint import vocabulary_fingerprint, without_fillers
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello
+from vllm_specedge.wire.vocabulary import Difference, pack_vocabulary, unpack_vocabulary
 
 OF_THE_DRAFT = gguf_vocabulary(GGUF)
 NEARLY = {("A<br>\nnew" if token == "Ġthe" else token): id_ for token, id_ in OF_THE_DRAFT.items()} | {"[NEW]": 49152}

@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import refused
-from vllm_specedge import vocabulary as module
 from vllm_specedge.errors import RemoteProtocolError
-from vllm_specedge.fingerprint import vocabulary_fingerprint, without_fillers
-from vllm_specedge.vocabulary import Difference, PackedReader, differences, pack_vocabulary, unpack_vocabulary
+from vllm_specedge.wire import vocabulary as module
+from vllm_specedge.wire.fingerprint import vocabulary_fingerprint, without_fillers
+from vllm_specedge.wire.vocabulary import Difference, PackedReader, differences, pack_vocabulary, unpack_vocabulary
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 FILLERS = st.integers(0, 20).map(lambda id_: (f"[PAD{id_}]", id_))

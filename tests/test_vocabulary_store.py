@@ -3,10 +3,10 @@
 import pytest
 
 from tests.helpers import refused
-from vllm_specedge.fingerprint import vocabulary_fingerprint
-from vllm_specedge.frames import MAX_DATA_BYTES, VocabularyPart, WantVocabulary
-from vllm_specedge.vocabulary import MAX_PACKED_BYTES, pack_vocabulary
-from vllm_specedge.vocabulary_store import MAX_VOCABULARIES, VocabularyStore
+from vllm_specedge.gateway.vocabulary_store import MAX_VOCABULARIES, VocabularyStore
+from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
+from vllm_specedge.wire.frames import MAX_DATA_BYTES, VocabularyPart, WantVocabulary
+from vllm_specedge.wire.vocabulary import MAX_PACKED_BYTES, pack_vocabulary
 
 VOCABULARY = {f"{id_ * 7919 % 20011:x}": id_ for id_ in range(20011)}
 PACKED, FINGERPRINT = pack_vocabulary(VOCABULARY), vocabulary_fingerprint(VOCABULARY)

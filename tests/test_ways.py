@@ -16,7 +16,7 @@ from certificates import write_certificate
 
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
-from edge_client.link import Gateway, Link, LinkError
+from edge_client.gateway_link import Gateway, Link, LinkError
 from edge_client.serve import make_app, server_client
 from edge_client.ways import checked_gateway_url, checked_server_url, client_for, proxy_for
 from tests.helpers import in_thread
@@ -24,7 +24,7 @@ from tests.test_gateway import Engine, edge_in_thread, free_port, running_gatewa
 from tests.test_serve import Toy, ask_raw, served
 from tests.test_settings import edge_client
 from vllm_specedge.errors import UserError
-from vllm_specedge.frames import PROTOCOL_VERSION, Hello
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Hello
 
 FAR = "gateway.example.org"
 """A name that only the proxy knows."""

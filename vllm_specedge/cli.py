@@ -15,11 +15,11 @@ from rich.text import Text
 
 from vllm_specedge import __version__
 from vllm_specedge.config import check_endpoint, parse_options
+from vllm_specedge.engine.gateway_process import USER_ERROR_STATUS
 from vllm_specedge.errors import UserError
-from vllm_specedge.log_format import LogFormat, begin_logging
-from vllm_specedge.policy import HoldLimits
-from vllm_specedge.supervisor import USER_ERROR_STATUS
-from vllm_specedge.tokens import TokenFile, expiry_s
+from vllm_specedge.gateway.credentials import TokenFile, expiry_s
+from vllm_specedge.gateway.log_format import LogFormat, begin_logging
+from vllm_specedge.policy.decision import HoldLimits
 
 app = typer.Typer(
     help="Edge-drafted speculative decoding for vLLM.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -59,7 +59,7 @@ def gateway(
     begin_logging(log_format)
     import uvloop  # noqa: PLC0415 - the other commands run on Windows as well
 
-    from vllm_specedge.web import serve  # noqa: PLC0415 - nor do they need a web server
+    from vllm_specedge.gateway.server import serve  # noqa: PLC0415 - nor do they need a web server
 
     options = parse_options(values)
     try:
@@ -121,9 +121,9 @@ def simulate(
     seed: int = 0,
 ) -> None:
     """What edges would bring: the shipping policy on a simulated server, network and draft model (docs/simulate.md)."""
-    from vllm_specedge import simulation_report as report  # noqa: PLC0415 - the other commands need no simulator
-    from vllm_specedge.simulation_models import SERVERS, RooflineServer  # noqa: PLC0415
-    from vllm_specedge.simulator import EdgeModel, Scenario  # noqa: PLC0415
+    from vllm_specedge.simulation import report  # noqa: PLC0415 - the other commands need no simulator
+    from vllm_specedge.simulation.models import SERVERS, RooflineServer  # noqa: PLC0415
+    from vllm_specedge.simulation.simulator import EdgeModel, Scenario  # noqa: PLC0415
 
     custom = RooflineServer(weights_ms / 1e3, request_us / 1e6, token_us / 1e6, overhead_ms / 1e3, draft_step_ms / 1e3)
     chosen = report.fitted_server(fit) if fit is not None else {**SERVERS, "custom": custom}.get(server)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vllm_specedge.addresses import is_loopback
 from vllm_specedge.errors import UserError
-from vllm_specedge.slo import Target, Targets
+from vllm_specedge.policy.slo import Target, Targets
 
 DEFAULT_SPEC_TOKENS = 5
 MAX_SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103

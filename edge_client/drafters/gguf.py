@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from edge_client.drafters import CacheFullError, Candidate
 from edge_client.drafters.cores import usable_cores
-from edge_client.drafters.lanes import Cut, Lanes, Row
+from edge_client.drafters.llama_cpp_lanes import Cut, Lanes, Row
 from vllm_specedge.errors import UserError
-from vllm_specedge.fingerprint import vocabulary_fingerprint
+from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
 
 MAGIC = b"GGUF"
 MAX_CONTEXT_TOKENS = 4096

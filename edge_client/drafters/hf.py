@@ -13,9 +13,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from edge_client.drafters import Candidate
 from edge_client.drafters.entries import Entries
 from edge_client.drafters.hub import model_name
-from edge_client.drafters.passes import candidates, tree_bias
+from edge_client.drafters.torch_passes import candidates, tree_bias
 from vllm_specedge.errors import UserError
-from vllm_specedge.fingerprint import vocabulary_fingerprint
+from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
 
 ENTRIES_OF = (DynamicLayer, DynamicSlidingWindowLayer)
 """Kinds of layers that keep an entry for each token, all or the last ones."""

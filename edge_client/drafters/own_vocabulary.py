@@ -6,7 +6,7 @@ A drafter holds its fingerprint and no more: 150,000 tokens take 20 MB, and draf
 from pathlib import Path
 
 from edge_client.drafters import DrafterOptions
-from edge_client.drafters.load import GGUF_SUFFIX, fetched
+from edge_client.drafters.choose import GGUF_SUFFIX, fetched
 
 
 def own_vocabulary(options: DrafterOptions) -> dict[str, int]:

@@ -39,8 +39,8 @@ from train import Feed, Trainer, Training
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from write import Asked, Writer, Written
 
-from edge_client.drafters.llama import FastLlama, Format
-from edge_client.drafters.llama_weights import Layer, load_llama, read_config
+from edge_client.drafters.llama.drafter import FastLlama, Format
+from edge_client.drafters.llama.weights import Layer, load_llama, read_config
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True, rich_markup_mode=None)
 console = Console()

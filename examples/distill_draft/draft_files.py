@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edge_client.drafters.llama_weights import Layer, Llama, Shape, load_llama, read_config
+from edge_client.drafters.llama.weights import Layer, Llama, Shape, load_llama, read_config
 from edge_client.drafters.vocabulary import FILE_NAME
 
 FORMAT = "specedge-draft-1"

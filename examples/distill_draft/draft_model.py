@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edge_client.drafters.llama_weights import Layer, load_llama, rope_tables
+from edge_client.drafters.llama.weights import Layer, load_llama, rope_tables
 
 
 def fast_numbers() -> torch.autocast:

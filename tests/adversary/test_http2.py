@@ -19,9 +19,10 @@ from stack import wait_for
 from benchmarks.light_edge import LightEdge
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
-from edge_client.link import Gateway, Link, LinkError
+from edge_client.gateway_link import Gateway, Link, LinkError
 from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, metric, running_gateway
-from vllm_specedge.frames import (
+from vllm_specedge.gateway.connections import MAX_QUEUED_BYTES
+from vllm_specedge.wire.frames import (
     MAX_TOKENS_PER_FRAME,
     MAX_UINT32,
     PROTOCOL_VERSION,
@@ -30,7 +31,6 @@ from vllm_specedge.frames import (
     Hello,
     Open,
 )
-from vllm_specedge.gateway import MAX_QUEUED_BYTES
 
 MAX_GROWTH_BYTES = 24 << 20
 NUM_ROUNDS = 40

@@ -40,7 +40,7 @@ from openai import OpenAI, OpenAIError
 from stack import BIN, EDGE_CORE, MODEL_NAME, Process, Server, start, start_server, wait_for
 
 from benchmarks.relay import Relay
-from vllm_specedge.tokens import TokenFile
+from vllm_specedge.gateway.credentials import TokenFile
 
 CACHE = Path(__file__).parents[2] / ".cache"
 NUM_ASKING, NUM_TOKENS = 4, 48

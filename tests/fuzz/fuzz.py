@@ -15,7 +15,8 @@ import atheris
 with atheris.instrument_imports(include=["vllm_specedge"]):
     from tests.test_book import START, Act, Engine, GoodDraft
     from vllm_specedge.errors import RemoteProtocolError
-    from vllm_specedge.frames import (
+    from vllm_specedge.gateway.router import ROLES, Router, RouterLimits, ToEdge
+    from vllm_specedge.wire.frames import (
         PROTOCOL_VERSION,
         Assign,
         Bye,
@@ -30,8 +31,7 @@ with atheris.instrument_imports(include=["vllm_specedge"]):
         Propose,
         encode,
     )
-    from vllm_specedge.router import ROLES, Router, RouterLimits, ToEdge
-    from vllm_specedge.session import Role, Session, State
+    from vllm_specedge.wire.session import Role, Session, State
 
 VOCAB_SIZE = 100
 NUM_REQUESTS = 3

@@ -17,7 +17,7 @@ from stack import MODEL_NAME, Server, start_server, wait_for
 
 from benchmarks.replay import Accuracy, Recording, ReplayDrafter
 from edge_client.client import EdgeClient
-from edge_client.link import Gateway
+from edge_client.gateway_link import Gateway
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"

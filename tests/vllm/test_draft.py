@@ -7,8 +7,8 @@ import pytest
 from stack import vllm_server
 
 from edge_client.drafters import DrafterOptions
-from edge_client.drafters.llama import LlamaDrafter
-from edge_client.drafters.load import load_drafter
+from edge_client.drafters.choose import load_drafter
+from edge_client.drafters.llama.drafter import LlamaDrafter
 
 from .conftest import CACHE, MODEL, ROOT, Completion, Target, assert_same, counting, running_edge
 

@@ -10,8 +10,9 @@ import torch
 from scipy.stats import chisquare
 from vllm.platforms import current_platform
 
-from vllm_specedge.adapter import cpu_kernels, hooks, verification
-from vllm_specedge.adapter.sampling import shorten
+from vllm_specedge.adapter import hooks
+from vllm_specedge.adapter.worker import cpu_kernels, verification
+from vllm_specedge.adapter.worker.sampling import shorten
 
 # As vLLM's workers do, before they import what uses the kernels: without Triton the CPU's C++ kernels take their place.
 current_platform.import_kernels()

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edge_client.drafters import Candidate, DrafterOptions, llama
+from edge_client.drafters.choose import load_drafter
 from edge_client.drafters.hf import load_hf_drafter
-from edge_client.drafters.llama import FastLlama, LlamaDrafter
-from edge_client.drafters.llama_weights import load_llama
-from edge_client.drafters.load import load_drafter
+from edge_client.drafters.llama.drafter import FastLlama, LlamaDrafter
+from edge_client.drafters.llama.weights import load_llama
 from edge_client.drafters.vocabulary import draft_vocabulary
 from vllm_specedge.errors import UserError
 

@@ -8,10 +8,10 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from vllm_specedge.adapter.scheduler import EdgeScheduler
-from vllm_specedge.book import DraftBook, Row
-from vllm_specedge.frames import Edges
-from vllm_specedge.policy import HoldLimits
-from vllm_specedge.slo import Target, Targets
+from vllm_specedge.engine.drafting import DraftBook, Row
+from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.policy.slo import Target, Targets
+from vllm_specedge.wire.frames import Edges
 
 BLOCK_SIZE = 16
 

@@ -12,10 +12,11 @@ from questions import TEXT
 from vllm.v1.spec_decode import ngram_proposer
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
-from vllm_specedge.adapter import cpu_kernels, hooks, sampling
+from vllm_specedge.adapter import hooks
+from vllm_specedge.adapter.config_rewrite import SCHEDULER
 from vllm_specedge.adapter.ngrams import NgramLookup
 from vllm_specedge.adapter.proposer import EdgeProposer
-from vllm_specedge.adapter.rewrite import SCHEDULER
+from vllm_specedge.adapter.worker import cpu_kernels, sampling
 
 from .conftest import MODEL, Target, assert_same, counting, until
 from .test_start import LISTEN, rewritten, run_script

@@ -14,7 +14,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_specedge.adapter import hooks
-from vllm_specedge.adapter.rewrite import PROPOSER, SCHEDULER, rewrite
+from vllm_specedge.adapter.config_rewrite import PROPOSER, SCHEDULER, rewrite
 from vllm_specedge.errors import UserError
 
 from .conftest import MODEL

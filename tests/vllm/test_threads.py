@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from vllm_specedge.adapter.scheduler import EdgeScheduler
-from vllm_specedge.book import DraftBook
-from vllm_specedge.frames import Edges, Frame
-from vllm_specedge.policy import HoldLimits
+from vllm_specedge.engine.drafting import DraftBook
+from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.wire.frames import Edges, Frame
 
 DEADLINE_S = 10.0
 

@@ -13,8 +13,8 @@ from random import Random
 
 import pytest
 
-from edge_client.link import Gateway, Link
-from vllm_specedge.frames import PROTOCOL_VERSION, Commit, Frame, Hello, Open, Propose, Welcome
+from edge_client.gateway_link import Gateway, Link
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Frame, Hello, Open, Propose, Welcome
 
 from .conftest import DEADLINE_S, Target, counting
 

@@ -15,8 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from vllm_specedge.adapter.config_rewrite import METHOD, check_config, parse_value, rewrite, unreached
 from vllm_specedge.adapter.request_log import hide_ours
-from vllm_specedge.adapter.rewrite import METHOD, check_config, parse_value, rewrite, unreached
 from vllm_specedge.errors import UserError
 
 logger = logging.getLogger("vllm.specedge.plugin")
@@ -98,7 +98,7 @@ def _rewriting(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
             is_edge = rewrite(self)
             config = create_engine_config(self, *args, **kwargs)
             if is_edge:
-                from vllm_specedge.adapter import verification
+                from vllm_specedge.adapter.worker import verification
 
                 hide_ours()
                 check_config(config)

@@ -4,7 +4,7 @@ import logging
 import time
 from typing import Any
 
-from vllm_specedge.stepcost import PROFILED
+from vllm_specedge.policy.step_cost import PROFILED
 
 logger = logging.getLogger("vllm.specedge.profile")
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_specedge.adapter import cpu_kernels, discards, sampling, verification
+from vllm_specedge.adapter.worker import cpu_kernels, discards, sampling, verification
 
 
 class EdgeProposer:

@@ -23,20 +23,20 @@ from vllm.v1.request import Request, RequestStatus
 from zmq import ZMQError
 
 from vllm_specedge.adapter import hooks
-from vllm_specedge.adapter.load import LoadReport
+from vllm_specedge.adapter.load_report import LoadReport
 from vllm_specedge.adapter.ngrams import NgramLookup
 from vllm_specedge.adapter.parameters import Treatment, treatment
-from vllm_specedge.adapter.predictions import Predictions
+from vllm_specedge.adapter.prediction_reader import Predictions
 from vllm_specedge.adapter.profile import step_profile
 from vllm_specedge.adapter.request_log import hide_ours
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.adapter.tracing import RequestSpans, request_spans
-from vllm_specedge.book import DraftBook, Plan, Row, Step
-from vllm_specedge.counters import CountedSince, groups_frame, step_times
+from vllm_specedge.engine.drafting import DraftBook, Plan, Row, Step
 from vllm_specedge.errors import UserError
-from vllm_specedge.frames import Bye, Frame, Stats, is_text
-from vllm_specedge.policy import HoldLimits, Load
-from vllm_specedge.prediction import KEY
+from vllm_specedge.policy.decision import HoldLimits, Load
+from vllm_specedge.wire.frames import Bye, Frame, Stats, is_text
+from vllm_specedge.wire.request_fields import KEY
+from vllm_specedge.wire.telemetry import CountedSince, groups_frame, step_times
 
 logger = init_logger("vllm.specedge.scheduler")
 
@@ -358,7 +358,7 @@ class EdgeScheduler(Scheduler):
         groups = [self.book.groups.popleft() for _ in range(len(self.book.groups))]
         return [
             Stats(self._counted.values(self.book.counters, self._link.num_welcomes if self._link else 1)),
-            step_times(self.book.cost),
+            step_times(*self.book.cost.parts_s),
             groups_frame(groups, time.monotonic()),
         ]
 

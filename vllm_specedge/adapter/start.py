@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specedge.config import MAX_SOCKET_PATH_BYTES, EdgeOptions, parse_options
+from vllm_specedge.engine.gateway_link import EngineLink
+from vllm_specedge.engine.gateway_process import GatewayProcess
 from vllm_specedge.errors import UserError
-from vllm_specedge.fingerprint import vocabulary_fingerprint
-from vllm_specedge.frames import MAX_TEXT_BYTES, PROTOCOL_VERSION, EngineHello, Frame
-from vllm_specedge.link import EngineLink
-from vllm_specedge.supervisor import GatewayProcess
-from vllm_specedge.vocabulary import pack_vocabulary
+from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
+from vllm_specedge.wire.frames import MAX_TEXT_BYTES, PROTOCOL_VERSION, EngineHello, Frame
+from vllm_specedge.wire.vocabulary import pack_vocabulary
 
 logger = logging.getLogger("vllm.specedge.start")
 

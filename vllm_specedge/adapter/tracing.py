@@ -10,7 +10,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_specedge.adapter import hooks
-from vllm_specedge.request_span import RequestSpan
+from vllm_specedge.engine.request_trace import RequestSpan
 
 logger = init_logger("vllm.specedge.tracing")
 

@@ -1,0 +1,1 @@
+"""The int8 runtime for Llama-like drafts on a CPU."""

@@ -1,0 +1,253 @@
+"""A Llama, Qwen2 or Qwen3 on a CPU, a token at a time, with as little between the matrix products as torch allows.
+
+Drafting is thousands of passes one token long. There a framework's Python and the memory traffic of float32 weights are
+the cost, so this runtime keeps a preallocated key/value cache, stacks projections that share an input, folds the norms'
+weights into them, and holds the matrices in int8, a quarter of the bytes.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from edge_client.drafters import Candidate
+from edge_client.drafters.entries import Entries
+from edge_client.drafters.hub import model_name
+from edge_client.drafters.llama.weights import Layer, Llama, Shape, load_llama, read_config, rope_tables
+from edge_client.drafters.torch_passes import candidates, tree_bias
+
+Format = Literal["float32", "int8"]
+Matrix = Callable[[Tensor], Tensor]
+
+CACHE_STEP = 512
+CHUNK = 256
+
+
+def _float_matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
+    """x -> x @ weight.T + bias in float32."""
+    held = weight.contiguous()
+    return lambda x: functional.linear(x, held, bias)
+
+
+def _int8_matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
+    """The same with int8 weights (a scale an output row) and activations quantized on the fly.
+
+    Seven bits of activation: without VNNI the int8 product adds pairs in 16 bits, which eight would overflow. Torch
+    warns that its quantized tensors will go some day; what is to replace them has no int8 product for plain CPUs yet.
+    """
+    scales = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12).double()
+    zeros = torch.zeros(len(scales), dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+        quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantized, bias)
+    multiply = torch.ops.quantized.linear_dynamic
+    return lambda x: multiply(x, packed, True)
+
+
+@dataclass
+class _Block:
+    """One block's four products."""
+
+    qkv: Matrix
+    out: Matrix
+    gate_up: Matrix
+    down: Matrix
+    norm_qk: Tensor | None
+    """The weights that norm each query and key head, [heads + kv_heads, head_dim], in a model that has them."""
+
+
+def _paired(weight: Tensor, dim: int) -> Tensor:
+    """Reorder each head's rows so that RoPE's two halves lie side by side and rotate as complex numbers.
+
+    `weight` [heads * dim, ...]. Queries and keys are reordered alike, so their products, all that attention sees, stay
+    the same.
+    """
+    return weight.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+class FastLlama:
+    """The weights, ready to run; contexts come from `open`."""
+
+    def __init__(
+        self, model: Llama, number_format: Format = "int8", kept: Tensor | None = None, context: int = 4096
+    ) -> None:
+        """Take a loaded checkpoint; `kept` cuts the head down to those token ids."""
+        if "fbgemm" in torch.backends.quantized.supported_engines:
+            torch.backends.quantized.engine = "fbgemm"
+        make = _float_matrix if number_format == "float32" else _int8_matrix
+        self.shape = model.shape
+        self.context = context
+        self.embed = model.embed
+        self.kept = kept
+        self.blocks = [self._block(layer, make) for layer in model.layers]
+        rows = model.head if kept is None else model.head[kept]
+        self.head = make(rows.float() * model.norm)
+        cos, sin = rope_tables(model.shape, context)
+        half = model.shape.head_dim // 2
+        self.turns = torch.complex(cos[:, :half], sin[:, :half])[:, None]
+
+    def _block(self, layer: Layer, make: Callable[..., Matrix]) -> _Block:
+        """Fold a layer's norms into the products behind them and pair its rotating rows."""
+        bias = None if layer.qkv_bias is None else self._rotating_paired(layer.qkv_bias)
+        return _Block(
+            make(self._rotating_paired(layer.qkv * layer.norm_in), bias),
+            make(layer.out),
+            make(layer.gate_up * layer.norm_mid),
+            make(layer.down),
+            self._norm_qk(layer),
+        )
+
+    def _rotating_paired(self, qkv: Tensor) -> Tensor:
+        """The rows of queries and keys paired, those of the values as they are."""
+        shape = self.shape
+        turning = (shape.heads + shape.kv_heads) * shape.head_dim
+        return torch.cat([_paired(qkv[:turning], shape.head_dim), qkv[turning:]])
+
+    def _norm_qk(self, layer: Layer) -> Tensor | None:
+        if layer.norm_q is None or layer.norm_k is None:
+            return None
+        shape = self.shape
+        query, key = (_paired(weight, shape.head_dim) for weight in (layer.norm_q, layer.norm_k))
+        return torch.cat([query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)])
+
+    def open(self) -> "FastSequence":
+        """A new, empty context."""
+        return FastSequence(self)
+
+    def candidates(self, hidden: Tensor, width: int) -> list[list[Candidate]]:
+        """The `width` most probable next tokens, in the target's vocabulary, after each final hidden state.
+
+        `hidden` [rows, model width] is not yet normed.
+        """
+        shape = self.shape
+        return candidates(self.head(functional.rms_norm(hidden, (shape.width,), None, shape.eps)), width, self.kept)
+
+
+class FastSequence:
+    """One request's context: its entries' keys and values, grown and cut back as drafts are taken or refused."""
+
+    def __init__(self, model: FastLlama) -> None:
+        self._model = model
+        self._entries = Entries()
+        self._cache: list[Tensor] = []
+        """A block's keys, then values: [2 * kv_heads, room, head_dim]."""
+        self._room = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
+        if self._entries.keep(length, moved):
+            sources = torch.tensor(moved)
+            for cache in self._cache:
+                cache[:, length : length + len(moved)] = cache[:, sources]
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        """In one pass, or in chunks where the tokens are many."""
+        if not tokens:
+            raise ValueError("a context grows by one token at least")
+        self._check_fits(len(self) + len(tokens))
+        for at in range(0, len(tokens), CHUNK):
+            chunk = tokens[at : at + CHUNK]
+            start = len(self)
+            self._entries.append(len(chunk))
+            turns = self._model.turns[start : len(self)]
+            hidden = self._forward(torch.tensor(chunk), turns, _causal_bias(len(chunk), len(self)))
+        return self._model.candidates(hidden[-1:], width)[0]
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        start = len(self)
+        self._check_fits(2 + max(map(self._entries.position, parents)))
+        self._entries.branch(parents)
+        turns = self._model.turns[[self._entries.position(entry) for entry in range(start, len(self))]]
+        hidden = self._forward(torch.tensor(tokens), turns, tree_bias(self._entries, start, torch.float32))
+        return self._model.candidates(hidden, width)
+
+    def _check_fits(self, length: int) -> None:
+        if length > self._model.context:
+            raise ValueError(f"{length} tokens do not fit a context of {self._model.context}")
+
+    def _reserve(self, length: int) -> None:
+        """Grow the cache in steps: most requests never come near the longest context."""
+        if length <= self._room:
+            return
+        shape = self._model.shape
+        room = -(-length // CACHE_STEP) * CACHE_STEP
+        grown = [torch.zeros(2 * shape.kv_heads, room, shape.head_dim) for _ in self._model.blocks]
+        for new, old in zip(grown, self._cache, strict=False):
+            new[:, : self._room] = old
+        self._cache, self._room = grown, room
+
+    def _forward(self, tokens: Tensor, turns: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the last entries' tokens [count] through the blocks, keys and values into the cache.
+
+        `turns` [count, 1, head_dim / 2] are their positions' rotations, `bias` [count, all entries] is added to the
+        attention scores. Returns the hidden states before the last norm, [count, model width].
+        """
+        model, shape = self._model, self._model.shape
+        count, end = len(tokens), len(self)
+        start = end - count
+        heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
+        self._reserve(end)
+        if bias is not None:
+            bias = bias.repeat(heads // kv_heads, 1)
+        x = model.embed[tokens].float()
+        for block, cache in zip(model.blocks, self._cache, strict=True):
+            qkv = block.qkv(functional.rms_norm(x, (shape.width,), None, shape.eps)).view(
+                count, heads + 2 * kv_heads, dim
+            )
+            turning = qkv[:, : heads + kv_heads]
+            if block.norm_qk is not None:
+                turning.copy_(functional.rms_norm(turning, (dim,), None, shape.eps) * block.norm_qk)
+            torch.view_as_complex(turning.view(count, heads + kv_heads, dim // 2, 2)).mul_(turns)
+            cache[:, start:end] = qkv[:, heads:].transpose(0, 1)
+            query = qkv[:, :heads].transpose(0, 1).reshape(1, kv_heads, -1, dim)
+            attended = functional.scaled_dot_product_attention(
+                query, cache[None, :kv_heads, :end], cache[None, kv_heads:, :end], attn_mask=bias
+            )
+            x = x + block.out(attended.view(heads, count, dim).transpose(0, 1).reshape(count, -1))
+            gate, up = block.gate_up(functional.rms_norm(x, (shape.width,), None, shape.eps)).chunk(2, dim=-1)
+            x = x + block.down(functional.silu(gate) * up)
+        return x
+
+
+def _causal_bias(count: int, length: int) -> Tensor | None:
+    """What hides from each of the last `count` entries of a chain those behind it: [count, length]."""
+    if count == 1:
+        return None
+    seen = torch.ones(count, length, dtype=torch.bool).tril(length - count)
+    return torch.zeros(count, length).masked_fill_(~seen, float("-inf"))
+
+
+class LlamaDrafter:
+    """A checkpoint of the Llama family on the CPU."""
+
+    max_width = 8
+
+    def __init__(self, directory: Path, kept: list[int] | None, fingerprint: str) -> None:
+        self._model = FastLlama(load_llama(directory), kept=None if kept is None else torch.tensor(kept))
+        self.fingerprint = fingerprint
+        self.max_context_tokens = self._model.context
+        head = f"{len(kept)} of {self._model.shape.vocab} tokens" if kept else "full vocabulary"
+        self.description = f"{model_name(directory)} on cpu, int8, {head}"
+
+    def open(self) -> FastSequence:
+        return FastSequence(self._model)
+
+
+def is_of_llama_family(directory: Path) -> bool:
+    """Whether a directory holds a checkpoint that this runtime understands."""
+    try:
+        Shape.from_config(read_config(directory))
+    except (OSError, ValueError, KeyError):
+        return False
+    return any(directory.glob("*.safetensors"))

@@ -1,0 +1,1 @@
+"""What to draft, how far, and when to send it. Pure."""

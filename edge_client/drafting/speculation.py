@@ -1,0 +1,413 @@
+"""What an edge knows of its requests and what it drafts next. Pure: frames and drafted tokens in, frames and jobs out.
+
+Rule 1: committed tokens are the truth. A commit that agrees with the draft costs nothing; one that disagrees rolls
+back to the fork, and what was drafted along the way it took is kept.
+Rule 2: one job is one forward pass of the draft model, so a commit is never waited with for longer than that.
+Rule 3: what is most probably needed is drafted first, on the trunk or beside it, up to a horizon within the credit.
+Time is an argument; how deep, wide and often follows from what `pace` has measured.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from edge_client.drafters import Candidate, DraftSequence
+from edge_client.drafting.draft_tree import DraftTree, Node
+from edge_client.drafting.pacing import Pace
+from vllm_specedge.wire.frames import MAX_UINT32, Close, CloseReason, Commit, Frame, Open, Propose
+
+MAX_SHORT = 3
+MAX_CANDIDATES = 3
+MAX_ENTRIES = 64
+"""Draft tokens of one request that a drafter holds at once."""
+MIN_SHARED_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One forward pass for `request`, in the terms of DraftSequence: `keep`, then `append` or, with parents, `branch`.
+
+    `source`: start from the entries of that request, which is over.
+    """
+
+    request: int
+    keep: int
+    moved: tuple[int, ...]
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    width: int
+    source: int | None = None
+
+
+class NotFiniteError(Exception):
+    """A draft model's probabilities are no numbers: nothing can be made of what it says."""
+
+
+def run_pass(sequence: DraftSequence, job: Job) -> list[list[Candidate]]:
+    """One forward pass. Raises NotFiniteError, and what the draft model's code raises."""
+    sequence.keep(job.keep, job.moved)
+    if job.parents:
+        said = sequence.branch(job.tokens, job.parents, job.width)
+    else:
+        said = [sequence.append(job.tokens, job.width)]
+    if not all(math.isfinite(each.probability) for candidates in said for each in candidates):
+        raise NotFiniteError("its probabilities are no numbers, as float16 makes of some models")
+    return said
+
+
+@dataclass(slots=True)
+class SpeculationStats:
+    """Totals over all requests since the start."""
+
+    num_requests: int = 0
+    num_failed: int = 0
+    """Given back, as the draft model failed."""
+    num_too_long: int = 0
+    """Given back, as the draft model takes no such context."""
+    drafted_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
+    committed_tokens: int = 0
+    branch_hits: int = 0
+    """Commits that left the trunk along a branch."""
+    reused_tokens: int = 0
+    """Of prompts, whose entries an earlier request left."""
+
+    @property
+    def acceptance(self) -> float | None:
+        """Of the proposed tokens of trunks whose position was decided, how many the target chose too."""
+        decided = self.accepted_tokens + self.rejected_tokens
+        return self.accepted_tokens / decided if decided else None
+
+
+@dataclass(slots=True)
+class _Request:
+    num_prompt: int
+    credit: int
+    max_draft: int
+    tree: DraftTree = field(default_factory=DraftTree)
+    running: list[Node] | None = None
+    """What the job under way runs; empty: committed tokens."""
+    turn: int = 0
+    has_passed: bool = False
+    """It was said that there is nothing for this position."""
+    num_short: int = 0
+    """Commits in a row that agreed, yet were shorter than what was proposed would have given."""
+    short_since_s: float = 0.0
+    committed_s: float | None = None
+    """When its last commit came."""
+    due_s: float | None = None
+    """Until when what is new may wait for more."""
+
+    @property
+    def is_prefilling(self) -> bool:
+        return len(self.tree.tokens) < self.num_prompt
+
+
+class Speculation:
+    """All requests of one connection. A new connection needs a new one."""
+
+    def __init__(
+        self,
+        max_context_tokens: int,
+        max_width: int = 1,
+        prefill_chunk_tokens: int = 256,
+        max_requests: int = 4096,
+        max_kept: int = 0,
+        pace: Pace | None = None,
+    ) -> None:
+        """`max_width` rows a pass, 1: no branches. `max_kept` contexts of ended requests are there to start from."""
+        self.stats = SpeculationStats()
+        self.pace = pace or Pace()
+        self.vocab_size = MAX_UINT32
+        self._max_context_tokens = max_context_tokens
+        self._max_width = max_width
+        self._max_requests = max_requests
+        self._max_kept = max_kept
+        self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._requests: dict[int, _Request] = {}
+        self._kept: OrderedDict[int, list[int]] = OrderedDict()
+        """Of ended requests: the tokens whose entries their drafter sequences still begin with."""
+        self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def needs(self, number: int) -> bool:
+        """Whether the drafter's sequence of this request, live or ended, is still of use."""
+        return number in self._requests or number in self._kept
+
+    # -- from the gateway ------------------------------------------------------------------------------------------
+
+    def receive(self, frame: Frame, now_s: float) -> list[Frame]:
+        """Take in one frame about requests; returns what to answer."""
+        match frame:
+            case Open():
+                return self._open(frame)
+            case Commit():
+                return self._commit(frame, now_s)
+            case Close():
+                self._end(frame.request)
+                return []
+            case _:
+                raise TypeError(frame)
+
+    def _open(self, frame: Open) -> list[Frame]:
+        is_full = len(self._requests) >= self._max_requests and frame.request not in self._requests
+        is_too_long = frame.num_tokens + frame.credit > self._max_context_tokens
+        self.stats.num_too_long += is_too_long
+        if is_full or is_too_long:
+            return [Close(frame.request, CloseReason.DECLINED)]
+        self._kept.pop(frame.request, None)  # its sequence is this one's from now on
+        self._requests[frame.request] = _Request(frame.num_tokens, frame.credit, frame.max_draft)
+        self.stats.num_requests += 1
+        return []
+
+    def _commit(self, frame: Commit, now_s: float) -> list[Frame]:
+        request = self._requests.get(frame.request)
+        if request is None:
+            return []
+        known, end = len(request.tree.tokens), frame.base + len(frame.tokens)
+        reason = None
+        if frame.base > known:
+            reason = CloseReason.GAP
+        elif end + request.credit > self._max_context_tokens:
+            reason = CloseReason.DECLINED
+            self.stats.num_too_long += 1
+        if reason is not None:
+            self._end(frame.request)
+            return [Close(frame.request, reason)]
+        if end <= known:
+            return []
+        self._advance(request, frame.tokens[known - frame.base :], now_s)
+        return self._propose(frame.request, request, now_s)
+
+    def decline(self, number: int) -> list[Frame]:
+        """Give a request back: this edge cannot draft for it. Nothing goes on from what its sequence holds."""
+        self._kept.pop(number, None)
+        return [Close(number, CloseReason.DECLINED)] if self._requests.pop(number, None) is not None else []
+
+    def forget_kept(self) -> None:
+        """The cache is full: contexts of ended requests are the first to go."""
+        self._kept.clear()
+
+    def _end(self, number: int) -> None:
+        request = self._requests.pop(number, None)
+        if request is None or not self._max_kept or request.tree.num_prefix < MIN_SHARED_TOKENS:
+            return
+        self._kept[number] = request.tree.tokens[: request.tree.num_prefix]
+        if len(self._kept) > self._max_kept:
+            self._kept.popitem(last=False)
+
+    def _advance(self, request: _Request, tokens: tuple[int, ...], now_s: float) -> None:
+        tree, was_prefilling = request.tree, request.is_prefilling
+        trunk, parents = tree.trunk(), [tree.root]
+        foreseen = tree.advance(tokens)
+        request.has_passed = False
+        if was_prefilling:
+            return
+        parents += foreseen
+        for parent, token in zip(parents, tokens, strict=False):
+            for child in parent.children:
+                self.pace.calibration.observe(child.claimed, child.token == token)
+        num_on_trunk = sum(
+            1 for node, said in zip(trunk, tokens, strict=False) if node.token == said and node in foreseen
+        )
+        num_sent = sum(node.is_sent for node in trunk)
+        self.stats.committed_tokens += len(tokens)
+        self.pace.committed(len(tokens))
+        self.stats.accepted_tokens += min(num_on_trunk, num_sent)
+        if num_on_trunk < len(tokens):
+            self.stats.rejected_tokens += max(0, num_sent - num_on_trunk)
+            self.stats.branch_hits += len(foreseen) == len(tokens)
+        # More than one step decides were collected: they say nothing of how long a step takes.
+        if request.committed_s is not None and len(tokens) <= request.max_draft + 1:
+            self.pace.round_took(now_s - request.committed_s)
+        request.committed_s = now_s
+        self._watch_for_loss(request, num_on_trunk == len(tokens) < 1 + min(request.max_draft, num_sent), now_s)
+
+    def _watch_for_loss(self, request: _Request, is_short: bool, now_s: float) -> None:
+        """Commits stay shorter than what was proposed would have given: the server seems not to have it."""
+        if not is_short:
+            request.num_short = 0
+            return
+        if not request.num_short:
+            request.short_since_s = now_s
+        request.num_short += 1
+        if request.num_short >= MAX_SHORT and now_s - request.short_since_s >= self.pace.rtt_s:
+            request.num_short = 0
+            for node in request.tree.root.below():
+                node.is_sent = False
+
+    # -- drafting --------------------------------------------------------------------------------------------------
+
+    def next_job(self) -> Job | None:
+        """The next forward pass, for the request that needs it most; None when there is nothing to draft."""
+        best: tuple[float, int] | None = None
+        chosen: tuple[int, _Request, list[Node]] | None = None
+        for number, request in self._requests.items():
+            nodes = self._runnable(request)
+            if nodes is None:
+                continue
+            rank = (-nodes[0].survival if nodes else -1.0, request.turn)
+            if best is None or rank < best:
+                best, chosen = rank, (number, request, nodes)
+        if chosen is None:
+            return None
+        number, request, nodes = chosen
+        self._turn += 1
+        request.turn = self._turn
+        return self._job(number, request, nodes)
+
+    def _runnable(self, request: _Request) -> list[Node] | None:
+        """The draft tokens to run next, most probable first; empty: committed tokens are next; None: nothing is."""
+        tree = request.tree
+        if request.running is not None or not tree.tokens:
+            return None
+        if not tree.is_caught_up:
+            is_waiting_for_prompt = request.is_prefilling and self._kept and not tree.num_held
+            return None if is_waiting_for_prompt else []
+        if request.is_prefilling or not tree.root.is_expanded:
+            return None
+        limit = tree.root.position + self.pace.horizon(request.max_draft, request.credit)
+        nodes = list(tree.root.below()) if self._max_width > 1 else tree.trunk()
+        if sum(node.entry is not None for node in nodes) >= MAX_ENTRIES:
+            return None
+        runnable = [
+            node for node in nodes if node.entry is None and node.position < limit and node.survival >= self.pace.floor
+        ]
+        runnable.sort(key=lambda node: -node.survival)
+        return runnable[: self.pace.width([node.survival for node in runnable], self._max_width)] or None
+
+    def _job(self, number: int, request: _Request, nodes: list[Node]) -> Job:
+        tree = request.tree
+        width = MAX_CANDIDATES if self._max_width > 1 else 1
+        source = self._start(request) if not nodes and not tree.num_held else None
+        keep, moved = tree.compact()
+        if nodes:
+            parents = tree.hold(nodes)
+            tokens = [node.token for node in nodes]
+        else:
+            # A prompt goes through the model in chunks, so that other requests and commits get their turn between.
+            tokens, parents = tree.hold_committed(self._prefill_chunk_tokens), []
+        request.running = nodes
+        return Job(number, keep, moved, tuple(tokens), tuple(parents), width, source)
+
+    def _start(self, request: _Request) -> int | None:
+        """An ended request that began as this one does; the drafter goes on from its entries."""
+        tokens = request.tree.tokens
+        shared = {number: _num_shared(kept, tokens) for number, kept in self._kept.items()}
+        source = max(shared, key=lambda number: shared[number], default=None)
+        if source is None or shared[source] < MIN_SHARED_TOKENS:
+            return None
+        del self._kept[source]
+        # At least one token is run, for what follows it.
+        num_shared = min(shared[source], len(tokens) - 1)
+        request.tree.adopt(num_shared)
+        self.stats.reused_tokens += num_shared
+        return source
+
+    def drafted(self, job: Job, said: Sequence[Sequence[Candidate]], took_s: float, now_s: float) -> list[Frame]:
+        """A job is done, after `took_s`; `said` holds the candidates of each token run (of a chain: of the last)."""
+        request = self._requests.get(job.request)
+        if request is None or request.running is None:
+            return []
+        nodes, request.running = request.running, None
+        tree = request.tree
+        if nodes:
+            self.pace.pass_s.observe(len(nodes), took_s)
+        elif not tree.is_caught_up or request.is_prefilling:
+            return []
+        for node, candidates in zip(nodes or [tree.root], said, strict=True):
+            if tree.holds(node):
+                known = [candidate for candidate in candidates if candidate.token < self.vocab_size]
+                tree.expand(node, known, self.pace.calibration)
+                self.stats.drafted_tokens += 1
+        return self._propose(job.request, request, now_s)
+
+    # -- proposing -------------------------------------------------------------------------------------------------
+
+    def _propose(self, number: int, request: _Request, now_s: float, is_due: bool = False) -> list[Frame]:
+        """What is to be said now: what is new on the trunk and beside it, or that there is nothing."""
+        tree = request.tree
+        request.due_s = None
+        if request.is_prefilling or not tree.tokens:
+            return []
+        limit = tree.root.position + request.credit
+        trunk = [node for node in tree.root.chain() if self._is_of_use(node, limit)]
+        is_over = request.running is None and self._runnable(request) is None
+        if not trunk:
+            return self._pass(number, request) if is_over and tree.root.is_expanded else []
+        num_sent = next((i for i, node in enumerate(trunk) if not node.is_sent), len(trunk))
+        branches = self._branches(trunk, limit)
+        new = sum(node.survival for node in trunk[num_sent:])
+        new += sum(node.survival for branch in branches for node in branch[1:] if not node.is_sent)
+        if num_sent and not self.pace.is_worth_a_frame(new):
+            return []
+        is_due = is_due or (not num_sent and (is_over or self.pace.is_enough([node.survival for node in trunk])))
+        if not is_due:
+            request.due_s = self.pace.deadline_s(request.committed_s or now_s, now_s)
+            is_due = now_s + (0.0 if is_over else self.pace.pass_s(1)) >= request.due_s
+        if not is_due:
+            return []
+        request.due_s = None
+        return self._frame(number, tree.root, trunk, num_sent, branches)
+
+    @property
+    def due_s(self) -> float | None:
+        """When `poll` has something to say, if nothing happens until then."""
+        return min((request.due_s for request in self._requests.values() if request.due_s is not None), default=None)
+
+    def poll(self, now_s: float) -> list[Frame]:
+        """What is to be said because its time has come."""
+        due = [item for item in self._requests.items() if item[1].due_s is not None and item[1].due_s <= now_s]
+        return [frame for number, request in due for frame in self._propose(number, request, now_s, is_due=True)]
+
+    def _is_of_use(self, node: Node, limit: int) -> bool:
+        return node.survival >= self.pace.floor and node.position <= limit
+
+    def _pass(self, number: int, request: _Request) -> list[Frame]:
+        if request.has_passed:
+            return []
+        request.has_passed = True
+        return [Propose(number, len(request.tree.tokens), ())]
+
+    def _branches(self, trunk: list[Node], limit: int) -> list[list[Node]]:
+        """The paths that leave the trunk, each from its fork on, with something in it that was not sent.
+
+        A second candidate alone is of no use: when the target says it, it is committed already.
+        """
+        paths = []
+        for first in (other for node in trunk if node.parent for other in node.parent.children[1:]):
+            path = [node for node in (first, *first.chain()) if self._is_of_use(node, limit)]
+            if len(path) > 1 and not path[-1].is_sent:
+                paths.append(path)
+        return paths
+
+    def _frame(
+        self, number: int, root: Node, trunk: list[Node], num_sent: int, branches: list[list[Node]]
+    ) -> list[Frame]:
+        """One frame with the new part of the trunk and these branches.
+
+        It starts with the token that the new part follows: so it shows whether the past that it was drafted for has
+        come true.
+        """
+        run = [trunk[num_sent - 1] if num_sent else root, *trunk[num_sent:]]
+        end = run[-1].position + 1
+        new = [*run, *(node for branch in branches for node in branch)]
+        forks = [number for branch in branches for number in (end - branch[0].position, len(branch))]
+        self.stats.proposed_tokens += sum(not node.is_sent for node in new[1:])
+        for node in new:
+            node.is_sent = True
+        frame = Propose(number, run[0].position, tuple(node.token for node in new), tuple(forks))
+        self.pace.sent(frame)
+        return [frame]
+
+
+def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens are the same."""
+    return next(
+        (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
+    )

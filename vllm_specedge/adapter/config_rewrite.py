@@ -1,0 +1,141 @@
+"""From `edge` to what stock vLLM understands, and what cannot work, said at start-up in one sentence each."""
+
+import atexit
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_specedge.adapter.start import ENDPOINT_VARIABLE, engine_options, new_endpoint
+from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, parse_options
+from vllm_specedge.errors import UserError
+from vllm_specedge.frontend.admission import LOAD_VARIABLE
+from vllm_specedge.gateway.startup_checks import check_start
+
+METHOD = "edge"
+PROPOSER = "vllm_specedge.adapter.proposer.EdgeProposer"
+SCHEDULER = "vllm_specedge.adapter.scheduler.EdgeScheduler"
+_VLLM_KEYS = ("method", "num_speculative_tokens")
+
+
+def parse_value(value: str, parse_json: Callable[[str], Any]) -> Any:
+    """The value of `--speculative-config`: the bare word `edge`, or vLLM's JSON, with our options checked."""
+    parsed = {"method": METHOD} if value.strip() == METHOD else parse_json(value)
+    if isinstance(parsed, Mapping) and parsed.get("method") == METHOD:
+        _split(parsed)
+    return parsed
+
+
+def _split(config: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
+    """The number of speculative tokens, if given, and our own options, both checked."""
+    ours = {key.replace("-", "_"): value for key, value in config.items()}
+    num_tokens = ours.pop("num_speculative_tokens", None)
+    ours.pop("method", None)
+    parse_options(ours)
+    _check_num_tokens(num_tokens)
+    return num_tokens, ours
+
+
+def _check_num_tokens(num_tokens: object) -> None:
+    is_number = isinstance(num_tokens, int) and not isinstance(num_tokens, bool)
+    if num_tokens is not None and not (is_number and 1 <= num_tokens <= MAX_SPEC_TOKENS):
+        raise UserError(
+            f"num_speculative_tokens (--spec-tokens) must be 1 to {MAX_SPEC_TOKENS}, not {num_tokens!r:.50}."
+        )
+
+
+def rewrite(args: Any) -> bool:
+    """Turn an EngineArgs that asks for `edge` into one that stock vLLM builds; whether it asked for it (now or before).
+
+    Idempotent: with several API servers vLLM does it again in every child.
+    """
+    config = args.speculative_config
+    if config == METHOD or getattr(args, "spec_method", None) == METHOD:
+        config = {**(config if isinstance(config, Mapping) else {}), "method": METHOD}
+    if not isinstance(config, Mapping):
+        return False
+    if config.get("method") != METHOD:
+        return config.get("model") == PROPOSER
+    num_tokens, ours = _split(config)
+    _check_args(args, num_tokens)
+    args.spec_method = None
+    args.speculative_config = {"method": "custom_class", "model": PROPOSER}
+    if args.spec_tokens is None:
+        args.speculative_config["num_speculative_tokens"] = num_tokens or DEFAULT_SPEC_TOKENS
+    args.scheduler_cls = SCHEDULER
+    args.additional_config = {**(args.additional_config or {}), "specedge": ours}
+    _prepare(parse_options(ours))
+    return True
+
+
+def _check_args(args: Any, num_tokens: int | None) -> None:
+    if args.spec_tokens is not None and num_tokens is not None:
+        raise UserError("Give the number of draft tokens once: --spec-tokens or num_speculative_tokens.")
+    _check_num_tokens(args.spec_tokens)
+    if getattr(args, "spec_model", None):
+        raise UserError("Edge drafting takes no --spec-model: each edge chooses its own with --draft.")
+    if args.scheduler_cls not in (None, SCHEDULER):
+        raise UserError("Edge drafting brings its own scheduler: leave --scheduler-cls out.")
+    if args.async_scheduling is True:
+        raise UserError("Edge drafting needs synchronous scheduling: leave --async-scheduling out.")
+    if args.pipeline_parallel_size > 1:
+        raise UserError("Edge drafting does not work with pipeline parallelism: use --tensor-parallel-size instead.")
+    if (
+        args.distributed_executor_backend == "external_launcher"
+    ):  # every rank would have an engine, and edges of its own
+        raise UserError("Edge drafting does not work with external_launcher: leave --distributed-executor-backend out.")
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        raise UserError("Edge drafting needs vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER.")
+
+
+def _prepare(options: EdgeOptions) -> None:
+    """Once, in the front end's main process: choose the engines' socket, and say early if the port is taken."""
+    if multiprocessing.parent_process() is not None:
+        return
+    if options.slo:
+        os.environ[LOAD_VARIABLE] = directory = tempfile.mkdtemp(prefix="specedge-load-")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    if not options.gateway:
+        check_start(options)
+        os.environ[ENDPOINT_VARIABLE] = endpoint = new_endpoint()
+        atexit.register(shutil.rmtree, Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+
+
+def check_config(config: Any) -> None:
+    """Refuse what only the finished VllmConfig shows. Raises UserError."""
+    import vllm
+
+    model = config.model_config
+    if config.speculative_config.num_speculative_tokens > MAX_SPEC_TOKENS:
+        raise UserError(f"--spec-tokens must be 1 to {MAX_SPEC_TOKENS}.")
+    if config.scheduler_config.async_scheduling:
+        raise UserError("Edge drafting needs synchronous scheduling: leave --async-scheduling out.")
+    if model.is_hybrid:
+        raise UserError("Edge drafting does not work with hybrid (Mamba, linear-attention) models: serve without it.")
+    if model.runner_type != "generate" or model.is_encoder_decoder or getattr(model, "is_diffusion", False):
+        raise UserError("Edge drafting works with models that generate text token by token only: serve without it.")
+    if config.lora_config is not None and vllm.__version__.startswith("0.32."):
+        raise UserError("Edge drafting with LoRA needs vLLM 0.33: update vLLM or leave --enable-lora out.")
+    if config.parallel_config.data_parallel_size > 1 and model.is_moe:
+        raise UserError("Edge drafting does not work with data parallelism of mixture-of-experts models yet.")
+    if config.kv_transfer_config is not None:
+        raise UserError("Edge drafting has not been tried with KV connectors: leave --kv-transfer-config out.")
+
+
+def unreached(config: Any) -> str | None:
+    """Why no edge drafts for the engines that this process starts, and what to do; None if some may.
+
+    A server's gateway is started by its first data-parallel rank, and reached through a socket of that machine.
+    """
+    parallel, options = config.parallel_config, engine_options(config)
+    if options.gateway or parallel.data_parallel_rank == 0 or parallel.node_rank_within_dp > 0:
+        return None
+    return (
+        f"Edges do not draft for the data-parallel ranks from {parallel.data_parallel_rank} on, which run here: the "
+        "gateway is on the first rank's machine. Run 'vllm-specedge gateway --engines tcp://ADDRESS:8101 --insecure' "
+        "where all reach it, on a closed network, and give every machine "
+        """'"gateway": "tcp://ADDRESS:8101", "insecure": true'."""
+    )

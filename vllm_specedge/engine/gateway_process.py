@@ -1,0 +1,103 @@
+"""Starts the gateway process beside an engine, starts it again when it dies, and ends it with the engine."""
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+
+from vllm_specedge.config import EdgeOptions
+
+logger = logging.getLogger("vllm_specedge.engine.gateway_process")
+
+_FIRST_PAUSE_S = 0.5
+_MAX_PAUSE_S = 30.0
+_GRACE_S = 3.0
+USER_ERROR_STATUS = 2
+"""The gateway's exit status when an operator must change something: starting it again would not help."""
+
+
+class GatewayProcess(threading.Thread):
+    """One `vllm-specedge gateway`, kept running until `stop`. It also ends by itself when this process is gone."""
+
+    def __init__(self, options: EdgeOptions, engine_endpoint: str) -> None:
+        super().__init__(name="specedge-supervisor", daemon=True)
+        self._command = gateway_command(options, engine_endpoint)
+        self._stopped = threading.Event()
+        self._process = self._popen()
+
+    def _popen(self) -> "subprocess.Popen[bytes]":
+        # Standard input stays open for as long as this process lives: its end tells the gateway to stop.
+        # A session of its own: Ctrl-C in a terminal is the engine's to handle, and -P keeps the working directory's
+        # modules out.
+        return subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def run(self) -> None:
+        pause_s = 0.0
+        while True:
+            started_s = time.monotonic()
+            status = self._process.wait()
+            self._close_stdin()
+            if self._stopped.is_set():
+                return
+            if status == USER_ERROR_STATUS:
+                logger.error("The gateway cannot start (see its message above): serving without drafts")
+                return
+            has_lasted = time.monotonic() - started_s > _MAX_PAUSE_S
+            pause_s = _FIRST_PAUSE_S if has_lasted or not pause_s else min(pause_s * 2, _MAX_PAUSE_S)
+            logger.warning("The gateway ended with status %s: starting it again in %.1f s", status, pause_s)
+            if self._stopped.wait(pause_s):
+                return
+            self._process = self._popen()
+            if self._stopped.is_set():
+                self._process.terminate()
+
+    def _close_stdin(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def stop(self) -> None:
+        """End the gateway, gently at first."""
+        self._stopped.set()
+        self._process.terminate()
+        try:
+            self._process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._close_stdin()
+
+
+def gateway_command(options: EdgeOptions, engine_endpoint: str) -> list[str]:
+    """How to start a gateway with these options. No secret is among them: tokens and keys are named by file."""
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "vllm_specedge.cli",
+        "gateway",
+        "--engines",
+        engine_endpoint,
+        "--ends-with-stdin",
+    ]
+    for name, value in options.model_dump(exclude_defaults=True).items():
+        if name in GATEWAY_OPTIONS:
+            flag = f"--{name.replace('_', '-')}"
+            command += [flag] if value is True else [flag, str(value)]
+    return command
+
+
+GATEWAY_OPTIONS = frozenset(
+    {
+        "listen",
+        "tokens_file",
+        "tls_cert",
+        "tls_key",
+        "tls_client_ca",
+        "insecure",
+        "credit_tokens",
+        "max_edges",
+        "max_requests_per_edge",
+        "public_names",
+    }
+)

@@ -1,0 +1,1 @@
+"""The gateway's process: edges and engines connect to it."""

@@ -1,0 +1,114 @@
+"""Every metric's name, unit and meaning, in one table each; values are read from the counters the core keeps."""
+
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from vllm_specedge.gateway.router import RequestReport, Router
+from vllm_specedge.policy.step_cost import KNOTS
+from vllm_specedge.wire.telemetry import ENGINE_COUNTERS, REQUEST_COUNTERS
+
+GATEWAY_COUNTERS = (
+    ("proposed_tokens", "Draft tokens that edges sent and the gateway passed on."),
+    ("assigned", "Requests given to an edge."),
+    ("assigned_by_prefix", "Requests given to an edge because it drafted for a context that begins as theirs does."),
+    ("declined", "Requests that an edge gave back."),
+    ("dropped_closed", "Proposals for requests that were over."),
+    ("dropped_late", "Proposals for positions that were decided already."),
+    ("dropped_ahead", "Proposals past the credit."),
+    ("dropped_token_id", "Proposals with a token id outside of the vocabulary."),
+    ("floods", "Edges closed because they sent too much."),
+    ("revoked", "Edges closed because their token was revoked or expired."),
+    ("commit_gaps", "Requests dropped because commits were missing."),
+    ("requests_over_limit", "Requests not drafted for because of a bound."),
+    ("reports", "Requests whose counters came in before they closed."),
+    ("dropped_reports", "Counters of requests that the gateway does not know or has them of."),
+    ("unexpected_engine_frames", "Frames an engine should not send."),
+    ("refused", "Edges refused or closed with a Bye."),
+    ("unauthorized", "Connections turned away because of their token."),
+    ("turned_away", "Connections turned away because there were as many as the gateway or their token takes."),
+    ("slow_edges", "Edges closed because they did not read."),
+    ("silent_edges", "Edges closed because they said nothing."),
+    ("task_errors", "Errors that ended a task; each is in the log."),
+)
+
+STEP_TIMES = (
+    ("", "what a step of so many tokens takes, but for what requests and context add", ("engine", "tokens")),
+    ("request_", "what each request adds to a step", ("engine",)),
+    ("context_", "what each 1,024 tokens of context add to a step", ("engine",)),
+    ("verifying_", "what each request adds to a step that verifies something", ("engine",)),
+)
+"""Learned by each engine from its own steps: a gauge's name, meaning and labels. As many series as it has sizes."""
+
+
+def report_row(report: RequestReport) -> dict[str, int]:
+    """A report's counters by name, and the engine's number.
+
+    An engine of another release may send fewer values (the rest are 0) or more (they have no name here).
+    """
+    return {"engine": report.engine, **_by_name(report.values)}
+
+
+def _by_name(values: Sequence[int]) -> dict[str, int]:
+    padded = (*values, *[0] * len(REQUEST_COUNTERS))
+    return {name: value for (name, _), value in zip(REQUEST_COUNTERS, padded, strict=False)}
+
+
+class RequestHistograms:
+    """How requests did that have finished. Without labels, so that there are ever so many series and no more."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._acceptance_ratio = Histogram(
+            "specedge_request_acceptance_ratio",
+            "Of the tokens of edges verified for a finished request, the part that the target accepted.",
+            registry=registry,
+            buckets=[tenths / 10 for tenths in range(11)],
+        )
+        self._tokens_per_step = Histogram(
+            "specedge_request_tokens_per_step",
+            "Tokens that a finished request got from a decode step, on average; 1 is plain decoding.",
+            registry=registry,
+            buckets=(1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 32),
+        )
+
+    def observe(self, report: RequestReport) -> None:
+        """Take in one request. What was never verified, or had no step, has no ratio."""
+        counters = _by_name(report.values)
+        if counters["verified_tokens"]:
+            self._acceptance_ratio.observe(counters["accepted_tokens"] / counters["verified_tokens"])
+        if counters["steps"]:
+            self._tokens_per_step.observe(counters["committed_tokens"] / counters["steps"])
+
+
+class RouterCollector(Collector):
+    """The router's and its engines' counters, in Prometheus' form."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    def collect(self) -> Iterator[Metric]:
+        router = self._router
+        yield GaugeMetricFamily("specedge_edges", "Edges connected.", len(router.edges))
+        yield GaugeMetricFamily("specedge_max_edges", "Edges that the gateway takes.", router.limits.max_edges)
+        yield GaugeMetricFamily("specedge_engines", "vLLM engines connected.", len(router.engines))
+        yield GaugeMetricFamily("specedge_requests", "Live requests known to the gateway.", router.num_requests)
+        for name, help_text in GATEWAY_COUNTERS:
+            yield CounterMetricFamily(f"specedge_gateway_{name}", help_text, router.counters[name])
+        for (name, help_text), total in zip(ENGINE_COUNTERS, router.engine_totals, strict=True):
+            yield CounterMetricFamily(f"specedge_engine_{name}", help_text, total)
+        yield from self._step_times()
+
+    def _step_times(self) -> Iterator[Metric]:
+        curve, *others = (
+            GaugeMetricFamily(f"specedge_engine_step_{name}seconds", f"Learned: {help_text}.", labels=labels)
+            for name, help_text, labels in STEP_TIMES
+        )
+        for number, times in self._router.step_times().items():
+            for tokens, time_us in zip(KNOTS, times.curve_us, strict=False):
+                curve.add_metric([str(number), str(tokens)], time_us / 1e6)
+            each_ns = (times.request_ns, times.context_ns, times.verifying_ns)
+            for family, time_ns in zip(others, each_ns, strict=True):
+                family.add_metric([str(number)], time_ns / 1e9)
+        yield from (curve, *others)

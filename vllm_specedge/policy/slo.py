@@ -1,0 +1,111 @@
+"""Targets for latency, and whether one more request would break them. Pure.
+
+Rule: speculation is shed first (a step is never made longer than the shortest target of those in it), then requests
+are refused at the front, before they cost anything: so that those admitted meet their targets under any load.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, inf
+
+from vllm_specedge.policy.step_cost import StepCost
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a class of requests is to get; inf: no target."""
+
+    ttft_s: float = inf
+    itl_s: float = inf
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """By vLLM's priority."""
+
+    by_priority: Mapping[int, Target] = field(default_factory=dict)
+    default: Target = Target()
+
+    def of(self, priority: int) -> Target:
+        return self.by_priority.get(priority, self.default)
+
+    @property
+    def priorities(self) -> list[int]:
+        """Those with a target of their own."""
+        return sorted(self.by_priority)
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What an engine has to do."""
+
+    running: Sequence[int]
+    """The priorities of the requests that run."""
+    waiting: Sequence[tuple[int, int]]
+    """Priority and prompt tokens of those that do not."""
+    context: int
+    """Tokens in the caches of those that run."""
+    slots: int
+    """Requests that can run at once."""
+    room: int
+    """Tokens that fit into a step."""
+    finished_per_s: float
+    """Requests that ended per second, of late."""
+    is_by_priority: bool
+    """The more important are admitted first, else who came first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """For one more request that came now."""
+
+    ttft_s: float
+    itl_s: float
+
+
+def forecast(queue: Queue, priority: int, num_tokens: int, cost: StepCost) -> Forecast:
+    """What a request with a prompt of so many tokens would get, without speculation."""
+    ahead = [tokens for other, tokens in queue.waiting if other <= priority or not queue.is_by_priority]
+    num_running, num_left = len(queue.running), sum(ahead) + num_tokens
+    room = max(1, queue.room - num_running)
+    full_s = cost(num_running + 1, num_running + room, queue.context, room)
+    rest = num_left % room
+    rest_s = cost(num_running + 1, num_running + rest, queue.context, rest) if rest else 0.0
+    ttft_s = num_left // room * full_s + rest_s
+    num_too_many = num_running + len(ahead) + 1 - queue.slots
+    if num_too_many > 0:
+        ttft_s += num_too_many / queue.finished_per_s if queue.finished_per_s > 0.0 else 0.0
+    num_then = min(queue.slots, num_running + len(queue.waiting) + 1)
+    context = queue.context + sum(tokens for _, tokens in queue.waiting) + num_tokens
+    return Forecast(ttft_s, cost(num_then, num_then, context))
+
+
+def is_admitted(queue: Queue, priority: int, num_tokens: int, targets: Targets, cost: StepCost) -> bool:
+    """Whether one more request would get what its class is to get, and leave the others what theirs are to get."""
+    expected = forecast(queue, priority, num_tokens, cost)
+    target = targets.of(priority)
+    others = {*queue.running, *(other for other, _ in queue.waiting)}
+    itl_s = min([target.itl_s, *(targets.of(other).itl_s for other in others)])
+    return expected.ttft_s <= target.ttft_s and expected.itl_s <= itl_s
+
+
+def num_admissible(
+    queue: Queue, priority: int, num_tokens: int, targets: Targets, cost: StepCost, limit: int = 64
+) -> int:
+    """How many requests of this class, each with a prompt of so many tokens, could come now, up to a limit."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high) // 2
+        more = replace(queue, waiting=[*queue.waiting, *[(priority, num_tokens)] * middle])
+        if is_admitted(more, priority, num_tokens, targets, cost):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def retry_after_s(queue: Queue) -> int:
+    """When it may be worth another try: when about a tenth of those that run have ended, 1 to 30 seconds."""
+    if queue.finished_per_s <= 0.0:
+        return 1
+    return ceil(min(30.0, max(1.0, len(queue.running) / 10 / queue.finished_per_s)))

@@ -1,0 +1,1 @@
+"""The shipping decisions on virtual time."""

@@ -1,0 +1,388 @@
+"""What `vllm-specedge simulate` finds out and shows: tables, curves, and how near a simulation is to a measurement."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, inf
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vllm_specedge.errors import UserError
+from vllm_specedge.policy.decision import MODES, HoldLimits
+from vllm_specedge.simulation.models import Server, fitted, in_server_gain
+from vllm_specedge.simulation.simulator import Outcome, Scenario, simulate
+
+AUTO, NO_BRANCHES, ORACLE = "auto", ", no branches", "oracle"
+MIN_TOKENS, TOTAL_TOKENS = 100, 4000
+"""Each client makes so many at least, and all together so many: chance is then worth a few percent."""
+MIN_ROUNDS = 4
+"""Of answers that start together, the first of which is not measured."""
+HELPS, LOSES = 1.02, 0.98
+"""Ratios of tokens per second between these are no difference."""
+MAX_RTT_S, HALVINGS = 0.512, 8
+WAIT_S = 1.0
+"""How long mode `wait` waits: for the draft, not for a limit."""
+MAX_DIFFERENCE = 0.15
+POOR_ACCEPTANCE = 0.3
+EDGES = ("good", "poor", "stalling", "dead", "half")
+"""Kinds of edges in a results file: as given; seldom right; standing still now and then; silent after a while; as good
+as given, but for half of the requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What an operator wants to know."""
+
+    requests: Sequence[float]
+    rtts_ms: Sequence[float]
+    edge: str
+    """One of EDGES."""
+    has_all_modes: bool
+    has_oracle: bool
+    has_break_even: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One load and RTT: plain decoding, and each arm."""
+
+    scenario: Scenario
+    plain: Outcome
+    arms: Mapping[str, Outcome]
+
+    def ratio(self, arm: str = AUTO) -> float:
+        return self.arms[arm].tokens_per_s / self.plain.tokens_per_s
+
+    @property
+    def in_server(self) -> float | None:
+        """The ratio of drafting on the server itself; None: not known."""
+        scenario = self.scenario
+        return in_server_gain(scenario.server, scenario.requests, scenario.spec_tokens, scenario.edge.acceptance)
+
+    @property
+    def verdict(self) -> str:
+        ratio = self.ratio()
+        return "helps" if ratio >= HELPS else "loses" if ratio <= LOSES else "no difference"
+
+
+def tokens_each(requests: int) -> int:
+    """How many tokens each client makes so that chance does not matter much."""
+    return max(MIN_TOKENS, TOTAL_TOKENS // requests)
+
+
+def arms(scenario: Scenario, has_all_modes: bool, has_oracle: bool) -> dict[str, Scenario]:
+    """What is compared with plain decoding, by name."""
+    chosen = {AUTO: scenario}
+    if has_all_modes:
+        without = replace(scenario, edge=replace(scenario.edge, max_width=1))
+        chosen |= {mode: _in_mode(scenario, mode) for mode in MODES}
+        chosen |= {mode + NO_BRANCHES: _in_mode(without, mode) for mode in MODES}
+    if has_oracle:
+        chosen[ORACLE] = replace(scenario, is_oracle=True)
+    return chosen
+
+
+def _in_mode(scenario: Scenario, mode: str) -> Scenario:
+    limit_s = WAIT_S if mode == "wait" else scenario.limits.hold_limit_s
+    return replace(scenario, limits=HoldLimits(limit_s, mode))
+
+
+def plain(scenario: Scenario) -> Outcome:
+    """Without edges."""
+    return simulate(replace(scenario, share=0.0, is_oracle=False))
+
+
+def cell(scenario: Scenario, has_all_modes: bool = False, has_oracle: bool = False) -> Cell:
+    chosen = arms(scenario, has_all_modes, has_oracle)
+    return Cell(scenario, plain(scenario), {name: simulate(each) for name, each in chosen.items()})
+
+
+def break_even_s(scenario: Scenario) -> float:
+    """The RTT from which on edges make no difference; 0: they do not help at any, inf: they do up to MAX_RTT_S."""
+    plain_per_s = plain(scenario).tokens_per_s
+
+    def helps(rtt_s: float) -> bool:
+        return simulate(replace(scenario, rtt_s=rtt_s)).tokens_per_s >= HELPS * plain_per_s
+
+    if not helps(0.0):
+        return 0.0
+    if helps(MAX_RTT_S):
+        return inf
+    low_s, high_s = 0.0, MAX_RTT_S
+    for _ in range(HALVINGS):
+        middle_s = (low_s + high_s) / 2
+        low_s, high_s = (middle_s, high_s) if helps(middle_s) else (low_s, middle_s)
+    return high_s
+
+
+def cells(base: Scenario, asked: Asked) -> list[Cell]:
+    """One for each load and RTT that were asked about."""
+    return [
+        cell(
+            replace(base, requests=int(requests), rtt_s=rtt_ms / 1e3, tokens=tokens_each(int(requests))),
+            asked.has_all_modes,
+            asked.has_oracle,
+        )
+        for requests in asked.requests
+        for rtt_ms in asked.rtts_ms
+    ]
+
+
+# -- shown ---------------------------------------------------------------------------------------------------------
+
+
+def show(base: Scenario, asked: Asked, curve: Path | None, is_json: bool) -> int:
+    """Simulate what was asked about and print it. Returns an exit status."""
+    if min(asked.requests) < 1:
+        raise UserError("--requests takes numbers from 1 on.")
+    base = with_edge(base, asked.edge)
+    found = cells(base, asked)
+    rtt_s = break_even_s(found[0].scenario) if asked.has_break_even else None
+    if curve is not None:
+        draw(found, curve)
+    console = Console()
+    if is_json:
+        console.print_json(as_json(found, rtt_s))
+        return 0
+    console.print(table(found))
+    if asked.has_all_modes or asked.has_oracle:
+        console.print(arms_table(found))
+    if rtt_s is not None:
+        console.print(_break_even_text(found[0].scenario.requests, rtt_s))
+    return 0
+
+
+def _break_even_text(requests: int, rtt_s: float) -> str:
+    load = "one request" if requests == 1 else f"{requests} requests"
+    if not rtt_s:
+        return f"With {load} edges make no difference at any RTT."
+    if rtt_s == inf:
+        return f"With {load} edges help at every RTT up to {MAX_RTT_S * 1e3:.0f} ms."
+    return f"With {load} edges help up to an RTT of about {rtt_s * 1e3:.0f} ms, and make no difference beyond."
+
+
+def table(cells: Sequence[Cell]) -> Table:
+    """One line a cell: plain decoding, with edges, and what that means. Fits 80 columns."""
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        caption="ITL: ms between chunks of an answer, median / p99",
+    )
+    titles = ("re-\nquests", "RTT\nms", "plain\ntok/s", "edges\ntok/s", "\nratio", "plain\nITL", "edges\nITL")
+    for title in (*titles, "verified/\naccepted"):
+        shown.add_column(title, justify="right", no_wrap=True)
+    shown.add_column("\nverdict", no_wrap=True)
+    for each in cells:
+        edges = each.arms[AUTO]
+        shown.add_row(
+            str(each.scenario.requests),
+            f"{each.scenario.rtt_s * 1e3:g}",
+            f"{each.plain.tokens_per_s:.0f}",
+            f"{edges.tokens_per_s:.0f}",
+            f"{each.ratio():.2f}",
+            f"{each.plain.itl_p50_s * 1e3:.0f} / {each.plain.itl_p99_s * 1e3:.0f}",
+            f"{edges.itl_p50_s * 1e3:.0f} / {edges.itl_p99_s * 1e3:.0f}",
+            f"{edges.verified_per_accepted:.1f}",
+            each.verdict,
+        )
+    return shown
+
+
+def arms_table(cells: Sequence[Cell]) -> Table:
+    """Each arm's tokens per second against plain decoding, one column a cell."""
+    shown = Table("plain = 1", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for each in cells:
+        title = f"{each.scenario.requests} req.\n{each.scenario.rtt_s * 1e3:g} ms"
+        shown.add_column(title, justify="right", no_wrap=True)
+    shown.add_row("in-server", *("-" if each.in_server is None else f"{each.in_server:.2f}" for each in cells))
+    for name in cells[0].arms:
+        shown.add_row(name, *(f"{each.ratio(name):.2f}" for each in cells))
+    return shown
+
+
+def as_json(cells: Sequence[Cell], break_even: float | None) -> str:
+    """The same, for programs. `break_even_rtt_ms` is null where edges help at every RTT, or nobody asked."""
+    known = None if break_even in (None, inf) else round(1e3 * (break_even or 0.0), 1)
+    return json.dumps({"break_even_rtt_ms": known, "cells": [_cell_json(each) for each in cells]}, indent=1)
+
+
+def _cell_json(each: Cell) -> dict[str, Any]:
+    return {
+        "requests": each.scenario.requests,
+        "rtt_ms": round(1e3 * each.scenario.rtt_s, 3),
+        "verdict": each.verdict,
+        "in_server_ratio": each.in_server,
+        "plain": _outcome_json(each.plain),
+        "arms": {name: _outcome_json(arm) | {"ratio": each.ratio(name)} for name, arm in each.arms.items()},
+    }
+
+
+def _outcome_json(outcome: Outcome) -> dict[str, float]:
+    return {
+        "tokens_per_s": outcome.tokens_per_s,
+        "itl_p50_ms": 1e3 * outcome.itl_p50_s,
+        "itl_p99_ms": 1e3 * outcome.itl_p99_s,
+        "ttft_p50_ms": 1e3 * outcome.ttft_p50_s,
+        "ttft_p99_ms": 1e3 * outcome.ttft_p99_s,
+        "verified_per_accepted": outcome.verified_per_accepted,
+    }
+
+
+def draw(cells: Sequence[Cell], path: Path) -> None:
+    """Throughput and inter-token latency: over RTT if several were simulated, else over load."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
+    except ImportError:
+        raise UserError("--curve draws with matplotlib: pip install 'vllm-specedge[plots]'.") from None
+    is_over_rtt = len({each.scenario.rtt_s for each in cells}) > 1
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    speed, latency = figure.subplots(1, 2)
+    for requests in sorted({each.scenario.requests for each in cells}) if is_over_rtt else [0]:
+        chosen = [each for each in cells if each.scenario.requests == requests or not requests]
+        name = f", {requests} requests" if requests else ""
+        x = [each.scenario.rtt_s * 1e3 if is_over_rtt else each.scenario.requests for each in chosen]
+        (line,) = speed.plot(x, [each.arms[AUTO].tokens_per_s for each in chosen], "o-", label=f"edges{name}")
+        color = line.get_color()
+        speed.plot(x, [each.plain.tokens_per_s for each in chosen], ":", color=color, label=f"plain{name}")
+        latency.plot(x, [each.arms[AUTO].itl_p50_s * 1e3 for each in chosen], "o-", color=color, label=f"median{name}")
+        latency.plot(x, [each.arms[AUTO].itl_p99_s * 1e3 for each in chosen], "^--", color=color, label=f"p99{name}")
+        latency.plot(x, [each.plain.itl_p50_s * 1e3 for each in chosen], ":", color=color, label=f"plain median{name}")
+    for axes, title in ((speed, "tokens per second"), (latency, "ms between chunks of an answer")):
+        axes.set(title=title, xlabel="RTT, ms" if is_over_rtt else "requests", ylim=(0, 1.15 * axes.dataLim.y1))
+        axes.legend(fontsize="small")
+        if not is_over_rtt:
+            axes.set_xscale("log", base=2)
+    figure.savefig(path)
+
+
+# -- simulated against measured ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One cell of a results file, in tokens per second."""
+
+    requests: int
+    rtt_s: float
+    edge: str
+    measured: float
+    measured_plain: float
+    simulated: float
+    simulated_plain: float
+
+    @property
+    def difference(self) -> float:
+        """Of the simulation from the measurement, as a part of that."""
+        return self.simulated / self.measured - 1.0
+
+
+def results(path: Path) -> dict[str, Any]:
+    """A benchmark's results file. Raises UserError."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"The results file {path} cannot be read: {error}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"The results file {path} holds no JSON object.")
+    return values
+
+
+def fitted_server(path: Path) -> Server:
+    """The server whose step times are in a results file, as `fitted` takes them."""
+    try:
+        return fitted(results(path)["server_model"]["rows"])
+    except (KeyError, TypeError, ValueError):
+        form = '{"server_model": {"rows": [[requests, tokens, seconds, 1 if drafts were verified, else 0], ...]}}'
+        raise UserError(f"The results file {path} has no step times in the form {form}.") from None
+
+
+def with_edge(scenario: Scenario, edge: str) -> Scenario:
+    """The scenario with edges of one of the kinds EDGES. Raises UserError for another."""
+    if edge not in EDGES:
+        raise UserError(f"There are no edges of the kind '{edge:.20}', only {', '.join(EDGES)}.")
+    if edge == "poor":
+        return replace(scenario, edge=replace(scenario.edge, acceptance=POOR_ACCEPTANCE))
+    if edge == "half":
+        return replace(scenario, share=0.5)
+    fault = "" if edge == "good" else edge
+    return replace(scenario, edge=replace(scenario.edge, fault=fault))
+
+
+def compare(scenario: Scenario, path: Path) -> list[Comparison]:
+    """Simulate each cell of a results file. What the file does not say is as in `scenario`."""
+    values = results(path)
+    try:
+        return [_compared(scenario, values, cell) for cell in values["cells"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"The results file {path} lacks {error} where it is needed.") from None
+
+
+def _compared(scenario: Scenario, values: Mapping[str, Any], cell: Mapping[str, Any]) -> Comparison:
+    requests, rtt_ms, edge = cell["requests"], cell["rtt_ms"], cell.get("edge", EDGES[0])
+    load = _as_measured(replace(scenario, requests=requests, rtt_s=rtt_ms / 1e3), values)
+    drafted = with_edge(load, edge)
+    accuracy = values.get("edges", {}).get("accuracy", {}).get(edge)
+    if accuracy is not None:
+        model = replace(drafted.edge, acceptance=accuracy["first"], branch=accuracy["second"])
+        drafted = replace(drafted, edge=model)
+    return Comparison(
+        requests,
+        load.rtt_s,
+        edge,
+        # With prompts and the last answers' time, as it is simulated.
+        measured=cell.get("whole_tokens_per_s", cell["tokens_per_s"]),
+        measured_plain=cell.get("vanilla_whole_tokens_per_s", cell["vanilla_tokens_per_s"]),
+        simulated=simulate(drafted).tokens_per_s,
+        simulated_plain=plain(load).tokens_per_s,
+    )
+
+
+def _as_measured(scenario: Scenario, values: Mapping[str, Any]) -> Scenario:
+    """In the way in which benchmarks/grid.py measures: answers of the same length that start together."""
+    settings = values.get("settings", {})
+    answers = [run["num_tokens"] for run in values.get("runs", ()) if run["requests"] == scenario.requests]
+    num_tokens = answers[0] // scenario.requests if answers else scenario.output_tokens
+    rounds = max(MIN_ROUNDS, ceil(tokens_each(scenario.requests) / num_tokens))
+    return replace(
+        scenario,
+        spec_tokens=settings.get("k", scenario.spec_tokens),
+        edge=replace(scenario.edge, pass_s=settings.get("pass_ms", 1e3 * scenario.edge.pass_s) / 1e3),
+        prompt_tokens=values.get("prompt_tokens", scenario.prompt_tokens),
+        output_tokens=num_tokens,
+        tokens=rounds * num_tokens,
+        warm_up=1 / rounds,
+        is_in_step=True,
+    )
+
+
+def show_comparison(scenario: Scenario, path: Path) -> int:
+    """Print a results file's cells as measured and as simulated. Returns an exit status: 1 if any is far off."""
+    compared = compare(scenario, path)
+    Console().print(comparison_table(compared))
+    return int(any(abs(each.difference) > MAX_DIFFERENCE for each in compared))
+
+
+def comparison_table(compared: Sequence[Comparison]) -> Table:
+    """Tokens per second with edges, and plain. Fits 80 columns."""
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    titles = ("re-\nquests", "RTT\nms", "\nedges", "measured\ntok/s", "simulated\ntok/s", "differ-\nence")
+    for title in (*titles, "measured\nplain", "simulated\nplain"):
+        shown.add_column(title, justify="right", no_wrap=True)
+    for each in compared:
+        shown.add_row(
+            str(each.requests),
+            f"{each.rtt_s * 1e3:g}",
+            each.edge,
+            f"{each.measured:.1f}",
+            f"{each.simulated:.1f}",
+            f"{each.difference:+.0%}",
+            f"{each.measured_plain:.1f}",
+            f"{each.simulated_plain:.1f}",
+            style="red" if abs(each.difference) > MAX_DIFFERENCE else "",
+        )
+    return shown

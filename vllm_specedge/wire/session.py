@@ -1,0 +1,115 @@
+"""One connection between an edge and the gateway, without the I/O.
+
+Rule 1: which frame is legal when is decided here, and only by the table below; both ends read the same one.
+Rule 2: the caller moves bytes; this file decides what they mean. No clock, no sockets.
+Whether a request number is known is not legality: a proposal for a request that has just ended is ordinary and is
+dropped by whoever looks it up.
+"""
+
+from enum import Enum
+
+from vllm_specedge.errors import LocalProtocolError, RemoteProtocolError
+from vllm_specedge.wire.frames import (
+    Bye,
+    Close,
+    Commit,
+    Frame,
+    FrameReader,
+    Greet,
+    Hello,
+    Open,
+    Ping,
+    Pong,
+    Propose,
+    Welcome,
+    encode,
+)
+
+
+class Role(Enum):
+    EDGE = "edge"
+    GATEWAY = "gateway"
+
+    @property
+    def peer(self) -> "Role":
+        return Role.GATEWAY if self is Role.EDGE else Role.EDGE
+
+
+class State(Enum):
+    START = "start"
+    GREETED = "greeted"
+    PRESENTED = "presented"
+    LIVE = "live"
+    CLOSED = "closed"
+
+
+TRANSITIONS: dict[State, dict[tuple[Role, type[Frame]], State]] = {
+    State.START: {
+        (Role.GATEWAY, Greet): State.GREETED,
+        (Role.GATEWAY, Bye): State.CLOSED,
+        (Role.EDGE, Bye): State.CLOSED,
+    },
+    State.GREETED: {
+        (Role.EDGE, Hello): State.PRESENTED,
+        (Role.GATEWAY, Bye): State.CLOSED,
+        (Role.EDGE, Bye): State.CLOSED,
+    },
+    State.PRESENTED: {
+        (Role.GATEWAY, Welcome): State.LIVE,
+        (Role.GATEWAY, Bye): State.CLOSED,
+        (Role.EDGE, Bye): State.CLOSED,
+    },
+    State.LIVE: {
+        (Role.GATEWAY, Open): State.LIVE,
+        (Role.GATEWAY, Commit): State.LIVE,
+        (Role.GATEWAY, Close): State.LIVE,
+        (Role.GATEWAY, Ping): State.LIVE,
+        (Role.GATEWAY, Pong): State.LIVE,
+        (Role.GATEWAY, Bye): State.CLOSED,
+        (Role.EDGE, Propose): State.LIVE,
+        (Role.EDGE, Close): State.LIVE,
+        (Role.EDGE, Ping): State.LIVE,
+        (Role.EDGE, Pong): State.LIVE,
+        (Role.EDGE, Bye): State.CLOSED,
+    },
+    State.CLOSED: {},
+}
+
+
+class Session:
+    """The legality of one connection, as seen from `role`.
+
+    Raises LocalProtocolError from `send` (our bug) and RemoteProtocolError from `receive` (the peer's fault: say Bye
+    with its code and close). Any other exception is a bug.
+    """
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.state = State.START
+        self._has_said_bye = False
+        self._reader = FrameReader()
+
+    def __repr__(self) -> str:
+        return f"Session({self.role.value}, {self.state.value})"
+
+    def send(self, frame: Frame) -> bytes:
+        """The bytes of `frame`, if it may be sent now."""
+        state = TRANSITIONS[self.state].get((self.role, type(frame)))
+        if state is None:
+            raise LocalProtocolError(f"{self!r} cannot send {type(frame).__name__}")
+        data = encode(frame)
+        self.state = state
+        self._has_said_bye = state is State.CLOSED
+        return data
+
+    def receive(self, data: bytes) -> list[Frame]:
+        """The frames that became whole with `data`, each of them legal; none after one's own Bye."""
+        if self._has_said_bye:
+            return []  # sent before the peer knew
+        frames = self._reader.feed(data)
+        for frame in frames:
+            state = TRANSITIONS[self.state].get((self.role.peer, type(frame)))
+            if state is None:
+                raise RemoteProtocolError(f"{type(frame).__name__} is not legal when {self.state.value}")
+            self.state = state
+        return frames
