@@ -72,8 +72,8 @@ soak: $(VENV)/.installed model
 # Coverage-guided; what it finds is fixed and gets a test of its own. FUZZ_S=1800: half an hour each.
 FUZZ_S ?= 60
 fuzz: $(VENV)/.installed
-	@mkdir -p .cache/fuzz/frames .cache/fuzz/session .cache/fuzz/book
-	for target in frames session book; do \
+	@mkdir -p .cache/fuzz/frames .cache/fuzz/session .cache/fuzz/driver
+	for target in frames session driver; do \
 		$(BIN)/python -m tests.fuzz.fuzz $$target .cache/fuzz/$$target tests/fuzz/corpus/$$target \
 			-max_total_time=$(FUZZ_S) -artifact_prefix=.cache/fuzz/ -print_final_stats=1 || exit 1; \
 	done

@@ -2,10 +2,10 @@
 
     python benchmarks/deciding.py [--requests 1 --requests 256]
 
-The shipping DraftBook with requests that all have edges; seven of ten get a new draft each step. `deciding` is planning
-a step and learning from it (goal: 15 microseconds a request a step at 256 requests); what the protocol costs beside,
-taking in a proposal and publishing a commit, is shown too. `allocated` is the most that planning held at once, which
-must not grow with the context.
+The shipping StepDriver with requests that all have edges; seven of ten get a new draft each step. `deciding` is
+planning a step (goal: 15 microseconds a request a step at 256 requests); taking in a proposal, and ending a step, which
+commits and publishes, are shown too. `allocated` is the most that planning held at once, which must not grow with the
+context.
 """
 
 import time
@@ -21,8 +21,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_specedge.engine.drafting import DraftBook, Plan, Row, Step
+from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
 from vllm_specedge.policy.decision import HoldLimits, Load
+from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.frames import Assign, Edges, Propose
 
 VOCAB_SIZE, SPEC_TOKENS = 50_000, 5
@@ -34,7 +35,7 @@ STEP_S = 0.03
 
 @dataclass
 class Engine:
-    """Requests that get drafts and verify them, as fast as the book goes."""
+    """Requests that get drafts and verify them, as fast as the driver goes."""
 
     num_requests: int
     context: int
@@ -44,12 +45,12 @@ class Engine:
     now_s: float = 1.0
 
     def __post_init__(self) -> None:
-        self.book = DraftBook(VOCAB_SIZE, SPEC_TOKENS, HoldLimits(), PROFILE)
-        self.book.receive(Edges(64), 0.0)
+        self.driver = StepDriver(VOCAB_SIZE, SPEC_TOKENS, HoldLimits(), StepCost(PROFILE))
+        self.driver.receive(Edges(64), 0.0)
         self.tokens = {f"r{number}": self.some(self.context) for number in range(self.num_requests)}
         for number, (id_, tokens) in enumerate(self.tokens.items()):
-            self.book.open(id_, tokens, "")
-            self.book.receive(Assign(number, 1 + number % 64), 0.0)
+            self.driver.open(id_, tokens, "")
+            self.driver.receive(Assign(number, 1 + number % 64), 0.0)
 
     def some(self, count: int) -> list[int]:
         return [self.chance.randrange(VOCAB_SIZE) for _ in range(count)]
@@ -66,31 +67,30 @@ class Engine:
             if self.chance.random() < PROPOSED:
                 frame = Propose(number, len(tokens) - 1, (tokens[-1], *self.some(SPEC_TOKENS)))
                 with self.timed("proposal"):
-                    self.book.receive(frame, self.now_s)
+                    self.driver.receive(frame, self.now_s)
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         rows = [Row(id_, 100) for id_ in self.tokens]
         with self.timed("deciding"):
-            return self.book.plan(rows, self.now_s, Load(context=self.num_requests * self.context))
+            plan = self.driver.begin(rows, self.now_s, Load(context=self.num_requests * self.context))
+            self.driver.start(plan)
+        return plan
 
     def step(self) -> None:
         self.propose()
         plan = self.plan()
         with self.timed("learning"):
-            self.book.learn()
-        num_tokens = self.num_requests + sum(map(len, plan.drafts.values()))
+            self.driver.learn()
         started_s, self.now_s = self.now_s, self.now_s + STEP_S
-        context = self.num_requests * self.context
-        with self.timed("deciding"):
-            is_verifying = num_tokens > self.num_requests
-            self.book.stepped(Step(self.num_requests, num_tokens, 0, context, started_s, self.now_s, is_verifying))
+        outcomes = []
         for id_, tokens in self.tokens.items():
             if id_ not in plan.holds:
                 draft = plan.drafts.get(id_, [])
                 wrong = (at for at in range(len(draft)) if self.chance.random() >= ACCEPTANCE)
                 tokens += [*draft[: next(wrong, len(draft))], *self.some(1)]
-                with self.timed("commit"):
-                    self.book.commit(id_, len(draft), self.now_s)
+                outcomes.append(RequestOutcome(id_, 1 + len(draft), len(draft)))
+        with self.timed("ending"):
+            self.driver.end(plan, outcomes, Step(started_s, self.now_s))
 
     def allocated_bytes(self) -> int:
         """The most that planning one step holds at once."""
@@ -112,7 +112,7 @@ def main(
         "context",
         "deciding, us a request a step",
         "a proposal, us",
-        "a commit, us",
+        "ending a step, us a request",
         "learning, us a request a step",
         "allocated, kB",
     )
@@ -121,10 +121,11 @@ def main(
             engine = Engine(num_requests, context)
             for _ in range(steps):
                 engine.step()
-            deciding = engine.seconds["deciding"] / steps / num_requests
-            learning = engine.seconds["learning"] / steps / num_requests
-            each = [engine.seconds[what] / engine.calls[what] for what in ("proposal", "commit")]
-            times = [f"{1e6 * seconds:.1f}" for seconds in (deciding, *each, learning)]
+            deciding, ending, learning = (
+                engine.seconds[what] / steps / num_requests for what in ("deciding", "ending", "learning")
+            )
+            proposal = engine.seconds["proposal"] / engine.calls["proposal"]
+            times = [f"{1e6 * seconds:.1f}" for seconds in (deciding, proposal, ending, learning)]
             result.add_row(str(num_requests), str(context), *times, f"{engine.allocated_bytes() / 1000:.0f}")
     Console().print(result)
 

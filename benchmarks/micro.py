@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_specedge.engine.drafting import DraftBook
+from vllm_specedge.engine.driver import RequestOutcome, Step, StepDriver, StepPlan
 from vllm_specedge.engine.proposal_tree import ProposalTree
 from vllm_specedge.gateway.router import ROLES, Router, RouterLimits
 from vllm_specedge.policy.decision import HoldLimits
@@ -67,21 +67,21 @@ def tree_round() -> Callable[[], object]:
     return act
 
 
-def book_round() -> Callable[[], object]:
+def driver_round() -> Callable[[], object]:
     """One request: a proposal is taken in, a step's tokens are committed and told."""
-    book = DraftBook(VOCAB_SIZE, K, HoldLimits(), {1: 0.02, 64: 0.03})
+    driver = StepDriver(VOCAB_SIZE, K, HoldLimits(), StepCost({1: 0.02, 64: 0.03}))
     tokens = [1, 2, 3]
-    book.receive(EngineWelcome(PROTOCOL_VERSION), 0.0)
-    book.receive(Edges(1), 0.0)
-    for frame in book.open("r", tokens, ""):
+    driver.receive(EngineWelcome(PROTOCOL_VERSION), 0.0)
+    driver.receive(Edges(1), 0.0)
+    for frame in driver.open("r", tokens, ""):
         assert isinstance(frame, Frame)
-    book.receive(Assign(0, 1), 0.0)
+    driver.receive(Assign(0, 1), 0.0)
 
     def act() -> None:
-        book.receive(Propose(0, len(tokens) - 1, (tokens[-1], *DRAFT[1:])), 0.0)
+        driver.receive(Propose(0, len(tokens) - 1, (tokens[-1], *DRAFT[1:])), 0.0)
         tokens.extend(DRAFT[1:3])
-        book.commit("r", 1, 0.0)
-        book.learn()
+        driver.end(StepPlan(), [RequestOutcome("r", 2, 1)], Step(0.0, 0.0))
+        driver.learn()
 
     return act
 
@@ -116,7 +116,7 @@ PIECES: dict[str, Callable[[], Callable[[], object]]] = {
     "encode a proposal of 5 tokens and 3 branches": lambda: encoding(BRANCHED),
     "decode a proposal of 5 tokens and 3 branches": lambda: decoding(BRANCHED),
     "tree: insert a proposal, advance by three tokens": tree_round,
-    "engine: take in a proposal, commit a step": book_round,
+    "engine: take in a proposal, commit a step": driver_round,
     "engine: learn from a step": observing,
     "gateway: route a commit": lambda: routed("commit"),
     "gateway: route a proposal": lambda: routed("propose"),

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from edge_client.drafters import Candidate, DraftSequence
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import Speculation
-from vllm_specedge.engine.drafting import DraftBook, Plan, Row, Step
+from tests.offers import Offers
+from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.gateway.router import ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.policy.decision import HoldLimits, Load
+from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.simulation.simulator import VirtualEdge, VirtualTime
 from vllm_specedge.wire.frames import (
     MAX_TEXT_BYTES,
@@ -218,14 +220,17 @@ class _Served:
     end: int
     session: str
     num_steps: int = 0
+    number: int = 0
+    """On the wire."""
 
 
 @dataclass
 class World:
-    """A toy engine with the real DraftBook, the real Router, and edges, joined by VirtualLinks.
+    """A toy engine with the real StepDriver, the real Router, and edges, joined by VirtualLinks.
 
-    `choose` is the target model: the next token for a context. The engine verifies drafts as a greedy target does:
-    what it emits is by construction its own choice, so tests also look at how many steps that took.
+    `choose` is the target model: the next token for a context. The engine verifies drafts as a greedy target does, so
+    what it emits is its own choice whatever it is offered: that says nothing of drafts. What does is how many steps it
+    takes, and that each draft offered was proposed for exactly the tokens that the request has, which is asserted.
     """
 
     choose: Callable[[Sequence[int]], int]
@@ -245,16 +250,19 @@ class World:
     router: Router = field(default_factory=lambda: Router(RouterLimits()))
     served: dict[str, _Served] = field(default_factory=dict)
     finished: dict[str, _Served] = field(default_factory=dict)
-    book: DraftBook = field(init=False)
+    driver: StepDriver = field(init=False)
     waiting: list[tuple[str, _Served]] = field(default_factory=list)
     inbox: list[tuple[float, Frame]] = field(default_factory=list)
+    offers: Offers = field(default_factory=Offers)
+    suggested: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """What the lookup found last."""
+    num_opened: int = 0
     byes: list[Bye] = field(default_factory=list)
     is_stepping: bool = False
-    _context: int = 0
     _links: dict[int, VirtualLink] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.book = DraftBook(self.vocab_size, self.max_draft, self.hold_limits)
+        self.driver = StepDriver(self.vocab_size, self.max_draft, self.hold_limits, StepCost())
         random = Random(self.seed)
         self._up = VirtualLink(self.time, random, self.engine_trouble, self._at_router)
         self._down = VirtualLink(self.time, random, self.engine_trouble, self._at_engine)
@@ -319,7 +327,9 @@ class World:
 
     def _take_in(self) -> None:
         for at_s, frame in self.inbox:
-            self._publish(self.book.receive(frame, at_s))
+            if isinstance(frame, Propose):
+                self.offers.proposed(frame)
+            self._publish(self.driver.receive(frame, at_s))
         self.inbox.clear()
 
     def _step(self) -> None:
@@ -327,38 +337,47 @@ class World:
         while self.waiting and len(self.served) < self.max_running:
             request_id, served = self.waiting.pop(0)
             self.served[request_id] = served
-            self._publish(self.book.open(request_id, served.tokens, served.session))
+            served.number = self.num_opened  # the driver counts them too
+            self.num_opened += 1
+            self._publish(self.driver.open(request_id, served.tokens, served.session))
         rows = [Row(id_, served.end - len(served.tokens) - 1) for id_, served in self.served.items()]
-        self._context = sum(len(served.tokens) for served in self.served.values())
-        plan = self.book.plan(rows, self.time.now_s, Load(context=self._context))
-        self.book.learn()
+        context = sum(len(served.tokens) for served in self.served.values())
+        plan = self.driver.begin(rows, self.time.now_s, Load(context=context))
+        for request_id, draft in plan.drafts.items():
+            assert self._was_proposed(request_id, draft), (request_id, draft)
+        self.driver.start(plan)
+        self.driver.learn()
         self.is_stepping = len(plan.holds) < len(self.served)
         if self.is_stepping:
             num_verified = sum(map(len, plan.drafts.values()))
-            self.time.after(self.step_s + self.token_s * num_verified, lambda: self._finish(plan))
+            took_s = self.step_s + self.token_s * num_verified
+            self.time.after(took_s, self._finish, plan, self.time.now_s)
         elif plan.holds:
             self.time.at(plan.wait_until_s or 0.0, self._wake)
 
-    def _finish(self, plan: Plan) -> None:
-        num_verified = sum(map(len, plan.drafts.values()))
-        num_rows = len(self.served) - len(plan.holds)
+    def _finish(self, plan: StepPlan, started_s: float) -> None:
         self._take_in()
-        started_s = self.time.now_s - self.step_s - self.token_s * num_verified
-        num_tokens, is_verifying = num_rows + num_verified, num_verified > 0
-        self.book.stepped(Step(num_rows, num_tokens, 0, self._context, started_s, self.time.now_s, is_verifying))
-        for request_id in [id_ for id_ in self.served if id_ not in plan.holds]:
-            served, draft = self.served[request_id], plan.drafts.get(request_id, [])
-            assert len(served.tokens) + len(draft) < served.end
-            served.num_steps += 1
-            served.tokens += self._verify(served.tokens, draft)
-            frames = self.book.commit(request_id, len(draft), self.time.now_s)
-            self.book.suggest(request_id, self.suggest(served.tokens))
-            if len(served.tokens) >= served.end:
-                self.finished[request_id] = self.served.pop(request_id)
-                frames += self.book.close(request_id)
-            self._publish(frames)
+        outcomes = [self._outcome(id_, plan.drafts.get(id_, [])) for id_ in self.served if id_ not in plan.holds]
+        self._publish(self.driver.end(plan, outcomes, Step(started_s, self.time.now_s)))
+        for outcome in outcomes:
+            if outcome.is_over:
+                self.finished[outcome.request_id] = self.served.pop(outcome.request_id)
+        self.suggested = {id_: tuple(self.suggest(served.tokens)) for id_, served in self.served.items()}
+        self.driver.suggest(self.suggested, 0.0)
         self.is_stepping = False
         self._step()
+
+    def _was_proposed(self, request_id: str, draft: list[int]) -> bool:
+        served, found = self.served[request_id], self.suggested.get(request_id, ())
+        is_found = draft == list(found[: len(draft)])
+        return is_found or self.offers.were_proposed(served.number, served.tokens, draft)
+
+    def _outcome(self, request_id: str, draft: list[int]) -> RequestOutcome:
+        served = self.served[request_id]
+        assert len(served.tokens) + len(draft) < served.end
+        served.num_steps += 1
+        served.tokens += self._verify(served.tokens, draft)
+        return RequestOutcome(request_id, 1 + len(draft), len(draft), len(served.tokens) >= served.end)
 
     def _verify(self, tokens: list[int], draft: list[int]) -> list[int]:
         chosen = [self.choose(tokens)]

@@ -144,7 +144,7 @@ def test_it_takes_no_requests_from_others(tmp_path: Path) -> None:
     with running_gateway(tmp_path) as running:
         engine = Engine(running.endpoint)
         wait_for(running.process, f"{running.url}/healthz", "engines", 1)
-        engine.link.send(engine.book.open("waiting", [1] * 20, ""))
+        engine.link.send(engine.driver.open("waiting", [1] * 20, ""))
         assert "admission" not in failed(look(running.url))
         assert metric(running, "specedge_gateway_assigned_total") == 0
         engine.link.stop()

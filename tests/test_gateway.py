@@ -38,7 +38,7 @@ from edge_client.drafters.ngram import NgramDrafter, NgramSequence
 from edge_client.gateway_link import Gateway, Link, LinkError
 from tests.faults.matrix import FAKETIME, Clock
 from vllm_specedge.config import EdgeOptions
-from vllm_specedge.engine.drafting import DraftBook, Row
+from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.engine.gateway_process import GatewayProcess
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
@@ -48,6 +48,7 @@ from vllm_specedge.gateway.credentials import TokenFile
 from vllm_specedge.gateway.router import ROLES
 from vllm_specedge.gateway.server import is_from_here, make_app
 from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
 from vllm_specedge.wire.frames import (
     MAX_FRAME_BYTES,
@@ -85,10 +86,10 @@ def free_port() -> int:
 
 @dataclass
 class Engine:
-    """The real link and the real book, stepped by the test; its target repeats a cycle of ten tokens."""
+    """The real link and the real driver, stepped by the test; its target repeats a cycle of ten tokens."""
 
     endpoint: str
-    book: DraftBook = field(default_factory=lambda: DraftBook(VOCAB_SIZE, 4, HoldLimits()))
+    driver: StepDriver = field(default_factory=lambda: StepDriver(VOCAB_SIZE, 4, HoldLimits(), StepCost()))
     arrived: threading.Event = field(default_factory=threading.Event)
     vocabulary: dict[str, int] = field(default_factory=dict)
     """What the gateway may tell edges of it."""
@@ -103,10 +104,7 @@ class Engine:
     def take_in(self) -> None:
         while self.link.inbox:
             arrived_s, frame = self.link.inbox.popleft()
-            if isinstance(frame, Bye):
-                self.book.lost_gateway()
-            else:
-                self.link.send(self.book.receive(frame, arrived_s))
+            self.link.send(self.driver.receive(frame, arrived_s))
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Take in what comes until `condition` holds."""
@@ -120,20 +118,26 @@ class Engine:
 
     def generate(self, request_id: str, num_tokens: int) -> int:
         """Answer a request whose prompt is the cycle, with an edge's help; how many draft tokens were accepted."""
-        self.wait(lambda: self.book.num_edges > 0)
+        self.wait(lambda: self.driver.num_edges > 0)
         tokens = [position % 10 for position in range(20)]
-        self.link.send(self.book.open(request_id, tokens, ""))
+        self.link.send(self.driver.open(request_id, tokens, ""))
         num_accepted = 0
         while len(tokens) < 20 + num_tokens:
-            self.wait(lambda: bool(self.book.plan([Row(request_id, 4)], 0.0).drafts))
-            draft = self.book.plan([Row(request_id, 4)], 0.0).drafts[request_id]
+            self.wait(lambda: bool(self.driver.begin([Row(request_id, 4)], 0.0).drafts))
+            plan = self.driver.begin([Row(request_id, 4)], 0.0)
+            self.driver.start(plan)
+            draft = plan.drafts[request_id]
             truth = [(len(tokens) + i) % 10 for i in range(len(draft) + 1)]
             num_same = next((i for i, token in enumerate(draft) if token != truth[i]), len(draft))
             tokens += truth[: num_same + 1]
             num_accepted += num_same
-            self.link.send(self.book.commit(request_id, len(draft), time.monotonic()))
-        self.link.send(self.book.close(request_id))
+            self.end_step(plan, RequestOutcome(request_id, 1 + len(draft), len(draft), len(tokens) >= 20 + num_tokens))
         return num_accepted
+
+    def end_step(self, plan: StepPlan, *outcomes: RequestOutcome) -> None:
+        """A step that was not timed; the tokens of its requests have grown already."""
+        now_s = time.monotonic()
+        self.link.send(self.driver.end(plan, outcomes, Step(now_s, now_s)))
 
 
 @dataclass
@@ -230,7 +234,7 @@ def test_drafts_are_accepted(gateway: Running, engine: Engine) -> None:
         # A step verifies one token at least and takes one more; how many it finds there is a matter of timing.
         assert engine.generate("one", 60) >= 30
         assert engine.generate("two", 20) >= 10
-    engine.wait(lambda: engine.book.num_edges == 0)
+    engine.wait(lambda: engine.driver.num_edges == 0)
 
 
 class FullDrafter(NgramDrafter):
@@ -244,12 +248,12 @@ def test_an_edge_whose_cache_is_full_gives_its_requests_back(
     gateway: Running, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     with edge_in_thread(EdgeClient(Gateway(gateway.url), FullDrafter(), "full")):
-        engine.wait(lambda: engine.book.num_edges == 1)
-        engine.link.send(engine.book.open("for nobody", [1, 2, 3], ""))
+        engine.wait(lambda: engine.driver.num_edges == 1)
+        engine.link.send(engine.driver.open("for nobody", [1, 2, 3], ""))
         engine.wait(lambda: any("is given back" in record.message for record in caplog.records))
-        engine.link.send(engine.book.close("for nobody"))
+        engine.link.send(engine.driver.close("for nobody"))
         with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "other")):
-            engine.wait(lambda: engine.book.num_edges == 2)
+            engine.wait(lambda: engine.driver.num_edges == 2)
             assert engine.generate("for the other", 60) > 0
     assert not any(record.exc_info for record in caplog.records)
 
@@ -278,10 +282,10 @@ def test_a_draft_that_is_no_number_gives_its_request_back_in_one_line(
 ) -> None:
     client = EdgeClient(Gateway(gateway.url), SickDrafter(1), "sick")
     with edge_in_thread(client):
-        engine.wait(lambda: engine.book.num_edges == 1)
-        engine.link.send(engine.book.open("sick", [1, 2, 3], ""))
+        engine.wait(lambda: engine.driver.num_edges == 1)
+        engine.link.send(engine.driver.open("sick", [1, 2, 3], ""))
         engine.wait(lambda: client.speculation.stats.num_failed == 1)
-        engine.link.send(engine.book.close("sick"))
+        engine.link.send(engine.driver.close("sick"))
         assert engine.generate("well", 20) > 0
     said = [record for record in caplog.records if "is given back" in record.message]
     assert [(record.exc_info, "no numbers" in record.message) for record in said] == [(False, True)]
@@ -293,12 +297,12 @@ def test_a_draft_model_that_does_nothing_any_more_ends_drafting_with_a_sentence(
     client = EdgeClient(Gateway(gateway.url), SickDrafter(1000), "gone")
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(lambda: asyncio.run(client.run(DEADLINE_S)))
-        engine.wait(lambda: engine.book.num_edges == 1)
-        engine.link.send(engine.book.open("for nobody else", [1, 2, 3], ""))
+        engine.wait(lambda: engine.driver.num_edges == 1)
+        engine.link.send(engine.driver.open("for nobody else", [1, 2, 3], ""))
         with pytest.raises(DraftModelError, match="choose another --device"):
             running.result(DEADLINE_S)
-    engine.link.send(engine.book.close("for nobody else"))
-    engine.wait(lambda: engine.book.num_edges == 0)
+    engine.link.send(engine.driver.close("for nobody else"))
+    engine.wait(lambda: engine.driver.num_edges == 0)
     assert client.open_session() == ""
 
 
@@ -311,12 +315,12 @@ def test_a_request_that_is_too_long_is_given_back_and_that_is_said_once(
 ) -> None:
     client = EdgeClient(Gateway(gateway.url), ShortDrafter(), "short")
     with edge_in_thread(client):
-        engine.wait(lambda: engine.book.num_edges == 1)
+        engine.wait(lambda: engine.driver.num_edges == 1)
         for number in range(2):
-            engine.link.send(engine.book.open(f"long {number}", [1] * 65, ""))
+            engine.link.send(engine.driver.open(f"long {number}", [1] * 65, ""))
         engine.wait(lambda: client.speculation.stats.num_too_long == 2)
         for number in range(2):
-            engine.link.send(engine.book.close(f"long {number}"))
+            engine.link.send(engine.driver.close(f"long {number}"))
     said = [record.message for record in caplog.records if "longer" in record.message]
     assert said == ["Requests that are longer than this draft takes, 64 tokens, are given back"]
 
@@ -325,16 +329,16 @@ def test_another_edge_takes_over_when_one_dies(gateway: Running, engine: Engine)
     command = [str(BIN / "edge-client"), "connect", gateway.url, "--draft", "ngram", "--quiet"]
     edge = subprocess.Popen(command)
     try:
-        engine.wait(lambda: engine.book.num_edges == 1)
+        engine.wait(lambda: engine.driver.num_edges == 1)
         assert engine.generate("first", 20) > 0
         with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "second")):
-            engine.wait(lambda: engine.book.num_edges == 2)
+            engine.wait(lambda: engine.driver.num_edges == 2)
             edge.send_signal(signal.SIGKILL)
             assert engine.generate("second", 40) > 0
     finally:
         edge.kill()
         edge.wait()
-    engine.wait(lambda: engine.book.num_edges == 0)
+    engine.wait(lambda: engine.driver.num_edges == 0)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +385,7 @@ def test_a_rogue_is_closed_and_the_others_stay(gateway: Running, engine: Engine,
     with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "honest")):
         with pytest.raises(UserError, match=sentence):
             asyncio.run(until_closed(Rogue(gateway.url, data)))
-        engine.wait(lambda: engine.book.num_edges == 1)
+        engine.wait(lambda: engine.driver.num_edges == 1)
         assert engine.generate(sentence, 20) > 0
 
 
@@ -398,7 +402,7 @@ def test_a_rogue_is_closed_and_the_others_stay(gateway: Running, engine: Engine,
 def test_a_proposal_that_cannot_be_meant_never_reaches_the_engine(
     gateway: Running, engine: Engine, tokens: list[int], branches: tuple[int, ...], sentence: str
 ) -> None:
-    before = engine.book.counters["proposed_tokens"]
+    before = engine.driver.counters["proposed_tokens"]
     errors: list[BaseException] = []
 
     def attack() -> None:
@@ -409,13 +413,13 @@ def test_a_proposal_that_cannot_be_meant_never_reaches_the_engine(
 
     attacking = threading.Thread(target=attack)
     attacking.start()
-    engine.wait(lambda: engine.book.num_edges == 1)
-    engine.link.send(engine.book.open("victim", [1, 2, 3], ""))
+    engine.wait(lambda: engine.driver.num_edges == 1)
+    engine.link.send(engine.driver.open("victim", [1, 2, 3], ""))
     engine.wait(lambda: not attacking.is_alive())
     attacking.join()
-    engine.link.send(engine.book.close("victim"))
+    engine.link.send(engine.driver.close("victim"))
     assert sentence in str(errors[0])
-    assert engine.book.counters["proposed_tokens"] == before
+    assert engine.driver.counters["proposed_tokens"] == before
 
 
 def test_what_follows_a_branch_is_there_when_the_target_takes_it(gateway: Running, engine: Engine) -> None:
@@ -425,19 +429,19 @@ def test_what_follows_a_branch_is_there_when_the_target_takes_it(gateway: Runnin
     thread = threading.Thread(target=lambda: loop.run_until_complete(asyncio.wait([task])))
     thread.start()
     try:
-        engine.wait(lambda: engine.book.num_edges == 1)
+        engine.wait(lambda: engine.driver.num_edges == 1)
         tokens, rows = [1, 2, 3], [Row("forked", 4)]
-        engine.link.send(engine.book.open("forked", tokens, ""))
-        engine.wait(lambda: engine.book.plan(rows, 0.0).drafts == {"forked": [5, 6]})
+        engine.link.send(engine.driver.open("forked", tokens, ""))
+        engine.wait(lambda: engine.driver.begin(rows, 0.0).drafts == {"forked": [5, 6]})
         tokens.append(9)
-        engine.link.send(engine.book.commit("forked", 2, time.monotonic()))
-        assert engine.book.plan(rows, 0.0).drafts == {"forked": [8]}
-        engine.link.send(engine.book.close("forked"))
+        engine.end_step(engine.driver.begin(rows, 0.0), RequestOutcome("forked", 3, 2))
+        assert engine.driver.begin(rows, 0.0).drafts == {"forked": [8]}
+        engine.link.send(engine.driver.close("forked"))
     finally:
         loop.call_soon_threadsafe(task.cancel)
         thread.join(DEADLINE_S)
         loop.close()
-    engine.wait(lambda: engine.book.num_edges == 0)
+    engine.wait(lambda: engine.driver.num_edges == 0)
 
 
 def test_health_and_metrics_over_http_1(gateway: Running, engine: Engine) -> None:
@@ -496,9 +500,9 @@ def test_the_example_client_of_the_protocol_document(gateway: Running, engine: E
     command = [sys.executable, str(script), "--requests", "1", gateway.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as raw:
         try:
-            engine.wait(lambda: engine.book.num_edges == 1)
+            engine.wait(lambda: engine.driver.num_edges == 1)
             assert engine.generate("raw", 30) >= 15
-            engine.wait(lambda: engine.book.num_edges == 0)
+            engine.wait(lambda: engine.driver.num_edges == 0)
             assert raw.communicate(timeout=DEADLINE_S)[0]
         finally:
             raw.kill()
@@ -685,7 +689,7 @@ def test_a_new_certificate_is_taken_up_and_everybody_comes_back(tmp_path: Path) 
             with edge_in_thread(EdgeClient(Gateway(gateway.url, ca_file=str(trusted)), NgramDrafter(), "edge")):
                 assert engine.generate("before", 20) > 0
                 write_certificate(tmp_path, new)
-                engine.wait(lambda: engine.book.num_edges == 0)
+                engine.wait(lambda: engine.driver.num_edges == 0)
                 assert engine.generate("after", 20) > 0
             (tmp_path / "old.pem").write_bytes(old.cert_pem.bytes())
             assert "certificate" in str(refused(gateway.url, hello(), ca_file=str(tmp_path / "old.pem"))).lower()
@@ -712,7 +716,7 @@ def test_a_gateway_may_ask_for_the_edge_s_certificate(tmp_path: Path) -> None:
                 link = Link(Gateway(gateway.url, ca_file=ca, cert_file=cert_file), hello(), lambda _: None)
                 with pytest.raises(LinkError):
                     asyncio.run(until_closed(link))
-            engine.wait(lambda: engine.book.num_edges == 0)
+            engine.wait(lambda: engine.driver.num_edges == 0)
         finally:
             engine.link.stop()
     with pytest.raises(UserError, match="cannot be used"):
@@ -751,8 +755,8 @@ def test_a_killed_gateway_is_started_again_and_everybody_comes_back(tmp_path: Pa
         with edge_in_thread(EdgeClient(Gateway(f"http://{options.listen}"), NgramDrafter(), "edge")):
             assert engine.generate("before", 20) > 0
             supervisor._process.kill()
-            engine.wait(lambda: engine.book.num_edges == 0)
-            engine.wait(lambda: engine.book.num_edges == 1)
+            engine.wait(lambda: engine.driver.num_edges == 0)
+            engine.wait(lambda: engine.driver.num_edges == 1)
             assert engine.generate("after", 20) > 0
         assert engine.link.num_welcomes == 2
     finally:
@@ -772,10 +776,10 @@ def test_a_gateway_ends_with_the_engine_that_started_it(tmp_path: Path) -> None:
 def test_ctrl_c_ends_an_edge_at_once_and_says_what_it_did(gateway: Running, engine: Engine) -> None:
     command = [str(BIN / "edge-client"), "connect", gateway.url, "--draft", "ngram"]
     edge = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    engine.wait(lambda: engine.book.num_edges == 1)
+    engine.wait(lambda: engine.driver.num_edges == 1)
     assert engine.generate("interrupted", 20) > 0
     edge.send_signal(signal.SIGINT)
-    engine.wait(lambda: engine.book.num_edges == 0)
+    engine.wait(lambda: engine.driver.num_edges == 0)
     _, said = edge.communicate(timeout=DEADLINE_S)
     assert edge.returncode == 0
     assert "Drafted for 1 requests" in said
@@ -866,7 +870,7 @@ def test_a_gateway_takes_as_many_edges_as_it_is_told_to(tmp_path: Path) -> None:
         try:
             wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
             asyncio.run(connect(gateway.port))
-            engine.wait(lambda: engine.book.num_edges == 0)
+            engine.wait(lambda: engine.driver.num_edges == 0)
             engine.wait(lambda: metric(gateway, "specedge_gateway_connections") == 0)
             assert 0 < metric(gateway, "specedge_gateway_tasks") < num_edges
             assert 0 < metric(gateway, "process_open_fds") < num_edges
@@ -893,7 +897,7 @@ def test_the_wall_clock_may_jump(tmp_path: Path) -> None:
                     assert engine.generate(f"at {offset}", 40) > 0
                 assert len(client.totals) == num_connections, "it had to connect again"
                 clock.set("+8d")
-                engine.wait(lambda: engine.book.num_edges == 0)  # now its token has expired
+                engine.wait(lambda: engine.driver.num_edges == 0)  # now its token has expired
         finally:
             engine.link.stop()
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_specedge.engine import drafting as book
+from vllm_specedge.engine import driver, learning, ledger, speedup
 from vllm_specedge.engine.proposal_tree import Fate
 from vllm_specedge.gateway import router
 from vllm_specedge.gateway.metrics import GATEWAY_COUNTERS, RequestHistograms, RouterCollector, report_row
@@ -211,13 +211,15 @@ def test_histograms_are_of_finished_requests_and_have_no_labels_of_ours() -> Non
 
 
 def counted_in(module: ModuleType) -> tuple[set[str], set[str]]:
-    """The literal names in `counters[...]` of a module, and those in `_add(request, ...)`."""
+    """The literal names in `counters[...]` or `totals[...]` of a module, and those in `request.count(...)`."""
     in_total, of_requests = set[str](), set[str]()
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         match node:
-            case ast.Subscript(value=ast.Attribute(attr="counters"), slice=ast.Constant(value=str(name))):
+            case ast.Subscript(
+                value=ast.Attribute(attr="counters" | "_counters" | "totals"), slice=ast.Constant(value=str(name))
+            ):
                 in_total.add(name)
-            case ast.Call(func=ast.Attribute(attr="_add"), args=[_, ast.Constant(value=str(name)), _]):
+            case ast.Call(func=ast.Attribute(attr="count"), args=[ast.Constant(value=str(name)), _]):
                 of_requests.add(name)
     return in_total, of_requests
 
@@ -225,7 +227,10 @@ def counted_in(module: ModuleType) -> tuple[set[str], set[str]]:
 def test_every_counter_of_the_core_has_a_name_and_a_meaning() -> None:
     """A counter that is in no table is counted for nobody."""
     assert counted_in(router)[0] <= {name for name, _ in GATEWAY_COUNTERS}
-    in_total, of_requests = counted_in(book)
+    counted = [counted_in(module) for module in (driver, learning, ledger, speedup)]
+    in_total, of_requests = (set().union(*names) for names in zip(*counted, strict=True))
+    assert in_total
+    assert of_requests
     fates = {f"proposals_{fate.value}" for fate in Fate}
     assert in_total | fates <= {name for name, _ in ENGINE_COUNTERS}
-    assert of_requests | set(book._DISCARDED.values()) <= {name for name, _ in REQUEST_COUNTERS}
+    assert of_requests | set(ledger._DISCARDED.values()) <= {name for name, _ in REQUEST_COUNTERS}

@@ -188,9 +188,9 @@ def situations(
         since_s, own = now_s - draw(seconds), draw(acceptances)
         edge = draw(st.none() | records)
         expected = awaited(edge, own, since_s, draw(st.integers(1, 5)), of_all) if edge is not None else None
-        priority, pace = draw(st.sampled_from([0, 0, -1, 5])), draw(st.sampled_from([0.5, 1.0, 3.0]))
+        priority, speedup = draw(st.sampled_from([0, 0, -1, 5])), draw(st.sampled_from([0.5, 1.0, 3.0]))
         waited_s = draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])) * (now_s - since_s)
-        candidates.append(Candidate(str(order), order, since_s, priority, draw(drafts), expected, pace, waited_s))
+        candidates.append(Candidate(str(order), order, since_s, priority, draw(drafts), expected, speedup, waited_s))
     return Situation(candidates, draw(load), draw(cost), draw(st.sampled_from([0.5, 1.0, 2.5])), of_all, now_s)
 
 
@@ -276,7 +276,7 @@ def test_nobody_s_tokens_come_much_slower_because_of_drafts_than_those_before_ca
     slowdown = took_s / situation.step_s() / situation.limits.max_slowdown
     assert slowdown <= 1 + EPSILON or not situation.load.num_others
     for row in situation.candidates:
-        assert row.key in lengths or slowdown <= max(1.0, row.pace) + EPSILON
+        assert row.key in lengths or slowdown <= max(1.0, row.speedup) + EPSILON
 
 
 def test_a_request_whose_draft_is_not_verified_is_not_slowed_as_one_whose_draft_is() -> None:
@@ -288,12 +288,17 @@ def test_a_request_whose_draft_is_not_verified_is_not_slowed_as_one_whose_draft_
     assert cost(4, 4 + sum(lengths.values()), 0) <= 1.15 * cost(4, 4, 0) * (1 + EPSILON)
 
 
-@pytest.mark.parametrize(("pace", "num_others", "num_verified"), [(1.0, 0, 3), (1.2, 0, 7), (1.2, 1, 3), (9.0, 0, 8)])
+@pytest.mark.parametrize(
+    ("speedup", "num_others", "num_verified"), [(1.0, 0, 3), (1.2, 0, 7), (1.2, 1, 3), (9.0, 0, 8)]
+)
 def test_drafts_slow_a_request_that_has_none_only_if_it_was_faster_of_late(
-    pace: float, num_others: int, num_verified: int
+    speedup: float, num_others: int, num_verified: int
 ) -> None:
     """Each draft token makes the step a twentieth longer."""
-    rows = [Candidate("has", 0, 0.0, 0, survivals_of(*[1.0] * 8), pace=9.0), Candidate("has not", 1, 0.0, pace=pace)]
+    rows = [
+        Candidate("has", 0, 0.0, 0, survivals_of(*[1.0] * 8), speedup=9.0),
+        Candidate("has not", 1, 0.0, speedup=speedup),
+    ]
     cost = convex_cost(STEP_S, {2 + num_others: STEP_S / 20})
     load, limits = Load(num_others=num_others), HoldLimits(max_slowdown=1.151)
     assert decide(rows, load, cost, 1.0, limits, 0.0).lengths == {"has": num_verified}
@@ -627,8 +632,8 @@ def test_a_wait_makes_no_step_longer_than_it_may() -> None:
 
 def test_a_request_that_was_faster_of_late_may_wait_longer() -> None:
     expected = awaited(record(), acceptance_of(0.6), 0.0, 8, HoldLimits())
-    for pace, is_held in ((1.0, False), (1.2, True)):
-        rows = [replace(row, pace=pace) for row in one(expected)]
+    for speedup, is_held in ((1.0, False), (1.2, True)):
+        rows = [replace(row, speedup=speedup) for row in one(expected)]
         assert bool(decide(rows, NOTHING_ELSE, FLAT, 1.0, HoldLimits(), 0.0).holds) == is_held
 
 

@@ -57,7 +57,7 @@ def test_who_reads_the_page_through_a_proxy_on_this_machine_sees_no_names(
     ):
         assert names(gateway.url) == ["my laptop"]
         assert names(proxy_url) == [""]
-    engine.wait(lambda: engine.book.num_edges == 0)
+    engine.wait(lambda: engine.driver.num_edges == 0)
 
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "operate.md").read_text()
@@ -93,7 +93,7 @@ def test_an_edge_drafts_through_a_proxy_that_is_set_up_as_documented(
         edge_in_thread(EdgeClient(Gateway(url), NgramDrafter(), "edge")),
     ):
         assert engine.generate("one", 60) >= 30
-    engine.wait(lambda: engine.book.num_edges == 0)
+    engine.wait(lambda: engine.driver.num_edges == 0)
 
 
 HOLDS_BACK = {

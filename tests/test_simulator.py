@@ -57,7 +57,7 @@ SCENARIOS = {
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_answer_is_the_targets_and_every_token_counts_once(name: str) -> None:
+def test_every_answer_is_whole_and_every_token_counts_once(name: str) -> None:
     scenario = replace(SCENARIOS[name], warm_up=0.0, seed=3)
     simulation = Watched(scenario)
     outcome = simulation.run()
@@ -69,7 +69,7 @@ def test_every_answer_is_the_targets_and_every_token_counts_once(name: str) -> N
         assert tokens == prompt + said
         assert len(said) <= scenario.output_tokens
     assert outcome.tokens >= scenario.requests * scenario.tokens
-    assert simulation.book.counters["committed_tokens"] == outcome.tokens
+    assert simulation.driver.counters["committed_tokens"] == outcome.tokens
     accepted, steps = outcome.counters.get("accepted_tokens", 0), outcome.counters["steps"]
     assert outcome.tokens == steps + accepted
 

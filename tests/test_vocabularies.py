@@ -121,8 +121,8 @@ def test_two_engines_of_a_family_have_one_and_one_of_another_its_own(tmp_path: P
                 assert "not that of near: 1,968 of" in failing(
                     "edge-client", "connect", gateway.url, "--draft", str(GGUF)
                 )
-        until(lambda: get(url_of(gateway, FAR)).status_code == 404)
-        assert listed(gateway) == []
+        until(lambda: listed(gateway) == [])
+        assert get(url_of(gateway, FAR)).status_code == 404
 
 
 def test_it_is_for_those_who_may_connect(tmp_path: Path) -> None:

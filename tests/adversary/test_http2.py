@@ -173,7 +173,7 @@ def test_whoever_is_honest_is_served_and_nothing_grows(
         assert Attacker.num_sent - sent_before > NUM_ROUNDS * MIN_ATTACK_BYTES, "the attack was not made"
         assert engine.generate("after", 20) > 0
         assert process.memory_info().rss - before < MAX_GROWTH_BYTES
-        assert engine.book.num_edges == 1
+        assert engine.driver.num_edges == 1
     assert_nothing_left(gateway, process)
 
 
@@ -197,7 +197,7 @@ def test_those_who_never_finish_their_handshake_are_closed_and_keep_nobody_out(
             if number % 2:
                 attacker.h2.send_headers(1, DOWN, end_stream=True)
                 attacker.flush()
-        engine.wait(lambda: engine.book.num_edges == 0)
+        engine.wait(lambda: engine.driver.num_edges == 0)
         deadline_s = time.monotonic() + 3 * DEADLINE_S
         while True:  # until their time is over, and the honest one tries again, after pauses that grow
             try:
@@ -322,5 +322,5 @@ def test_who_does_not_read_is_closed_and_no_queue_grows(tmp_path: Path) -> None:
         may_be_more = MAX_QUEUED_BYTES + MAX_GROWTH_BYTES
         assert num_bytes > may_be_more, "or nothing would be shown"
         assert grown_bytes < kept_bytes + may_be_more
-        engine.wait(lambda: engine.book.num_edges == 1)
+        engine.wait(lambda: engine.driver.num_edges == 1)
         assert engine.generate("after", 20) > 0

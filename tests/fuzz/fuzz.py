@@ -1,9 +1,9 @@
 """`make fuzz`: coverage-guided fuzzing of what parses and holds what comes from outside.
 
-    python -m tests.fuzz.fuzz frames|session|book [CORPUS ...] [-max_total_time=60]
+    python -m tests.fuzz.fuzz frames|session|driver [CORPUS ...] [-max_total_time=60]
 
-`frames`: the decoder. `session`: an edge's bytes through session machine and router, as in a gateway. `book`: what a
-gateway may send to an engine, through book, proposal tree and policy. What is found ends the run and is written to a
+`frames`: the decoder. `session`: an edge's bytes through session machine and router, as in a gateway. `driver`: what a
+gateway may send to an engine, through driver, proposal tree and policy. What is found ends the run and is written to a
 file crash-...: fix it, and give it a test of its own. All arguments behind the target are libFuzzer's.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import atheris
 
 with atheris.instrument_imports(include=["vllm_specedge"]):
-    from tests.test_book import START, Act, Engine, GoodDraft
+    from tests.test_driver import START, Act, Engine, GoodDraft
     from vllm_specedge.errors import RemoteProtocolError
     from vllm_specedge.gateway.router import ROLES, Router, RouterLimits, ToEdge
     from vllm_specedge.wire.frames import (
@@ -87,8 +87,8 @@ def session(data: bytes) -> None:
         return
 
 
-def book(data: bytes) -> None:
-    """Only legal drafts are offered, whatever a gateway sends and an engine does (tests/test_book.py checks it)."""
+def driver(data: bytes) -> None:
+    """Only legal drafts are offered, whatever a gateway sends and an engine does (tests/test_driver.py checks it)."""
     chance = atheris.FuzzedDataProvider(data)
 
     def run(most: int) -> list[int]:
@@ -119,7 +119,7 @@ def book(data: bytes) -> None:
     engine.end()
 
 
-TARGETS = {target.__name__: target for target in (frames, session, book)}
+TARGETS = {target.__name__: target for target in (frames, session, driver)}
 
 if __name__ == "__main__":
     target, *rest = sys.argv[1:]

@@ -89,7 +89,7 @@ def test_drafts_follow_the_grammar(edge_target: Target, plain: Target) -> None:
 IN_PROCESS = """
 from questions import TEXT
 from vllm import LLM, SamplingParams
-from vllm_specedge.adapter import scheduler as module
+from vllm_specedge.adapter import drafting as module
 def fail(*args, **kwargs):
     raise OSError("no gateway")
 module.start_link = fail
@@ -97,17 +97,18 @@ options = {{"method": "edge", "listen": {listen!r}}}
 llm = LLM({model!r}, dtype="float32", enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=1 << 28,
           speculative_config=options)
 scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+drafting = scheduler._drafting
 ids = llm.get_tokenizer().encode(TEXT)
 near_the_longest_context = (ids * 6)[:490]
-def say(drafting):
-    scheduler._is_drafting = drafting
+def say(is_drafting):
+    scheduler._drafting = drafting if is_drafting else None
     prompts = [{{"prompt_token_ids": tokens}} for tokens in (ids * 2 + ids[:20], near_the_longest_context)]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), use_tqdm=False)
     return [tuple(output.outputs[0].token_ids) for output in outputs]
 plain, drafted = say(False), say(True)
-print("same" if drafted == plain else "different", len(plain[0]), len(plain[1]), len(scheduler.book))
-print("accepted", scheduler.book.counters["ngram_accepted_tokens"])
-print("rejected", scheduler.book.counters["ngram_verified_tokens"] - scheduler.book.counters["ngram_accepted_tokens"])
+print("same" if drafted == plain else "different", len(plain[0]), len(plain[1]), len(drafting.driver))
+print("accepted", drafting.driver.counters["ngram_accepted_tokens"])
+print("rejected", drafting.driver.counters["ngram_verified_tokens"] - drafting.driver.counters["ngram_accepted_tokens"])
 """
 
 

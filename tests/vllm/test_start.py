@@ -163,16 +163,16 @@ WITH_EDGE = """
 import pathlib
 with edge_client("http://{listen}", "ngram", pathlib.Path(sys.argv[1])):
     with_edge = say()
-    book = llm.llm_engine.engine_core.engine_core.scheduler.book if {in_process} else None
+    driver = llm.llm_engine.engine_core.engine_core.scheduler._drafting.driver if {in_process} else None
     # Nobody is held before an edge has answered once, and short answers may be over by then: ask until it was in time.
-    while book is not None and with_edge == without and book.counters["accepted_tokens"] <= 10:
+    while driver is not None and with_edge == without and driver.counters["accepted_tokens"] <= 10:
         with_edge = say()
 print("same" if with_edge == without else "different")
-print("accepted", book.counters["accepted_tokens"] if book is not None else "unknown")
+print("accepted", driver.counters["accepted_tokens"] if driver is not None else "unknown")
 """
 WITHOUT_DRAFTS = """
 scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-print("drafting", scheduler._is_drafting, scheduler._process)
+print("drafting", scheduler._drafting, scheduler._services)
 """
 
 
@@ -218,7 +218,7 @@ def test_a_missing_hook_turns_drafts_off_and_the_engine_serves(tmp_path: Path, m
     arguments = f'speculative_config={{"method": "edge", "listen": "{LISTEN}"}}'
     before = 'hooks.HOOKS = (hooks.Hook("vllm:gone"),)'
     script = IN_PROCESS.format(before=before, model=str(MODEL), arguments=arguments, between=WITHOUT_DRAFTS)
-    assert "drafting False None" in run_script(script, tmp_path, monkeypatch, in_process=True)
+    assert "drafting None None" in run_script(script, tmp_path, monkeypatch, in_process=True)
 
 
 def test_an_unknown_draft_model_is_one_sentence() -> None:

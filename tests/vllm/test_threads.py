@@ -1,14 +1,19 @@
-"""The scheduler's thread and the link's share the book: neither waits for the other, no failure gets to the engine."""
+"""The scheduler's thread and the link's share the driver: neither waits, and no failure gets to the engine."""
 
 import threading
+import time
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vllm_specedge.adapter.engine_handle import EngineHandle
 from vllm_specedge.adapter.scheduler import EdgeScheduler
-from vllm_specedge.engine.drafting import DraftBook
+from vllm_specedge.adapter.shared_driver import SharedDriver
+from vllm_specedge.engine.driver import StepDriver, StepPlan
 from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.frames import Edges, Frame
 
 DEADLINE_S = 10.0
@@ -20,6 +25,10 @@ class Link:
     def __init__(self, *frames: Frame) -> None:
         self.inbox = deque((0.0, frame) for frame in frames)
         self.is_stopped = False
+        self.can_wake = True
+
+    def wake_at(self, at_s: float) -> bool:
+        return self.can_wake
 
     def send(self, frames: list[Frame]) -> None:
         assert not frames
@@ -29,15 +38,10 @@ class Link:
 
 
 @pytest.fixture
-def scheduler() -> Any:
-    """With what the threads share, and without an engine."""
-    made = object.__new__(EdgeScheduler)
-    made._lock, made._failure, made._arrived = threading.RLock(), None, threading.Event()
-    made._is_drafting = True
-    made._is_parked = made._was_parked = False
-    made._plan_ahead, made._engine, made.running = None, None, []
-    made.book = DraftBook(9, 5, HoldLimits())
-    made._link = Link(Edges(3))
+def shared() -> SharedDriver:
+    """Without an engine, and with a gateway that says that there are three edges."""
+    made = SharedDriver(StepDriver(9, 5, HoldLimits(), StepCost()), EngineHandle(None))
+    made.link = Link(Edges(3))  # type: ignore[assignment]
     return made
 
 
@@ -48,34 +52,74 @@ def in_a_thread(act: Any) -> None:
     assert not thread.is_alive()
 
 
-def test_the_link_takes_in_what_came_while_the_scheduler_waits_for_the_workers(scheduler: Any) -> None:
-    scheduler._plan_ahead = "made before this came"
-    in_a_thread(scheduler._wake)
-    assert scheduler.book.num_edges == 3
-    assert (scheduler._plan_ahead, list(scheduler._link.inbox)) == (None, [])
-    assert scheduler._arrived.is_set()
+def made_anew(shared: SharedDriver) -> bool:
+    """Whether the plan that was made no longer holds."""
+    made: list[StepPlan] = []
+
+    def make() -> StepPlan:
+        made.append(StepPlan())
+        return made[-1]
+
+    shared.planned(make)
+    return bool(made)
 
 
-def test_it_never_waits_and_leaves_it_to_whoever_is_at_the_book(scheduler: Any) -> None:
-    with scheduler._lock:
-        in_a_thread(scheduler._wake)
-        assert len(scheduler._link.inbox) == 1
-    scheduler._guarded(scheduler._take_in)
-    assert scheduler.book.num_edges == 3
+def test_the_link_takes_in_what_came_while_the_scheduler_waits_for_the_workers(shared: SharedDriver) -> None:
+    inbox, shared.link.inbox = shared.link.inbox, deque()
+    assert made_anew(shared)
+    assert not made_anew(shared)
+    shared.link.inbox = inbox
+    in_a_thread(shared.wake)
+    assert shared.driver.num_edges == 3
+    assert list(shared.link.inbox) == []
+    assert made_anew(shared)
+    assert shared.wait(time.monotonic() + DEADLINE_S)
 
 
-def test_a_parked_engine_takes_it_in_itself_when_it_is_awake(scheduler: Any) -> None:
-    scheduler._is_parked = True
-    in_a_thread(scheduler._wake)
-    assert len(scheduler._link.inbox) == 1
+def test_it_never_waits_and_leaves_it_to_whoever_is_at_the_driver(shared: SharedDriver) -> None:
+    def at_it() -> None:
+        in_a_thread(shared.wake)
+        assert len(shared.link.inbox) == 1
+
+    shared.locked(at_it)
+    shared.locked(shared.take_in)
+    assert shared.driver.num_edges == 3
 
 
-def test_what_fails_in_the_link_s_thread_ends_drafting_and_raises_nowhere(scheduler: Any) -> None:
-    scheduler._link.inbox.append((0.0, None))
-    scheduler.book.receive = lambda frame, at_s: 1 / 0
-    in_a_thread(scheduler._wake)
-    assert scheduler._is_drafting  # until the scheduler's thread looks
-    assert scheduler._guarded(lambda: "not reached") is None
-    assert not scheduler._is_drafting
-    assert scheduler._link.is_stopped
-    in_a_thread(scheduler._wake)
+def test_a_parked_engine_takes_it_in_itself_when_it_is_awake(shared: SharedDriver) -> None:
+    inbox, shared.link.inbox = shared.link.inbox, deque()
+    assert shared.park(1.0)
+    shared.link.inbox = inbox
+    in_a_thread(shared.wake)
+    assert len(shared.link.inbox) == 1
+
+
+def test_an_engine_does_not_park_where_it_would_not_be_woken(shared: SharedDriver) -> None:
+    assert not shared.park(1.0)  # something has come
+    shared.link.inbox.clear()
+    shared.link.can_wake = False
+    assert not shared.park(1.0)
+
+
+def test_what_fails_in_the_link_s_thread_is_raised_to_the_scheduler_s_and_nowhere_else(shared: SharedDriver) -> None:
+    shared.driver.receive = lambda frame, at_s: 1 / 0
+    in_a_thread(shared.wake)
+    with pytest.raises(ZeroDivisionError):
+        shared.locked(lambda: pytest.fail("not reached"))
+    shared.stop()
+    assert shared.link.is_stopped
+    shared.link.inbox.append((0.0, Edges(4)))
+    in_a_thread(shared.wake)
+    assert len(shared.link.inbox) == 1
+
+
+def test_what_fails_ends_drafting_and_raises_nowhere(shared: SharedDriver) -> None:
+    scheduler: Any = object.__new__(EdgeScheduler)
+    held = SimpleNamespace(next_decode_eligible_step=9, spec_token_ids=[1])
+    scheduler._drafting, scheduler.running = SimpleNamespace(shared=shared), [held]
+    assert scheduler._do(lambda drafting: 7) == 7
+    assert scheduler._do(lambda drafting: 1 / 0) is None
+    assert scheduler._drafting is None
+    assert shared.link.is_stopped
+    assert (held.next_decode_eligible_step, held.spec_token_ids) == (0, [])
+    assert scheduler._do(lambda drafting: pytest.fail("not reached")) is None

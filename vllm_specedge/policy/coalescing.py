@@ -1,42 +1,50 @@
-"""Of which commits an edge hears at once, and which are collected. Pure.
+"""Which commits an edge is told at once, and which are coalesced. Pure.
 
-A draft that is not verified costs all the same: each commit is work for the engine, the gateway and the edge. So a
-request whose drafts were left unverified for a while rests: its tokens are collected, and its edge hears of many at
-once. So do all requests of an edge of which nothing was verified for long, whose drafts are wrong or too late before
-anybody could refuse them. What the edge then proposes is verified if that pays by now, which ends the rest.
+A draft that is not verified costs all the same: each commit is work for the engine, the gateway and the edge. So the
+commits of a request whose drafts were left unverified for a while are coalesced: its edge is told many tokens at once.
+So are those of all requests of an edge of which nothing was verified for long, whose drafts are wrong or too late
+before anybody could refuse them. What the edge then proposes is verified if that pays by now, which ends it.
 """
 
 from dataclasses import dataclass
 
-REST_AFTER = 8
-"""Commits of steps that left a draft unverified; more than two probes (book.FIRST_PROBE_AFTER) come before."""
+COALESCE_AFTER = 8
+"""Commits of steps that left a draft unverified; more than two probes (probing.FIRST_PROBE_AFTER) come before."""
 UNUSED_AFTER = 32
 """Steps in a row that verified nothing for any of the requests that an edge answers."""
-REST_TOKENS = 32
-"""Collected before they are published."""
+COALESCED_TOKENS = 32
+"""Tokens that are collected before they are published."""
 
 
 @dataclass(slots=True)
-class Rest:
-    """Of one request."""
+class Coalescing:
+    """The commits of one request since it was given to its edge."""
 
     num_refused: int = 0
-    """Such commits since a draft of its edge's was last verified."""
+    """Commits of steps that left its edge's draft unverified, since one was last verified."""
     num_collected: int = 0
-    """Tokens since the last that are published."""
+    """Tokens since those last published."""
+    is_edge_unused: bool = False
+    """Nothing of its edge was verified for long."""
 
-    def committed(self, num_tokens: int, is_refused: bool, is_verified: bool, num_unused: int = 0) -> bool:
-        """A step decided so many tokens; whether all that were collected are to be published now.
+    @property
+    def is_due(self) -> bool:
+        """Whether all that was collected is to be published now."""
+        is_coalescing = self.num_refused > COALESCE_AFTER or self.is_edge_unused
+        return not is_coalescing or self.num_collected >= COALESCED_TOKENS
+
+    def committed(self, num_tokens: int, is_refused: bool, is_verified: bool, num_unused: int = 0) -> None:
+        """A step decided this many tokens.
 
         `is_refused`: a draft was there when the step was planned, and was left out. `is_verified`: one was verified.
-        `num_unused`: so many steps in a row verified none for any request of its edge.
+        `num_unused`: steps in a row that verified nothing for any request of the edge.
         """
         if is_verified:
             self.num_refused = 0
         self.num_refused += is_refused
         self.num_collected += num_tokens
-        is_resting = self.num_refused > REST_AFTER or num_unused > UNUSED_AFTER
-        if is_resting and self.num_collected < REST_TOKENS:
-            return False
+        self.is_edge_unused = num_unused > UNUSED_AFTER
+
+    def published(self) -> None:
+        """All that was collected is published."""
         self.num_collected = 0
-        return True

@@ -13,17 +13,15 @@ Rule 4: the order in which rows are given changes nothing; among equals the more
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from itertools import takewhile
 from math import inf
 from typing import TypeAlias
 
-from vllm_specedge.estimators import Smoothed
 from vllm_specedge.policy.acceptance import Acceptance
+from vllm_specedge.policy.edge_record import EdgeRecord
+from vllm_specedge.policy.probing import Probe
 from vllm_specedge.policy.step_cost import StepCost
 
-_DEVIATIONS = 4.0
-"""After so many mean deviations an answer is late, as for TCP's retransmission timer (RFC 6298)."""
 MODES = ("auto", "wait", "never-wait", "budget")
 """All that pays; hold every request until its draft is there and verify all of it (the paper's way); never hold, and
 verify all; never hold, and verify what pays."""
@@ -41,18 +39,6 @@ PROBE_PART = 8
 """A probe verifies one draft token for so many requests."""
 
 
-class Probe(Enum):
-    """A step against what seems best, since what it costs was not seen for long."""
-
-    NONE = "none"
-    VERIFY = "verify"
-    """A little, even where it seems not to pay, as long as nobody seems to be slowed by more than allowed."""
-    FORCED = "forced"
-    """A little, whatever it seems to cost: else a cost that was once thought too high would never be seen again."""
-    PLAIN = "plain"
-    """Nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class HoldLimits:
     """What an operator sets. `hold_limit_s` 0 never holds; `mode` is one of MODES."""
@@ -66,54 +52,6 @@ class HoldLimits:
     max_stretch: float = 1.5
     """No step may take more than so many times what it takes without drafts, the wait before it included, unless it
     gives tokens FAST times as fast."""
-
-
-@dataclass(slots=True)
-class EdgeRecord:
-    """How one edge has done so far, over all requests that it drafts for."""
-
-    acceptance: Acceptance = field(default_factory=Acceptance)
-    answer_s: Smoothed = field(default_factory=Smoothed)
-    """From the publication of a commit that left a request without a draft to the proposal that follows it."""
-    length: Smoothed = field(default_factory=Smoothed)
-    """Tokens in such a proposal."""
-    hit: Smoothed = field(default_factory=lambda: Smoothed(mean=0.0))
-    """How often, when a draft was rejected, a branch held the next one."""
-    punctual: Smoothed = field(default_factory=lambda: Smoothed(mean=1.0))
-    """How often a draft came before it was late."""
-    num_misses: int = 0
-    """Answers in a row that were waited for in vain."""
-    num_unused: int = 0
-    """Steps in a row, of the requests that it answers, that verified no draft of it."""
-    last_unused_s: float = -inf
-    """When the last of them was done."""
-
-    def answered(self, after_s: float, in_time: bool, num_tokens: int) -> None:
-        """An answer came so long after the commit it answers; `in_time`: before the request went on without it."""
-        is_punctual = self.answer_s.mean is not None and after_s <= self.late_after_s
-        self.answer_s.observe(after_s)
-        self.length.observe(num_tokens)
-        self.punctual.observe(float(in_time or is_punctual))
-        if in_time or is_punctual:
-            self.num_misses = 0
-
-    def stepped(self, is_verified: bool, now_s: float) -> None:
-        """A step of a request that it answers was done at `now_s`; told for each of them."""
-        if is_verified:
-            self.num_unused = 0
-        elif now_s != self.last_unused_s:
-            self.num_unused += 1
-            self.last_unused_s = now_s
-
-    @property
-    def late_after_s(self) -> float:
-        """So long after a commit an answer is late; 0 before the first."""
-        return (self.answer_s.mean or 0.0) + _DEVIATIONS * self.answer_s.deviation
-
-    def missed(self) -> None:
-        """It was waited for in vain."""
-        self.num_misses += 1
-        self.punctual.observe(0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +101,7 @@ class Candidate:
     survivals: Sequence[float] = ()
     """Of the draft that is there: for each token the chance that the target says it and all before it."""
     awaited: Awaited | None = None
-    pace: float = 1.0
+    speedup: float = 1.0
     """How fast its tokens come of late, over how fast they would come without drafts."""
     waited_s: float = 0.0
     """So long it was held since then."""
@@ -248,7 +186,7 @@ def _longest_s(rows: Sequence[Candidate], load: Load, step_s: float, limits: Hol
     A step that is longer by others' drafts slows a request that has none. One whose drafts were right of late has its
     tokens sooner all the same; the others are to have theirs no later than `max_slowdown` allows.
     """
-    slowest = 1.0 if load.num_others else max(1.0, min((row.pace for row in rows), default=inf))
+    slowest = 1.0 if load.num_others else max(1.0, min((row.speedup for row in rows), default=inf))
     return min(step_s * limits.max_slowdown * slowest, load.step_limit_s)
 
 

@@ -1,6 +1,6 @@
 """A server, its edges and the network between them in virtual time: what drafting would bring, before it is tried.
 
-Rule 1: what is decided, the shipping code decides: DraftBook and its policy, Router, Speculation and Pace. Here are
+Rule 1: what is decided, the shipping code decides: StepDriver and its policy, Router, Speculation and Pace. Here are
 only the things around them: a scheduler as vLLM's, forward passes, a network, and clients.
 Rule 2: no clock, and all chance follows from the seed: the same scenario always has the same outcome.
 Rule 3: nothing is kept of what is over, but what is measured.
@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from math import ceil, inf
-from typing import Any
 
 from edge_client.drafters import Candidate, DraftSequence
 from edge_client.drafting.pacing import UPLINK_BYTES_PER_TOKEN, Pace
 from edge_client.drafting.speculation import Job, Speculation, run_pass
-from vllm_specedge.engine.drafting import DraftBook, Plan, Row, Step
+from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
 from vllm_specedge.gateway.router import POOL, ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.policy.acceptance import MAX_DEPTH, Acceptance
 from vllm_specedge.policy.decision import HoldLimits, Load
@@ -386,20 +385,6 @@ class ExactAcceptance(Acceptance):
         pass
 
 
-class OracleBook(DraftBook):
-    """Need not learn what drafts are worth and what steps cost."""
-
-    def __init__(self, scenario: "Scenario") -> None:
-        super().__init__(scenario.vocab_size, scenario.spec_tokens, scenario.limits)
-        self.cost = ExactCost(scenario.server)
-        self._exact = ExactAcceptance(scenario.edge.acceptance)
-
-    def _assign(self, request: Any, edge: int, now_s: float) -> list[Frame]:
-        frames = super()._assign(request, edge, now_s)
-        request.acceptance = self._exact
-        return frames
-
-
 # -- the engine ----------------------------------------------------------------------------------------------------
 
 
@@ -452,7 +437,7 @@ _Scheduled = list[tuple[Served, int, list[int]]]
 
 
 class Simulation:
-    """An engine that schedules as vLLM does, its DraftBook as adapter/scheduler.py has it, its gateway and edges."""
+    """An engine that schedules as vLLM does, with the driver of its steps, its gateway and edges."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -465,13 +450,11 @@ class Simulation:
                 credit_tokens=scenario.credit_tokens,
             )
         )
-        self.book = OracleBook(scenario) if scenario.is_oracle else _learning_book(scenario)
+        self.driver = _driver(scenario)
         self._running: list[Served] = []
         self._waiting: deque[Served] = deque()
         self._to_edges: dict[int, _Way] = {}
         self._inbox: list[tuple[float, Frame]] = []
-        self._context = 0
-        self._started_s = 0.0
         self._is_parked = False
         self._num_parks = 0
         self._num_requests = 0
@@ -544,7 +527,7 @@ class Simulation:
         while self._inbox:
             inbox, self._inbox = self._inbox, []
             for arrived_s, frame in inbox:
-                self._publish(self.book.receive(frame, arrived_s))
+                self._publish(self.driver.receive(frame, arrived_s))
 
     # -- before a step ---------------------------------------------------------------------------------------------
 
@@ -558,34 +541,34 @@ class Simulation:
             end -= int(chance(key_of(scenario.seed, number, _LENGTHS), 0) * scenario.output_tokens)
         request = Served(f"r{number}", number, self.target.key(number), client, tokens, end, self.time.now_s)
         self._waiting.append(request)
-        self._publish(self.book.open(request.id_, request.tokens, ""))
+        self._publish(self.driver.open(request.id_, request.tokens, ""))
 
     def _begin(self) -> None:
         """Begin the next step, or sleep while all wait for drafts."""
         self._is_parked = False
         self._take_in()
         rows, load = self._look()
-        plan = self.book.plan(rows, self.time.now_s, load)
+        plan = self.driver.begin(rows, self.time.now_s, load)
+        self.driver.start(plan)
         if plan.wait_until_s is not None and not self._waiting:
             self._is_parked = True
             self._num_parks += 1
             self.time.at(plan.wait_until_s, self._wake, self._num_parks)
             return
         scheduled = self._schedule(plan)
-        self.book.learn()
-        self._started_s = self.time.now_s
+        self.driver.learn()
         num_tokens = sum(num for _, num, _ in scheduled)
         is_verifying = any(draft for _, _, draft in scheduled)
         step_s = self.scenario.server.step_s(len(scheduled), num_tokens, is_verifying)
-        self.time.after(step_s, self._finish, scheduled)
+        self.time.after(step_s, self._finish, plan, scheduled, self.time.now_s)
 
     def _wake(self, number: int) -> None:
         if self._is_parked and number == self._num_parks:
             self._begin()
 
     def _look(self) -> tuple[list[Row], Load]:
-        """As adapter/scheduler.py does."""
-        scenario, has_edges = self.scenario, bool(self.book.num_edges)
+        """As adapter/look.py does."""
+        scenario, has_edges = self.scenario, bool(self.driver.num_edges)
         rows: list[Row] = []
         prefill = context = num_others = 0
         for request in self._running:
@@ -598,14 +581,13 @@ class Simulation:
                 rows.append(Row(request.id_, request.end - len(request.tokens) - 1))
             else:
                 num_others += 1
-        self._context = context
         is_pressed = bool(self._waiting)
         if is_pressed and len(self._running) < scenario.max_running:
             prefill += len(self._waiting[0].tokens)
         room = scenario.max_step_tokens
         return rows, Load(context, num_others, min(prefill, room), is_pressed, room)
 
-    def _schedule(self, plan: Plan) -> _Scheduled:
+    def _schedule(self, plan: StepPlan) -> _Scheduled:
         """As vLLM's scheduler does: who runs already comes first, and prompts take what room is left."""
         room, scheduled = self.scenario.max_step_tokens, _Scheduled()
         for request in self._running:
@@ -626,18 +608,15 @@ class Simulation:
 
     # -- after a step ----------------------------------------------------------------------------------------------
 
-    def _finish(self, scheduled: _Scheduled) -> None:
-        """In the order in which vLLM and adapter/scheduler.py do it."""
-        over = []
+    def _finish(self, plan: StepPlan, scheduled: _Scheduled, started_s: float) -> None:
+        outcomes, over = [], []
         for request, num_tokens, draft in scheduled:
-            if self._run(request, num_tokens, draft):
+            is_over = self._run(request, num_tokens, draft)
+            outcomes.append(RequestOutcome(request.id_, num_tokens, len(draft), is_over))
+            if is_over:
                 over.append(request)
-                self._publish(self.book.commit(request.id_, len(draft), self.time.now_s))
-                self._publish(self.book.close(request.id_))
         self._take_in()
-        self.book.stepped(self._step(scheduled))
-        for request, _, draft in scheduled:
-            self._publish(self.book.commit(request.id_, len(draft), self.time.now_s))
+        self._publish(self.driver.end(plan, outcomes, Step(started_s, self.time.now_s)))
         if over:
             self._running = [request for request in self._running if len(request.tokens) < request.end]
         for request in over:
@@ -664,17 +643,6 @@ class Simulation:
                 break
         return said
 
-    def _step(self, scheduled: _Scheduled) -> Step:
-        return Step(
-            requests=len(scheduled),
-            tokens=sum(num_tokens for _, num_tokens, _ in scheduled),
-            prefilled=sum(num_tokens for _, num_tokens, draft in scheduled if num_tokens != 1 + len(draft)),
-            context=self._context,
-            started_s=self._started_s,
-            ended_s=self.time.now_s,
-            is_verifying=any(draft for _, _, draft in scheduled),
-        )
-
     # -- what is measured ------------------------------------------------------------------------------------------
 
     def _count(self, request: Served, num_tokens: int) -> None:
@@ -689,7 +657,7 @@ class Simulation:
         self._num_cold -= made < warm <= client.made
         self._num_busy -= made < scenario.tokens <= client.made
         if self._num_cold == 0 and self._measured is None:
-            self._measured = _Measured(now_s, self.book.counters.copy())
+            self._measured = _Measured(now_s, self.driver.counters.copy())
 
     def _outcome(self) -> Outcome:
         measured = self._measured or _Measured(self.time.now_s, Counter())
@@ -700,14 +668,18 @@ class Simulation:
             itl_p99_s=_quantile(measured.gaps_s, 0.99),
             ttft_p50_s=_quantile(measured.ttfts_s, 0.5),
             ttft_p99_s=_quantile(measured.ttfts_s, 0.99),
-            counters=self.book.counters - measured.before,
+            counters=self.driver.counters - measured.before,
         )
 
 
-def _learning_book(scenario: Scenario) -> DraftBook:
+def _driver(scenario: Scenario) -> StepDriver:
+    sizes = scenario.vocab_size, scenario.spec_tokens, scenario.limits
+    if scenario.is_oracle:
+        exact = ExactAcceptance(scenario.edge.acceptance)
+        return StepDriver(*sizes, ExactCost(scenario.server), lambda record: exact)
     server = scenario.server
     profile = {size: server.step_s(1, size) for size in PROFILED if size <= scenario.max_step_tokens}
-    return DraftBook(scenario.vocab_size, scenario.spec_tokens, scenario.limits, profile)
+    return StepDriver(*sizes, StepCost(profile))
 
 
 def _speculation(scenario: Scenario) -> Speculation:

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
@@ -8,26 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import any_frame
-from vllm_specedge.engine.drafting import (
-    FIRST_PROBE_AFTER,
-    FORCED_AFTER,
-    MAX_OPENED_TOKENS,
-    MAX_RECORDS,
-    NOTHING_ELSE,
-    PLAIN_PROBE_AFTER,
-    PROBE_AFTER,
-    DraftBook,
-    Plan,
-    Row,
-    Source,
-    Step,
-)
-from vllm_specedge.policy.coalescing import REST_AFTER, REST_TOKENS, UNUSED_AFTER
-from vllm_specedge.policy.decision import EdgeRecord, HoldLimits, Load
+from vllm_specedge.engine.driver import NOTHING_ELSE, RequestOutcome, Row, Step, StepDriver, StepPlan
+from vllm_specedge.engine.ledger import MAX_OPENED_TOKENS, MAX_RECORDS
+from vllm_specedge.engine.requests import DraftedRequest, Source
+from vllm_specedge.errors import ByeCode
+from vllm_specedge.policy.coalescing import COALESCE_AFTER, COALESCED_TOKENS, UNUSED_AFTER
+from vllm_specedge.policy.decision import HoldLimits, Load
+from vllm_specedge.policy.edge_record import EdgeRecord
+from vllm_specedge.policy.probing import FIRST_PROBE_AFTER, FORCED_AFTER, PLAIN_PROBE_AFTER, PROBE_AFTER
+from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.frames import (
     MAX_TOKENS_PER_FRAME,
     MAX_UINT32,
     Assign,
+    Bye,
     Close,
     CloseReason,
     Commit,
@@ -39,7 +33,7 @@ from vllm_specedge.wire.frames import (
     Propose,
     Report,
 )
-from vllm_specedge.wire.telemetry import REQUEST_COUNTERS, request_values
+from vllm_specedge.wire.telemetry import REQUEST_COUNTERS, VERIFIED, request_values
 
 VOCAB_SIZE = 100
 MAX_DRAFT = 4
@@ -48,27 +42,56 @@ ANSWER_S = 0.005
 STEP_S = 0.2
 
 
-def new_book(
+class Driven(StepDriver):
+    """Keeps the plan that was started last, so that a test says in one line what a step did."""
+
+    last = StepPlan()
+
+    def plan(self, rows: Iterable[Row], now_s: float, load: Load = NOTHING_ELSE) -> StepPlan:
+        """It is carried out, too."""
+        self.last = self.begin(rows, now_s, load)
+        self.start(self.last)
+        return self.last
+
+    def commit(self, request_id: str, num_verified: int, now_s: float) -> list[Frame]:
+        """A step that was not timed decided what the request's tokens have grown by."""
+        frames = self.end(self.last, [RequestOutcome(request_id, 1 + num_verified, num_verified)], Step(now_s, now_s))
+        self.last.choices.pop(request_id, None)
+        return frames
+
+    def named(self, request_id: str) -> DraftedRequest:
+        request = self._ledger.find(request_id)
+        assert request is not None
+        return request
+
+    def record(self, request_id: str) -> EdgeRecord:
+        """That of the request's edge."""
+        edge = self.named(request_id).edge
+        assert edge is not None
+        return edge.record
+
+
+def new_driver(
     num_edges: int = 1, mode: str = "auto", token_s: float = 0.0, max_slowdown: float = inf, max_stretch: float = inf
-) -> DraftBook:
+) -> Driven:
     """Each further token makes a step so much longer."""
     limits = HoldLimits(0.1, mode, max_slowdown=max_slowdown, max_stretch=max_stretch)
-    book = DraftBook(VOCAB_SIZE, MAX_DRAFT, limits, {1: STEP_S, 65: STEP_S + 64 * token_s})
+    driver = Driven(VOCAB_SIZE, MAX_DRAFT, limits, StepCost({1: STEP_S, 65: STEP_S + 64 * token_s}))
     if num_edges:
-        assert book.receive(Edges(num_edges), 0.0) == []
-    return book
+        assert driver.receive(Edges(num_edges), 0.0) == []
+    return driver
 
 
 @dataclass
 class Serving:
-    """A book with one request, "r", number 0, that edge 1 drafts for and has answered twice, in time."""
+    """A driver with one request, "r", number 0, that edge 1 drafts for and has answered twice, in time."""
 
-    book: DraftBook = field(default_factory=new_book)
+    driver: Driven = field(default_factory=new_driver)
     tokens: list[int] = field(default_factory=lambda: list(PROMPT))
     now_s: float = 1.0
 
     def __post_init__(self) -> None:
-        self.book.open("r", self.tokens, "")
+        self.driver.open("r", self.tokens, "")
         self.receive(Assign(0, 1))
         self.decode(18)
         self.propose([19])  # the first answer has the edge's prefill in it, and is not counted
@@ -78,7 +101,7 @@ class Serving:
         self.decode(21, 22, num_verified=1)
 
     def receive(self, frame: Frame) -> None:
-        assert self.book.receive(frame, self.now_s) == []
+        assert self.driver.receive(frame, self.now_s) == []
 
     def propose(
         self, tokens: Sequence[int], after: int | None = None, branches: Sequence[tuple[int, Sequence[int]]] = ()
@@ -98,91 +121,96 @@ class Serving:
 
     def decode(self, *tokens: int, num_verified: int = 0) -> list[Frame]:
         self.tokens += tokens
-        frames = self.book.commit("r", num_verified, self.now_s)
-        self.book.learn()
+        frames = self.driver.commit("r", num_verified, self.now_s)
+        self.driver.learn()
         return frames
 
-    def plan(self, limit: int = 9, load: Load = NOTHING_ELSE) -> Plan:
-        return self.book.plan([Row("r", limit)], self.now_s, load)
+    def plan(self, limit: int = 9, load: Load = NOTHING_ELSE) -> StepPlan:
+        return self.driver.plan([Row("r", limit)], self.now_s, load)
 
     def step(self, *tokens: int, num_verified: int = 0, took_s: float = STEP_S, prefilled: int = 0) -> None:
         """A step, from its plan to its commit."""
         started_s, self.now_s = self.now_s, self.now_s + took_s
-        size = 1 + num_verified + prefilled
-        self.book.stepped(Step(1, size, prefilled, len(self.tokens), started_s, self.now_s, size > 1 + prefilled))
-        self.decode(*tokens, num_verified=num_verified)
+        self.tokens += tokens
+        outcome = RequestOutcome("r", 1 + num_verified + prefilled, num_verified)
+        self.driver.end(self.driver.last, [outcome], Step(started_s, self.now_s))
+        self.driver.last = StepPlan()
+        self.driver.learn()
 
     @property
     def record(self) -> EdgeRecord:
-        return self.book._requests["r"].record
+        return self.driver.record("r")
 
     @property
     def rates(self) -> list[float]:
         """How right drafts are thought to be, by depth."""
-        return self.book._requests["r"].acceptance.rates
+        return self.driver.named("r").acceptances.edge.rates
 
 
 def test_nothing_is_published_without_edges() -> None:
-    book = new_book(num_edges=0)
+    driver = new_driver(num_edges=0)
     tokens = list(PROMPT)
-    assert book.open("r", tokens, "") == []
+    assert driver.open("r", tokens, "") == []
     tokens.append(20)
-    assert book.commit("r", 0, 1.0) == []
-    assert book.close("r") == []
+    assert driver.commit("r", 0, 1.0) == []
+    assert driver.close("r") == []
 
 
 def test_a_request_is_opened_with_its_prompt_and_followed_to_its_end() -> None:
-    book = new_book()
+    driver = new_driver()
     tokens = list(PROMPT)
-    assert book.open("r", tokens, "secret") == [Open(0, 3, MAX_DRAFT, MAX_DRAFT, "secret"), Commit(0, 0, (10, 11, 12))]
-    assert book.commit("r", 0, 1.0) == []  # a step of its prompt decided nothing
-    assert book.receive(Assign(0, 1), 1.0) == []
+    assert driver.open("r", tokens, "secret") == [
+        Open(0, 3, MAX_DRAFT, MAX_DRAFT, "secret"),
+        Commit(0, 0, (10, 11, 12)),
+    ]
+    assert driver.commit("r", 0, 1.0) == []  # a step of its prompt decided nothing
+    assert driver.receive(Assign(0, 1), 1.0) == []
     tokens += [20, 21]
-    assert book.commit("r", 1, 1.0) == [Commit(0, 3, (20, 21))]
-    assert book.close("r") == [Report(0, request_values(book.counters)), Close(0, CloseReason.FINISHED)]
-    assert book.close("r") == []
-    assert len(book) == 0
+    assert driver.commit("r", 1, 1.0) == [Commit(0, 3, (20, 21))]
+    assert driver.close("r") == [Report(0, request_values(driver.counters)), Close(0, CloseReason.FINISHED)]
+    assert driver.close("r") == []
+    assert len(driver) == 0
 
 
 def test_a_long_prompt_travels_in_several_commits() -> None:
     tokens = list(range(50)) * 50
-    opened, *commits = new_book().open("r", tokens, "")
+    opened, *commits = new_driver().open("r", tokens, "")
     assert opened == Open(0, 2500, MAX_DRAFT, MAX_DRAFT, "")
     assert [len(commit.tokens) for commit in commits if isinstance(commit, Commit)] == [1024, 1024, 452]
     assert MAX_TOKENS_PER_FRAME == 1024
 
 
 def test_with_the_first_edge_each_request_is_opened_with_its_next_commit() -> None:
-    book = new_book(num_edges=0)
+    driver = new_driver(num_edges=0)
     one, two = list(PROMPT), [7]
-    book.open("one", one, "")
-    book.open("two", two, "s")
+    driver.open("one", one, "")
+    driver.open("two", two, "s")
     one.append(20)
-    book.commit("one", 0, 1.0)
-    assert book.receive(Edges(1), 2.0) == []
+    driver.commit("one", 0, 1.0)
+    assert driver.receive(Edges(1), 2.0) == []
     one.append(21)
-    assert book.commit("one", 0, 2.0) == [Open(0, 5, MAX_DRAFT, MAX_DRAFT, ""), Commit(0, 0, (10, 11, 12, 20, 21))]
+    assert driver.commit("one", 0, 2.0) == [Open(0, 5, MAX_DRAFT, MAX_DRAFT, ""), Commit(0, 0, (10, 11, 12, 20, 21))]
     two.append(8)
-    assert book.commit("two", 0, 2.0) == [Open(1, 2, MAX_DRAFT, MAX_DRAFT, "s"), Commit(1, 0, (7, 8))]
-    assert book.receive(Edges(2), 2.0) == []
-    assert book.receive(Assign(0, 1), 2.0) == []
+    assert driver.commit("two", 0, 2.0) == [Open(1, 2, MAX_DRAFT, MAX_DRAFT, "s"), Commit(1, 0, (7, 8))]
+    assert driver.receive(Edges(2), 2.0) == []
+    assert driver.receive(Assign(0, 1), 2.0) == []
     one.append(22)
-    assert book.commit("one", 0, 3.0) == [Commit(0, 5, (22,))]
+    assert driver.commit("one", 0, 3.0) == [Commit(0, 5, (22,))]
 
 
 def test_who_has_no_edge_is_published_when_it_gets_one() -> None:
-    book, tokens = new_book(), list(PROMPT)
-    book.open("r", tokens, "")
+    driver, tokens = new_driver(), list(PROMPT)
+    driver.open("r", tokens, "")
     for token in (20, 21):
         tokens.append(token)
-        assert book.commit("r", 0, 1.0) == []
-    assert book.receive(Assign(0, 2), 1.5) == [Commit(0, 3, (20, 21))]
+        assert driver.commit("r", 0, 1.0) == []
+    assert driver.receive(Assign(0, 2), 1.5) == [Commit(0, 3, (20, 21))]
     tokens.append(22)
-    assert book.commit("r", 0, 2.0) == [Commit(0, 5, (22,))]
-    assert book.receive(Assign(0, 0), 2.5) == []
+    assert driver.commit("r", 0, 2.0) == [Commit(0, 5, (22,))]
+    assert driver.receive(Assign(0, 0), 2.5) == []
     tokens.append(23)
-    assert book.commit("r", 0, 3.0) == []
-    assert book.receive(Assign(0, 1), 3.5) == [Commit(0, 6, (23,))]
+    assert driver.commit("r", 0, 3.0) == []
+    assert driver.receive(Assign(0, 1), 3.5) == [Commit(0, 6, (23,))]
 
 
 def refuse(serving: Serving, token: int) -> list[Frame]:
@@ -195,17 +223,17 @@ def refuse(serving: Serving, token: int) -> list[Frame]:
 def test_an_edge_whose_drafts_are_left_unverified_hears_of_many_tokens_at_once() -> None:
     serving = Serving()
     published = []
-    for token in range(30, 30 + REST_AFTER + 3 * REST_TOKENS):
+    for token in range(30, 30 + COALESCE_AFTER + 3 * COALESCED_TOKENS):
         published.append(refuse(serving, token))
     told = [frames[0] for frames in published if frames]
     sizes = [len(commit.tokens) for commit in told if isinstance(commit, Commit)]
-    assert sizes == [1] * REST_AFTER + [REST_TOKENS] * 3
-    assert serving.book.counters["collected_commits"] == 3 * (REST_TOKENS - 1)
+    assert sizes == [1] * COALESCE_AFTER + [COALESCED_TOKENS] * 3
+    assert serving.driver.counters["collected_commits"] == 3 * (COALESCED_TOKENS - 1)
 
 
 def test_a_draft_that_is_verified_ends_the_rest() -> None:
     serving = Serving()
-    for token in range(30, 30 + REST_AFTER + 5):
+    for token in range(30, 30 + COALESCE_AFTER + 5):
         refuse(serving, token)
     base = len(serving.tokens) - 5
     serving.propose([70])
@@ -216,7 +244,7 @@ def test_a_draft_that_is_verified_ends_the_rest() -> None:
 def test_a_request_that_rests_is_not_held() -> None:
     """Nothing was published that its edge could answer."""
     serving = Serving()
-    for token in range(30, 30 + REST_AFTER + 2):
+    for token in range(30, 30 + COALESCE_AFTER + 2):
         refuse(serving, token)
     assert serving.plan().holds == {}
 
@@ -231,7 +259,9 @@ def late_and_wrong(serving: Serving, token: int) -> list[Frame]:
 
 def test_an_edge_whose_drafts_are_never_there_in_time_hears_of_many_tokens_at_once() -> None:
     serving = Serving()
-    sizes = [len(frames) for frames in (late_and_wrong(serving, 30) for _ in range(UNUSED_AFTER + 2 * REST_TOKENS + 9))]
+    sizes = [
+        len(frames) for frames in (late_and_wrong(serving, 30) for _ in range(UNUSED_AFTER + 2 * COALESCED_TOKENS + 9))
+    ]
     assert sizes[:UNUSED_AFTER] == [1] * UNUSED_AFTER
     assert sum(sizes[UNUSED_AFTER:]) == 2
     serving.propose([70, 71])
@@ -244,14 +274,14 @@ def test_further_requests_of_such_an_edge_rest_from_its_first_answer_on() -> Non
     for _ in range(UNUSED_AFTER + 1):
         late_and_wrong(serving, 30)
     tokens = [1, 2, 3]
-    serving.book.open("other", tokens, "")
+    serving.driver.open("other", tokens, "")
     serving.receive(Assign(1, 1))
     tokens.append(4)
-    assert serving.book.commit("other", 0, serving.now_s) != []
+    assert serving.driver.commit("other", 0, serving.now_s) != []
     serving.receive(Propose(1, 3, (4, 99)))
     tokens.append(5)
     serving.now_s += STEP_S
-    assert serving.book.commit("other", 0, serving.now_s) == []
+    assert serving.driver.commit("other", 0, serving.now_s) == []
 
 
 def test_who_has_not_answered_yet_hears_of_every_token() -> None:
@@ -275,7 +305,7 @@ def test_a_step_of_many_requests_is_one() -> None:
 
 def test_a_draft_that_came_during_the_step_was_not_refused() -> None:
     serving = Serving()
-    for token in range(30, 30 + 3 * REST_AFTER):
+    for token in range(30, 30 + 3 * COALESCE_AFTER):
         assert serving.plan().drafts == {}
         serving.propose([token])
         assert serving.decode(token) != []
@@ -283,43 +313,43 @@ def test_a_draft_that_came_during_the_step_was_not_refused() -> None:
 
 def test_contexts_are_opened_a_bounded_number_of_tokens_a_step() -> None:
     """An edge that comes and goes must not make the engine encode every context at once."""
-    book = new_book(num_edges=0)
+    driver = new_driver(num_edges=0)
     contexts = [[1] * MAX_OPENED_TOKENS, [2] * 10]
     for number, tokens in enumerate(contexts):
-        book.open(str(number), tokens, "")
-    book.receive(Edges(1), 1.0)
+        driver.open(str(number), tokens, "")
+    driver.receive(Edges(1), 1.0)
     for tokens in contexts:
         tokens.append(3)
-    assert isinstance(book.commit("0", 0, 1.0)[0], Open)
-    assert book.commit("1", 0, 1.0) == []
-    book.plan([], 2.0)
+    assert isinstance(driver.commit("0", 0, 1.0)[0], Open)
+    assert driver.commit("1", 0, 1.0) == []
+    driver.plan([], 2.0)
     contexts[1].append(4)
-    assert book.commit("1", 0, 2.0)[0] == Open(1, 12, MAX_DRAFT, MAX_DRAFT, "")
+    assert driver.commit("1", 0, 2.0)[0] == Open(1, 12, MAX_DRAFT, MAX_DRAFT, "")
 
 
 def test_when_the_last_edge_leaves_the_gateway_is_told_to_forget_all_requests() -> None:
     """Else those that end while there is no edge would stay with the gateway, and with the next edge, for ever."""
-    book = new_book()
+    driver = new_driver()
     two = list(PROMPT)
-    book.open("one", list(PROMPT), "")
-    book.open("two", two, "")
-    assert book.receive(Edges(0), 1.0) == [Close(0, CloseReason.FINISHED), Close(1, CloseReason.FINISHED)]
-    assert book.receive(Edges(0), 1.0) == []
-    assert book.close("one") == []
-    book.receive(Edges(1), 1.0)
+    driver.open("one", list(PROMPT), "")
+    driver.open("two", two, "")
+    assert driver.receive(Edges(0), 1.0) == [Close(0, CloseReason.FINISHED), Close(1, CloseReason.FINISHED)]
+    assert driver.receive(Edges(0), 1.0) == []
+    assert driver.close("one") == []
+    driver.receive(Edges(1), 1.0)
     two.append(20)
-    assert book.commit("two", 0, 2.0) == [Open(1, 4, MAX_DRAFT, MAX_DRAFT, ""), Commit(1, 0, (*PROMPT, 20))]
+    assert driver.commit("two", 0, 2.0) == [Open(1, 4, MAX_DRAFT, MAX_DRAFT, ""), Commit(1, 0, (*PROMPT, 20))]
 
 
 def test_a_new_gateway_is_told_everything_again() -> None:
-    book = new_book()
+    driver = new_driver()
     tokens = list(PROMPT)
-    book.open("r", tokens, "")
-    assert book.receive(EngineWelcome(1), 1.0) == []
-    assert book.num_edges == 0
-    book.receive(Edges(1), 1.0)
+    driver.open("r", tokens, "")
+    assert driver.receive(EngineWelcome(1), 1.0) == []
+    assert driver.num_edges == 0
+    driver.receive(Edges(1), 1.0)
     tokens.append(20)
-    assert book.commit("r", 0, 2.0) == [Open(0, 4, MAX_DRAFT, MAX_DRAFT, ""), Commit(0, 0, (*PROMPT, 20))]
+    assert driver.commit("r", 0, 2.0) == [Open(0, 4, MAX_DRAFT, MAX_DRAFT, ""), Commit(0, 0, (*PROMPT, 20))]
 
 
 def test_a_draft_is_offered_up_to_the_limits_of_row_and_book() -> None:
@@ -327,7 +357,7 @@ def test_a_draft_is_offered_up_to_the_limits_of_row_and_book() -> None:
     serving.propose([1, 2, 3, 4, 5, 6])
     assert serving.plan(limit=9).drafts == {"r": [1, 2, 3, 4]}
     assert serving.plan(limit=2).drafts == {"r": [1, 2]}
-    assert serving.plan(limit=0) == serving.plan(limit=-1) == Plan()
+    assert serving.plan(limit=0) == serving.plan(limit=-1) == StepPlan()
 
 
 def test_a_draft_is_followed_by_what_was_proposed_beyond_it() -> None:
@@ -337,7 +367,7 @@ def test_a_draft_is_followed_by_what_was_proposed_beyond_it() -> None:
     serving.go_on(9, [9], num_ahead=4)
     serving.decode(1, num_verified=1)
     assert serving.plan().drafts == {"r": [2, 3, 4]}
-    assert serving.book.counters["proposals_gap"] == 1
+    assert serving.driver.counters["proposals_gap"] == 1
 
 
 def test_a_late_tail_is_still_used() -> None:
@@ -349,7 +379,7 @@ def test_a_late_tail_is_still_used() -> None:
     assert serving.plan().drafts == {"r": [32, 33]}
     serving.propose([30, 99, 98], after)
     assert serving.plan().drafts == {"r": [32, 33]}
-    assert serving.book.counters["proposals_mismatch"] == 1
+    assert serving.driver.counters["proposals_mismatch"] == 1
 
 
 def test_a_branch_is_offered_after_the_trunk_was_rejected_and_gone_on_from() -> None:
@@ -359,7 +389,7 @@ def test_a_branch_is_offered_after_the_trunk_was_rejected_and_gone_on_from() -> 
     serving.decode(1, 7, num_verified=3)
     serving.go_on(8, [9], num_ahead=1)
     assert serving.plan().drafts == {"r": [8, 9]}
-    assert serving.book.counters["tree_hits"] == 1
+    assert serving.driver.counters["tree_hits"] == 1
 
 
 def test_a_branch_that_was_taken_before_it_arrived_is_offered_and_gone_on_from() -> None:
@@ -368,30 +398,30 @@ def test_a_branch_that_was_taken_before_it_arrived_is_offered_and_gone_on_from()
     serving.decode(7)
     serving.propose([1, 2], after=len(serving.tokens) - 1, branches=[(2, [7, 8])])
     serving.go_on(8, [9], num_ahead=1)
-    assert serving.plan() == Plan(drafts={"r": [8, 9]})
+    assert serving.plan() == StepPlan(drafts={"r": [8, 9]})
 
 
 def test_branches_that_do_not_add_up_are_dropped_and_counted() -> None:
     serving = Serving()
     serving.receive(Propose(0, len(serving.tokens) - 1, (serving.tokens[-1], 1), (0, 3)))
     assert serving.plan().drafts == {}
-    assert serving.book.counters["unexpected_frames"] == 1
+    assert serving.driver.counters["unexpected_frames"] == 1
 
 
 def test_token_ids_outside_of_the_vocabulary_are_dropped_and_counted() -> None:
     serving = Serving()
     serving.propose([1, VOCAB_SIZE])
     assert serving.plan().drafts == {}
-    assert serving.book.counters["dropped_token_id"] == 1
+    assert serving.driver.counters["dropped_token_id"] == 1
     serving.propose([1, VOCAB_SIZE - 1])
     assert serving.plan().drafts == {"r": [1, VOCAB_SIZE - 1]}
 
 
 def test_proposals_for_requests_that_are_over_are_dropped_and_counted() -> None:
     serving = Serving()
-    serving.book.close("r")
+    serving.driver.close("r")
     serving.propose([1])
-    assert serving.book.counters["dropped_closed"] == 1
+    assert serving.driver.counters["dropped_closed"] == 1
 
 
 def test_a_request_is_held_for_its_draft_until_it_comes() -> None:
@@ -400,61 +430,61 @@ def test_a_request_is_held_for_its_draft_until_it_comes() -> None:
     assert plan.drafts == {}
     assert plan.holds["r"] == pytest.approx(serving.now_s + ANSWER_S + 4 * ANSWER_S / 2)
     assert serving.plan().holds == plan.holds
-    assert serving.book.counters["holds"] == 1
+    assert serving.driver.counters["holds"] == 1
     serving.propose([1, 2])
-    assert serving.plan() == Plan(drafts={"r": [1, 2]})
-    assert serving.book.counters["missed_holds"] == 0
+    assert serving.plan() == StepPlan(drafts={"r": [1, 2]})
+    assert serving.driver.counters["missed_holds"] == 0
 
 
 def test_a_hold_ends_and_counts_as_a_miss() -> None:
     serving = Serving()
     serving.now_s = serving.plan().holds["r"]
-    assert serving.plan() == serving.plan() == Plan()
-    assert (serving.book.counters["holds"], serving.book.counters["missed_holds"]) == (1, 1)
+    assert serving.plan() == serving.plan() == StepPlan()
+    assert (serving.driver.counters["holds"], serving.driver.counters["missed_holds"]) == (1, 1)
 
 
 def test_after_two_misses_a_request_is_not_held_until_its_edge_is_in_time_again() -> None:
     serving = Serving()
     for token in (30, 31):
         serving.now_s = serving.plan().holds["r"]
-        assert serving.plan() == Plan()
+        assert serving.plan() == StepPlan()
         serving.decode(token)
-    assert serving.plan() == Plan()
+    assert serving.plan() == StepPlan()
     serving.now_s += ANSWER_S
     serving.propose([31], after=len(serving.tokens) - 1)  # too late
-    assert serving.plan() == Plan()
+    assert serving.plan() == StepPlan()
     serving.propose([1])
     serving.decode(1, 2, num_verified=1)
     assert serving.plan().holds.keys() == {"r"}
 
 
 def test_a_request_is_not_held_before_its_edge_has_answered_once() -> None:
-    book = new_book()
+    driver = new_driver()
     tokens = list(PROMPT)
-    book.open("r", tokens, "")
-    book.receive(Assign(0, 1), 1.0)
+    driver.open("r", tokens, "")
+    driver.receive(Assign(0, 1), 1.0)
     tokens.append(20)
-    book.commit("r", 0, 1.0)
-    assert book.plan([Row("r", 9)], 1.0) == Plan()
+    driver.commit("r", 0, 1.0)
+    assert driver.plan([Row("r", 9)], 1.0) == StepPlan()
 
 
 @pytest.mark.parametrize(("edge", "mode", "is_held"), [(1, "auto", True), (2, "auto", False), (2, "wait", True)])
 def test_an_edge_keeps_its_record_from_one_request_to_the_next(edge: int, mode: str, is_held: bool) -> None:
     """A new request is held for an edge that is known to be quick as soon as that has answered for this request too,
     for its first answer has the prefill in it; and not for an edge of which that is all that is known."""
-    serving = Serving(new_book(mode=mode))
-    tokens, book = list(PROMPT), serving.book
-    book.open("new", tokens, "")
+    serving = Serving(new_driver(mode=mode))
+    tokens, driver = list(PROMPT), serving.driver
+    driver.open("new", tokens, "")
     serving.receive(Assign(1, edge))
     for _ in range(3):  # its edge computes the prompt
         tokens.append(20)
-        book.commit("new", 0, serving.now_s)
-        assert book.plan([Row("new", 9)], serving.now_s) == Plan()
+        driver.commit("new", 0, serving.now_s)
+        assert driver.plan([Row("new", 9)], serving.now_s) == StepPlan()
     serving.receive(Propose(1, len(tokens) - 1, (20, 21)))
     tokens += [21, 22]
-    book.commit("new", 1, serving.now_s)
-    assert bool(book.plan([Row("new", 9)], serving.now_s).holds) == is_held
-    assert (book._requests["new"].record is serving.record) == (edge == 1)
+    driver.commit("new", 1, serving.now_s)
+    assert bool(driver.plan([Row("new", 9)], serving.now_s).holds) == is_held
+    assert (driver.record("new") is serving.record) == (edge == 1)
 
 
 def test_a_new_edge_is_thought_to_be_as_right_as_others_here_and_a_new_request_as_its_edge() -> None:
@@ -466,7 +496,7 @@ def test_a_new_edge_is_thought_to_be_as_right_as_others_here_and_a_new_request_a
     serving.receive(Assign(0, 1))
     assert serving.rates == edge_rates
     serving.receive(Assign(0, 2))
-    assert serving.record.acceptance.rates == serving.rates == serving.book._acceptance.rates
+    assert serving.record.acceptance.rates == serving.rates == serving.driver._ledger.acceptances.edge.rates
     assert serving.rates[0] < 0.3
 
 
@@ -474,10 +504,10 @@ def test_another_edge_that_is_assigned_is_not_judged_by_the_first_one_s_record()
     serving = Serving()
     serving.receive(Assign(0, 2))
     serving.decode(30)
-    assert serving.plan() == Plan()
+    assert serving.plan() == StepPlan()
     serving.receive(Assign(0, 1))
     serving.decode(31)
-    assert serving.plan() == Plan()
+    assert serving.plan() == StepPlan()
     serving.propose([32])
     serving.decode(32, 33, num_verified=1)
     assert serving.plan().holds.keys() == {"r"}
@@ -490,15 +520,15 @@ def test_the_records_of_the_edges_assigned_last_are_kept_and_no_more() -> None:
         serving.receive(Assign(0, edge))
     serving.receive(Assign(0, 1))
     assert serving.record is first
-    second = serving.book._records[2]
+    second = serving.driver._ledger._records[2]
     for edge in range(MAX_RECORDS + 1, MAX_RECORDS + 3):
         serving.receive(Assign(0, edge))
-    assert len(serving.book._records) == MAX_RECORDS
+    assert len(serving.driver._ledger._records) == MAX_RECORDS
     serving.receive(Assign(0, 1))
     assert serving.record is first
     serving.receive(Assign(0, 2))
     assert serving.record is not second
-    assert len(serving.book._records) == MAX_RECORDS
+    assert len(serving.driver._ledger._records) == MAX_RECORDS
 
 
 def test_a_new_gateway_numbers_its_edges_anew() -> None:
@@ -506,16 +536,16 @@ def test_a_new_gateway_numbers_its_edges_anew() -> None:
     for frame in (EngineWelcome(1), Edges(1), Assign(0, 1)):
         serving.receive(frame)
     serving.decode(30)
-    assert serving.plan() == Plan()
+    assert serving.plan() == StepPlan()
 
 
 def test_a_new_edge_is_not_waited_for_before_there_is_a_commit_that_it_could_answer_and_it_has_answered_one() -> None:
-    serving = Serving(new_book(mode="wait"))
+    serving = Serving(new_driver(mode="wait"))
     assert serving.plan().holds
     serving.receive(Assign(0, 1))
-    assert serving.plan() == Plan()
+    assert serving.plan() == StepPlan()
     serving.decode(30)
-    assert serving.plan() == Plan()
+    assert serving.plan() == StepPlan()
     serving.propose([31])
     serving.decode(31, 32, num_verified=1)
     assert serving.plan().holds
@@ -524,7 +554,7 @@ def test_a_new_edge_is_not_waited_for_before_there_is_a_commit_that_it_could_ans
 def test_an_edge_that_passes_is_not_waited_for_at_this_position_only() -> None:
     serving = Serving()
     serving.give_up()
-    assert serving.plan() == Plan()
+    assert serving.plan() == StepPlan()
     serving.decode(30)
     assert serving.plan().holds.keys() == {"r"}
 
@@ -548,25 +578,25 @@ def test_a_request_that_loses_its_edge_is_not_held(frame: Frame) -> None:
     serving = Serving()
     assert serving.plan().holds
     serving.receive(frame)
-    assert serving.plan() == Plan()
+    assert serving.plan() == StepPlan()
 
 
 def test_a_lost_gateway_frees_everything_and_leaves_the_drafts_that_are_there() -> None:
     serving = Serving()
     held = [40]
-    serving.book.open("held", held, "")
+    serving.driver.open("held", held, "")
     serving.propose([1, 2])
-    serving.book.lost_gateway()
+    serving.receive(Bye(ByeCode.GOING_AWAY, "it is away"))
     rows = [Row("r", 9), Row("held", 9)]
-    assert serving.book.plan(rows, serving.now_s) == Plan(drafts={"r": [1, 2]})
+    assert serving.driver.plan(rows, serving.now_s) == StepPlan(drafts={"r": [1, 2]})
     assert serving.decode(1) == []
-    assert serving.book.close("r") == []
+    assert serving.driver.close("r") == []
 
 
 @pytest.mark.parametrize("load", [Load(prefill=1), Load(is_pressed=True)])
 def test_nobody_is_held_while_there_are_prompts(load: Load) -> None:
     serving = Serving()
-    assert serving.plan(load=load) == Plan()
+    assert serving.plan(load=load) == StepPlan()
     assert serving.plan().holds
 
 
@@ -576,18 +606,18 @@ def test_an_edge_that_a_prompt_leaves_no_time_to_answer_has_not_missed(load: Loa
     serving = Serving()
     assert serving.plan().holds
     serving.now_s += ANSWER_S / 2
-    assert serving.plan(load=load) == Plan()
-    assert serving.book.counters["missed_holds"] == serving.record.num_misses == 0
+    assert serving.plan(load=load) == StepPlan()
+    assert serving.driver.counters["missed_holds"] == serving.record.num_misses == 0
 
 
 def test_who_always_waits_has_not_missed_a_draft_before_the_limit() -> None:
     """In this mode a wait lasts until hold_limit_s, whatever the edge's record says."""
-    serving = Serving(new_book(mode="wait"))
+    serving = Serving(new_driver(mode="wait"))
     until_s = serving.plan().holds["r"]
     serving.now_s += serving.record.late_after_s + ANSWER_S
     assert serving.now_s < until_s
-    assert serving.plan(load=Load(prefill=1)) == Plan()
-    assert serving.book.counters["missed_holds"] == serving.record.num_misses == 0
+    assert serving.plan(load=Load(prefill=1)) == StepPlan()
+    assert serving.driver.counters["missed_holds"] == serving.record.num_misses == 0
 
 
 def test_an_edge_that_often_missed_is_waited_for_again_after_it_was_in_time_for_long() -> None:
@@ -595,7 +625,7 @@ def test_an_edge_that_often_missed_is_waited_for_again_after_it_was_in_time_for_
     serving = Serving()
     for _ in range(30):
         serving.record.missed()
-    assert serving.plan() == Plan()
+    assert serving.plan() == StepPlan()
     for number in range(200):
         serving.now_s += ANSWER_S
         serving.propose([1, 2])
@@ -607,17 +637,17 @@ def test_an_edge_that_often_missed_is_waited_for_again_after_it_was_in_time_for_
 def test_when_room_is_short_the_more_important_request_s_draft_is_verified() -> None:
     serving = Serving()
     other = list(PROMPT)
-    serving.book.open("other", other, "")
-    serving.book.receive(Propose(1, len(other) - 1, (other[-1], 1)), serving.now_s)
-    serving.book._requests["other"].acceptance = serving.book._requests["r"].acceptance
+    serving.driver.open("other", other, "")
+    serving.driver.receive(Propose(1, len(other) - 1, (other[-1], 1)), serving.now_s)
+    serving.driver.named("other").acceptances = serving.driver.named("r").acceptances
     serving.propose([1])
     for priorities, key in (((0, 0), "r"), ((0, -1), "other"), ((-1, 0), "r")):
         rows = [Row(id_, 9, priority) for id_, priority in zip(("r", "other"), priorities, strict=True)]
-        assert serving.book.plan(rows, serving.now_s, Load(room=3)).drafts == {key: [1]}
+        assert serving.driver.plan(rows, serving.now_s, Load(room=3)).drafts == {key: [1]}
 
 
 def test_a_target_for_inter_token_latency_bounds_what_is_verified() -> None:
-    serving = Serving(new_book(token_s=STEP_S / 100))
+    serving = Serving(new_driver(token_s=STEP_S / 100))
     serving.propose([1, 2, 3, 4])
     for limit, num_verified in ((0.9, 0), (1.021, 2), (1.1, 4)):
         load = Load(step_limit_s=limit * STEP_S)
@@ -625,8 +655,8 @@ def test_a_target_for_inter_token_latency_bounds_what_is_verified() -> None:
 
 
 def test_requests_of_others_are_planned_plainly() -> None:
-    assert Serving().book.plan([Row("unknown", 5)], 1.0) == Plan()
-    assert Serving().book.commit("unknown", 0, 1.0) == []
+    assert Serving().driver.plan([Row("unknown", 5)], 1.0) == StepPlan()
+    assert Serving().driver.commit("unknown", 0, 1.0) == []
 
 
 def test_what_is_learnt_late_is_of_the_edge_that_drafted_and_of_what_it_drafted() -> None:
@@ -635,10 +665,10 @@ def test_what_is_learnt_late_is_of_the_edge_that_drafted_and_of_what_it_drafted(
     rates = list(first.acceptance.rates)
     serving.propose([30, 31])
     serving.tokens += [30, 40]
-    serving.book.commit("r", 2, serving.now_s)  # another edge takes over before anything is learnt
+    serving.driver.commit("r", 2, serving.now_s)  # another edge takes over before anything is learnt
     serving.receive(Assign(0, 2))
     other = list(serving.rates)
-    serving.book.learn()
+    serving.driver.learn()
     assert first.acceptance.rates[0] > rates[0]
     assert first.acceptance.rates[1] < rates[1]
     assert serving.rates == other
@@ -650,11 +680,11 @@ def test_whether_it_is_learnt_at_once_or_with_the_next_step_makes_no_difference(
         for token in range(30, 40):
             serving.propose([token, token + 1 if token % 3 else 0])
             serving.tokens += [token, 50]
-            serving.book.commit("r", 2, serving.now_s)
+            serving.driver.commit("r", 2, serving.now_s)
             if not is_late:
-                serving.book.learn()
+                serving.driver.learn()
             serving.step()
-        return serving.rates, dict(serving.book.counters)
+        return serving.rates, dict(serving.driver.counters)
 
     assert learnt(True) == learnt(False)
 
@@ -671,7 +701,7 @@ def test_how_right_a_draft_was_is_learnt_though_it_was_not_verified() -> None:
         assert serving.rates[0] > before[0]
         assert (serving.rates[1] > before[1]) == is_right
         assert (serving.rates[2] == before[2]) != is_right
-    assert serving.book.counters["verified_drafts"] == 2
+    assert serving.driver.counters["verified_drafts"] == 2
 
 
 def test_how_right_a_draft_was_is_learnt_from_what_came_too_late_to_be_verified() -> None:
@@ -742,7 +772,7 @@ def test_only_the_answer_to_a_commit_that_left_no_draft_is_measured() -> None:
 
 def test_how_often_branches_hit_is_learnt_from_drafts_that_were_verified() -> None:
     serving = Serving()
-    hit = serving.book._requests["r"].record.hit
+    hit = serving.record.hit
     for _ in range(40):
         serving.propose([1, 2, 3], branches=[(2, [7, 8])])
         serving.decode(1, 7, num_verified=3)
@@ -750,7 +780,7 @@ def test_how_often_branches_hit_is_learnt_from_drafts_that_were_verified() -> No
     assert hit.mean == pytest.approx(1, abs=0.01)
     for token in range(40):
         serving.decode(token)
-        serving.book.suggest("r", [1])
+        serving.driver.suggest({"r": [1]}, 0.0)
         assert serving.plan().drafts
         serving.decode(1, 2, num_verified=1)
     assert hit.mean == pytest.approx(1, abs=0.01)
@@ -760,7 +790,9 @@ def test_what_is_kept_for_an_edge_that_never_answers_is_bounded() -> None:
     serving = Serving()
     for _ in range(100):
         serving.decode(1)
-    assert len(serving.book._requests["r"].emptied_s) <= 32
+    edge = serving.driver.named("r").edge
+    assert edge is not None
+    assert len(edge.emptied_s) <= 32
 
 
 # -- vLLM's own n-gram drafts -------------------------------------------------------------------------------------
@@ -769,18 +801,18 @@ def test_what_is_kept_for_an_edge_that_never_answers_is_bounded() -> None:
 def test_a_suggestion_is_verified_where_there_is_no_draft_and_instead_of_waiting_for_one() -> None:
     serving = Serving()
     assert serving.plan().holds
-    serving.book.suggest("r", [1, 2, 3, 4, 5])
-    assert serving.plan() == Plan(drafts={"r": [1, 2, 3, 4]})
-    assert serving.plan(limit=2) == Plan(drafts={"r": [1, 2]})
-    assert serving.plan(limit=0) == Plan()
+    serving.driver.suggest({"r": [1, 2, 3, 4, 5]}, 0.0)
+    assert serving.plan() == StepPlan(drafts={"r": [1, 2, 3, 4]})
+    assert serving.plan(limit=2) == StepPlan(drafts={"r": [1, 2]})
+    assert serving.plan(limit=0) == StepPlan()
     serving.propose([7, 8])
-    assert serving.plan() == Plan(drafts={"r": [7, 8]})
+    assert serving.plan() == StepPlan(drafts={"r": [7, 8]})
     serving.decode(7, 8, 9, num_verified=2)
-    assert serving.book.counters["ngram_verified_tokens"] == 0
+    assert serving.driver.counters["ngram_verified_tokens"] == 0
     assert serving.plan().drafts == {}  # forgotten: it was for another position
-    serving.book.suggest("r", [])
+    serving.driver.suggest({"r": []}, 0.0)
     assert serving.plan().drafts == {}
-    serving.book.suggest("unknown", [1])
+    serving.driver.suggest({"unknown": [1]}, 0.0)
 
 
 def test_a_suggestion_is_taken_instead_of_a_draft_if_more_of_it_is_expected_to_be_accepted() -> None:
@@ -788,7 +820,7 @@ def test_a_suggestion_is_taken_instead_of_a_draft_if_more_of_it_is_expected_to_b
 
     def take(draft: list[int], suggestion: list[int]) -> list[int]:
         serving.propose(draft)
-        serving.book.suggest("r", suggestion)
+        serving.driver.suggest({"r": suggestion}, 0.0)
         return serving.plan().drafts["r"]
 
     assert take([7], [1, 2, 3]) == [1, 2, 3]
@@ -804,22 +836,22 @@ def test_a_suggestion_is_taken_instead_of_a_draft_if_more_of_it_is_expected_to_b
 
 
 def test_a_suggestion_needs_no_edge() -> None:
-    book = new_book(num_edges=0)
+    driver = new_driver(num_edges=0)
     tokens = list(PROMPT)
-    book.open("r", tokens, "")
-    book.suggest("r", [1, 2])
-    assert book.plan([Row("r", 9)], 1.0) == Plan(drafts={"r": [1, 2]})
+    driver.open("r", tokens, "")
+    driver.suggest({"r": [1, 2]}, 0.0)
+    assert driver.plan([Row("r", 9)], 1.0) == StepPlan(drafts={"r": [1, 2]})
     tokens += [1, 2, 3]
-    assert book.commit("r", 2, 1.0) == []
-    book.learn()
-    assert book.counters["ngram_accepted_tokens"] == book.counters["ngram_verified_tokens"] == 2
+    assert driver.commit("r", 2, 1.0) == []
+    driver.learn()
+    assert driver.counters["ngram_accepted_tokens"] == driver.counters["ngram_verified_tokens"] == 2
 
 
 def test_suggestions_that_do_not_pay_are_left_until_they_were_right_unverified() -> None:
-    serving = Serving(new_book(token_s=STEP_S / 10))
+    serving = Serving(new_driver(token_s=STEP_S / 10))
 
     def is_used(suggestion: list[int], decided: list[int]) -> bool:
-        serving.book.suggest("r", suggestion)
+        serving.driver.suggest({"r": suggestion}, 0.0)
         draft = serving.plan().drafts.get("r", [])
         assert draft == suggestion[: len(draft)]
         serving.decode(*decided, num_verified=len(draft))
@@ -837,17 +869,17 @@ def test_suggestions_that_do_not_pay_are_left_until_they_were_right_unverified()
 
 def test_what_a_suggestion_was_worth_says_nothing_of_the_edge() -> None:
     serving = Serving()
-    before = dict(serving.book.counters)
+    before = dict(serving.driver.counters)
     rates = list(serving.rates)
     held_until_s = serving.plan().holds["r"] - serving.now_s
     serving.decode(60)
     for token in range(30):
-        serving.book.suggest("r", [token, 99])
+        serving.driver.suggest({"r": [token, 99]}, 0.0)
         assert serving.plan().drafts["r"] == [token, 99]
         serving.decode(token, 50, num_verified=2)
     assert serving.plan().holds["r"] - serving.now_s == pytest.approx(held_until_s)
     assert serving.rates == rates
-    counters = serving.book.counters
+    counters = serving.driver.counters
     for name in ("verified_drafts", "verified_tokens", "accepted_tokens", "tree_hits", "missed_holds"):
         assert counters[name] == before.get(name, 0)
     assert (counters["ngram_verified_tokens"], counters["ngram_accepted_tokens"]) == (60, 30)
@@ -857,46 +889,46 @@ def test_what_a_suggestion_was_worth_says_nothing_of_the_edge() -> None:
 
 
 def test_a_prediction_is_verified_where_there_is_no_edge_and_followed_as_the_answer_grows() -> None:
-    book = new_book(num_edges=0)
+    driver = new_driver(num_edges=0)
     tokens = list(PROMPT)
-    book.open("r", tokens, "")
+    driver.open("r", tokens, "")
     tokens += [1, 2]
-    book.commit("r", 0, 1.0)
-    book.predict("r", [1, 2, 3, 4, 5, 6, 7, 8])  # comes late, and is caught up with
-    assert book.predicted == {"r"}
-    assert book.plan([Row("r", 9)], 1.0) == Plan(drafts={"r": [3, 4, 5, 6]})
+    driver.commit("r", 0, 1.0)
+    driver.predict("r", [1, 2, 3, 4, 5, 6, 7, 8])  # comes late, and is caught up with
+    assert driver.locally_drafted == {"r"}
+    assert driver.plan([Row("r", 9)], 1.0) == StepPlan(drafts={"r": [3, 4, 5, 6]})
     tokens += [3, 4, 9]  # the target says another token than 5
-    book.commit("r", 4, 2.0)
-    assert book.plan([Row("r", 9)], 2.0) == Plan(drafts={"r": [6, 7, 8]})
-    book.learn()
-    assert book.counters["prediction_verified_tokens"] == 4
-    assert book.counters["prediction_accepted_tokens"] == 2
-    assert book.counters["prediction_verified_drafts"] == 1
-    book.close("r")
-    assert book.predicted == set()
+    driver.commit("r", 4, 2.0)
+    assert driver.plan([Row("r", 9)], 2.0) == StepPlan(drafts={"r": [6, 7, 8]})
+    driver.learn()
+    assert driver.counters["prediction_verified_tokens"] == 4
+    assert driver.counters["prediction_accepted_tokens"] == 2
+    assert driver.counters["prediction_verified_drafts"] == 1
+    driver.close("r")
+    assert driver.locally_drafted == set()
 
 
 @pytest.mark.parametrize("said", [[], [1, VOCAB_SIZE], [-1, 1]])
 def test_a_prediction_that_is_none_is_left_out_and_counted(said: list[int]) -> None:
-    book = new_book(num_edges=0)
-    book.open("r", list(PROMPT), "")
-    book.predict("r", said)
-    book.predict("another", [1])
-    assert book.predicted == set()
-    assert book.counters["refused_predictions"] == 1
-    assert book.plan([Row("r", 9)], 1.0) == Plan()
+    driver = new_driver(num_edges=0)
+    driver.open("r", list(PROMPT), "")
+    driver.predict("r", said)
+    driver.predict("another", [1])
+    assert driver.locally_drafted == set()
+    assert driver.counters["refused_predictions"] == 1
+    assert driver.plan([Row("r", 9)], 1.0) == StepPlan()
 
 
 def test_what_a_prediction_was_worth_says_nothing_of_the_edge() -> None:
     serving = Serving()
-    rates, verified = list(serving.rates), serving.book.counters["verified_tokens"]
-    serving.book.predict("r", [18, 19, 20, 21, 22, *[7] * 40])
+    rates, verified = list(serving.rates), serving.driver.counters["verified_tokens"]
+    serving.driver.predict("r", [18, 19, 20, 21, 22, *[7] * 40])
     for _ in range(20):
         draft = serving.plan().drafts.get("r", [])
         serving.decode(8, num_verified=len(draft))
     assert serving.rates == rates
-    assert serving.book.counters["verified_tokens"] == verified
-    assert serving.book.counters["prediction_verified_tokens"] > 0
+    assert serving.driver.counters["verified_tokens"] == verified
+    assert serving.driver.counters["prediction_verified_tokens"] > 0
 
 
 # -- counters -----------------------------------------------------------------------------------------------------
@@ -913,7 +945,7 @@ def test_what_an_engine_reports_is_what_happened() -> None:
     serving.propose([1, 2], after=length)
     serving.propose([1, 2], after=length)
     serving.propose([1, 2, 9, 5, 6], after=length)
-    [report, _] = serving.book.close("r")
+    [report, _] = serving.driver.close("r")
     assert isinstance(report, Report)
     said = dict(zip((name for name, _ in REQUEST_COUNTERS), report.values, strict=True))
     assert said == {
@@ -936,23 +968,84 @@ def test_what_an_engine_reports_is_what_happened() -> None:
         "round_trips_saved": 1,
         "ahead_tokens": 1 + 1 + 3 + 2,
     }
-    assert serving.book.counters["verified_drafts"] == 3
-    assert serving.book.counters["proposals_mismatch"] == 1
+    assert serving.driver.counters["verified_drafts"] == 3
+    assert serving.driver.counters["proposals_mismatch"] == 1
 
 
 def test_a_counter_that_no_longer_fits_says_so() -> None:
     serving = Serving()
-    serving.book._requests["r"].counters["steps"] = MAX_UINT32 + 7
-    [report, _] = serving.book.close("r")
+    serving.driver.named("r").counters["steps"] = MAX_UINT32 + 7
+    [report, _] = serving.driver.close("r")
     assert isinstance(report, Report)
     assert report.values[0] == MAX_UINT32
 
 
 def test_frames_that_a_gateway_has_no_business_sending_are_counted() -> None:
-    book = new_book()
-    assert book.receive(Pong(1), 1.0) == []
-    assert book.receive(Open(0, 1, 1, 1, ""), 1.0) == []
-    assert book.counters["unexpected_frames"] == 2
+    driver = new_driver()
+    assert driver.receive(Pong(1), 1.0) == []
+    assert driver.receive(Open(0, 1, 1, 1, ""), 1.0) == []
+    assert driver.counters["unexpected_frames"] == 2
+
+
+# -- a step has two ends -----------------------------------------------------------------------------------------
+
+
+def test_what_a_step_verified_for_a_request_that_ended_in_it_is_booked_to_that_step() -> None:
+    serving = Serving()
+    serving.step(30)
+    serving.propose([31, 32])
+    plan = serving.plan()
+    serving.driver.take_groups()
+    started_s, serving.now_s = serving.now_s, serving.now_s + STEP_S
+    serving.tokens += [31, 32, 33]
+    frames = serving.driver.end(plan, [RequestOutcome("r", 3, 2, is_over=True)], Step(started_s, serving.now_s))
+    [group] = serving.driver.take_groups()
+    assert (group.requests, group.verified, group.accepted) == (1, 2, 2)
+    assert group.ended_s == serving.now_s
+    commit, report, close = frames
+    assert isinstance(commit, Commit)
+    assert commit.tokens == (31, 32, 33)
+    assert isinstance(report, Report)
+    assert report.values[VERIFIED] == serving.driver.counters["verified_tokens"]
+    assert close == Close(0, CloseReason.FINISHED)
+
+
+def test_what_a_request_made_in_its_last_step_is_priced_by_that_step() -> None:
+    """Not by the one before, which may have been of another size."""
+
+    def speedup(num_right_at_last: int) -> float:
+        serving = Serving()
+        serve(serving, 50, 0)
+        plan = serving.plan()
+        started_s, serving.now_s = serving.now_s, serving.now_s + STEP_S
+        serving.tokens += [1] * (1 + num_right_at_last)
+        outcome = RequestOutcome("r", 1 + num_right_at_last, num_right_at_last, is_over=True)
+        serving.driver.end(plan, [outcome], Step(started_s, serving.now_s))
+        return serving.driver.speedup
+
+    assert speedup(4) > speedup(0) == pytest.approx(1, rel=0.02)
+
+
+def test_a_plan_may_be_asked_for_several_times_and_counts_once() -> None:
+    """An engine whose edge is busy asks more often; its probes are to come no sooner."""
+    serving = Serving()
+    for _ in range(FIRST_PROBE_AFTER):
+        serving.propose([1])
+        plans = [serving.driver.begin([Row("r", 9)], serving.now_s, Load(room=1)) for _ in range(3)]
+        assert plans[0] == plans[1] == plans[2] == StepPlan()
+        assert serving.driver._probing.num_refused < FIRST_PROBE_AFTER
+        serving.driver.start(plans[-1])
+        serving.decode(1)
+    assert serving.driver._probing.num_refused == FIRST_PROBE_AFTER
+
+
+def test_a_request_in_several_plans_is_held_once() -> None:
+    serving = Serving()
+    for _ in range(3):
+        assert serving.driver.begin([Row("r", 9)], serving.now_s).holds
+    assert serving.driver.counters["holds"] == 0
+    serving.plan()
+    assert serving.driver.counters["holds"] == 1
 
 
 # -- whatever happens ---------------------------------------------------------------------------------------------
@@ -1006,13 +1099,13 @@ histories = st.lists(acts, min_size=10, max_size=60)
 
 
 class Engine:
-    """Does what an engine does around a book, and what a gateway of any kind may send meanwhile."""
+    """Does what an engine does around a driver, and what a gateway of any kind may send meanwhile."""
 
     def __init__(self, limit: int) -> None:
-        self.book = new_book(num_edges=0)
+        self.driver = new_driver(num_edges=0)
         self.limit = limit
         self.views: dict[str, list[int]] = {}
-        self.plan = Plan()
+        self.plan = StepPlan()
         self.now_s = 0.0
         self.counted: list[dict[str, int]] = []
         """Of each request that ended: its counters, and how many of the tokens committed its tree held."""
@@ -1027,7 +1120,7 @@ class Engine:
             case GoodDraft():
                 self._draft(f"r{act.i}", act)
             case _:
-                self._publish(self.book.receive(act, self.now_s))
+                self._publish(self.driver.receive(act, self.now_s))
         self.look()
 
     def _publish(self, frames: Sequence[Frame]) -> None:
@@ -1041,22 +1134,22 @@ class Engine:
                     assert frame.tokens
                     assert frame.base == len(heard)
                     heard += frame.tokens
-                    assert heard == self.views[self.book._ids[frame.request]][: len(heard)]
+                    assert heard == self.views[self.driver._ledger._ids[frame.request]][: len(heard)]
                 case Close():
                     del self._heard[frame.request]
                 case _:
                     assert isinstance(frame, Report)
 
     def look(self) -> None:
-        """Plan, and see that all of it may be done."""
-        self.plan = plan = self.book.plan([Row(f"r{i}", self.limit) for i in range(3)], self.now_s)
+        """StepPlan, and see that all of it may be done."""
+        self.plan = plan = self.driver.plan([Row(f"r{i}", self.limit) for i in range(3)], self.now_s)
         assert plan.drafts.keys() | plan.holds.keys() <= self.views.keys()
         assert not plan.drafts.keys() & plan.holds.keys()
         for id_, draft in plan.drafts.items():
             assert 0 < len(draft) <= min(self.limit, MAX_DRAFT)
             assert all(0 <= token < VOCAB_SIZE for token in draft)
-            request = self.book._requests[id_]
-            match request.source:
+            request = self.driver.named(id_)
+            match plan.verdict(id_)[0]:
                 case Source.NGRAM:
                     known = request.suggestion
                 case Source.PREDICTION:
@@ -1071,13 +1164,13 @@ class Engine:
         view = self.views.get(id_)
         if act.kind == "open" and view is None:
             self.views[id_], self._held[id_] = [0, *act.tokens], 0
-            self._publish(self.book.open(id_, self.views[id_], ""))
+            self._publish(self.driver.open(id_, self.views[id_], ""))
         elif act.kind == "close":
             self._close(id_)
         elif act.kind == "suggest":
-            self.book.suggest(id_, act.tokens)
+            self.driver.suggest({id_: act.tokens}, 0.0)
         elif act.kind == "predict":
-            self.book.predict(id_, act.tokens)
+            self.driver.predict(id_, act.tokens)
         elif act.kind == "step" and view is not None:
             self._step(id_, view, act.tokens)
 
@@ -1088,25 +1181,25 @@ class Engine:
             (i for i, pair in enumerate(zip(draft, chosen, strict=False)) if pair[0] != pair[1]), len(draft)
         )
         tokens = chosen[: num_right + 1]
-        node = self.book._requests[id_].tree._root
+        node = self.driver.named(id_).tree._root
         for token in tokens:
             if token not in node.children:
                 break
             node = node.children[token]
             self._held[id_] += 1
         view += tokens
-        self._publish(self.book.commit(id_, len(draft), self.now_s))
+        self._publish(self.driver.commit(id_, len(draft), self.now_s))
 
     def _draft(self, id_: str, draft: GoodDraft) -> None:
         if id_ in self.views:
             base = max(0, len(self.views[id_]) - 1 - draft.back)
             tokens = (*self.views[id_][base:], *draft.tokens)
             forks = tuple(number for fork in draft.branches for number in fork)
-            self.book.receive(Propose(self.book._requests[id_].number, base, tokens, forks), self.now_s)
+            self.driver.receive(Propose(self.driver.named(id_).number, base, tokens, forks), self.now_s)
 
     def _close(self, id_: str) -> None:
-        request = self.book._requests.get(id_)
-        frames = self.book.close(id_)
+        request = self.driver._ledger.find(id_)
+        frames = self.driver.close(id_)
         self._publish(frames)
         if self.views.pop(id_, None) is None or request is None:
             assert frames == []
@@ -1118,7 +1211,7 @@ class Engine:
     def end(self) -> None:
         for id_ in list(self.views):
             self._close(id_)
-        assert len(self.book) == 0
+        assert len(self.driver) == 0
 
 
 START = [Act("open", 0, [0]), Edges(1), Act("open", 1, [1]), Assign(0, 1), Assign(1, 1)]
@@ -1131,7 +1224,7 @@ def test_whatever_a_hostile_gateway_sends_only_legal_drafts_are_offered(
     engine = Engine(limit)
     for act in [*START, *acts]:
         engine.do(act)
-    assert len(engine.book) == len(engine.views)
+    assert len(engine.driver) == len(engine.views)
 
 
 @given(histories, st.integers(1, 6))
@@ -1153,19 +1246,19 @@ def test_every_proposed_and_every_committed_token_is_accounted_for(
         assert said["accepted_tokens"] <= min(said["verified_tokens"], counters["held"])
         assert said["tree_hits"] <= said["round_trips_saved"] <= said["steps"]
     for name, _ in REQUEST_COUNTERS:
-        assert engine.book.counters[name] == sum(counters.get(name, 0) for counters in engine.counted)
+        assert engine.driver.counters[name] == sum(counters.get(name, 0) for counters in engine.counted)
 
 
 # -- what steps take ----------------------------------------------------------------------------------------------
 
 
 def test_one_slow_step_does_not_keep_a_lookup_that_is_right_from_being_verified() -> None:
-    serving = Serving(new_book(token_s=STEP_S / 100))
+    serving = Serving(new_driver(token_s=STEP_S / 100))
     for token in range(100):
         serving.step(token)
     serving.step(1, 2, num_verified=1, took_s=10 * STEP_S)
     for token in range(30):
-        serving.book.suggest("r", [token, 0, 0, 0])
+        serving.driver.suggest({"r": [token, 0, 0, 0]}, 0.0)
         num_verified = len(serving.plan().drafts.get("r", ()))
         assert num_verified
         serving.step(token, 99, num_verified=num_verified, took_s=STEP_S * 1.01)
@@ -1194,7 +1287,7 @@ def verified_of_three(serving: Serving, token_s: float) -> int:
 
 def test_where_drafts_do_not_pay_a_little_is_tried_now_and_then_until_they_do() -> None:
     """What verifying costs is seen by verifying."""
-    serving = Serving(new_book(token_s=2 * STEP_S))
+    serving = Serving(new_driver(token_s=2 * STEP_S))
     while_costly = [verified_of_three(serving, 2 * STEP_S) for _ in range(4 * PROBE_AFTER)]
     tries = [index for index, number in enumerate(while_costly) if number]
     refused = [after - before - 1 for before, after in pairwise([-1, *tries])]
@@ -1205,7 +1298,7 @@ def test_where_drafts_do_not_pay_a_little_is_tried_now_and_then_until_they_do() 
 
 
 def test_what_seems_to_cost_more_than_is_allowed_is_tried_all_the_same_or_it_would_seem_so_for_ever() -> None:
-    serving = Serving(new_book(token_s=2 * STEP_S, max_stretch=1.5))
+    serving = Serving(new_driver(token_s=2 * STEP_S, max_stretch=1.5))
     while_costly = [verified_of_three(serving, 2 * STEP_S) for _ in range(4 * FORCED_AFTER * PROBE_AFTER)]
     tries = [index for index, number in enumerate(while_costly) if number]
     refused = [after - before - 1 for before, after in pairwise([-1, *tries])]
@@ -1242,7 +1335,7 @@ def test_while_all_wait_no_step_is_counted() -> None:
 
 @pytest.mark.parametrize("mode", ["wait", "never-wait"])
 def test_where_all_is_verified_whatever_it_costs_no_step_is_made_plain(mode: str) -> None:
-    serving = Serving(new_book(mode=mode))
+    serving = Serving(new_driver(mode=mode))
     assert all(verified_of_three(serving, 0.0) == 3 for _ in range(2 * PLAIN_PROBE_AFTER))
 
 
@@ -1272,7 +1365,7 @@ def test_steps_and_their_time_are_counted() -> None:
     serving.step(1, took_s=0.25)
     serving.step(1, 2, num_verified=1, took_s=0.5)
     serving.step(took_s=0.125, prefilled=100)
-    assert (serving.book.counters["engine_steps"], serving.book.counters["engine_step_us"]) == (3, 875_000)
+    assert (serving.driver.counters["engine_steps"], serving.driver.counters["engine_step_us"]) == (3, 875_000)
 
 
 def serve(serving: Serving, num_steps: int, num_right: int, took_s: float = STEP_S) -> None:
@@ -1285,9 +1378,9 @@ def serve(serving: Serving, num_steps: int, num_right: int, took_s: float = STEP
 @pytest.mark.parametrize("num_right", [0, 1, 4])
 def test_the_speedup_is_how_many_tokens_a_plain_step_s_time_brings(num_right: int) -> None:
     serving = Serving()
-    assert serving.book.speedup == 1.0
+    assert serving.driver.speedup == 1.0
     serve(serving, 400, num_right)
-    assert serving.book.speedup == pytest.approx(1 + num_right, rel=0.02)
+    assert serving.driver.speedup == pytest.approx(1 + num_right, rel=0.02)
 
 
 def test_neither_prompts_nor_an_idle_server_count_as_slow() -> None:
@@ -1296,14 +1389,14 @@ def test_neither_prompts_nor_an_idle_server_count_as_slow() -> None:
     for _ in range(20):
         serving.plan()
         serving.step(1, took_s=10 * STEP_S, prefilled=1000)
-    assert serving.book.speedup == pytest.approx(2, rel=0.02)
-    serving.book.close("r")
+    assert serving.driver.speedup == pytest.approx(2, rel=0.02)
+    serving.driver.close("r")
     serving.now_s += 1000.0
     serving.tokens = list(PROMPT)
-    serving.book.open("r", serving.tokens, "")
+    serving.driver.open("r", serving.tokens, "")
     serving.step(1, prefilled=len(PROMPT))
     serve(serving, 1, 1)
-    assert serving.book.speedup == pytest.approx(2, rel=0.02)
+    assert serving.driver.speedup == pytest.approx(2, rel=0.02)
 
 
 def test_a_wait_counts_as_time_spent() -> None:
@@ -1312,14 +1405,14 @@ def test_a_wait_counts_as_time_spent() -> None:
         serving.plan()
         serving.now_s += STEP_S
         serving.step(1, 1, num_verified=1)
-    assert serving.book.speedup == pytest.approx(1, rel=0.02)
+    assert serving.driver.speedup == pytest.approx(1, rel=0.02)
 
 
 def test_a_request_may_wait_for_its_draft_once_drafts_have_made_it_faster() -> None:
     """Nobody's tokens are to come much later than without drafts."""
-    serving = Serving(new_book(max_slowdown=1.01))
-    assert serving.plan() == Plan()
+    serving = Serving(new_driver(max_slowdown=1.01))
+    assert serving.plan() == StepPlan()
     serve(serving, 10, 2)
     assert serving.plan().holds
     serve(serving, 200, 0, 1.2 * STEP_S)
-    assert serving.plan() == Plan()
+    assert serving.plan() == StepPlan()

@@ -1,7 +1,9 @@
-"""The test to read first: whatever edges and links do, what is generated is what the target alone would generate."""
+"""A world in virtual time, whatever its edges and links do: requests complete in few steps, and what is offered to the
+target was proposed for exactly what the request has. That outputs are the target's is tests/vllm/test_lossless.py's."""
 
 from collections.abc import Mapping, Sequence
 from random import Random
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate
 from tests.helpers import Guess, HostileEdge, Trouble, World, virtual_edge
+from vllm_specedge.engine.driver import StepDriver, StepPlan
 from vllm_specedge.errors import ByeCode
 from vllm_specedge.gateway.router import Router, RouterLimits
 from vllm_specedge.policy.decision import MODES, HoldLimits
@@ -65,14 +68,14 @@ def edge_for(
 
 
 def serve(world: World, prompts: Mapping[str, Sequence[int]], num_tokens: int) -> None:
-    """Every request completes, and with exactly the target's tokens."""
+    """Every request completes, each draft offered was proposed for its past (World asserts it), and nothing is left."""
     for request_id, prompt in prompts.items():
         world.submit(request_id, prompt, num_tokens)
     world.run()
     for request_id, prompt in prompts.items():
         assert world.finished[request_id].tokens == plain(prompt, num_tokens)
     assert not world.served
-    assert len(world.book) == 0
+    assert len(world.driver) == 0
 
 
 NO_TROUBLE = Trouble()
@@ -104,7 +107,7 @@ EDGES = ["perfect", "good", "random", "hostile", "rude"]
     token_s=st.sampled_from([0.0, 0.001, 0.02]),
     joins_and_leaves=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), max_size=4),
 )
-def test_the_output_is_that_of_plain_decoding_whatever_happens(
+def test_requests_complete_and_only_what_was_proposed_is_offered_whatever_happens(
     seed: int,
     engine_trouble: Trouble,
     edge_trouble: Trouble,
@@ -163,6 +166,24 @@ def test_a_perfect_draft_needs_one_step_for_all_it_drafts_and_one_token_more(tro
     assert sum(num_steps) / len(num_steps) <= least + 8
 
 
+@pytest.mark.parametrize("trouble", [NO_TROUBLE, Trouble(jitter_s=0.05, loss=0.05, doubling=0.2)])
+def test_a_draft_that_nobody_proposed_is_noticed(monkeypatch: pytest.MonkeyPatch, trouble: Trouble) -> None:
+    """An engine that offers what it likes completes all the same, with the same tokens."""
+    begin, random = StepDriver.begin, Random(1)
+
+    def offering_one_that_nobody_proposed(*arguments: Any) -> StepPlan:
+        plan = begin(*arguments)
+        for draft in plan.drafts.values():
+            draft[-1] = random.randrange(VOCAB_SIZE)
+        return plan
+
+    monkeypatch.setattr(StepDriver, "begin", offering_one_that_nobody_proposed)
+    world = World(choose, VOCAB_SIZE, K, edge_trouble=trouble)
+    world.join(0, edge_for(world, quality=1.0))
+    with pytest.raises(AssertionError, match="'r', "):
+        serve(world, {"r": [1, 2, 3]}, 120)
+
+
 def test_without_edges_every_token_is_a_step() -> None:
     world = World(choose, VOCAB_SIZE, K)
     serve(world, {"r": [1, 2, 3]}, 50)
@@ -192,8 +213,8 @@ def test_an_edge_that_falls_silent_costs_two_holds_at_most() -> None:
     world.join(0, edge)
     world.time.after(0.2, lambda: setattr(edge, "send", lambda frame: None))
     serve(world, {"r": [1, 2, 3]}, 200)
-    assert world.book.counters["missed_holds"] <= 2
-    assert world.book.counters["accepted_tokens"] > 0
+    assert world.driver.counters["missed_holds"] <= 2
+    assert world.driver.counters["accepted_tokens"] > 0
 
 
 def test_an_edge_that_joins_in_mid_generation_takes_over() -> None:

@@ -1,0 +1,293 @@
+"""Drafting for one of vLLM's schedulers: what is done before a step, while it is computed, after it, and in between."""
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import Request
+from zmq import ZMQError
+
+from vllm_specedge.adapter.engine_handle import EngineHandle
+from vllm_specedge.adapter.load_report import LoadReport
+from vllm_specedge.adapter.look import look, num_waiting
+from vllm_specedge.adapter.ngrams import NgramLookup
+from vllm_specedge.adapter.parameters import Treatment, treatment
+from vllm_specedge.adapter.prediction_reader import Predictions
+from vllm_specedge.adapter.shared_driver import SharedDriver
+from vllm_specedge.adapter.start import engine_options, start_link
+from vllm_specedge.adapter.tracing import RequestSpans, request_spans
+from vllm_specedge.engine.driver import RequestOutcome, Step, StepDriver, StepPlan
+from vllm_specedge.engine.gateway_link import EngineLink
+from vllm_specedge.engine.gateway_process import GatewayProcess
+from vllm_specedge.errors import UserError
+from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.policy.slo import Targets
+from vllm_specedge.policy.step_cost import StepCost
+from vllm_specedge.wire.frames import is_text
+from vllm_specedge.wire.request_fields import KEY
+
+logger = init_logger("vllm.specedge.scheduler")
+
+_WITHOUT_DRAFTS = (Treatment.ALONE, Treatment.UNDRAFTED)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What runs beside the scheduler's thread, and is stopped with it."""
+
+    predictions: Predictions
+    link: EngineLink | None
+    process: GatewayProcess | None
+
+    def stop(self) -> None:
+        if self.link is not None:
+            self.link.stop()
+        if self.process is not None:
+            self.process.stop()
+        self.predictions.stop()
+
+
+@dataclass(slots=True)
+class _Ending:
+    """A step whose outcome vLLM takes in."""
+
+    plan: StepPlan
+    started_s: float
+    verified: Mapping[str, Sequence[int]]
+    """Draft tokens by request."""
+    over: set[str] = field(default_factory=set)
+    """The requests that ended in it so far."""
+
+    def num_verified(self, request_id: str) -> int:
+        return len(self.verified.get(request_id, ()))
+
+    def outcomes(self, num_scheduled_tokens: Mapping[str, int]) -> list[RequestOutcome]:
+        outcomes = [
+            RequestOutcome(request_id, num_tokens, self.num_verified(request_id), request_id in self.over)
+            for request_id, num_tokens in num_scheduled_tokens.items()
+        ]
+        # A failed transfer of a cache may end requests that were in no step.
+        return outcomes + [RequestOutcome(each, 0, 0, True) for each in self.over - num_scheduled_tokens.keys()]
+
+
+class Drafting:
+    """Makes a StepDriver and vLLM's scheduler one. Its methods are called in the scheduler's thread, under the lock."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        engine: EngineHandle,
+        shared: SharedDriver,
+        targets: Targets,
+        ngrams: NgramLookup | None = None,
+        predictions: Predictions | None = None,
+        spans: RequestSpans | None = None,
+        load_report: LoadReport | None = None,
+    ) -> None:
+        self.shared = shared
+        self.driver = shared.driver
+        self._scheduler = scheduler
+        self._engine = engine
+        self._targets = targets
+        self._ngrams = ngrams
+        self._predictions = predictions
+        self._spans = spans
+        self._load_report = load_report
+        self._alone: set[str] = set()
+        """Requests beside which nothing may be verified."""
+        self._started: deque[tuple[StepPlan, float]] = deque()
+        """The steps that are under way, and when each began."""
+        self._ending: _Ending | None = None
+        """The step whose outcome vLLM takes in just now."""
+
+    # -- before a step ---------------------------------------------------------------------------------------------
+
+    def start_step(self) -> StepPlan:
+        """What the step verifies that begins now, and whom it leaves out."""
+        started_s = time.monotonic()
+        self.shared.unpark()
+        plan = self.shared.planned(self._plan)
+        self.shared.changed()
+        if plan.wait_until_s is not None:
+            plan = self._all_held(plan)
+        self._carry_out(plan)
+        self._started.append((plan, started_s))
+        return plan
+
+    def _carry_out(self, plan: StepPlan) -> None:
+        self.driver.start(plan)
+        if self._spans is not None:
+            for request_id in plan.holds:
+                self._spans.held(request_id)
+
+    def _plan(self) -> StepPlan:
+        while self._predictions is not None and self._predictions.read:
+            self.driver.predict(*self._predictions.read.popleft())
+        if self._alone:
+            drafted: set[str] | None = set()
+        else:
+            drafted = None if self.driver.num_edges else self.driver.locally_drafted
+        rows, load = look(self._scheduler, self._targets, drafted)
+        return self.driver.begin(rows, time.monotonic(), load)
+
+    def _all_held(self, plan: StepPlan) -> StepPlan:
+        """A step in which nothing would run.
+
+        An engine inside of the caller's process (LLM without multiprocessing) has no loop that could sleep: wait here.
+        """
+        while not self._engine.has_loop and plan.wait_until_s is not None and self.shared.wait(plan.wait_until_s):
+            self.driver.start(plan)
+            self.shared.take_in()
+            plan = self._plan()
+        return plan
+
+    # -- while it is computed, and after ---------------------------------------------------------------------------
+
+    def computing(self) -> None:
+        """The workers have been given their step: what need not be done between two steps is done now."""
+        self.driver.learn()
+
+    def ending_step(self, verified: Mapping[str, Sequence[int]]) -> None:
+        """vLLM takes in what the oldest step decided, which verified these drafts; requests may end in it."""
+        self._ending = _Ending(*self._started.popleft(), verified)
+
+    def end_step(self, num_scheduled_tokens: Mapping[str, int]) -> None:
+        """It has."""
+        ending, self._ending = self._ending, None
+        assert ending is not None
+        self.shared.changed()
+        self.shared.take_in()  # what came during the step was proposed before its tokens were known
+        outcomes = ending.outcomes(num_scheduled_tokens)
+        if not outcomes:
+            return
+        step = Step(ending.started_s, time.monotonic())
+        self.shared.send(self.driver.end(ending.plan, outcomes, step))
+        self._trace(outcomes, step.started_s)
+        if self._load_report is not None:
+            self._load_report.report(self._scheduler, self.driver.cost, step.ended_s)
+        self._look_up()
+
+    def _trace(self, outcomes: list[RequestOutcome], started_s: float) -> None:
+        if self._spans is None:
+            return
+        for outcome in outcomes:
+            request = self._scheduler.requests.get(outcome.request_id)
+            if request is not None:
+                self._spans.stepped(request, outcome.num_verified, started_s)
+
+    def _look_up(self) -> None:
+        """What vLLM's n-gram lookup finds for what comes next; the plan decides what is verified."""
+        if self._ngrams is None or not self.driver.is_lookup_due:
+            return
+        started_s, found = time.monotonic(), {}
+        for request in self._scheduler.running:
+            if request.num_tokens - request.num_computed_tokens == 1:
+                tokens = self._ngrams.propose(request.request_id, request.all_token_ids)
+                if tokens:
+                    found[request.request_id] = tokens
+        self.driver.suggest(found, time.monotonic() - started_s)
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def added(self, request: Request) -> None:
+        """vLLM has taken a request in."""
+        self.shared.changed()
+        parameters = request.sampling_params
+        has_ids = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.mm_features
+        # The end of a streaming-input session comes as another Request of the same id.
+        is_new = self._scheduler.requests.get(request.request_id) is request
+        if parameters is None:
+            return
+        how = treatment(parameters)
+        if how is Treatment.ALONE:
+            self._alone.add(request.request_id)
+        if how in _WITHOUT_DRAFTS or not has_ids or request.resumable or not is_new:
+            return
+        asked = parameters.extra_args or {}
+        session = asked.get("specedge", "")
+        if self._ngrams is not None:
+            self._ngrams.open(request.request_id)
+        if self._spans is not None:
+            self._spans.open(request)
+        self.shared.send(
+            self.driver.open(request.request_id, request.all_token_ids, session if is_text(session) else "")
+        )
+        predicted = asked.get(KEY)
+        if predicted is not None and self._predictions is not None:
+            self._predictions.submit(request.request_id, predicted)
+
+    def freed(self, request: Request) -> None:
+        """vLLM lets go of a request: in a step that ends, or because it was aborted."""
+        request_id, ending = request.request_id, self._ending
+        self.shared.changed()
+        self._alone.discard(request_id)
+        if self._load_report is not None:
+            self._load_report.num_finished += 1
+        if self._ngrams is not None:
+            self._ngrams.close(request_id)
+        if self._spans is not None:
+            if ending is not None:
+                self._spans.stepped(request, ending.num_verified(request_id), ending.started_s)
+            self._spans.close(request)
+        if ending is not None:
+            ending.over.add(request_id)
+        else:
+            self.shared.send(self.driver.close(request_id))
+
+    # -- waiting ---------------------------------------------------------------------------------------------------
+
+    def park(self) -> bool:
+        """Whether there is nothing to do but wait for drafts; if so, the link wakes the engine in time.
+
+        False from this method while the engine is marked as parked is harmless: it runs a step. True must mean that a
+        wake-up is certain, and that vLLM has nothing of its own to do (see docs/design.md, "Parking").
+        """
+        scheduler, engine = self._scheduler, self._engine
+        if not engine.has_loop or not self.driver.num_edges or not scheduler.running:
+            return False
+        has_connector = scheduler.connector is not None or scheduler.ec_connector is not None
+        if num_waiting(scheduler) or scheduler.finished_req_ids or has_connector:
+            return False
+        if scheduler.pause_state != PauseState.UNPAUSED or not engine.is_running():
+            return False
+        plan = self.shared.planned(self._plan)
+        if plan.wait_until_s is None:
+            return False
+        self._carry_out(plan)
+        self.shared.changed()  # time goes by
+        return self.shared.park(plan.wait_until_s)
+
+
+def start_drafting(scheduler: Any, engine: EngineHandle) -> tuple[Drafting, Services]:
+    """All that a scheduler needs for it; without a gateway where none can be started, which a line says."""
+    config = scheduler.vllm_config
+    options = engine_options(config)
+    num_spec_tokens, max_model_len = scheduler.num_spec_tokens, scheduler.max_model_len
+    lookup = (options.prompt_lookup_min, options.prompt_lookup_max, max_model_len)
+    # It compiles while the profile waits for the workers.
+    ngrams = NgramLookup(num_spec_tokens, *lookup) if options.ngram else None
+    limits = HoldLimits(
+        hold_limit_s=options.hold_limit_ms / 1000,
+        mode=options.mode,
+        max_slowdown=options.max_slowdown,
+        max_stretch=options.max_stretch,
+    )
+    cost = StepCost(engine.step_profile(scheduler.max_num_scheduled_tokens))
+    shared = SharedDriver(StepDriver(config.model_config.get_vocab_size(), num_spec_tokens, limits, cost), engine)
+    tokenizer = getattr(scheduler.structured_output_manager, "tokenizer", None)
+    predictions = Predictions(tokenizer, max_model_len)
+    load_report = LoadReport(config, options.targets) if options.slo else None
+    spans = request_spans(config)
+    drafting = Drafting(scheduler, engine, shared, options.targets, ngrams, predictions, spans, load_report)
+    process = None
+    try:
+        shared.link, process = start_link(config, options, tokenizer, wake=shared.wake, stats=shared.stats)
+    except UserError as error:
+        logger.error("Serving without edge drafts: %s", error)
+    except (OSError, ZMQError):
+        logger.exception("Serving without edge drafts: the gateway cannot be started")
+    return drafting, Services(predictions, shared.link, process)

@@ -1,0 +1,49 @@
+"""What the policy is told of vLLM's scheduler: who could decode in the next step, and what else there is to do."""
+
+from math import inf
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+from vllm_specedge.engine.driver import Row
+from vllm_specedge.policy.decision import Load
+from vllm_specedge.policy.slo import Targets
+
+
+def look(scheduler: Any, targets: Targets, drafted: set[str] | None) -> tuple[list[Row], Load]:
+    """Rows for the requests of `drafted`; None: for all that decode.
+
+    Where few have a draft only those are rows, for a row costs microseconds and there may be hundreds of requests.
+    """
+    is_scarce = _is_scarce(scheduler)
+    rows, prefill, context, num_others, step_limit_s = [], 0, 0, 0, inf
+    for request in scheduler.running:
+        num_left = request.num_tokens - request.num_computed_tokens
+        if request.status != RequestStatus.RUNNING or num_left != 1:
+            prefill += num_left
+            continue
+        context += request.num_tokens
+        step_limit_s = min(step_limit_s, targets.of(request.priority).itl_s)
+        if drafted is not None and request.request_id not in drafted:
+            num_others += 1
+            continue
+        left = min(request.max_tokens - request.num_output_tokens, scheduler.max_model_len - request.num_tokens)
+        if is_scarce:
+            left = min(left, 1 + -request.num_tokens % scheduler.block_size)
+        rows.append(Row(request.request_id, left - 1, request.priority))
+    is_pressed = num_waiting(scheduler) > 0
+    if is_pressed and len(scheduler.running) < scheduler.max_num_running_reqs:
+        prefill += next((request.num_tokens for request in scheduler.waiting), 0)
+    room = scheduler.max_num_scheduled_tokens
+    return rows, Load(context, num_others, min(prefill, room), is_pressed, room, step_limit_s=step_limit_s)
+
+
+def num_waiting(scheduler: Any) -> int:
+    """Requests that are not admitted yet, in whichever queue of vLLM's."""
+    return len(scheduler.waiting) + len(scheduler.kv_holding_waiting) + len(scheduler.deferred_waiting)
+
+
+def _is_scarce(scheduler: Any) -> bool:
+    """Not every request can get a block of the cache for its next token and one for its draft."""
+    num_free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    return num_free < 2 * len(scheduler.kv_cache_config.kv_cache_groups) * len(scheduler.running)

@@ -1,0 +1,384 @@
+"""The drafting of one engine, step by step: what the next step verifies, and what came of it. Pure.
+
+Whoever runs steps drives this: vLLM's scheduler (`adapter/`), the simulation, the tests, the benchmarks.
+
+    plan = driver.begin(rows, now_s, load)      a choice; may be asked any number of times for one step
+    driver.start(plan)                          it is carried out: a step begins with it, or all wait
+    driver.learn()                              if there is time while the step is computed; else `end` does it
+    frames = driver.end(plan, outcomes, step)   the step is done; a request that ended in it is an outcome like others
+
+`open`, `close` and `receive` may come at any time between; frames that are returned go to the gateway.
+
+Rule 1: nothing here can change a token. A draft is offered for exactly the tokens the request has, or not at all.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from vllm_specedge.engine.learning import Learning, Lesson
+from vllm_specedge.engine.ledger import RequestLedger
+from vllm_specedge.engine.predicted_output import Prediction
+from vllm_specedge.engine.requests import DraftedRequest, Source
+from vllm_specedge.engine.speedup import Speedup
+from vllm_specedge.policy.acceptance import Acceptance
+from vllm_specedge.policy.decision import HOLDING_MODES, Awaited, Candidate, HoldLimits, Load, awaited, decide
+from vllm_specedge.policy.edge_record import EdgeRecord
+from vllm_specedge.policy.ngram_budget import NgramBudget
+from vllm_specedge.policy.probing import Probing
+from vllm_specedge.policy.step_cost import StepCost
+from vllm_specedge.wire.frames import Frame
+from vllm_specedge.wire.telemetry import Group
+
+NOTHING_ELSE = Load()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A running request that could decode in the next step, with room for `limit` draft tokens: in the request, in the
+    model's context and, where the cache is nearly full, in the blocks that the request has already."""
+
+    request_id: str
+    limit: int
+    priority: int = 0
+    """As vLLM's: smaller is more important."""
+
+
+class _Choice(NamedTuple):
+    """What could be done for a request in the next step."""
+
+    request: DraftedRequest
+    candidate: Candidate
+    draft: Sequence[int]
+    source: Source
+    """Whose draft it is."""
+    has_edge_draft: bool
+    """Its edge has a draft for it, which may be another one."""
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """For the next step: drafts to verify, and until when to hold others. A request in neither decodes plainly."""
+
+    drafts: dict[str, list[int]] = field(default_factory=dict)
+    holds: dict[str, float] = field(default_factory=dict)
+    wait_until_s: float | None = None
+    """All wait, this long at most: nobody is to run before something arrives."""
+    made_s: float = field(default=0.0, compare=False)
+    num_rows: int = field(default=0, compare=False)
+    """Requests that could decode."""
+    context: int = field(default=0, compare=False)
+    """Tokens that these have in the cache."""
+    choices: dict[str, _Choice] = field(default_factory=dict, compare=False)
+    """By request id; for `start` and `end`."""
+
+    def verdict(self, request_id: str) -> tuple[Source, bool]:
+        """Whose draft a request verifies, if it verifies one, and whether its edge has one that is left unverified."""
+        choice = self.choices.get(request_id)
+        if choice is None:
+            return Source.EDGE, False
+        is_left_out = choice.source is not Source.EDGE or request_id not in self.drafts
+        return choice.source, is_left_out and choice.has_edge_draft
+
+
+class RequestOutcome(NamedTuple):
+    """What a step did for one request; its view of tokens has grown by what was decided."""
+
+    request_id: str
+    num_tokens: int = 1
+    """Computed for it: of its prompt or, where it decodes, one and its draft."""
+    num_verified: int = 0
+    """Draft tokens among them."""
+    is_over: bool = False
+    """It finished, or was aborted, in this step."""
+
+
+class Step(NamedTuple):
+    """When a step began and ended; if that is the same, it was not timed, and nothing is learned of what it cost."""
+
+    started_s: float
+    ended_s: float
+
+
+class StepDriver:
+    """The live requests of one engine, their proposal trees and what is learned from their steps."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_draft: int,
+        limits: HoldLimits,
+        cost: StepCost,
+        acceptance_of: Callable[[EdgeRecord], Acceptance] = lambda record: Acceptance(record.acceptance),
+    ) -> None:
+        """`cost`: what is known of it so far. `acceptance_of`: what is expected of an edge's drafts for a request."""
+        self.counters: Counter[str] = Counter()
+        self.cost = cost
+        self._max_draft = max_draft
+        self._limits = limits
+        self._ledger = RequestLedger(vocab_size, max_draft, self.counters, acceptance_of)
+        self._ngram_budget = NgramBudget()
+        self._learning = Learning(self._ngram_budget)
+        self._probing = Probing()
+        self._speedup = Speedup(self.counters)
+        self._suggested: set[str] = set()
+        self._predicted: set[str] = set()
+        self._row_s = 0.0
+        """What a token takes in a plain step like the last one."""
+        self._num_rows = 0
+
+    def __len__(self) -> int:
+        return len(self._ledger)
+
+    @property
+    def num_edges(self) -> int:
+        """Edges that could draft here."""
+        return self._ledger.num_edges
+
+    @property
+    def speedup(self) -> float:
+        """Tokens per second of late, over what plain steps are thought to give."""
+        return self._speedup.ratio
+
+    @property
+    def locally_drafted(self) -> set[str]:
+        """Requests that have, or may have, a draft without any edge: a lookup's, or a predicted output."""
+        return self._suggested | self._predicted
+
+    def take_groups(self) -> list[Group]:
+        """The steps done since this was asked last, or the last ones of them."""
+        groups = self._speedup.groups
+        return [groups.popleft() for _ in range(len(groups))]  # another thread may add one meanwhile
+
+    # -- requests and their drafts ---------------------------------------------------------------------------------
+
+    def open(self, request_id: str, tokens: Sequence[int], session: str) -> list[Frame]:
+        """A request was added; `tokens` is a live view of all its token ids, prompt first."""
+        return self._ledger.open(request_id, tokens, session)
+
+    def close(self, request_id: str) -> list[Frame]:
+        """A request was aborted between two steps, or is not to be drafted for any more."""
+        self.learn()
+        self._predicted.discard(request_id)
+        self._suggested.discard(request_id)
+        frames = self._ledger.close(request_id)
+        if not self._ledger:
+            self._speedup.idle()
+        return frames
+
+    def receive(self, frame: Frame, now_s: float) -> list[Frame]:
+        """Take in one frame of the gateway's, or the Bye that says that it is gone; returns what to send back."""
+        return self._ledger.receive(frame, now_s)
+
+    def predict(self, request_id: str, tokens: Sequence[int]) -> None:
+        """What a request's user predicted of its answer; may come while it is answered. Nothing: it was no use."""
+        request = self._ledger.find(request_id)
+        if request is None:
+            return
+        if not tokens or any(not 0 <= token < self._ledger.vocab_size for token in tokens):
+            self.counters["refused_predictions"] += 1
+            return
+        request.prediction = Prediction(tokens)
+        request.prediction.advance(request.tokens[request.num_prompt : request.tree.length])
+        self._predicted.add(request_id)
+
+    @property
+    def is_lookup_due(self) -> bool:
+        """Whether to look up, after the step that ended, what was said before: for `suggest`."""
+        return self._ngram_budget.is_due(self._row_s, self._row_s * self._num_rows)
+
+    def suggest(self, found: Mapping[str, Sequence[int]], took_s: float) -> None:
+        """What a lookup found to follow requests' tokens as they are now, by request id, and how long that took."""
+        for request_id, tokens in found.items():
+            request = self._ledger.find(request_id)
+            if request is not None:
+                request.suggestion = tuple(tokens)
+                self._suggested.add(request_id)
+        self._ngram_budget.answered(took_s)
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def begin(self, rows: Iterable[Row], now_s: float, load: Load = NOTHING_ELSE) -> StepPlan:
+        """What each row does next: verify a draft, wait for one, or decode plainly. Changes nothing."""
+        choices = {}
+        for row in rows:
+            request = self._ledger.find(row.request_id)
+            if request is not None:
+                choices[row.request_id] = self._choice(row, request, now_s)
+        load = replace(load, probe=self._probing.next)
+        candidates = [choice.candidate for choice in choices.values()]
+        decision = decide(candidates, load, self.cost, self.speedup, self._limits, now_s)
+        return StepPlan(
+            drafts={key: list(choices[key].draft[:length]) for key, length in decision.lengths.items()},
+            holds=decision.holds,
+            wait_until_s=decision.wait_until_s,
+            made_s=now_s,
+            num_rows=len(candidates) + load.num_others,
+            context=load.context,
+            choices=choices,
+        )
+
+    def start(self, plan: StepPlan) -> None:
+        """A plan is carried out: a step begins with it or, where it says so, all wait."""
+        self._ledger.begin_step()
+        if plan.wait_until_s is None:
+            has_drafts = any(choice.draft for choice in plan.choices.values())
+            self._probing.started(has_drafts, bool(plan.drafts))
+        for request_id, choice in plan.choices.items():
+            self._note_wait(choice, request_id in plan.holds, plan.made_s)
+
+    def learn(self) -> None:
+        """What is left to learn of the last step."""
+        self._learning.learn()
+
+    def end(self, plan: StepPlan, outcomes: Sequence[RequestOutcome], step: Step) -> list[Frame]:
+        """A step is done that was started with `plan`."""
+        self.learn()
+        if step.ended_s > step.started_s:
+            self._note_step(plan, outcomes, step)
+        self._ngram_budget.stepped()
+        frames: list[Frame] = []
+        num_verified = num_accepted = 0
+        for outcome in outcomes:
+            request = self._ledger.find(outcome.request_id)
+            if request is not None and (num_decided := len(request.tokens) - request.tree.length) > 0:
+                frames += self._commit(request, outcome, plan, step.ended_s)
+                num_verified += outcome.num_verified
+                num_accepted += min(num_decided - 1, outcome.num_verified)
+        if step.ended_s > step.started_s:
+            num_requests = sum(outcome.num_tokens > 0 for outcome in outcomes)
+            took_s = step.ended_s - step.started_s
+            self._speedup.groups.append(Group(step.ended_s, took_s, num_requests, num_verified, num_accepted))
+        for outcome in outcomes:
+            if outcome.is_over:
+                frames += self.close(outcome.request_id)
+        return frames
+
+    # -- how a plan is made ----------------------------------------------------------------------------------------
+
+    def _choice(self, row: Row, request: DraftedRequest, now_s: float) -> _Choice:
+        """What could be verified for a request, or else what is expected for it."""
+        limit = min(row.limit, self._max_draft)
+        draft: Sequence[int] = ()
+        survivals: Sequence[float] = ()
+        source, expected = Source.EDGE, None
+        if limit > 0:
+            draft, survivals, source = _best_draft(request, limit)
+            if source is not Source.EDGE or not draft:
+                expected = self._awaited(request, limit)
+        candidate = Candidate(
+            key=row.request_id,
+            order=request.number,
+            since_s=request.committed_s,
+            priority=row.priority,
+            survivals=survivals,
+            awaited=expected,
+            speedup=request.speedup,
+            waited_s=now_s - request.held_since_s if request.held_since_s is not None else 0.0,
+        )
+        return _Choice(request, candidate, draft, source, request.tree.num_ahead > 0)
+
+    def _awaited(self, request: DraftedRequest, limit: int) -> Awaited | None:
+        edge, length = request.edge, request.tree.length
+        if edge is None or not edge.has_answered or edge.passed_at == length or self._limits.mode not in HOLDING_MODES:
+            return None
+        emptied_s = edge.emptied_s.get(length)
+        if emptied_s is None:
+            return None  # nothing was published for an edge to answer
+        return awaited(edge.record, request.acceptances.edge, emptied_s, limit, self._limits)
+
+    def _note_wait(self, choice: _Choice, is_held: bool, now_s: float) -> None:
+        """Whether a request begins to wait for its draft, or has waited in vain."""
+        request, edge = choice.request, choice.request.edge
+        if is_held and request.held_since_s is None:
+            request.held_since_s = now_s
+        if edge is None or (choice.draft and choice.source is Source.EDGE):
+            return  # there is nobody to wait for, or the draft is there
+        length = request.tree.length
+        if is_held and choice.candidate.awaited is not None:
+            self.counters["holds"] += edge.awaited_at != length
+            edge.awaited_at = length
+        elif edge.awaited_at == length and not is_held:
+            edge.awaited_at = None
+            emptied_s = edge.emptied_s.get(length, now_s)
+            late_s = self._limits.hold_limit_s
+            if self._limits.mode != "wait":
+                late_s = min(late_s, edge.record.late_after_s)
+            if now_s >= emptied_s + late_s:  # else something else ended the wait
+                self.counters["missed_holds"] += 1
+                edge.record.missed()
+
+    # -- how a step ends -------------------------------------------------------------------------------------------
+
+    def _note_step(self, plan: StepPlan, outcomes: Sequence[RequestOutcome], step: Step) -> None:
+        """What the step took, whatever it decided."""
+        took_s = step.ended_s - step.started_s
+        self.counters["engine_steps"] += 1
+        self.counters["engine_step_us"] += int(took_s * 1e6)
+        num_tokens = sum(outcome.num_tokens for outcome in outcomes)
+        num_requests = sum(outcome.num_tokens > 0 for outcome in outcomes)
+        num_verified = sum(outcome.num_verified for outcome in outcomes)
+        # A request that decodes has one token and its draft; what has others is a prompt.
+        prefilled = sum(each.num_tokens for each in outcomes if each.num_tokens != 1 + each.num_verified)
+        self.cost.observe(num_requests, num_tokens, plan.context, took_s, prefilled, num_verified > 0)
+        plain_step_s = self.cost(plan.num_rows, plan.num_rows, plan.context) if plan.num_rows else 0.0
+        self._row_s, self._num_rows = plain_step_s / max(1, plan.num_rows), plan.num_rows
+        self._speedup.stepped(step.started_s, step.ended_s, plan.num_rows, 0.0 if prefilled else plain_step_s)
+
+    def _commit(self, request: DraftedRequest, outcome: RequestOutcome, plan: StepPlan, ended_s: float) -> list[Frame]:
+        """Tokens of a request were decided. Only what the next plan cannot do without is done at once."""
+        tree, edge, num_verified = request.tree, request.edge, outcome.num_verified
+        decided = tuple(request.tokens[tree.length :])
+        self._speedup.committed(request, len(decided), ended_s)
+        source, is_refused = plan.verdict(outcome.request_id)
+        num_ahead, draft = tree.num_ahead, tree.chain(max(len(decided), num_verified + 1))
+        predicted = self._walk(request, decided) if request.prediction is not None else ()
+        done = tree.advance(decided)
+        lesson = Lesson(
+            request,
+            edge.record if edge is not None else None,
+            request.acceptances.edge,
+            draft,
+            decided,
+            num_verified,
+            source,
+            request.suggestion,
+            predicted,
+            num_ahead,
+            done,
+            tree.num_ahead > 0,
+        )
+        self._learning.note(lesson)
+        if edge is not None:
+            is_verified = num_verified > 0 and source is Source.EDGE
+            if edge.has_answered:
+                edge.record.stepped(is_verified, ended_s)
+            num_unused = edge.record.num_unused if edge.has_answered else 0
+            edge.coalescing.committed(len(decided), is_refused, is_verified, num_unused)
+        request.suggestion, request.held_since_s = (), None
+        self._suggested.discard(outcome.request_id)
+        return self._ledger.publish(request, ended_s)
+
+    def _walk(self, request: DraftedRequest, decided: Sequence[int]) -> Sequence[int]:
+        """An answer with a prediction has grown; what had been predicted instead."""
+        assert request.prediction is not None
+        predicted = request.prediction.draft(max(self._max_draft, len(decided)))
+        request.prediction.advance(decided)
+        return predicted
+
+
+def _best_draft(request: DraftedRequest, limit: int) -> tuple[Sequence[int], Sequence[float], Source]:
+    """The draft of which most is expected to be accepted, its survivals, and whose it is."""
+    draft: Sequence[int] = request.tree.chain(limit)
+    survivals, source = request.acceptances.edge.survivals(len(draft)), Source.EDGE
+    if request.suggestion:
+        suggested = request.acceptances.ngram.survivals(min(limit, len(request.suggestion)))
+        if sum(suggested) > sum(survivals):
+            draft, survivals, source = request.suggestion, suggested, Source.NGRAM
+    if request.prediction is not None:
+        prediction = request.prediction.draft(limit)
+        predicted = request.acceptances.prediction.survivals(len(prediction))
+        if sum(predicted) > sum(survivals):
+            draft, survivals, source = prediction, predicted, Source.PREDICTION
+    return draft, survivals, source

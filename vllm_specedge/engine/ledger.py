@@ -1,0 +1,222 @@
+"""What an engine and its gateway tell each other of requests. Pure: frames in, frames out.
+
+Rule 1: whatever the gateway says may be late, wrong or hostile: it is checked, dropped and counted, never raised on.
+Rule 2: nothing is published while no edge could use it, and seldom where drafts are not verified.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+
+from vllm_specedge.engine.learning import learn_answer, learn_from_late
+from vllm_specedge.engine.proposal_tree import Fate, Insertion, ProposalTree
+from vllm_specedge.engine.requests import Acceptances, Assignment, DraftedRequest
+from vllm_specedge.errors import RemoteProtocolError
+from vllm_specedge.policy.acceptance import Acceptance
+from vllm_specedge.policy.edge_record import EdgeRecord
+from vllm_specedge.wire.frames import (
+    MAX_UINT32,
+    Assign,
+    Bye,
+    Close,
+    CloseReason,
+    Edges,
+    EngineWelcome,
+    Frame,
+    Open,
+    Propose,
+    Report,
+    commits,
+)
+from vllm_specedge.wire.telemetry import request_values
+
+_DISCARDED = {
+    Fate.LATE: "discarded_late",
+    Fate.MISMATCH: "discarded_mismatch",
+    Fate.GAP: "discarded_gap",
+    Fate.FULL: "discarded_over_budget",
+}
+MAX_OPENED_TOKENS = 16_384
+"""Tokens of requests opened in one step, about: the engine's thread encodes them."""
+MAX_RECORDS = 4096
+"""Edges whose records are kept, those assigned last."""
+
+
+class RequestLedger:
+    """The live requests of one engine, as its gateway knows them."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_draft: int,
+        counters: Counter[str],
+        acceptance_of: Callable[[EdgeRecord], Acceptance],
+    ) -> None:
+        """`acceptance_of`: what is expected of an edge's drafts for a request that it has just got."""
+        self.num_edges = 0
+        self.vocab_size = vocab_size
+        self.acceptances = Acceptances()
+        """How right drafts are here, whoever's: what is expected of an edge before it has shown its own."""
+        self._max_draft = max_draft
+        self._acceptance_of = acceptance_of
+        self._counters = counters
+        self._requests: dict[str, DraftedRequest] = {}
+        self._ids: dict[int, str] = {}
+        self._next_number = 0
+        self._opened_tokens = 0
+        self._records: OrderedDict[int, EdgeRecord] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def find(self, request_id: str) -> DraftedRequest | None:
+        """The request of that id, if it may get drafts and is not over."""
+        return self._requests.get(request_id)
+
+    # -- from the gateway ------------------------------------------------------------------------------------------
+
+    def receive(self, frame: Frame, now_s: float) -> list[Frame]:
+        """Take in one frame of the gateway's; returns what to send back."""
+        match frame:
+            case Propose():
+                self._propose(frame, now_s)
+            case Assign():
+                request = self._numbered(frame.request)
+                if request is not None:
+                    return self._assign(request, frame.edge, now_s)
+            case Edges():
+                return self._edges(frame.num_edges)
+            case EngineWelcome() | Bye():
+                self._lost_gateway()  # a new gateway knows nothing: its Edges frame, next, opens all again
+            case _:
+                self._counters["unexpected_frames"] += 1
+        return []
+
+    def _numbered(self, number: int) -> DraftedRequest | None:
+        return self._requests.get(self._ids.get(number, ""))
+
+    def _assign(self, request: DraftedRequest, edge: int, now_s: float) -> list[Frame]:
+        if not edge:
+            request.edge = None
+            return []
+        record = self._records.setdefault(edge, EdgeRecord(Acceptance(self.acceptances.edge)))
+        self._records.move_to_end(edge)
+        if len(self._records) > MAX_RECORDS:
+            self._records.popitem(last=False)
+        request.edge = Assignment(record)
+        request.acceptances.edge = self._acceptance_of(record)
+        return self.publish(request, now_s) if request.num_published is not None else []
+
+    def _lost_gateway(self) -> None:
+        """No edge can be reached: nobody is waited for, nothing is published."""
+        self.num_edges = 0
+        self._records.clear()  # a new gateway numbers its edges anew
+        for request in self._requests.values():
+            request.edge = request.num_published = None
+
+    def _edges(self, num_edges: int) -> list[Frame]:
+        self.num_edges = num_edges
+        if num_edges:
+            return []  # each request is opened with its next commit
+        # Without edges the gateway will not hear of requests that end, so it is to forget them all.
+        return [frame for request in self._requests.values() for frame in self._closing(request)]
+
+    def _propose(self, frame: Propose, now_s: float) -> None:
+        request = self._numbered(frame.request)
+        if request is None:
+            self._counters["dropped_closed"] += 1
+            return
+        if any(token >= self.vocab_size for token in frame.tokens):
+            self._counters["dropped_token_id"] += 1
+            return
+        if not frame.tokens:
+            if request.edge is not None and frame.base == request.tree.length:
+                request.edge.passed_at = frame.base
+            return
+        try:
+            runs = frame.runs
+        except RemoteProtocolError:
+            self._counters["unexpected_frames"] += 1
+            return
+        self._insert(request, frame.base, runs, now_s)
+
+    def _insert(
+        self, request: DraftedRequest, past: int, runs: Sequence[tuple[int, Sequence[int]]], now_s: float
+    ) -> None:
+        """A proposal whose first token, at `past`, is a known one: it shows what the draft follows."""
+        base, trunk = past + 1, runs[0][1]
+        if request.edge is not None and base in request.edge.emptied_s and request.tokens[past] == trunk[0]:
+            learn_from_late(request, base, trunk[1:])
+        insertions = request.tree.insert(runs, request.tokens)
+        self._counters[f"proposals_{insertions[0].fate.value}"] += 1
+        for (_, tokens), done in zip(runs, insertions, strict=True):
+            _count_insertion(request, len(tokens), done)
+        if insertions[0].fate not in (Fate.MISMATCH, Fate.GAP):
+            learn_answer(request, base, len(trunk) - 1, now_s)
+
+    # -- to the gateway --------------------------------------------------------------------------------------------
+
+    def open(self, request_id: str, tokens: Sequence[int], session: str) -> list[Frame]:
+        """A request was added; `tokens` is a live view of all its token ids, prompt first."""
+        number = self._next_number
+        self._next_number = (number + 1) & MAX_UINT32
+        tree, acceptances = ProposalTree(len(tokens)), self.acceptances.of_request()
+        request = DraftedRequest(number, tokens, session, len(tokens), tree, self._counters, acceptances)
+        self._requests[request_id] = request
+        self._ids[number] = request_id
+        self._counters["opened_requests"] += 1
+        return self._opening(request) if self.num_edges else []
+
+    def begin_step(self) -> None:
+        """Another step may open as much again."""
+        self._opened_tokens = 0
+
+    def _opening(self, request: DraftedRequest) -> list[Frame]:
+        """Open and all tokens so far; a bounded number of tokens a step."""
+        if self._opened_tokens >= MAX_OPENED_TOKENS:
+            return []
+        tokens = list(request.tokens)
+        self._opened_tokens += len(tokens)
+        request.num_published = len(tokens)
+        opening = Open(request.number, len(tokens), self._max_draft, self._max_draft, request.session)
+        return [opening, *commits(request.number, 0, tokens)]
+
+    def publish(self, request: DraftedRequest, now_s: float) -> list[Frame]:
+        """All that is decided and not published, if there is an edge that it is due to."""
+        if not self.num_edges:
+            return []
+        if request.num_published is None:
+            return self._opening(request)
+        edge, base, length = request.edge, request.num_published, request.tree.length
+        if edge is None or base == length:
+            return []
+        if not edge.coalescing.is_due:
+            self._counters["collected_commits"] += 1
+            return []
+        edge.coalescing.published()
+        request.num_published = length
+        if not request.tree.num_ahead:
+            edge.told_without_draft(length, now_s)
+        return list(commits(request.number, base, request.tokens[base:length]))
+
+    def close(self, request_id: str) -> list[Frame]:
+        """A request finished or was aborted."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return []
+        del self._ids[request.number]
+        self._counters["closed_requests"] += 1
+        request.count("discarded_unused", request.tree.num_nodes)
+        report = Report(request.number, request_values(request.counters))
+        return [report, *closing] if (closing := self._closing(request)) else []
+
+    def _closing(self, request: DraftedRequest) -> list[Frame]:
+        was_open, request.num_published, request.edge = request.num_published is not None, None, None
+        return [Close(request.number, CloseReason.FINISHED)] if was_open else []
+
+
+def _count_insertion(request: DraftedRequest, num_tokens: int, done: Insertion) -> None:
+    request.count("proposed_tokens", num_tokens)
+    request.count("repeated_tokens", done.repeated)
+    request.count("discarded_late", done.late)
+    if done.discarded:
+        request.count(_DISCARDED[done.fate], done.discarded)
