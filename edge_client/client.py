@@ -17,10 +17,11 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from edge_client.drafters import CacheFullError, Drafter, DraftSequence
+from edge_client.drafters import CacheFullError, Drafter
 from edge_client.drafters.translated import TranslatedDrafter
+from edge_client.drafting.jobs import Job, NotFiniteError, Sequences, run_pass
 from edge_client.drafting.pacing import Pace
-from edge_client.drafting.speculation import Job, NotFiniteError, Speculation, SpeculationStats, run_pass
+from edge_client.drafting.speculation import MAX_KEPT, Speculation, SpeculationStats
 from edge_client.gateway_link import Gateway, Link, LinkError, OtherVocabularyError
 from edge_client.mismatch import OwnVocabulary, fitted
 from vllm_specedge import __version__
@@ -35,7 +36,6 @@ LASTING_S = 60.0
 MAX_CLIENT = 120
 """Of what is said of this client: file names are long."""
 BYE_S = 1.0
-MAX_KEPT = 4
 """Contexts of ended requests that a follow-up may go on from."""
 
 
@@ -71,7 +71,7 @@ class EdgeClient:
     _was_admitted: bool = False
     _has_said_too_long: bool = False
     _link: Link = field(init=False)
-    _sequences: dict[int, DraftSequence] = field(default_factory=dict)
+    _sequences: Sequences = field(init=False)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "draft"))
 
@@ -98,7 +98,7 @@ class EdgeClient:
             max_kept=MAX_KEPT,
             pace=self.pace,
         )
-        self._sequences = {}
+        self._sequences = Sequences(self.drafter.open, self.speculation.needs)
         self.model = ""
 
     def open_session(self) -> str:
@@ -215,7 +215,7 @@ class EdgeClient:
                 await self._rest(now_s)
                 continue
             try:
-                said = await loop.run_in_executor(self._executor, run_pass, self._sequence(job), job)
+                said = await loop.run_in_executor(self._executor, run_pass, self._sequences.of(job), job)
             except CacheFullError as error:
                 logger.warning("Request %s is given back, as the draft's cache is full: %s", job.request, error)
                 self.speculation.forget_kept()
@@ -251,13 +251,3 @@ class EdgeClient:
         with suppress(TimeoutError):
             async with asyncio.timeout(min(due) - now_s if due else None):
                 await self._wake.wait()
-
-    def _sequence(self, job: Job) -> DraftSequence:
-        """The context that a job goes on from. Those that nothing goes on from any more are dropped."""
-        if job.source is not None:
-            self._sequences[job.request] = self._sequences.pop(job.source)
-        for number in [number for number in self._sequences if not self.speculation.needs(number)]:
-            del self._sequences[number]
-        if job.request not in self._sequences:
-            self._sequences[job.request] = self.drafter.open()
-        return self._sequences[job.request]

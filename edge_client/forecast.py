@@ -11,7 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_specedge.simulation.models import FittedServer
 from vllm_specedge.simulation.report import HELPS, plain
-from vllm_specedge.simulation.simulator import EdgeModel, Scenario, simulate
+from vllm_specedge.simulation.run import simulate
+from vllm_specedge.simulation.scenario import EdgeModel, Scenario
 
 ASSUMED_ACCEPTANCE = 0.6
 """Where nothing was verified on the server yet."""

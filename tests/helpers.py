@@ -19,7 +19,8 @@ from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.gateway.router import ROLES, Effect, Router, RouterLimits, ToEdge
 from vllm_specedge.policy.decision import HoldLimits, Load
 from vllm_specedge.policy.step_cost import StepCost
-from vllm_specedge.simulation.simulator import VirtualEdge, VirtualTime
+from vllm_specedge.simulation.clock import VirtualTime
+from vllm_specedge.simulation.edge import VirtualEdge
 from vllm_specedge.wire.frames import (
     MAX_TEXT_BYTES,
     MAX_UINT32,

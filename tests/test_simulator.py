@@ -12,6 +12,7 @@ from vllm_specedge.cli import app
 from vllm_specedge.errors import UserError
 from vllm_specedge.policy.decision import HoldLimits
 from vllm_specedge.simulation import report
+from vllm_specedge.simulation.clock import VirtualTime
 from vllm_specedge.simulation.models import (
     SERVERS,
     Faults,
@@ -22,7 +23,8 @@ from vllm_specedge.simulation.models import (
     in_server_gain,
     key_of,
 )
-from vllm_specedge.simulation.simulator import EdgeModel, Scenario, Served, Simulation, VirtualTime, simulate
+from vllm_specedge.simulation.run import Served, Simulation, simulate
+from vllm_specedge.simulation.scenario import EdgeModel, Scenario
 
 A100, H100_8B, CPU = SERVERS["a100-14b"], SERVERS["h100-8b"], SERVERS["cpu-135m"]
 K = 5

@@ -9,16 +9,9 @@ from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate
 from edge_client.drafting.draft_tree import Node
+from edge_client.drafting.jobs import Job, NotFiniteError, Sequences, run_pass
 from edge_client.drafting.pacing import Pace
-from edge_client.drafting.speculation import (
-    MAX_ENTRIES,
-    MAX_SHORT,
-    MIN_SHARED_TOKENS,
-    Job,
-    NotFiniteError,
-    Speculation,
-    run_pass,
-)
+from edge_client.drafting.speculation import MAX_ENTRIES, MAX_SHORT, MIN_SHARED_TOKENS, Speculation
 from tests.helpers import Guess, ListSequence
 from vllm_specedge.engine.proposal_tree import Fate, ProposalTree
 from vllm_specedge.wire.frames import Close, CloseReason, Commit, Frame, Open, Ping, Propose, encode
@@ -56,10 +49,9 @@ class Edge:
 
     def __init__(self, guess: Guess, pace: Pace, **options: int) -> None:
         self.speculation = Speculation(options.pop("max_context_tokens", 1000), pace=pace, **options)
-        self.sequences: dict[int, ListSequence] = {}
+        self.sequences = Sequences(lambda: ListSequence(guess), self.speculation.needs)
         self.running: tuple[Job, list[list[Candidate]]] | None = None
         self.now_s = 1.0
-        self._guess = guess
 
     def receive(self, frame: Frame) -> list[Frame]:
         return self.speculation.receive(frame, self.now_s)
@@ -73,12 +65,7 @@ class Edge:
         job = None if self.running else self.speculation.next_job()
         if job is None:
             return None
-        if job.source is not None:
-            self.sequences[job.request] = self.sequences.pop(job.source)
-        for number in [number for number in self.sequences if not self.speculation.needs(number)]:
-            del self.sequences[number]
-        sequence = self.sequences.setdefault(job.request, ListSequence(self._guess))
-        self.running = job, run_pass(sequence, job)
+        self.running = job, run_pass(self.sequences.of(job), job)
         return job
 
     def finish(self) -> list[Frame]:
@@ -392,7 +379,7 @@ def test_a_drafter_holds_a_bounded_number_of_draft_tokens() -> None:
     edge.speculation.pace.floor = 0.0
     frames = edge.draft(1000)
     assert edge.start() is None
-    assert len(edge.sequences[0].entries) <= len(PROMPT) + MAX_ENTRIES + 1
+    assert len(edge.sequences.by_request[0].entries) <= len(PROMPT) + MAX_ENTRIES + 1
     assert sum(len(frame.tokens) - 1 for frame in frames if isinstance(frame, Propose)) >= MAX_ENTRIES
 
 
@@ -830,7 +817,7 @@ class Bench(Edge):
             (job, _), self.running = self.running, None
             if not self.speculation.needs(job.request):
                 return
-            self.sequences[job.request].entries.clear()
+            self.sequences.by_request[job.request].entries.clear()
             is_live = self.texts.pop(job.request, None) is not None
             answers = self.speculation.decline(job.request)
             assert answers == ([Close(job.request, CloseReason.DECLINED)] if is_live else [])
@@ -870,7 +857,7 @@ class Bench(Edge):
     def check(self) -> None:
         """The entries are what they are thought to be, and the server has what was sent."""
         for number, tokens in self.speculation._kept.items():
-            assert self.sequences[number].past(len(tokens) - 1) == tokens
+            assert self.sequences.by_request[number].past(len(tokens) - 1) == tokens
         assert set(self.texts) == set(self.speculation._requests)
         for number, text in self.texts.items():
             tree = self.speculation._requests[number].tree
@@ -879,12 +866,12 @@ class Bench(Edge):
             while stack:
                 past, node = stack.pop()
                 if node.entry is not None:
-                    assert self.sequences[number].past(node.entry) == list(past)
+                    assert self.sequences.by_request[number].past(node.entry) == list(past)
                 if node.is_expanded:
                     assert tuple(child.token for child in node.children) in self.said[past]
                 stack += [((*past, child.token), child) for child in node.children]
             if tree.num_prefix:
-                assert self.sequences[number].past(tree.num_prefix - 1) == text.known[: tree.num_prefix]
+                assert self.sequences.by_request[number].past(tree.num_prefix - 1) == text.known[: tree.num_prefix]
             assert self.speculation._requests[number].credit == text.credit
             sent = [node.token for node in tree.trunk() if node.is_sent]
             assert text.server.chain(len(sent)) == sent

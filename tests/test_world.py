@@ -16,7 +16,7 @@ from vllm_specedge.engine.driver import StepDriver, StepPlan
 from vllm_specedge.errors import ByeCode
 from vllm_specedge.gateway.router import Router, RouterLimits
 from vllm_specedge.policy.decision import MODES, HoldLimits
-from vllm_specedge.simulation.simulator import VirtualEdge
+from vllm_specedge.simulation.edge import VirtualEdge
 
 VOCAB_SIZE = 6
 K = 5

@@ -123,7 +123,7 @@ def simulate(
     """What edges would bring: the shipping policy on a simulated server, network and draft model (docs/simulate.md)."""
     from vllm_specedge.simulation import report  # noqa: PLC0415 - the other commands need no simulator
     from vllm_specedge.simulation.models import SERVERS, RooflineServer  # noqa: PLC0415
-    from vllm_specedge.simulation.simulator import EdgeModel, Scenario  # noqa: PLC0415
+    from vllm_specedge.simulation.scenario import EdgeModel, Scenario  # noqa: PLC0415
 
     custom = RooflineServer(weights_ms / 1e3, request_us / 1e6, token_us / 1e6, overhead_ms / 1e3, draft_step_ms / 1e3)
     chosen = report.fitted_server(fit) if fit is not None else {**SERVERS, "custom": custom}.get(server)

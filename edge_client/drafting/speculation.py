@@ -7,13 +7,13 @@ Rule 3: what is most probably needed is drafted first, on the trunk or beside it
 Time is an argument; how deep, wide and often follows from what `pace` has measured.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from edge_client.drafters import Candidate, DraftSequence
+from edge_client.drafters import Candidate
 from edge_client.drafting.draft_tree import DraftTree, Node
+from edge_client.drafting.jobs import Job
 from edge_client.drafting.pacing import Pace
 from vllm_specedge.wire.frames import MAX_UINT32, Close, CloseReason, Commit, Frame, Open, Propose
 
@@ -22,38 +22,8 @@ MAX_CANDIDATES = 3
 MAX_ENTRIES = 64
 """Draft tokens of one request that a drafter holds at once."""
 MIN_SHARED_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One forward pass for `request`, in the terms of DraftSequence: `keep`, then `append` or, with parents, `branch`.
-
-    `source`: start from the entries of that request, which is over.
-    """
-
-    request: int
-    keep: int
-    moved: tuple[int, ...]
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
-    width: int
-    source: int | None = None
-
-
-class NotFiniteError(Exception):
-    """A draft model's probabilities are no numbers: nothing can be made of what it says."""
-
-
-def run_pass(sequence: DraftSequence, job: Job) -> list[list[Candidate]]:
-    """One forward pass. Raises NotFiniteError, and what the draft model's code raises."""
-    sequence.keep(job.keep, job.moved)
-    if job.parents:
-        said = sequence.branch(job.tokens, job.parents, job.width)
-    else:
-        said = [sequence.append(job.tokens, job.width)]
-    if not all(math.isfinite(each.probability) for candidates in said for each in candidates):
-        raise NotFiniteError("its probabilities are no numbers, as float16 makes of some models")
-    return said
+MAX_KEPT = 4
+"""Contexts of ended requests that an edge keeps to start from."""
 
 
 @dataclass(slots=True)

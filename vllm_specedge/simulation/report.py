@@ -14,7 +14,8 @@ from rich.table import Table
 from vllm_specedge.errors import UserError
 from vllm_specedge.policy.decision import MODES, HoldLimits
 from vllm_specedge.simulation.models import Server, fitted, in_server_gain
-from vllm_specedge.simulation.simulator import Outcome, Scenario, simulate
+from vllm_specedge.simulation.run import simulate
+from vllm_specedge.simulation.scenario import Outcome, Scenario
 
 AUTO, NO_BRANCHES, ORACLE = "auto", ", no branches", "oracle"
 MIN_TOKENS, TOTAL_TOKENS = 100, 4000

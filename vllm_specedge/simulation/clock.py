@@ -1,0 +1,54 @@
+"""Virtual time, and frames that take some of it."""
+
+import heapq
+from collections.abc import Callable
+from itertools import count
+
+from vllm_specedge.simulation.models import chance
+from vllm_specedge.wire.frames import Frame
+
+
+class VirtualTime:
+    """A clock that jumps from one thing to do to the next."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._due: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
+        self._order = count()
+
+    def at(self, at_s: float, action: Callable[..., None], *arguments: object) -> None:
+        """What is due at the same time is done in the order in which it was asked for."""
+        heapq.heappush(self._due, (max(at_s, self.now_s), next(self._order), action, arguments))
+
+    def after(self, delay_s: float, action: Callable[..., None], *arguments: object) -> None:
+        self.at(self.now_s + delay_s, action, *arguments)
+
+    def run(self, limit_s: float, is_over: Callable[[], bool]) -> None:
+        """Do what is due until `is_over`, or there is nothing left to do, or it is `limit_s`."""
+        while self._due and not is_over():
+            at_s, _, action, arguments = heapq.heappop(self._due)
+            if at_s > limit_s:
+                return
+            self.now_s = at_s
+            action(*arguments)
+
+
+class Way:
+    """One direction of a connection: frames arrive later, in order."""
+
+    def __init__(
+        self, time: VirtualTime, delay_s: float, jitter_s: float, key: int, deliver: Callable[[Frame], None]
+    ) -> None:
+        self._time = time
+        self._delay_s = delay_s
+        self._jitter_s = jitter_s
+        self._key = key
+        self._deliver = deliver
+        self._number = 0
+        self._last_s = 0.0
+
+    def send(self, frame: Frame) -> None:
+        self._number += 1
+        jitter_s = self._jitter_s * chance(self._key, self._number) if self._jitter_s else 0.0
+        self._last_s = max(self._last_s, self._time.now_s + self._delay_s + jitter_s)
+        self._time.at(self._last_s, self._deliver, frame)

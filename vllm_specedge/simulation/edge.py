@@ -1,0 +1,163 @@
+"""An edge in virtual time, and a draft model that is right as often as it is told to be."""
+
+from collections.abc import Callable, Iterable, Sequence
+from math import inf
+
+from edge_client.drafters import Candidate, DraftSequence
+from edge_client.drafting.jobs import Job, Sequences, run_pass
+from edge_client.drafting.speculation import Speculation
+from vllm_specedge.simulation.clock import VirtualTime
+from vllm_specedge.simulation.models import SimulatedTarget, chance, key_of
+from vllm_specedge.simulation.scenario import EdgeModel
+from vllm_specedge.wire.frames import Bye, Frame, Ping, Pong, Welcome
+
+DRAFTING = 0
+"""What chance is for: `key_of` of a draft; the simulation's own begin behind it."""
+
+
+class SimulatedDraft:
+    """A draft model that is right so often, and knows how often it is."""
+
+    def __init__(self, target: SimulatedTarget, model: EdgeModel) -> None:
+        self.target = target
+        self._acceptance, self._branch = model.acceptance, model.branch
+        missed = 1.0 - model.acceptance
+        self._claims = (model.acceptance, missed * model.branch, missed * (1.0 - model.branch) * 0.3)
+        """Of its candidates; it has others beside."""
+
+    def open(self) -> DraftSequence:
+        return _SimulatedSequence(self)
+
+    def candidates(self, key: int, drafting: int, position: int, width: int) -> list[Candidate]:
+        """Behind a context that the target would have written; the keys are the request's."""
+        vocab_size, right = self.target.vocab_size, self.target.token(key, position)
+        other = right + 1
+        if chance(drafting, 2 * position) < self._acceptance:
+            tokens = (right, other, right + 2)
+        elif chance(drafting, 2 * position + 1) < self._branch:
+            tokens = (other, right, right + 2)
+        else:
+            tokens = (other, right + 2, right + 3)
+        return [Candidate(tokens[i] % vocab_size, self._claims[i]) for i in range(width)]
+
+    def astray(self, width: int) -> list[Candidate]:
+        """Behind any other context: what is said there is of no use."""
+        return [Candidate(i, self._claims[i]) for i in range(width)]
+
+
+class _SimulatedSequence(DraftSequence):
+    """Of each entry it is enough to know its position, and whether it is on the target's way; -1 if not."""
+
+    def __init__(self, draft: SimulatedDraft) -> None:
+        self._draft = draft
+        self._entries: list[int] = []
+        self._key = self._drafting = -1
+
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
+        entries = self._entries
+        if moved:
+            entries[length:] = [entries[entry] for entry in moved]
+        else:
+            del entries[length:]
+
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        target, entries = self._draft.target, self._entries
+        if not entries:
+            request = target.named(tokens)
+            self._key, self._drafting = target.key(request), key_of(target.seed, request, DRAFTING)
+            entries += range(SimulatedTarget.NUM_NAMING)
+            tokens = tokens[SimulatedTarget.NUM_NAMING :]
+        for token in tokens:
+            entries.append(self._follow(entries[-1], token))
+        return self._said(entries[-1], width)
+
+    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        entries = self._entries
+        entries += [self._follow(entries[parent], token) for token, parent in zip(tokens, parents, strict=True)]
+        return [self._said(entry, width) for entry in entries[-len(tokens) :]]
+
+    def _follow(self, entry: int, token: int) -> int:
+        return entry + 1 if entry >= 0 and self._draft.target.token(self._key, entry + 1) == token else -1
+
+    def _said(self, entry: int, width: int) -> list[Candidate]:
+        if entry < 0:
+            return self._draft.astray(width)
+        return self._draft.candidates(self._key, self._drafting, entry + 1, width)
+
+
+class VirtualEdge:
+    """An edge in virtual time: drives a Speculation as edge_client/client.py does."""
+
+    def __init__(
+        self,
+        time: VirtualTime,
+        speculation: Speculation,
+        open_sequence: Callable[[], DraftSequence],
+        pass_s: Callable[[int], float],
+        free_s: Callable[[float], float] = lambda now_s: now_s,
+    ) -> None:
+        """`pass_s`: seconds of a forward pass of so many tokens. `free_s`: from when on it is at work."""
+        self.speculation = speculation
+        self.send: Callable[[Frame], None] = lambda frame: None
+        self._time = time
+        self._sequences = Sequences(open_sequence, speculation.needs)
+        self._pass_s = pass_s
+        self._free_s = free_s
+        self._is_busy = False
+        self._wakes_s = inf
+
+    def receive(self, frame: Frame) -> None:
+        self._when_free(self._receive, frame)
+
+    def _when_free(self, action: Callable[..., None], *arguments: object) -> None:
+        now_s = self._time.now_s
+        free_s = self._free_s(now_s)
+        if free_s <= now_s:
+            action(*arguments)
+        elif free_s < inf:
+            self._time.at(free_s, action, *arguments)
+
+    def _receive(self, frame: Frame) -> None:
+        match frame:
+            case Welcome():
+                self.speculation.vocab_size = frame.vocab_size
+            case Ping():
+                self.send(Pong(frame.stamp))
+            case Bye():
+                pass
+            case _:
+                self._say(self.speculation.receive(frame, self._time.now_s))
+                self._draft()
+
+    def _say(self, frames: Iterable[Frame]) -> None:
+        for frame in frames:
+            self.send(frame)
+
+    def _draft(self) -> None:
+        if self._is_busy:
+            return
+        now_s = self._time.now_s
+        self._say(self.speculation.poll(now_s))
+        job = self.speculation.next_job()
+        if job is None:
+            self._rest()
+            return
+        self._is_busy = True
+        said = run_pass(self._sequences.of(job), job)
+        self._time.after(self._pass_s(len(job.tokens)), self._when_free, self._drafted, job, said, now_s)
+
+    def _drafted(self, job: Job, said: list[list[Candidate]], started_s: float) -> None:
+        self._is_busy = False
+        now_s = self._time.now_s
+        self._say(self.speculation.drafted(job, said, now_s - started_s, now_s))
+        self._draft()
+
+    def _rest(self) -> None:
+        due_s = self.speculation.due_s
+        if due_s is not None and due_s < self._wakes_s:
+            self._wakes_s = due_s
+            self._time.at(due_s, self._when_free, self._wake)
+
+    def _wake(self) -> None:
+        self._wakes_s = inf
+        self._draft()

@@ -1,0 +1,44 @@
+"""What a policy is told that need not learn what drafts are worth and what steps cost."""
+
+from vllm_specedge.policy.acceptance import MAX_DEPTH, Acceptance
+from vllm_specedge.policy.step_cost import StepCost
+from vllm_specedge.simulation.models import Server
+
+
+class ExactCost(StepCost):
+    """Knows the server."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self._server = server
+        self._requests = 1
+        """Of the step asked about last; the policy asks next how that grows."""
+
+    def observe(
+        self, requests: int, tokens: int, context: int, took_s: float, prefilled: int = 0, is_verifying: bool = False
+    ) -> None:
+        pass
+
+    def __call__(self, requests: int, tokens: int, context: int, prefilled: int = 0) -> float:
+        self._requests = requests
+        return self._server.step_s(requests, tokens) if tokens > 0 else 0.0
+
+    def verifying_s(self, requests: int) -> float:
+        return self._server.step_s(requests, requests, True) - self._server.step_s(requests, requests)
+
+    def growth(self, tokens: int, more: int) -> list[float]:
+        base_s = self._server.step_s(self._requests, tokens)
+        return [self._server.step_s(self._requests, tokens + i) - base_s for i in range(1, more + 1)]
+
+
+class ExactAcceptance(Acceptance):
+    """Knows the draft."""
+
+    __slots__ = ()
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rates = [rate] * MAX_DEPTH
+
+    def observe(self, num_right: int, num_known: int) -> None:
+        pass
