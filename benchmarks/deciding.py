@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
-from vllm_specedge.policy.decision import HoldLimits, Load
+from vllm_specedge.policy.situation import HoldLimits, Load
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.frames import Assign, Edges, Propose
 

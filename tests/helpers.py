@@ -17,7 +17,7 @@ from tests.offers import Offers
 from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.gateway.router import ROLES, Effect, Router, RouterLimits, ToEdge
-from vllm_specedge.policy.decision import HoldLimits, Load
+from vllm_specedge.policy.situation import HoldLimits, Load
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.simulation.clock import VirtualTime
 from vllm_specedge.simulation.edge import VirtualEdge

@@ -13,9 +13,9 @@ from vllm_specedge.engine.ledger import MAX_OPENED_TOKENS, MAX_RECORDS
 from vllm_specedge.engine.requests import DraftedRequest, Source
 from vllm_specedge.errors import ByeCode
 from vllm_specedge.policy.coalescing import COALESCE_AFTER, COALESCED_TOKENS, UNUSED_AFTER
-from vllm_specedge.policy.decision import HoldLimits, Load
 from vllm_specedge.policy.edge_record import EdgeRecord
 from vllm_specedge.policy.probing import FIRST_PROBE_AFTER, FORCED_AFTER, PLAIN_PROBE_AFTER, PROBE_AFTER
+from vllm_specedge.policy.situation import HoldLimits, Load
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.frames import (
     MAX_TOKENS_PER_FRAME,

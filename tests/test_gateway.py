@@ -47,7 +47,7 @@ from vllm_specedge.gateway.connections import Gateway as EdgeGateway
 from vllm_specedge.gateway.credentials import TokenFile
 from vllm_specedge.gateway.router import ROLES
 from vllm_specedge.gateway.server import is_from_here, make_app
-from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
 from vllm_specedge.wire.frames import (

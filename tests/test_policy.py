@@ -13,25 +13,25 @@ from hypothesis import strategies as st
 
 from vllm_specedge.estimators import Smoothed
 from vllm_specedge.policy.acceptance import Acceptance
-from vllm_specedge.policy.decision import (
+from vllm_specedge.policy.decision import Decision
+from vllm_specedge.policy.decision import decide as decision_on
+from vllm_specedge.policy.edge_record import EdgeRecord
+from vllm_specedge.policy.holding import awaited
+from vllm_specedge.policy.probing import Probe
+from vllm_specedge.policy.situation import (
     BUDGET_MODES,
     CAUTION,
     FAST,
     HOLDING_MODES,
-    LEAST_GAIN,
     MODES,
-    PROBE_PART,
     Awaited,
     Candidate,
-    Decision,
-    EdgeRecord,
     HoldLimits,
     Load,
-    Probe,
-    awaited,
-    decide,
 )
+from vllm_specedge.policy.situation import Situation as Everything
 from vllm_specedge.policy.step_cost import KNOTS, StepCost
+from vllm_specedge.policy.verifying import LEAST_GAIN, PROBE_PART
 
 LIMITS = HoldLimits(hold_limit_s=0.1, max_slowdown=inf, max_stretch=inf)
 LIMITS_OF_A_SECOND = replace(LIMITS, hold_limit_s=1.0)
@@ -129,6 +129,12 @@ def record(
 
 records = st.builds(record, st.none() | seconds, seconds, st.integers(1, 6), chances, chances, st.integers(0, 2))
 acceptances = st.lists(chances, min_size=1, max_size=3).map(lambda rates: acceptance_of(*rates))
+
+
+def decide(
+    candidates: Sequence[Candidate], load: Load, cost: StepCost, speedup: float, limits: HoldLimits, now_s: float
+) -> Decision:
+    return decision_on(Everything(candidates, load, cost, speedup, limits, now_s))
 
 
 @dataclass(frozen=True)

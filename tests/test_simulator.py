@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from vllm_specedge.cli import app
 from vllm_specedge.errors import UserError
-from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.simulation import report
 from vllm_specedge.simulation.clock import VirtualTime
 from vllm_specedge.simulation.models import (

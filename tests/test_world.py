@@ -15,7 +15,7 @@ from tests.helpers import Guess, HostileEdge, Trouble, World, virtual_edge
 from vllm_specedge.engine.driver import StepDriver, StepPlan
 from vllm_specedge.errors import ByeCode
 from vllm_specedge.gateway.router import Router, RouterLimits
-from vllm_specedge.policy.decision import MODES, HoldLimits
+from vllm_specedge.policy.situation import MODES, HoldLimits
 from vllm_specedge.simulation.edge import VirtualEdge
 
 VOCAB_SIZE = 6

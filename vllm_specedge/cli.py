@@ -19,7 +19,7 @@ from vllm_specedge.engine.gateway_process import USER_ERROR_STATUS
 from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.credentials import TokenFile, expiry_s
 from vllm_specedge.gateway.log_format import LogFormat, begin_logging
-from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.policy.situation import HoldLimits
 
 app = typer.Typer(
     help="Edge-drafted speculative decoding for vLLM.", no_args_is_help=True, pretty_exceptions_enable=False

@@ -24,7 +24,7 @@ from vllm_specedge.engine.driver import RequestOutcome, Step, StepDriver, StepPl
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.engine.gateway_process import GatewayProcess
 from vllm_specedge.errors import UserError
-from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.slo import Targets
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.frames import is_text

@@ -23,10 +23,12 @@ from vllm_specedge.engine.predicted_output import Prediction
 from vllm_specedge.engine.requests import DraftedRequest, Source
 from vllm_specedge.engine.speedup import Speedup
 from vllm_specedge.policy.acceptance import Acceptance
-from vllm_specedge.policy.decision import HOLDING_MODES, Awaited, Candidate, HoldLimits, Load, awaited, decide
+from vllm_specedge.policy.decision import decide
 from vllm_specedge.policy.edge_record import EdgeRecord
+from vllm_specedge.policy.holding import awaited
 from vllm_specedge.policy.ngram_budget import NgramBudget
 from vllm_specedge.policy.probing import Probing
+from vllm_specedge.policy.situation import HOLDING_MODES, Awaited, Candidate, HoldLimits, Load, Situation
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.frames import Frame
 from vllm_specedge.wire.telemetry import Group
@@ -208,7 +210,7 @@ class StepDriver:
                 choices[row.request_id] = self._choice(row, request, now_s)
         load = replace(load, probe=self._probing.next)
         candidates = [choice.candidate for choice in choices.values()]
-        decision = decide(candidates, load, self.cost, self.speedup, self._limits, now_s)
+        decision = decide(Situation(candidates, load, self.cost, self.speedup, self._limits, now_s))
         return StepPlan(
             drafts={key: list(choices[key].draft[:length]) for key, length in decision.lengths.items()},
             holds=decision.holds,

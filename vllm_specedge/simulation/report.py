@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specedge.errors import UserError
-from vllm_specedge.policy.decision import MODES, HoldLimits
+from vllm_specedge.policy.situation import MODES, HoldLimits
 from vllm_specedge.simulation.models import Server, fitted, in_server_gain
 from vllm_specedge.simulation.run import simulate
 from vllm_specedge.simulation.scenario import Outcome, Scenario

@@ -19,7 +19,7 @@ from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import MAX_KEPT, Speculation
 from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
 from vllm_specedge.gateway.router import POOL, ROLES, Effect, Router, RouterLimits, ToEdge
-from vllm_specedge.policy.decision import Load
+from vllm_specedge.policy.situation import Load
 from vllm_specedge.policy.step_cost import PROFILED, StepCost
 from vllm_specedge.simulation.clock import VirtualTime, Way
 from vllm_specedge.simulation.edge import DRAFTING, SimulatedDraft, VirtualEdge

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from edge_client.drafting.pacing import UPLINK_BYTES_PER_TOKEN
-from vllm_specedge.policy.decision import HoldLimits
+from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.simulation.models import SERVERS, Server
 
 
