@@ -17,7 +17,8 @@ import typer
 
 from vllm_specedge.engine.driver import RequestOutcome, Step, StepDriver, StepPlan
 from vllm_specedge.engine.proposal_tree import ProposalTree
-from vllm_specedge.gateway.router import ROLES, Router, RouterLimits
+from vllm_specedge.gateway.known import ROLES, RouterLimits
+from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.frames import (

@@ -16,7 +16,9 @@ from edge_client.drafting.speculation import Speculation
 from tests.offers import Offers
 from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
 from vllm_specedge.errors import RemoteProtocolError
-from vllm_specedge.gateway.router import ROLES, Effect, Router, RouterLimits, ToEdge
+from vllm_specedge.gateway.effects import Effect, ToEdge, ToEngine
+from vllm_specedge.gateway.known import ROLES, RouterLimits
+from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.situation import HoldLimits, Load
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.simulation.clock import VirtualTime
@@ -281,7 +283,7 @@ class World:
         hello = Hello(PROTOCOL_VERSION, "test", "edge", role, "f", 4)
         effects = self.router.edge_hello(id_, hello, session, frozenset(ROLES))
         for effect in effects:
-            if not isinstance(effect, ToEdge):
+            if isinstance(effect, ToEngine):
                 self.inbox.append((self.time.now_s, effect.frame))
         self._carry_out([effect for effect in effects if isinstance(effect, ToEdge)])
 
@@ -310,8 +312,10 @@ class World:
 
     def _carry_out(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
-            if not isinstance(effect, ToEdge):
+            if isinstance(effect, ToEngine):
                 self._down.send(effect.frame)
+            elif not isinstance(effect, ToEdge):
+                pass  # for people
             elif isinstance(effect.frame, Bye):
                 self.byes.append(effect.frame)
                 self.leave(effect.edge)

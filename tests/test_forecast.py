@@ -13,8 +13,9 @@ from edge_client.forecast import (
     verdict,
     would_help,
 )
+from vllm_specedge.gateway.known import RouterLimits
 from vllm_specedge.gateway.metrics import RouterCollector
-from vllm_specedge.gateway.router import Router, RouterLimits
+from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.step_cost import KNOTS
 from vllm_specedge.simulation.models import FittedServer
 from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello, Stats, StepTimes

@@ -27,6 +27,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from raw_client import pack, unpack
 from stack import BIN, Process, start, wait_for
@@ -42,11 +44,13 @@ from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, S
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.engine.gateway_process import GatewayProcess
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
+from vllm_specedge.gateway.connection import TokenBucket
 from vllm_specedge.gateway.connections import RTT_TICKS
-from vllm_specedge.gateway.connections import Gateway as EdgeGateway
 from vllm_specedge.gateway.credentials import TokenFile
-from vllm_specedge.gateway.router import ROLES
-from vllm_specedge.gateway.server import is_from_here, make_app
+from vllm_specedge.gateway.gateway import Gateway as EdgeGateway
+from vllm_specedge.gateway.known import ROLES
+from vllm_specedge.gateway.pages import is_from_here
+from vllm_specedge.gateway.server import make_app
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
@@ -975,7 +979,7 @@ def test_what_a_proxy_on_this_machine_asks_is_not_from_here(
 def test_edges_are_asked_how_far_away_they_are_but_not_all_at_a_time(tmp_path: Path) -> None:
     async def asked() -> list[list[int]]:
         gateway = EdgeGateway(EdgeOptions(), f"ipc://{tmp_path}/engines")
-        connections = [gateway.connect(None) for _ in range(3 * RTT_TICKS)]
+        connections = [gateway.edges.connect(None) for _ in range(3 * RTT_TICKS)]
         for connection in connections:
             connection.session.state, connection.rtt_s = State.LIVE, 0.01
             connection.outbox.clear()  # its greeting
@@ -991,3 +995,26 @@ def test_edges_are_asked_how_far_away_they_are_but_not_all_at_a_time(tmp_path: P
     looks = asyncio.run(asked())
     assert {len(each) for each in looks} == {3}
     assert len({id_ for each in looks for id_ in each}) == 3 * RTT_TICKS
+
+
+@given(st.lists(st.tuples(st.floats(0, 3), st.integers(1, 40)), max_size=60))
+def test_what_comes_is_bounded_by_a_rate_and_a_second_s_worth_at_once(events: list[tuple[float, int]]) -> None:
+    bucket, now_s, taken = TokenBucket(30, 0.0), 0.0, list[tuple[float, int]]()
+    for after_s, amount in events:
+        now_s += after_s
+        if bucket.take(amount, now_s):
+            taken.append((now_s, amount))
+        else:
+            recent = sum(amount for at_s, amount in taken if at_s > now_s - 1.0)
+            assert amount > 30 or recent > 0, "what keeps to the rate is let through"
+    for index, (since_s, _) in enumerate(taken):
+        total = 0
+        for at_s, amount in taken[index:]:
+            total += amount
+            assert total <= 30 * (1 + at_s - since_s) + 1e-6
+
+
+def test_what_was_turned_away_takes_nothing_from_what_comes_next() -> None:
+    bucket = TokenBucket(30, 0.0)
+    assert [bucket.take(amount, 0.0) for amount in (31, 30, 1)] == [False, True, False]
+    assert bucket.take(1, 0.04)

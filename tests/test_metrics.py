@@ -12,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllm_specedge.engine import driver, learning, ledger, speedup
 from vllm_specedge.engine.proposal_tree import Fate
 from vllm_specedge.gateway import router
+from vllm_specedge.gateway.effects import RequestReport
+from vllm_specedge.gateway.known import ROLES, RouterLimits
 from vllm_specedge.gateway.metrics import GATEWAY_COUNTERS, RequestHistograms, RouterCollector, report_row
-from vllm_specedge.gateway.router import ROLES, RequestReport, Router, RouterLimits
+from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.step_cost import KNOTS, StepCost
 from vllm_specedge.wire.frames import (
     MAX_UINT32,

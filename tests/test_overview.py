@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.gateway.router import ROLES, Router, RouterLimits
+from vllm_specedge.gateway.known import ROLES, RouterLimits
+from vllm_specedge.gateway.router import Router
 from vllm_specedge.gateway.status import GROUPS_S, HOUR_S, MAX_GROUPS, MAX_NAME, NOW_S, SAMPLE_S, Overview
 from vllm_specedge.wire.frames import (
     PROTOCOL_VERSION,

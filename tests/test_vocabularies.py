@@ -28,7 +28,7 @@ from tests.test_gguf_drafter import GGUF
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.credentials import TokenFile
-from vllm_specedge.gateway.server import MAX_PART_BYTES
+from vllm_specedge.gateway.pages import MAX_PART_BYTES
 from vllm_specedge.wire.fingerprint import vocabulary_fingerprint, without_fillers
 from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello
 from vllm_specedge.wire.vocabulary import Difference, pack_vocabulary, unpack_vocabulary

@@ -14,7 +14,8 @@ from edge_client.drafters import Candidate
 from tests.helpers import Guess, HostileEdge, Trouble, World, virtual_edge
 from vllm_specedge.engine.driver import StepDriver, StepPlan
 from vllm_specedge.errors import ByeCode
-from vllm_specedge.gateway.router import Router, RouterLimits
+from vllm_specedge.gateway.known import RouterLimits
+from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.situation import MODES, HoldLimits
 from vllm_specedge.simulation.edge import VirtualEdge
 

@@ -15,7 +15,9 @@ import atheris
 with atheris.instrument_imports(include=["vllm_specedge"]):
     from tests.test_driver import START, Act, Engine, GoodDraft
     from vllm_specedge.errors import RemoteProtocolError
-    from vllm_specedge.gateway.router import ROLES, Router, RouterLimits, ToEdge
+    from vllm_specedge.gateway.effects import ToEdge
+    from vllm_specedge.gateway.known import ROLES, RouterLimits
+    from vllm_specedge.gateway.router import Router
     from vllm_specedge.wire.frames import (
         PROTOCOL_VERSION,
         Assign,

@@ -9,7 +9,7 @@ import httpx2 as httpx
 import pytest
 from stack import BIN, EDGE_CORE, Process, start
 
-from vllm_specedge.gateway.server import MAX_WATCHING
+from vllm_specedge.gateway.pages import MAX_WATCHING
 
 from .conftest import Target
 

@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_specedge.errors import UserError
-from vllm_specedge.gateway.router import PRIVATE, ROLES
+from vllm_specedge.gateway.known import PRIVATE, ROLES
 
 MAX_DAYS = 36_500
 MAX_NAME = 64

@@ -6,7 +6,8 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_specedge.gateway.router import RequestReport, Router
+from vllm_specedge.gateway.effects import RequestReport
+from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.step_cost import KNOTS
 from vllm_specedge.wire.telemetry import ENGINE_COUNTERS, REQUEST_COUNTERS
 

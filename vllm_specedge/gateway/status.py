@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_specedge.gateway.router import EdgeInfo, Router
+from vllm_specedge.gateway.known import EdgeInfo
+from vllm_specedge.gateway.router import Router
 from vllm_specedge.wire.telemetry import ENGINE_COUNTERS, Group
 
 SAMPLE_S = 2.0

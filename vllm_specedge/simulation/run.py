@@ -18,7 +18,9 @@ from math import inf
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import MAX_KEPT, Speculation
 from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
-from vllm_specedge.gateway.router import POOL, ROLES, Effect, Router, RouterLimits, ToEdge
+from vllm_specedge.gateway.effects import Effect, ToEdge, ToEngine
+from vllm_specedge.gateway.known import POOL, ROLES, RouterLimits
+from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.situation import Load
 from vllm_specedge.policy.step_cost import PROFILED, StepCost
 from vllm_specedge.simulation.clock import VirtualTime, Way
@@ -171,7 +173,7 @@ class Simulation:
         for effect in effects:
             if isinstance(effect, ToEdge):
                 self._to_edges[effect.edge].send(effect.frame)
-            else:
+            elif isinstance(effect, ToEngine):
                 self._inbox.append((self.time.now_s, effect.frame))
 
     def _take_in(self) -> None:

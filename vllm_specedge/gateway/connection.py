@@ -1,0 +1,90 @@
+"""One edge's connection: its two streams, what is queued for it, and how much it may say."""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+
+from vllm_specedge.gateway.credentials import TokenRecord
+from vllm_specedge.gateway.known import ROLES
+from vllm_specedge.wire.frames import Frame
+from vllm_specedge.wire.session import Role, Session
+
+MAX_QUEUED_BYTES = 8 << 20
+"""An edge that lets more than this pile up is closed: the longest context fits, at 5 bytes a token."""
+CHUNK_BYTES = 64 << 10
+MAX_FRAMES_PER_S = 2000
+"""An edge that sends more is closed: 32 requests at 30 steps a second need half of it."""
+MAX_BYTES_PER_S = 1 << 20
+"""The same: a proposal has some 40 bytes."""
+
+
+class TokenBucket:
+    """What may come at a rate, and at most a second's worth at once."""
+
+    def __init__(self, per_s: float, now_s: float) -> None:
+        self._per_s = self._left = per_s
+        self._seen_s = now_s
+
+    def take(self, amount: float, now_s: float) -> bool:
+        """Whether this much more may come now; what may not is not taken."""
+        self._left = min(self._per_s, self._left + (now_s - self._seen_s) * self._per_s)
+        self._seen_s = now_s
+        if amount > self._left:
+            return False
+        self._left -= amount
+        return True
+
+
+@dataclass(slots=True)
+class Connection:
+    """One edge's two streams."""
+
+    id: int
+    key: str
+    token: TokenRecord | None
+    """What it came with; None where the gateway asks for none."""
+    connected_s: float
+    heard_s: float
+    may_send_frames: TokenBucket
+    may_send_bytes: TokenBucket
+    session: Session = field(default_factory=lambda: Session(Role.GATEWAY))
+    outbox: deque[bytes] = field(default_factory=deque)
+    queued_bytes: int = 0
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    has_uplink: bool = False
+    downlink: "asyncio.Task[object] | None" = None
+    uplink: "asyncio.Task[object] | None" = None
+    closed_s: float | None = None
+    rtt_s: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.closed_s is None
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Those that its token allows."""
+        return self.token.roles if self.token is not None else frozenset(ROLES)
+
+    def send(self, frame: Frame) -> None:
+        """Queue a frame for it."""
+        data = self.session.send(frame)
+        self.outbox.append(data)
+        self.queued_bytes += len(data)
+        self.wake.set()
+
+    def next_chunk(self) -> bytes:
+        """As much of what is queued as is given to the web server at a time: what is there is out of our hands."""
+        frames: list[bytes] = []
+        num_bytes = 0
+        while self.outbox and num_bytes < CHUNK_BYTES:
+            frames.append(self.outbox.popleft())
+            num_bytes += len(frames[-1])
+        self.queued_bytes -= num_bytes
+        return b"".join(frames)
+
+
+def new_connection(number: int, key: str, token: TokenRecord | None, now_s: float) -> Connection:
+    """A connection of which nothing was heard yet."""
+    buckets = TokenBucket(MAX_FRAMES_PER_S, now_s), TokenBucket(MAX_BYTES_PER_S, now_s)
+    return Connection(number, key, token, now_s, now_s, *buckets)

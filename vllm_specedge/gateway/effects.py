@@ -1,0 +1,46 @@
+"""What the router asks of the gateway. Pure."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from vllm_specedge.wire.frames import Frame, Groups
+
+
+@dataclass(frozen=True, slots=True)
+class ToEdge:
+    edge: int
+    frame: Frame
+
+
+@dataclass(frozen=True, slots=True)
+class ToEngine:
+    engine: bytes
+    frame: Frame
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReport:
+    """What one request came to, when it closed."""
+
+    engine: int
+    """Engines are numbered as they come; one that comes back has a new number."""
+    values: tuple[int, ...]
+    """In the order of counters.REQUEST_COUNTERS; of an engine of another release, fewer or more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A request closed, and its engine said what it came to."""
+
+    report: RequestReport
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """An engine said what its last steps were."""
+
+    groups: Groups
+
+
+Effect: TypeAlias = ToEdge | ToEngine | Reported | Stepped
+"""What the gateway is to do. A Bye to an edge ends that edge's connection after it is sent."""

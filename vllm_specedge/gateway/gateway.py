@@ -1,0 +1,159 @@
+"""The gateway: edges on one side, engines on the other, the Router in between."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+
+from vllm_specedge.config import EdgeOptions
+from vllm_specedge.errors import RemoteProtocolError
+from vllm_specedge.gateway.connections import Connections
+from vllm_specedge.gateway.effects import Effect, Reported, Stepped, ToEdge, ToEngine
+from vllm_specedge.gateway.engine_socket import EngineSocket
+from vllm_specedge.gateway.known import RouterLimits
+from vllm_specedge.gateway.metrics import RequestHistograms, RouterCollector
+from vllm_specedge.gateway.router import Router
+from vllm_specedge.gateway.status import Overview
+from vllm_specedge.gateway.vocabulary_store import VocabularyStore
+from vllm_specedge.wire.frames import EngineHello, Frame, FrameReader, Ping, VocabularyPart, encode
+from vllm_specedge.wire.telemetry import groups_of
+
+logger = logging.getLogger("vllm_specedge.gateway")
+
+ENGINE_DEAD_S = 15.0
+
+
+class Gateway:
+    """Carries out what the Router decides."""
+
+    def __init__(self, options: EdgeOptions, engine_endpoint: str) -> None:
+        limits = RouterLimits(
+            max_edges=options.max_edges,
+            max_requests_per_edge=options.max_requests_per_edge,
+            credit_tokens=options.credit_tokens,
+        )
+        self.router = Router(limits)
+        self.edges = Connections(options, self.router, self._carry_out)
+        self.vocabularies = VocabularyStore()
+        self.registry = CollectorRegistry()
+        self.registry.register(RouterCollector(self.router))
+        self._histograms = RequestHistograms(self.registry)
+        self._overview = Overview()
+        ProcessCollector(registry=self.registry)
+        for name, help_text, value in (
+            ("connections", "Connections of edges, admitted or not.", lambda: len(self.edges)),
+            ("tasks", "Tasks of the gateway's event loop.", lambda: len(asyncio.all_tasks())),
+        ):
+            Gauge(f"specedge_gateway_{name}", help_text, registry=self.registry).set_function(value)
+        self._tick_s = limits.heartbeat_ms / 2000
+        self._engine_heard_s: dict[bytes, float] = {}
+        self._effects: deque[Effect] = deque()
+        self._is_carrying_out = False
+        self._has_public_names = options.public_names
+        self.num_watching = 0
+        """How many look at the status page."""
+        self._engines = EngineSocket(engine_endpoint, self._heard)
+
+    def serve_engines(self) -> None:
+        """Take in what engines say from now on."""
+        self._engines.start()
+
+    async def watch(self) -> None:
+        """Close what has been silent for too long, for ever."""
+        while True:
+            await asyncio.sleep(self._tick_s)
+            try:
+                self._watch(time.monotonic())
+            except Exception:  # noqa: BLE001 - the outermost edge of this task
+                self.edges.failed("Watching the connections failed")
+
+    def close(self) -> None:
+        """No engine is heard any more."""
+        self._engines.close()
+
+    def view(self, is_from_here: bool) -> dict[str, object]:
+        """What the status page shows, to a reader on this machine or elsewhere."""
+        has_names = self._has_public_names or is_from_here
+        return self._overview.view(self.router, self.edges.rtts_s, time.monotonic(), has_names)
+
+    def served_vocabularies(self) -> list[dict[str, object]]:
+        """Of each vocabulary that an edge may fetch, its fingerprint, how large it is, and the models that have it."""
+        models: dict[str, list[str]] = {}
+        for engine in self.router.engines.values():
+            if engine.hello.fingerprint in self.vocabularies.packed:
+                models.setdefault(engine.hello.fingerprint, []).append(engine.hello.model)
+        packed = self.vocabularies.packed
+        return [
+            {"fingerprint": fingerprint, "bytes": len(packed[fingerprint]), "models": sorted(set(names))}
+            for fingerprint, names in models.items()
+        ]
+
+    # -- what is heard, and what follows ---------------------------------------------------------------------------
+
+    def _heard(self, engine: bytes, data: bytes) -> None:
+        """One message of an engine's."""
+        self._engine_heard_s[engine] = time.monotonic()
+        try:
+            for frame in FrameReader().feed(data):
+                self._from_engine(engine, frame)
+        except RemoteProtocolError as error:
+            self._carry_out(self.router.engine_left(engine))
+            logger.warning("An engine was dropped: %s", error)
+        except Exception:  # noqa: BLE001 - the outermost edge of this message
+            self.edges.failed("A message of an engine's failed")
+
+    def _from_engine(self, engine: bytes, frame: Frame) -> None:
+        self._carry_out(self.router.from_engine(engine, frame))
+        if isinstance(frame, EngineHello | Ping | VocabularyPart):
+            self._learn_vocabulary(engine, frame)
+
+    def _learn_vocabulary(self, engine: bytes, frame: EngineHello | Ping | VocabularyPart) -> None:
+        known = self.router.engines.get(engine)
+        if known is None:
+            return
+        fingerprint = known.hello.fingerprint
+        try:
+            if isinstance(frame, VocabularyPart):
+                want = self.vocabularies.take(engine, fingerprint, frame)
+            else:
+                want = self.vocabularies.ask(engine, fingerprint)
+        except RemoteProtocolError as error:
+            logger.warning("The vocabulary of %.60r is not served to edges: %s", known.hello.model, error)
+            return
+        if want is not None:
+            self._engines.send(engine, encode(want))
+
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
+        """In the order in which the router decided: what closing an edge on the way calls for comes after these."""
+        self._effects.extend(effects)
+        if self._is_carrying_out:
+            return
+        self._is_carrying_out = True
+        try:
+            while self._effects:
+                self._carry_out_one(self._effects.popleft())
+        finally:
+            self._is_carrying_out = False
+
+    def _carry_out_one(self, effect: Effect) -> None:
+        match effect:
+            case ToEngine():
+                self._engines.send(effect.engine, encode(effect.frame))
+            case ToEdge():
+                self.edges.deliver(effect.edge, effect.frame)
+            case Reported():
+                self._histograms.observe(effect.report)
+            case Stepped():
+                self._overview.steps(groups_of(effect.groups, time.monotonic()))
+
+    def _watch(self, now_s: float) -> None:
+        self.edges.watch(now_s)
+        self._overview.sample(self.router, now_s)
+        for engine, heard_s in list(self._engine_heard_s.items()):
+            if now_s - heard_s > ENGINE_DEAD_S:
+                del self._engine_heard_s[engine]
+                self._carry_out(self.router.engine_left(engine))
+        self.vocabularies.keep({id_: engine.hello.fingerprint for id_, engine in self.router.engines.items()})
