@@ -659,6 +659,17 @@ def test_requests_of_others_are_planned_plainly() -> None:
     assert Serving().driver.commit("unknown", 0, 1.0) == []
 
 
+def test_a_request_that_nobody_may_draft_for_waits_no_longer_for_the_drafts_of_others_than_it_may_be_slowed() -> None:
+    serving = Serving(new_driver(max_slowdown=1.01))
+    serve(serving, 50, 4)
+    rows, plain = [Row("r", 9)], Row("thinks within a budget", 9)
+    assert serving.driver.begin(rows, serving.now_s).wait_until_s is not None
+    plan = serving.driver.begin([*rows, plain], serving.now_s)
+    assert plan.num_rows == 2
+    assert plan.wait_until_s is None
+    assert plan == serving.driver.begin(rows, serving.now_s, Load(num_others=1))
+
+
 def test_what_is_learnt_late_is_of_the_edge_that_drafted_and_of_what_it_drafted() -> None:
     serving = Serving()
     first = serving.record

@@ -202,13 +202,18 @@ class StepDriver:
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def begin(self, rows: Iterable[Row], now_s: float, load: Load = NOTHING_ELSE) -> StepPlan:
-        """What each row does next: verify a draft, wait for one, or decode plainly. Changes nothing."""
-        choices = {}
+        """What each row does next: verify a draft, wait for one, or decode plainly. Changes nothing.
+
+        A row that was never opened here decodes plainly, and is to be slowed no more than others that do.
+        """
+        choices, num_plain = {}, 0
         for row in rows:
             request = self._ledger.find(row.request_id)
             if request is not None:
                 choices[row.request_id] = self._choice(row, request, now_s)
-        load = replace(load, probe=self._probing.next)
+            else:
+                num_plain += 1
+        load = replace(load, probe=self._probing.next, num_others=load.num_others + num_plain)
         candidates = [choice.candidate for choice in choices.values()]
         decision = decide(Situation(candidates, load, self.cost, self.speedup, self._limits, now_s))
         return StepPlan(
