@@ -9,14 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    stop_after_delay,
-    wait_random_exponential,
-)
-
 from edge_client.drafters import CacheFullError, Drafter
 from edge_client.drafters.translated import TranslatedDrafter
 from edge_client.drafting.jobs import Job, NotFiniteError, Sequences, run_pass
@@ -25,18 +17,15 @@ from edge_client.drafting.speculation import MAX_KEPT, Speculation, SpeculationS
 from edge_client.gateway_link import Gateway, Link, LinkError, OtherVocabularyError
 from edge_client.mismatch import OwnVocabulary, fitted
 from vllm_specedge import __version__
+from vllm_specedge.backoff import Backoff
 from vllm_specedge.errors import UserError
 from vllm_specedge.wire.frames import PROTOCOL_VERSION, Frame, Hello, Welcome
 
 logger = logging.getLogger("edge_client")
 
-FIRST_PAUSE_S = 0.25
-MAX_PAUSE_S = 30.0
-LASTING_S = 60.0
 MAX_CLIENT = 120
 """Of what is said of this client: file names are long."""
 BYE_S = 1.0
-"""Contexts of ended requests that a follow-up may go on from."""
 
 
 class DraftModelError(UserError):
@@ -115,27 +104,21 @@ class EdgeClient:
         A gateway that cannot be reached at first is tried for `wait_s`; one that was reached, for ever. Many edges lose
         a gateway at once: each comes back after a pause of its own, longer if its connections do not last.
         """
-        patience = stop_after_delay(wait_s)
-        num_short = 0
+        until_s, backoff = time.monotonic() + wait_s, Backoff()
         while True:
-            retrying = AsyncRetrying(
-                retry=retry_if_exception_type(LinkError),
-                wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=MAX_PAUSE_S),
-                stop=lambda state: not self._was_admitted and patience(state),
-                before_sleep=self._before_sleep,
-                reraise=True,
-            )
+            lasted_s = 0.0
             try:
-                lasted_s: float = await retrying(self._run_once)
+                lasted_s = await self._run_once()
             except LinkError as error:
-                raise UserError(
-                    f"The gateway at {self.gateway.url} cannot be used: {str(error).rstrip('.')}."
-                ) from None
+                if not self._was_admitted and time.monotonic() >= until_s:
+                    text = f"The gateway at {self.gateway.url} cannot be used: {str(error).rstrip('.')}."
+                    raise UserError(text) from None
+                logger.warning("Not connected: %s", error)
+                self._change("reconnecting" if self._was_admitted else "connecting")
             except OtherVocabularyError as refusal:
                 await self._fit(refusal)
                 continue
-            num_short = 0 if lasted_s > LASTING_S else num_short + 1
-            await asyncio.sleep(random.uniform(0, min(MAX_PAUSE_S, FIRST_PAUSE_S * 2**num_short)))
+            await asyncio.sleep(random.uniform(0, backoff.ended(lasted_s)))
 
     async def _fit(self, refusal: OtherVocabularyError) -> None:
         """Draft for the model whose vocabulary is most like the draft's. Raises UserError if none is like enough."""
@@ -145,11 +128,6 @@ class EdgeClient:
         if mismatch.found:
             logger.warning("%s", mismatch)
         self.drafter = TranslatedDrafter(self._own_drafter, translation, mismatch.fingerprint)
-
-    def _before_sleep(self, state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome is not None else None
-        logger.warning("Not connected: %s", error)
-        self._change("reconnecting" if self._was_admitted else "connecting")
 
     async def _run_once(self) -> float:
         """One connection. Returns how long it lasted, in seconds; raises LinkError if it was not even admitted."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_specedge.estimators import crossing
 from vllm_specedge.simulation.models import FittedServer
 from vllm_specedge.simulation.report import HELPS, plain
 from vllm_specedge.simulation.run import simulate
@@ -100,11 +101,7 @@ def acceptance_of(drafts: float, verified: float, accepted: float) -> float | No
     if drafts < MIN_DRAFTS:
         return None
     length, right = verified / drafts, accepted / drafts
-    low, high = 0.0, 1.0
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _accepted(middle, length) < right else (low, middle)
-    return high
+    return crossing(lambda acceptance: _accepted(acceptance, length) < right, 0.0, 1.0, _HALVINGS)
 
 
 def _accepted(acceptance: float, length: float) -> float:

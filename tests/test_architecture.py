@@ -31,7 +31,7 @@ IMPURE_LIBRARIES = {
     "vllm",
     "zmq",
 }
-LEAVES = {f"vllm_specedge.{name}" for name in ("addresses", "errors", "estimators", "exact_json")} | {
+LEAVES = {f"vllm_specedge.{name}" for name in ("addresses", "backoff", "errors", "estimators", "exact_json")} | {
     "vllm_specedge",  # nothing but the version; rooms in it are named one by one
 }
 WIRE, POLICY, CONFIG = "vllm_specedge.wire", "vllm_specedge.policy", "vllm_specedge.config"

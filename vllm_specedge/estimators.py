@@ -1,5 +1,6 @@
 """Running estimates of what is measured again and again. Pure; engine and edge use the same."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp
 
@@ -84,3 +85,11 @@ class Rate:
     def per_s(self) -> float:
         """0 before anything was seen."""
         return self._count / self._weight_s if self._weight_s > 0.0 else 0.0
+
+
+def crossing(holds: Callable[[float], bool], low: float, high: float, num_halvings: int) -> float:
+    """Where something that holds at `low` and not at `high` ceases to hold, from above; asks `num_halvings` times."""
+    for _ in range(num_halvings):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return high

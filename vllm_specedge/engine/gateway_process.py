@@ -6,12 +6,11 @@ import sys
 import threading
 import time
 
+from vllm_specedge.backoff import MAX_PAUSE_S, Backoff
 from vllm_specedge.config import EdgeOptions
 
 logger = logging.getLogger("vllm_specedge.engine.gateway_process")
 
-_FIRST_PAUSE_S = 0.5
-_MAX_PAUSE_S = 30.0
 _GRACE_S = 3.0
 USER_ERROR_STATUS = 2
 """The gateway's exit status when an operator must change something: starting it again would not help."""
@@ -33,7 +32,7 @@ class GatewayProcess(threading.Thread):
         return subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
 
     def run(self) -> None:
-        pause_s = 0.0
+        backoff = Backoff(first_s=0.25, lasting_s=MAX_PAUSE_S)
         while True:
             started_s = time.monotonic()
             status = self._process.wait()
@@ -43,8 +42,7 @@ class GatewayProcess(threading.Thread):
             if status == USER_ERROR_STATUS:
                 logger.error("The gateway cannot start (see its message above): serving without drafts")
                 return
-            has_lasted = time.monotonic() - started_s > _MAX_PAUSE_S
-            pause_s = _FIRST_PAUSE_S if has_lasted or not pause_s else min(pause_s * 2, _MAX_PAUSE_S)
+            pause_s = backoff.ended(time.monotonic() - started_s)
             logger.warning("The gateway ended with status %s: starting it again in %.1f s", status, pause_s)
             if self._stopped.wait(pause_s):
                 return

@@ -4,6 +4,7 @@ Rule: speculation is shed first (a step is never made longer than the shortest t
 are refused at the front, before they cost anything: so that those admitted meet their targets under any load.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
@@ -93,15 +94,12 @@ def num_admissible(
     queue: Queue, priority: int, num_tokens: int, targets: Targets, cost: StepCost, limit: int = 64
 ) -> int:
     """How many requests of this class, each with a prompt of so many tokens, could come now, up to a limit."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high) // 2
-        more = replace(queue, waiting=[*queue.waiting, *[(priority, num_tokens)] * middle])
-        if is_admitted(more, priority, num_tokens, targets, cost):
-            low = middle + 1
-        else:
-            high = middle
-    return low
+
+    def is_full(num_more: int) -> bool:
+        more = replace(queue, waiting=[*queue.waiting, *[(priority, num_tokens)] * num_more])
+        return not is_admitted(more, priority, num_tokens, targets, cost)
+
+    return bisect_left(range(limit), True, key=is_full)
 
 
 def retry_after_s(queue: Queue) -> int:

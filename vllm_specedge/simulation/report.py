@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specedge.errors import UserError
+from vllm_specedge.estimators import crossing
 from vllm_specedge.policy.situation import MODES, HoldLimits
 from vllm_specedge.simulation.models import Server, fitted, in_server_gain
 from vllm_specedge.simulation.run import simulate
@@ -113,11 +114,7 @@ def break_even_s(scenario: Scenario) -> float:
         return 0.0
     if helps(MAX_RTT_S):
         return inf
-    low_s, high_s = 0.0, MAX_RTT_S
-    for _ in range(HALVINGS):
-        middle_s = (low_s + high_s) / 2
-        low_s, high_s = (middle_s, high_s) if helps(middle_s) else (low_s, middle_s)
-    return high_s
+    return crossing(helps, 0.0, MAX_RTT_S, HALVINGS)
 
 
 def cells(base: Scenario, asked: Asked) -> list[Cell]:
