@@ -24,7 +24,8 @@ from rich.table import Table
 from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
 from vllm_specedge.policy.situation import HoldLimits, Load
 from vllm_specedge.policy.step_cost import StepCost
-from vllm_specedge.wire.frames import Assign, Edges, Propose
+from vllm_specedge.wire.engine_frames import Assign, Edges
+from vllm_specedge.wire.frames import Propose
 
 VOCAB_SIZE, SPEC_TOKENS = 50_000, 5
 PROFILE = {1: 0.022, 64: 0.023, 128: 0.026, 256: 0.03, 1024: 0.11}

@@ -10,7 +10,8 @@ import h2.config
 import h2.connection
 import h2.events
 
-from vllm_specedge.wire.frames import MEDIA_TYPE, PROTOCOL_VERSION, Bye, Frame, Greet, Hello, Ping, Pong, Welcome
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.frames import MEDIA_TYPE, PROTOCOL_VERSION, Bye, Greet, Hello, Ping, Pong, Welcome
 from vllm_specedge.wire.session import Role, Session, State
 
 AUTHORITY = "localhost"

@@ -31,7 +31,9 @@ from overhead import GATEWAY_PORT, start_gateway
 from stack import EDGE_CORE, SERVER_CORE
 
 from vllm_specedge.engine.gateway_link import EngineLink
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, EngineHello, Frame, Open, Propose
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.engine_frames import EngineHello
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Open, Propose
 
 VOCAB_SIZE = 1 << 22
 PROMPT = (1, 2, 3, 4)

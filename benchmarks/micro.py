@@ -21,20 +21,9 @@ from vllm_specedge.gateway.known import ROLES, RouterLimits
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.step_cost import StepCost
-from vllm_specedge.wire.frames import (
-    PROTOCOL_VERSION,
-    Assign,
-    Commit,
-    Edges,
-    EngineHello,
-    EngineWelcome,
-    Frame,
-    FrameReader,
-    Hello,
-    Open,
-    Propose,
-    encode,
-)
+from vllm_specedge.wire.codec import Frame, FrameReader, encode
+from vllm_specedge.wire.engine_frames import Assign, Edges, EngineHello, EngineWelcome
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Hello, Open, Propose
 
 VOCAB_SIZE, K = 49_152, 5
 ROUND_S = 0.05

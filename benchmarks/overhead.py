@@ -25,7 +25,9 @@ from edge_client.client import EdgeClient
 from edge_client.drafters import Candidate
 from edge_client.gateway_link import Gateway, Link
 from vllm_specedge.engine.gateway_link import EngineLink
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello, Frame, Hello, Open, Propose, Welcome, commits
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.engine_frames import EngineHello
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Hello, Open, Propose, Welcome, commits
 
 CACHE = Path(__file__).parent.parent / ".cache"
 PORT, GATEWAY_PORT = 8020, 8121

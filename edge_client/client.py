@@ -19,7 +19,8 @@ from edge_client.mismatch import OwnVocabulary, fitted
 from vllm_specedge import __version__
 from vllm_specedge.backoff import Backoff
 from vllm_specedge.errors import UserError
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, Frame, Hello, Welcome
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Hello, Propose, Welcome
 
 logger = logging.getLogger("edge_client")
 
@@ -176,7 +177,9 @@ class EdgeClient:
 
     def _send(self, frames: Iterable[Frame]) -> None:
         for frame in frames:
-            self._link.send(frame)
+            num_bytes = self._link.send(frame)
+            if num_bytes and isinstance(frame, Propose):
+                self.pace.sent(num_bytes)
 
     def _change(self, state: str) -> None:
         self.state = state

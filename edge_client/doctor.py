@@ -32,7 +32,8 @@ from edge_client.gateway_link import BROKEN, Gateway, Link, LinkError, OtherVoca
 from edge_client.mismatch import fitted
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, Close, Commit, Frame, Hello, Open, Propose, Welcome
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Close, Commit, Hello, Open, Propose, Welcome
 
 NUM_PASSES = 9
 NUM_PINGS = 9

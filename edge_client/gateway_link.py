@@ -14,16 +14,8 @@ from h2.exceptions import H2Error
 from edge_client.ways import checked_gateway_url, client_for, trusted
 from vllm_specedge.addresses import is_loopback
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
-from vllm_specedge.wire.frames import (
-    MEDIA_TYPE,
-    Bye,
-    Frame,
-    Greet,
-    Hello,
-    Ping,
-    Pong,
-    Welcome,
-)
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.frames import MEDIA_TYPE, Bye, Greet, Hello, Ping, Pong, Welcome
 from vllm_specedge.wire.session import Role, Session, State
 
 CONNECT_TIMEOUT_S = 10.0
@@ -98,23 +90,22 @@ class Link:
     on_pong: Callable[[float], None] = lambda rtt_s: None
     rtt_s: float | None = None
     session: Session = field(default_factory=lambda: Session(Role.EDGE))
-    dropped_frames: int = 0
     _outbox: deque[bytes] = field(default_factory=deque)
     _queued_bytes: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _heartbeat_s: float = FIRST_SILENCE_S / SILENCE_HEARTBEATS
     _was_admitted: bool = False
 
-    def send(self, frame: Frame) -> None:
-        """Queue a frame. One is dropped that finds the queue full, for the link is too slow for it to be of use, or the
-        connection ended: a forward pass may be under way when the gateway says Bye."""
+    def send(self, frame: Frame) -> int:
+        """Queue a frame. Returns its bytes, 0 if it is dropped: where the queue is full, for then the link is too slow
+        for it to be of use, or the connection ended: a forward pass may be under way when the gateway says Bye."""
         if self._queued_bytes > MAX_QUEUED_BYTES or self.session.state is State.CLOSED:
-            self.dropped_frames += 1
-            return
+            return 0
         data = self.session.send(frame)
         self._outbox.append(data)
         self._queued_bytes += len(data)
         self._wake.set()
+        return len(data)
 
     async def run(self) -> None:
         """Stay connected. Raises LinkError when that ends, UserError when trying again cannot help."""

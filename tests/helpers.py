@@ -23,20 +23,19 @@ from vllm_specedge.policy.situation import HoldLimits, Load
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.simulation.clock import VirtualTime
 from vllm_specedge.simulation.edge import VirtualEdge
+from vllm_specedge.wire.codec import Frame, FrameReader, encode
+from vllm_specedge.wire.engine_frames import EngineHello
 from vllm_specedge.wire.frames import (
+    MAX_BRANCHES,
     MAX_TEXT_BYTES,
     MAX_UINT32,
     PROTOCOL_VERSION,
     Bye,
     Close,
-    EngineHello,
-    Frame,
-    FrameReader,
     Hello,
     Ping,
     Propose,
     Welcome,
-    encode,
 )
 from vllm_specedge.wire.session import Role, Session, State
 
@@ -53,8 +52,24 @@ _BY_FIELD: dict[object, st.SearchStrategy[Any]] = {
 }
 
 
+def fitting(request: int, base: int, tokens: Sequence[int], forks: Sequence[tuple[int, int]] = ()) -> Propose:
+    """A proposal; `forks`: for each branch how far before the trunk's end it leaves, and its tokens, as far as fits."""
+    num_trunk, branches = len(tokens), list[int]()
+    for back, own in forks if tokens else ():
+        length = own % num_trunk
+        num_trunk -= length
+        branches += [back, length]
+    branches[::2] = [back % (base + num_trunk + 1) for back in branches[::2]]
+    return Propose(request, base, tuple(tokens), tuple(branches))
+
+
 def frames_of(cls: type[Frame]) -> st.SearchStrategy[Frame]:
     """Any frame of one type."""
+    if cls is Propose:
+        forks = st.lists(st.tuples(_uints, st.integers(0, 40)), max_size=MAX_BRANCHES)
+        tokens = _BY_FIELD[tuple[int, ...]]
+        # A branch leaves no further back than a number on the wire says.
+        return st.builds(fitting, _uints, st.integers(0, MAX_UINT32 - 40), tokens, forks)
     return st.builds(cls, **{item.name: _BY_FIELD[item.type] for item in dataclasses.fields(cls)})
 
 
@@ -67,6 +82,8 @@ _EXAMPLES: dict[object, object] = {int: 1, str: "x", bool: True, bytes: b"x", tu
 
 def example_of(cls: type[Frame]) -> Frame:
     """One plain frame of a type."""
+    if cls is Propose:
+        return Propose(1, 1, (1, 2, 3), (1, 2))
     return cls(*(_EXAMPLES[item.type] for item in dataclasses.fields(cls)))  # type: ignore[arg-type]
 
 
@@ -209,8 +226,6 @@ class HostileEdge:
             branch = self._lies()
             tokens += branch
             branches += [self._random.randint(0, base + len(run)), len(branch)]
-        if self._is_rude and self._random.random() < 0.02:
-            branches[-1] += 1
         return Propose(number, base, tuple(tokens), tuple(branches))
 
     def _lies(self) -> list[int]:

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.wire.frames import Propose
 
 Path = tuple[int, tuple[int, ...]]
@@ -18,10 +17,7 @@ class Offers:
 
     def proposed(self, frame: Propose) -> None:
         """The trunk is a path, and each branch with what is before it."""
-        try:
-            (base, trunk), *branches = frame.runs
-        except RemoteProtocolError:
-            return
+        (base, trunk), *branches = frame.runs
         paths = [(base, trunk)]
         for at, tokens in branches:
             paths.append((base, (*trunk[: at - base], *tokens)) if at > base else (at, tokens))

@@ -22,7 +22,9 @@ from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.credentials import TokenFile
 from vllm_specedge.policy.step_cost import KNOTS
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello, Frame, Stats, StepTimes
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.engine_frames import EngineHello, Stats, StepTimes
+from vllm_specedge.wire.frames import PROTOCOL_VERSION
 from vllm_specedge.wire.telemetry import ENGINE_COUNTERS
 
 SLOW_GPU = StepTimes(tuple(200_000 + 100 * knot for knot in KNOTS), 0, 0, 0)

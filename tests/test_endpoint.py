@@ -15,7 +15,8 @@ from vllm_specedge.config import MAX_SOCKET_PATH_BYTES, parse_options
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.engine_socket import EngineSocket
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello
+from vllm_specedge.wire.engine_frames import EngineHello
+from vllm_specedge.wire.frames import PROTOCOL_VERSION
 
 
 @pytest.fixture

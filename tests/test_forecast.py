@@ -18,7 +18,8 @@ from vllm_specedge.gateway.metrics import RouterCollector
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.step_cost import KNOTS
 from vllm_specedge.simulation.models import FittedServer
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello, Stats, StepTimes
+from vllm_specedge.wire.engine_frames import EngineHello, Stats, StepTimes
+from vllm_specedge.wire.frames import PROTOCOL_VERSION
 from vllm_specedge.wire.telemetry import ENGINE_COUNTERS
 
 GPU = FittedServer((1, 256, 512), (0.025, 0.026, 0.050), 1e-4, 20e-6)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import httpx2 as httpx
+import msgpack
 import pytest
 import trustme
 from certificates import write_certificate
@@ -37,6 +38,7 @@ from benchmarks.light_edge import LightEdge
 from edge_client.client import DraftModelError, EdgeClient
 from edge_client.drafters import CacheFullError, Candidate
 from edge_client.drafters.ngram import NgramDrafter, NgramSequence
+from edge_client.drafting.pacing import HTTP2_HEADER_BYTES
 from edge_client.gateway_link import Gateway, Link, LinkError
 from tests.faults.matrix import FAKETIME, Clock
 from vllm_specedge.config import EdgeOptions
@@ -53,6 +55,8 @@ from vllm_specedge.gateway.pages import is_from_here
 from vllm_specedge.gateway.server import make_app
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.step_cost import StepCost
+from vllm_specedge.wire.codec import Frame, encode, pack_tokens, unpack_tokens
+from vllm_specedge.wire.engine_frames import EngineHello, Report, Stats
 from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
 from vllm_specedge.wire.frames import (
     MAX_FRAME_BYTES,
@@ -61,18 +65,12 @@ from vllm_specedge.wire.frames import (
     PROTOCOL_VERSION,
     Bye,
     Close,
-    EngineHello,
-    Frame,
     Greet,
     Hello,
     Open,
+    Pong,
     Propose,
-    Report,
-    Stats,
     Welcome,
-    encode,
-    pack_tokens,
-    unpack_tokens,
 )
 from vllm_specedge.wire.session import State
 from vllm_specedge.wire.telemetry import REQUEST_COUNTERS
@@ -371,7 +369,11 @@ class Rogue(Link):
             self._outbox.append(self.data)
             self._wake.set()
         elif isinstance(frame, Open) and self.tokens:
-            self.send(Propose(frame.request, frame.num_tokens - 1, self.tokens, self.branches))
+            # As bytes: some of these are no frames.
+            values = [Propose.CODE, frame.request, frame.num_tokens - 1, pack_tokens(self.tokens), self.branches]
+            body = msgpack.packb(values)
+            self._outbox.append(len(body).to_bytes(2, "big") + body)
+            self._wake.set()
 
 
 @pytest.mark.parametrize(
@@ -381,7 +383,7 @@ class Rogue(Link):
         (b"\x00\x01\xc0", "a frame is an array"),
         (b"\x00\x03\x92\x63\x00", "unknown frame code"),
         (b"\x00\x06\x94\x05\x01\x02\xc4\x00", "not legal"),
-        (b"\x00\x08\x95\x07\x01\x02\x92\x03\x04\x90", "not a msgpack frame"),
+        (b"\x00\x08\x95\x07\x01\x02\x92\x03\x04\x90", "no Propose"),
         (b"\x00\x0a\x95\x07\x01\x02\xc4\x03\x02\x03\x00\x90", "fit fewer bytes"),
     ],
 )
@@ -912,8 +914,17 @@ def test_what_an_edge_would_say_after_the_gateway_s_bye_is_dropped() -> None:
     link.session.receive(
         encode(Greet("key", PROTOCOL_VERSION)) + encode(Bye(ByeCode.GOING_AWAY, "the gateway is stopping"))
     )
-    link.send(Propose(0, 0, (1,)))
-    assert link.dropped_frames == 1
+    assert link.send(Propose(0, 0, (1,))) == 0
+
+
+def test_a_proposal_costs_what_goes_up_and_one_that_is_dropped_nothing() -> None:
+    client, proposal = EdgeClient(Gateway("http://localhost:1"), NgramDrafter(), "edge"), Propose(0, 0, (1, 2, 3))
+    client._link.session.state = State.LIVE
+    client._send([proposal, proposal, Pong(1)])
+    assert client.pace._bytes == 2 * (len(encode(proposal)) + HTTP2_HEADER_BYTES)
+    client._link.session.state = State.CLOSED
+    client._send([proposal])
+    assert client.pace._bytes == 2 * (len(encode(proposal)) + HTTP2_HEADER_BYTES)
 
 
 @pytest.mark.parametrize(

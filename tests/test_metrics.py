@@ -17,17 +17,9 @@ from vllm_specedge.gateway.known import ROLES, RouterLimits
 from vllm_specedge.gateway.metrics import GATEWAY_COUNTERS, RequestHistograms, RouterCollector, report_row
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.step_cost import KNOTS, StepCost
-from vllm_specedge.wire.frames import (
-    MAX_UINT32,
-    PROTOCOL_VERSION,
-    EngineHello,
-    Hello,
-    Open,
-    Report,
-    Stats,
-    StepTimes,
-    encode,
-)
+from vllm_specedge.wire.codec import encode
+from vllm_specedge.wire.engine_frames import EngineHello, Report, Stats, StepTimes
+from vllm_specedge.wire.frames import MAX_UINT32, PROTOCOL_VERSION, Hello, Open
 from vllm_specedge.wire.telemetry import (
     ENGINE_COUNTERS,
     REQUEST_COUNTERS,

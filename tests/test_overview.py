@@ -9,18 +9,9 @@ from hypothesis import strategies as st
 from vllm_specedge.gateway.known import ROLES, RouterLimits
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.gateway.status import GROUPS_S, HOUR_S, MAX_GROUPS, MAX_NAME, NOW_S, SAMPLE_S, Overview
-from vllm_specedge.wire.frames import (
-    PROTOCOL_VERSION,
-    Commit,
-    EngineHello,
-    Groups,
-    Hello,
-    Open,
-    Propose,
-    Report,
-    Stats,
-    encode,
-)
+from vllm_specedge.wire.codec import encode
+from vllm_specedge.wire.engine_frames import EngineHello, Groups, Report, Stats
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Hello, Open, Propose
 from vllm_specedge.wire.telemetry import ENGINE_COUNTERS, REQUEST_COUNTERS, Group, groups_frame, groups_of
 
 INDEX = {name: index for index, (name, _) in enumerate(ENGINE_COUNTERS)}

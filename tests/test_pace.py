@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_client.drafting.pacing import FRAME_BYTES, HTTP2_HEADER_BYTES, MAX_FLOOR, MIN_FLOOR, Calibration, Pace
-from vllm_specedge.wire.frames import Propose, encode
+from vllm_specedge.wire.codec import encode
+from vllm_specedge.wire.frames import Propose
 
 probabilities = st.floats(0.0, 1.0)
 survivals = st.lists(st.floats(0.001, 1.0), min_size=1, max_size=40).map(lambda values: sorted(values, reverse=True))
@@ -111,7 +112,7 @@ def generate(pace: Pace, frames_per_commit: int, tokens_per_commit: int, tokens_
     floors = [pace.floor]
     for _ in range(300):
         for _ in range(frames_per_commit):
-            pace.sent(Propose(0, 1000, tuple(range(1000, 1000 + tokens_per_frame))))
+            pace.sent(len(encode(Propose(0, 1000, tuple(range(1000, 1000 + tokens_per_frame))))))
         pace.committed(tokens_per_commit)
         floors.append(pace.floor)
     return floors
@@ -135,7 +136,7 @@ def test_the_floor_has_bounds_and_follows_the_surplus(budget: float, rounds: lis
     for num_frames, num_tokens in rounds:
         before = pace.floor
         for _ in range(num_frames):
-            pace.sent(Propose(0, 0, (1, 2, 3)))
+            pace.sent(len(encode(Propose(0, 0, (1, 2, 3)))))
         cost = pace._bytes / (pace._tokens + num_tokens)
         pace.committed(num_tokens)
         assert MIN_FLOOR <= pace.floor <= MAX_FLOOR

@@ -14,7 +14,8 @@ from edge_client.drafters.ngram import NgramDrafter
 from edge_client.gateway_link import Gateway, LinkError
 from tests.proxies import needs_nginx, running_nginx
 from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, hello, refused, running_gateway
-from vllm_specedge.wire.frames import FrameReader, Greet
+from vllm_specedge.wire.codec import FrameReader
+from vllm_specedge.wire.frames import Greet
 
 pytestmark = needs_nginx
 

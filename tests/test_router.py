@@ -8,33 +8,26 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.helpers import refused
+from tests.helpers import fitting, refused
 from vllm_specedge.errors import ByeCode
 from vllm_specedge.gateway.effects import Effect, Reported, RequestReport, Stepped, ToEdge, ToEngine
 from vllm_specedge.gateway.known import MAX_UNREAD_TOKENS, PRIVATE, ROLES, RouterLimits
 from vllm_specedge.gateway.prefix_memory import MAX_EXTRA_LOAD, PrefixMemory
 from vllm_specedge.gateway.router import MAX_GAPS, MAX_REPORT_VALUES, MAX_REPORTS, Router
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.engine_frames import Assign, Edges, EngineHello, EngineWelcome, Groups, Report, Stats, StepTimes
 from vllm_specedge.wire.frames import (
     MAX_UINT32,
     PROTOCOL_VERSION,
-    Assign,
     Bye,
     Close,
     CloseReason,
     Commit,
-    Edges,
-    EngineHello,
-    EngineWelcome,
-    Frame,
-    Groups,
     Hello,
     Open,
     Ping,
     Pong,
     Propose,
-    Report,
-    Stats,
-    StepTimes,
     Welcome,
     commits,
 )
@@ -668,21 +661,6 @@ def test_proposals_that_cannot_come_true_are_dropped_and_counted() -> None:
     assert router.counters == {"assigned": 1, "dropped_closed": 1, "dropped_late": 3, "dropped_ahead": 3}
 
 
-@pytest.mark.parametrize("branches", [(1,), (0, 3), (0, 2), (6, 1), (0, MAX_UINT32, 0, MAX_UINT32)])
-def test_branches_that_do_not_add_up_end_the_connection_of_that_edge_only(branches: tuple[int, ...]) -> None:
-    router = ready_router()
-    for edge, session in ((1, "s"), (2, "t")):
-        router.edge_hello(edge, edge_hello(), session, ALL_ROLES)
-        open_request(router, edge)
-    effects = router.from_edge(1, Propose(0, 2, (3, 1), branches))
-    assert effects == [ToEdge(1, refusal_of(effects))]
-    assert refusal_of(effects).code == ByeCode.PROTOCOL
-    assert router.edge_left(1)[0] == ToEdge(2, Open(1, 3, 5, 5, ""))
-    for request, edges_number in ((1, 1), (2, 0)):
-        good = Propose(edges_number, 2, (3, 8, 9, 7), (1, 1))
-        assert router.from_edge(2, good) == [ToEngine(ENGINE, replace(good, request=request))]
-
-
 def test_a_late_proposal_whose_tail_is_ahead_and_a_pass_go_through() -> None:
     router = ready_router()
     router.edge_hello(1, edge_hello(), "s", ALL_ROLES)
@@ -982,7 +960,6 @@ class Routing(RuleBasedStateMachine):
         tokens=st.lists(st.integers(0, 9), max_size=6),
         is_rude=st.integers(0, 9),
         branches=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=2),
-        is_odd=st.integers(0, 9),
     )
     def edge_proposes_anything(
         self,
@@ -992,7 +969,6 @@ class Routing(RuleBasedStateMachine):
         tokens: list[int],
         is_rude: int,
         branches: list[tuple[int, int]],
-        is_odd: int,
     ) -> None:
         id_ = data.draw(st.sampled_from(list(self.edges)))
         edge = self.edges[id_]
@@ -1001,8 +977,7 @@ class Routing(RuleBasedStateMachine):
         number = data.draw(st.sampled_from([*edge.seen, number]))
         known = edge.seen[number][1] if number in edge.seen else []
         base = max(0, len(known) + offset)
-        forks = [value for fork in branches for value in fork]
-        proposal = Propose(number, base, tuple(tokens), tuple(forks[is_odd == 0 :]))
+        proposal = fitting(number, base, tokens, branches)
         effects = self.router.from_edge(id_, proposal)
         assert effects == self.expected(id_, proposal)
         self.carry_out(effects)

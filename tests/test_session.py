@@ -11,21 +11,8 @@ from hypothesis import strategies as st
 from tests.helpers import FRAME_TYPES, ConnectionPair, any_frame, example_of, refused
 from vllm_specedge.engine.proposal_tree import ProposalTree
 from vllm_specedge.errors import ByeCode, LocalProtocolError, RemoteProtocolError
-from vllm_specedge.wire.frames import (
-    Bye,
-    Close,
-    Commit,
-    Frame,
-    FrameReader,
-    Greet,
-    Hello,
-    Open,
-    Ping,
-    Pong,
-    Propose,
-    Welcome,
-    encode,
-)
+from vllm_specedge.wire.codec import Frame, FrameReader, encode
+from vllm_specedge.wire.frames import Bye, Close, Commit, Greet, Hello, Open, Ping, Pong, Propose, Welcome
 from vllm_specedge.wire.session import TRANSITIONS, Role, Session, State
 
 TO_LIVE: list[tuple[Role, type[Frame]]] = [(Role.GATEWAY, Greet), (Role.EDGE, Hello), (Role.GATEWAY, Welcome)]

@@ -29,8 +29,9 @@ from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.credentials import TokenFile
 from vllm_specedge.gateway.pages import MAX_PART_BYTES
+from vllm_specedge.wire.engine_frames import EngineHello
 from vllm_specedge.wire.fingerprint import vocabulary_fingerprint, without_fillers
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello
+from vllm_specedge.wire.frames import PROTOCOL_VERSION
 from vllm_specedge.wire.vocabulary import Difference, pack_vocabulary, unpack_vocabulary
 
 OF_THE_DRAFT = gguf_vocabulary(GGUF)

@@ -4,8 +4,9 @@ import pytest
 
 from tests.helpers import refused
 from vllm_specedge.gateway.vocabulary_store import MAX_VOCABULARIES, VocabularyStore
+from vllm_specedge.wire.engine_frames import VocabularyPart, WantVocabulary
 from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
-from vllm_specedge.wire.frames import MAX_DATA_BYTES, VocabularyPart, WantVocabulary
+from vllm_specedge.wire.frames import MAX_DATA_BYTES
 from vllm_specedge.wire.vocabulary import MAX_PACKED_BYTES, pack_vocabulary
 
 VOCABULARY = {f"{id_ * 7919 % 20011:x}": id_ for id_ in range(20011)}

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, field
 
 from vllm_specedge.estimators import Line, Smoothed
-from vllm_specedge.wire.frames import Propose, encode
 
 NUM_BINS = 10
 PRIOR_WEIGHT = 4.0
@@ -87,8 +86,9 @@ class Pace:
         gain = SHORTER_GAIN if seconds < before_s else LONGER_GAIN
         self.short_round_s = before_s + gain * (seconds - before_s)
 
-    def sent(self, frame: Propose) -> None:
-        self._bytes += len(encode(frame)) + HTTP2_HEADER_BYTES
+    def sent(self, num_bytes: int) -> None:
+        """A proposal went up, of so many bytes; one that the link dropped did not."""
+        self._bytes += num_bytes + HTTP2_HEADER_BYTES
 
     def committed(self, num_tokens: int) -> None:
         """So many tokens were generated: what is drafted next follows from what their proposals cost."""

@@ -15,7 +15,8 @@ from edge_client.drafters import Candidate
 from edge_client.drafting.draft_tree import DraftTree, Node
 from edge_client.drafting.jobs import Job
 from edge_client.drafting.pacing import Pace
-from vllm_specedge.wire.frames import MAX_UINT32, Close, CloseReason, Commit, Frame, Open, Propose
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.frames import MAX_UINT32, Close, CloseReason, Commit, Open, Propose
 
 MAX_SHORT = 3
 MAX_CANDIDATES = 3
@@ -371,9 +372,7 @@ class Speculation:
         self.stats.proposed_tokens += sum(not node.is_sent for node in new[1:])
         for node in new:
             node.is_sent = True
-        frame = Propose(number, run[0].position, tuple(node.token for node in new), tuple(forks))
-        self.pace.sent(frame)
-        return [frame]
+        return [Propose(number, run[0].position, tuple(node.token for node in new), tuple(forks))]
 
 
 def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:

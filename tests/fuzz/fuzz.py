@@ -13,26 +13,15 @@ from collections.abc import Callable
 import atheris
 
 with atheris.instrument_imports(include=["vllm_specedge"]):
+    from tests.helpers import fitting
     from tests.test_driver import START, Act, Engine, GoodDraft
     from vllm_specedge.errors import RemoteProtocolError
     from vllm_specedge.gateway.effects import ToEdge
     from vllm_specedge.gateway.known import ROLES, RouterLimits
     from vllm_specedge.gateway.router import Router
-    from vllm_specedge.wire.frames import (
-        PROTOCOL_VERSION,
-        Assign,
-        Bye,
-        Commit,
-        Edges,
-        EngineHello,
-        Frame,
-        FrameReader,
-        Greet,
-        Hello,
-        Open,
-        Propose,
-        encode,
-    )
+    from vllm_specedge.wire.codec import Frame, FrameReader, encode
+    from vllm_specedge.wire.engine_frames import Assign, Edges, EngineHello
+    from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, Commit, Greet, Hello, Open, Propose
     from vllm_specedge.wire.session import Role, Session, State
 
 VOCAB_SIZE = 100
@@ -100,8 +89,8 @@ def driver(data: bytes) -> None:
         return [(chance.ConsumeIntInRange(0, 6), chance.ConsumeIntInRange(0, 4)) for _ in range(len(run(2)))]
 
     def proposal() -> Propose:
-        tokens, numbers = run(12), [number for pair in branches() for number in pair]
-        return Propose(chance.ConsumeIntInRange(0, 3), chance.ConsumeIntInRange(0, 30), tuple(tokens), tuple(numbers))
+        tokens, forks = run(12), branches()
+        return fitting(chance.ConsumeIntInRange(0, 3), chance.ConsumeIntInRange(0, 30), tokens, forks)
 
     makers: list[Callable[[], Act | GoodDraft | Frame]] = [
         lambda: Act("step", chance.ConsumeIntInRange(0, 1), run(6)),

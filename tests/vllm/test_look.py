@@ -16,7 +16,7 @@ from vllm_specedge.engine.driver import Row, StepDriver
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.slo import Target, Targets
 from vllm_specedge.policy.step_cost import StepCost
-from vllm_specedge.wire.frames import Edges
+from vllm_specedge.wire.engine_frames import Edges
 
 BLOCK_SIZE = 16
 

@@ -14,7 +14,8 @@ from vllm_specedge.adapter.shared_driver import SharedDriver
 from vllm_specedge.engine.driver import StepDriver, StepPlan
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.step_cost import StepCost
-from vllm_specedge.wire.frames import Edges, Frame
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.engine_frames import Edges
 
 DEADLINE_S = 10.0
 

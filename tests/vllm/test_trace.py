@@ -14,7 +14,8 @@ from random import Random
 import pytest
 
 from edge_client.gateway_link import Gateway, Link
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Frame, Hello, Open, Propose, Welcome
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Hello, Open, Propose, Welcome
 
 from .conftest import DEADLINE_S, Target, counting
 

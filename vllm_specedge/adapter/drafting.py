@@ -27,7 +27,7 @@ from vllm_specedge.errors import UserError
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.slo import Targets
 from vllm_specedge.policy.step_cost import StepCost
-from vllm_specedge.wire.frames import is_text
+from vllm_specedge.wire.codec import is_text
 from vllm_specedge.wire.request_fields import KEY
 
 logger = init_logger("vllm.specedge.scheduler")

@@ -13,7 +13,8 @@ from typing import TypeVar
 from vllm_specedge.adapter.engine_handle import EngineHandle
 from vllm_specedge.engine.driver import StepDriver, StepPlan
 from vllm_specedge.engine.gateway_link import EngineLink
-from vllm_specedge.wire.frames import Frame, Stats
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.engine_frames import Stats
 from vllm_specedge.wire.telemetry import CountedSince, groups_frame, step_times
 
 _BLOCK_S = 0.002

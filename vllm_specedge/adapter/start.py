@@ -12,8 +12,10 @@ from vllm_specedge.config import MAX_SOCKET_PATH_BYTES, EdgeOptions, parse_optio
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.engine.gateway_process import GatewayProcess
 from vllm_specedge.errors import UserError
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.engine_frames import EngineHello
 from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
-from vllm_specedge.wire.frames import MAX_TEXT_BYTES, PROTOCOL_VERSION, EngineHello, Frame
+from vllm_specedge.wire.frames import MAX_TEXT_BYTES, PROTOCOL_VERSION
 from vllm_specedge.wire.vocabulary import pack_vocabulary
 
 logger = logging.getLogger("vllm.specedge.start")

@@ -30,7 +30,7 @@ from vllm_specedge.policy.ngram_budget import NgramBudget
 from vllm_specedge.policy.probing import Probing
 from vllm_specedge.policy.situation import HOLDING_MODES, Awaited, Candidate, HoldLimits, Load, Situation
 from vllm_specedge.policy.step_cost import StepCost
-from vllm_specedge.wire.frames import Frame
+from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.telemetry import Group
 
 NOTHING_ELSE = Load()

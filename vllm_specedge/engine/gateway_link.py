@@ -18,19 +18,9 @@ from enum import Enum
 import zmq
 
 from vllm_specedge.errors import ByeCode, RemoteProtocolError
-from vllm_specedge.wire.frames import (
-    MAX_DATA_BYTES,
-    Bye,
-    EngineHello,
-    EngineWelcome,
-    Frame,
-    FrameReader,
-    Ping,
-    Pong,
-    VocabularyPart,
-    WantVocabulary,
-    encode,
-)
+from vllm_specedge.wire.codec import Frame, FrameReader, encode
+from vllm_specedge.wire.engine_frames import EngineHello, EngineWelcome, VocabularyPart, WantVocabulary
+from vllm_specedge.wire.frames import MAX_DATA_BYTES, Bye, Ping, Pong
 
 logger = logging.getLogger("vllm_specedge.engine.gateway_link")
 

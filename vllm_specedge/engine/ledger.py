@@ -10,23 +10,11 @@ from collections.abc import Callable, Sequence
 from vllm_specedge.engine.learning import learn_answer, learn_from_late
 from vllm_specedge.engine.proposal_tree import Fate, Insertion, ProposalTree
 from vllm_specedge.engine.requests import Acceptances, Assignment, DraftedRequest
-from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.policy.acceptance import Acceptance
 from vllm_specedge.policy.edge_record import EdgeRecord
-from vllm_specedge.wire.frames import (
-    MAX_UINT32,
-    Assign,
-    Bye,
-    Close,
-    CloseReason,
-    Edges,
-    EngineWelcome,
-    Frame,
-    Open,
-    Propose,
-    Report,
-    commits,
-)
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.engine_frames import Assign, Edges, EngineWelcome, Report
+from vllm_specedge.wire.frames import MAX_UINT32, Bye, Close, CloseReason, Open, Propose, commits
 from vllm_specedge.wire.telemetry import request_values
 
 _DISCARDED = {
@@ -132,12 +120,7 @@ class RequestLedger:
             if request.edge is not None and frame.base == request.tree.length:
                 request.edge.passed_at = frame.base
             return
-        try:
-            runs = frame.runs
-        except RemoteProtocolError:
-            self._counters["unexpected_frames"] += 1
-            return
-        self._insert(request, frame.base, runs, now_s)
+        self._insert(request, frame.base, frame.runs, now_s)
 
     def _insert(
         self, request: DraftedRequest, past: int, runs: Sequence[tuple[int, Sequence[int]]], now_s: float

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from vllm_specedge.gateway.credentials import TokenRecord
 from vllm_specedge.gateway.known import ROLES
-from vllm_specedge.wire.frames import Frame
+from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.session import Role, Session
 
 MAX_QUEUED_BYTES = 8 << 20

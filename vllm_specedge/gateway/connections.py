@@ -24,7 +24,8 @@ from vllm_specedge.gateway.credentials import TokenFile, TokenRecord
 from vllm_specedge.gateway.effects import Effect
 from vllm_specedge.gateway.refused import Refused
 from vllm_specedge.gateway.router import Router
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, Frame, Greet, Hello, Ping, Pong, bye
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, Greet, Hello, Ping, Pong, bye
 from vllm_specedge.wire.session import State
 
 logger = logging.getLogger("vllm_specedge.gateway.connections")

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from vllm_specedge.wire.frames import Frame, Groups
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.engine_frames import Groups
 
 
 @dataclass(frozen=True, slots=True)

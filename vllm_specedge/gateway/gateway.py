@@ -18,7 +18,9 @@ from vllm_specedge.gateway.metrics import RequestHistograms, RouterCollector
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.gateway.status import Overview
 from vllm_specedge.gateway.vocabulary_store import VocabularyStore
-from vllm_specedge.wire.frames import EngineHello, Frame, FrameReader, Ping, VocabularyPart, encode
+from vllm_specedge.wire.codec import Frame, FrameReader, encode
+from vllm_specedge.wire.engine_frames import EngineHello, VocabularyPart
+from vllm_specedge.wire.frames import Ping
 from vllm_specedge.wire.telemetry import groups_of
 
 logger = logging.getLogger("vllm_specedge.gateway")

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from vllm_specedge.errors import ByeCode
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, EngineHello, Hello, Open, StepTimes, bye
+from vllm_specedge.wire.engine_frames import EngineHello, StepTimes
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, Hello, Open, bye
 from vllm_specedge.wire.telemetry import ENGINE_COUNTERS
 
 POOL, PRIVATE = "pool", "private"

@@ -11,7 +11,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 
-from vllm_specedge.errors import ByeCode, RemoteProtocolError
+from vllm_specedge.errors import ByeCode
 from vllm_specedge.gateway.effects import Effect, Reported, RequestReport, Stepped, ToEdge, ToEngine
 from vllm_specedge.gateway.known import (
     POOL,
@@ -25,27 +25,29 @@ from vllm_specedge.gateway.known import (
     suits,
 )
 from vllm_specedge.gateway.prefix_memory import PrefixMemory
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.engine_frames import (
+    Assign,
+    Edges,
+    EngineHello,
+    EngineWelcome,
+    Groups,
+    Report,
+    Stats,
+    StepTimes,
+    VocabularyPart,
+)
 from vllm_specedge.wire.frames import (
     PROTOCOL_VERSION,
-    Assign,
     Bye,
     Close,
     CloseReason,
     Commit,
-    Edges,
-    EngineHello,
-    EngineWelcome,
-    Frame,
-    Groups,
     Hello,
     Open,
     Ping,
     Pong,
     Propose,
-    Report,
-    Stats,
-    StepTimes,
-    VocabularyPart,
     Welcome,
     bye,
     commits,
@@ -252,10 +254,7 @@ class Router:
             self.counters["dropped_token_id"] += 1
             text = f"Token id {bad} is outside of the model's vocabulary of {vocab_size}."
             return [ToEdge(edge, bye(ByeCode.TOKEN_ID, text))]
-        try:
-            end = max(base + len(tokens) for base, tokens in frame.runs)
-        except RemoteProtocolError as error:
-            return [ToEdge(edge, bye(error.code, str(error)))]
+        end = max(base + len(tokens) for base, tokens in frame.runs)
         known = len(request.tokens)
         if end > known + self.limits.credit_tokens:
             self.counters["dropped_ahead"] += 1

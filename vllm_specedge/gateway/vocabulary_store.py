@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm_specedge.errors import RemoteProtocolError
-from vllm_specedge.wire.frames import VocabularyPart, WantVocabulary
+from vllm_specedge.wire.engine_frames import VocabularyPart, WantVocabulary
 from vllm_specedge.wire.vocabulary import PackedReader
 
 MAX_VOCABULARIES = 8

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from itertools import count
 
 from vllm_specedge.simulation.models import chance
-from vllm_specedge.wire.frames import Frame
+from vllm_specedge.wire.codec import Frame
 
 
 class VirtualTime:

@@ -9,7 +9,8 @@ from edge_client.drafting.speculation import Speculation
 from vllm_specedge.simulation.clock import VirtualTime
 from vllm_specedge.simulation.models import SimulatedTarget, chance, key_of
 from vllm_specedge.simulation.scenario import EdgeModel
-from vllm_specedge.wire.frames import Bye, Frame, Ping, Pong, Welcome
+from vllm_specedge.wire.codec import Frame, encode
+from vllm_specedge.wire.frames import Bye, Ping, Pong, Propose, Welcome
 
 DRAFTING = 0
 """What chance is for: `key_of` of a draft; the simulation's own begin behind it."""
@@ -131,6 +132,8 @@ class VirtualEdge:
 
     def _say(self, frames: Iterable[Frame]) -> None:
         for frame in frames:
+            if isinstance(frame, Propose):
+                self.speculation.pace.sent(len(encode(frame)))
             self.send(frame)
 
     def _draft(self) -> None:

@@ -28,7 +28,9 @@ from vllm_specedge.simulation.edge import DRAFTING, SimulatedDraft, VirtualEdge
 from vllm_specedge.simulation.models import Faults, SimulatedTarget, chance, key_of
 from vllm_specedge.simulation.oracle import ExactAcceptance, ExactCost
 from vllm_specedge.simulation.scenario import Outcome, Scenario
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, EngineHello, Frame, Hello
+from vllm_specedge.wire.codec import Frame
+from vllm_specedge.wire.engine_frames import EngineHello
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Hello
 
 MAX_CONTEXT_TOKENS = 1 << 20
 _ENGINE = b"engine"

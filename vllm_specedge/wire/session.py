@@ -9,21 +9,8 @@ dropped by whoever looks it up.
 from enum import Enum
 
 from vllm_specedge.errors import LocalProtocolError, RemoteProtocolError
-from vllm_specedge.wire.frames import (
-    Bye,
-    Close,
-    Commit,
-    Frame,
-    FrameReader,
-    Greet,
-    Hello,
-    Open,
-    Ping,
-    Pong,
-    Propose,
-    Welcome,
-    encode,
-)
+from vllm_specedge.wire.codec import Frame, FrameReader, encode
+from vllm_specedge.wire.frames import Bye, Close, Commit, Greet, Hello, Open, Ping, Pong, Propose, Welcome
 
 
 class Role(Enum):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from vllm_specedge.wire.frames import MAX_UINT32, Groups, StepTimes
+from vllm_specedge.wire.engine_frames import Groups, StepTimes
+from vllm_specedge.wire.frames import MAX_UINT32
 
 REQUEST_COUNTERS = (
     ("steps", "Decode steps of requests, with a draft or without."),
