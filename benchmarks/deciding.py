@@ -21,7 +21,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
+from vllm_specedge.engine.driver import StepDriver
+from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
 from vllm_specedge.policy.situation import HoldLimits, Load
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.engine_frames import Assign, Edges

@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from vllm_specedge.engine.driver import RequestOutcome, Step, StepDriver, StepPlan
+from vllm_specedge.engine.driver import StepDriver
+from vllm_specedge.engine.plan import RequestOutcome, Step, StepPlan
 from vllm_specedge.engine.proposal_tree import ProposalTree
 from vllm_specedge.gateway.known import ROLES, RouterLimits
 from vllm_specedge.gateway.router import Router

@@ -14,7 +14,8 @@ from edge_client.drafters import Candidate, DraftSequence
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import Speculation
 from tests.offers import Offers
-from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
+from vllm_specedge.engine.driver import StepDriver
+from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.gateway.effects import Effect, ToEdge, ToEngine
 from vllm_specedge.gateway.known import ROLES, RouterLimits

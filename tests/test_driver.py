@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import any_frame, fitting
-from vllm_specedge.engine.driver import NOTHING_ELSE, RequestOutcome, Row, Step, StepDriver, StepPlan
+from vllm_specedge.engine.driver import NOTHING_ELSE, StepDriver
 from vllm_specedge.engine.ledger import MAX_OPENED_TOKENS, MAX_RECORDS
+from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
 from vllm_specedge.engine.requests import DraftedRequest, Source
 from vllm_specedge.errors import ByeCode
 from vllm_specedge.policy.coalescing import COALESCE_AFTER, COALESCED_TOKENS, UNUSED_AFTER

@@ -42,9 +42,10 @@ from edge_client.drafting.pacing import HTTP2_HEADER_BYTES
 from edge_client.gateway_link import Gateway, Link, LinkError
 from tests.faults.matrix import FAKETIME, Clock
 from vllm_specedge.config import EdgeOptions
-from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
+from vllm_specedge.engine.driver import StepDriver
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.engine.gateway_process import GatewayProcess
+from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.gateway.connection import TokenBucket
 from vllm_specedge.gateway.connections import RTT_TICKS

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate
 from tests.helpers import Guess, HostileEdge, Trouble, World, virtual_edge
-from vllm_specedge.engine.driver import StepDriver, StepPlan
+from vllm_specedge.engine.driver import StepDriver
+from vllm_specedge.engine.plan import StepPlan
 from vllm_specedge.errors import ByeCode
 from vllm_specedge.gateway.known import RouterLimits
 from vllm_specedge.gateway.router import Router

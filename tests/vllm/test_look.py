@@ -12,7 +12,8 @@ from vllm_specedge.adapter.drafting import Drafting
 from vllm_specedge.adapter.engine_handle import EngineHandle
 from vllm_specedge.adapter.look import look
 from vllm_specedge.adapter.shared_driver import SharedDriver
-from vllm_specedge.engine.driver import Row, StepDriver
+from vllm_specedge.engine.driver import StepDriver
+from vllm_specedge.engine.plan import Row
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.slo import Target, Targets
 from vllm_specedge.policy.step_cost import StepCost

@@ -11,7 +11,8 @@ import pytest
 from vllm_specedge.adapter.engine_handle import EngineHandle
 from vllm_specedge.adapter.scheduler import EdgeScheduler
 from vllm_specedge.adapter.shared_driver import SharedDriver
-from vllm_specedge.engine.driver import StepDriver, StepPlan
+from vllm_specedge.engine.driver import StepDriver
+from vllm_specedge.engine.plan import StepPlan
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.codec import Frame

@@ -20,9 +20,10 @@ from vllm_specedge.adapter.prediction_reader import Predictions
 from vllm_specedge.adapter.shared_driver import SharedDriver
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.adapter.tracing import RequestSpans, request_spans
-from vllm_specedge.engine.driver import RequestOutcome, Step, StepDriver, StepPlan
+from vllm_specedge.engine.driver import StepDriver
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.engine.gateway_process import GatewayProcess
+from vllm_specedge.engine.plan import RequestOutcome, Step, StepPlan
 from vllm_specedge.errors import UserError
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.slo import Targets

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
-from vllm_specedge.engine.driver import Row
+from vllm_specedge.engine.plan import Row
 from vllm_specedge.policy.situation import Load
 from vllm_specedge.policy.slo import Targets
 

@@ -16,7 +16,7 @@ from vllm_specedge.adapter import hooks
 from vllm_specedge.adapter.drafting import Drafting, Services, start_drafting
 from vllm_specedge.adapter.engine_handle import find_engine
 from vllm_specedge.adapter.request_log import hide_ours
-from vllm_specedge.engine.driver import StepPlan
+from vllm_specedge.engine.plan import StepPlan
 
 logger = init_logger("vllm.specedge.scheduler")
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from vllm_specedge.adapter.engine_handle import EngineHandle
-from vllm_specedge.engine.driver import StepDriver, StepPlan
+from vllm_specedge.engine.driver import StepDriver
 from vllm_specedge.engine.gateway_link import EngineLink
+from vllm_specedge.engine.plan import StepPlan
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.engine_frames import Stats
 from vllm_specedge.wire.telemetry import CountedSince, groups_frame, step_times

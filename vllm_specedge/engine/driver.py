@@ -14,93 +14,25 @@ Rule 1: nothing here can change a token. A draft is offered for exactly the toke
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 from vllm_specedge.engine.learning import Learning, Lesson
 from vllm_specedge.engine.ledger import RequestLedger
+from vllm_specedge.engine.plan import Choice, RequestOutcome, Row, Step, StepPlan, choose
 from vllm_specedge.engine.predicted_output import Prediction
 from vllm_specedge.engine.requests import DraftedRequest, Source
 from vllm_specedge.engine.speedup import Speedup
 from vllm_specedge.policy.acceptance import Acceptance
 from vllm_specedge.policy.decision import decide
 from vllm_specedge.policy.edge_record import EdgeRecord
-from vllm_specedge.policy.holding import awaited
 from vllm_specedge.policy.ngram_budget import NgramBudget
 from vllm_specedge.policy.probing import Probing
-from vllm_specedge.policy.situation import HOLDING_MODES, Awaited, Candidate, HoldLimits, Load, Situation
+from vllm_specedge.policy.situation import HoldLimits, Load, Situation
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.telemetry import Group
 
 NOTHING_ELSE = Load()
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A running request that could decode in the next step, with room for `limit` draft tokens: in the request, in the
-    model's context and, where the cache is nearly full, in the blocks that the request has already."""
-
-    request_id: str
-    limit: int
-    priority: int = 0
-    """As vLLM's: smaller is more important."""
-
-
-class _Choice(NamedTuple):
-    """What could be done for a request in the next step."""
-
-    request: DraftedRequest
-    candidate: Candidate
-    draft: Sequence[int]
-    source: Source
-    """Whose draft it is."""
-    has_edge_draft: bool
-    """Its edge has a draft for it, which may be another one."""
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """For the next step: drafts to verify, and until when to hold others. A request in neither decodes plainly."""
-
-    drafts: dict[str, list[int]] = field(default_factory=dict)
-    holds: dict[str, float] = field(default_factory=dict)
-    wait_until_s: float | None = None
-    """All wait, this long at most: nobody is to run before something arrives."""
-    made_s: float = field(default=0.0, compare=False)
-    num_rows: int = field(default=0, compare=False)
-    """Requests that could decode."""
-    context: int = field(default=0, compare=False)
-    """Tokens that these have in the cache."""
-    choices: dict[str, _Choice] = field(default_factory=dict, compare=False)
-    """By request id; for `start` and `end`."""
-
-    def verdict(self, request_id: str) -> tuple[Source, bool]:
-        """Whose draft a request verifies, if it verifies one, and whether its edge has one that is left unverified."""
-        choice = self.choices.get(request_id)
-        if choice is None:
-            return Source.EDGE, False
-        is_left_out = choice.source is not Source.EDGE or request_id not in self.drafts
-        return choice.source, is_left_out and choice.has_edge_draft
-
-
-class RequestOutcome(NamedTuple):
-    """What a step did for one request; its view of tokens has grown by what was decided."""
-
-    request_id: str
-    num_tokens: int = 1
-    """Computed for it: of its prompt or, where it decodes, one and its draft."""
-    num_verified: int = 0
-    """Draft tokens among them."""
-    is_over: bool = False
-    """It finished, or was aborted, in this step."""
-
-
-class Step(NamedTuple):
-    """When a step began and ended; if that is the same, it was not timed, and nothing is learned of what it cost."""
-
-    started_s: float
-    ended_s: float
 
 
 class StepDriver:
@@ -210,7 +142,7 @@ class StepDriver:
         for row in rows:
             request = self._ledger.find(row.request_id)
             if request is not None:
-                choices[row.request_id] = self._choice(row, request, now_s)
+                choices[row.request_id] = choose(row, request, self._max_draft, self._limits, now_s)
             else:
                 num_plain += 1
         load = replace(load, probe=self._probing.next, num_others=load.num_others + num_plain)
@@ -262,40 +194,9 @@ class StepDriver:
                 frames += self.close(outcome.request_id)
         return frames
 
-    # -- how a plan is made ----------------------------------------------------------------------------------------
+    # -- how a step begins -----------------------------------------------------------------------------------------
 
-    def _choice(self, row: Row, request: DraftedRequest, now_s: float) -> _Choice:
-        """What could be verified for a request, or else what is expected for it."""
-        limit = min(row.limit, self._max_draft)
-        draft: Sequence[int] = ()
-        survivals: Sequence[float] = ()
-        source, expected = Source.EDGE, None
-        if limit > 0:
-            draft, survivals, source = _best_draft(request, limit)
-            if source is not Source.EDGE or not draft:
-                expected = self._awaited(request, limit)
-        candidate = Candidate(
-            key=row.request_id,
-            order=request.number,
-            since_s=request.committed_s,
-            priority=row.priority,
-            survivals=survivals,
-            awaited=expected,
-            speedup=request.speedup,
-            waited_s=now_s - request.held_since_s if request.held_since_s is not None else 0.0,
-        )
-        return _Choice(request, candidate, draft, source, request.tree.num_ahead > 0)
-
-    def _awaited(self, request: DraftedRequest, limit: int) -> Awaited | None:
-        edge, length = request.edge, request.tree.length
-        if edge is None or not edge.has_answered or edge.passed_at == length or self._limits.mode not in HOLDING_MODES:
-            return None
-        emptied_s = edge.emptied_s.get(length)
-        if emptied_s is None:
-            return None  # nothing was published for an edge to answer
-        return awaited(edge.record, request.acceptances.edge, emptied_s, limit, self._limits)
-
-    def _note_wait(self, choice: _Choice, is_held: bool, now_s: float) -> None:
+    def _note_wait(self, choice: Choice, is_held: bool, now_s: float) -> None:
         """Whether a request begins to wait for its draft, or has waited in vain."""
         request, edge = choice.request, choice.request.edge
         if is_held and request.held_since_s is None:
@@ -373,19 +274,3 @@ class StepDriver:
         predicted = request.prediction.draft(max(self._max_draft, len(decided)))
         request.prediction.advance(decided)
         return predicted
-
-
-def _best_draft(request: DraftedRequest, limit: int) -> tuple[Sequence[int], Sequence[float], Source]:
-    """The draft of which most is expected to be accepted, its survivals, and whose it is."""
-    draft: Sequence[int] = request.tree.chain(limit)
-    survivals, source = request.acceptances.edge.survivals(len(draft)), Source.EDGE
-    if request.suggestion:
-        suggested = request.acceptances.ngram.survivals(min(limit, len(request.suggestion)))
-        if sum(suggested) > sum(survivals):
-            draft, survivals, source = request.suggestion, suggested, Source.NGRAM
-    if request.prediction is not None:
-        prediction = request.prediction.draft(limit)
-        predicted = request.acceptances.prediction.survivals(len(prediction))
-        if sum(predicted) > sum(survivals):
-            draft, survivals, source = prediction, predicted, Source.PREDICTION
-    return draft, survivals, source

@@ -17,7 +17,8 @@ from math import inf
 
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import MAX_KEPT, Speculation
-from vllm_specedge.engine.driver import RequestOutcome, Row, Step, StepDriver, StepPlan
+from vllm_specedge.engine.driver import StepDriver
+from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
 from vllm_specedge.gateway.effects import Effect, ToEdge, ToEngine
 from vllm_specedge.gateway.known import POOL, ROLES, RouterLimits
 from vllm_specedge.gateway.router import Router
