@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-vllm test-faults soak fuzz check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
+.PHONY: help demo play test test-fast test-vllm test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -51,6 +51,10 @@ test-fast: $(VENV)/.installed
 # Each in turn: the servers of these tests take both cores.
 test-vllm: $(VENV)/.installed model
 	$(BIN)/pytest tests/vllm
+
+# docs/options.md, from the models of vllm_specedge/config.py.
+options: $(VENV)/.installed
+	@$(BIN)/vllm-specedge options > docs/options.md
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -37,6 +37,7 @@ LEAVES = {f"vllm_specedge.{name}" for name in ("addresses", "backoff", "errors",
 WIRE, POLICY, CONFIG = "vllm_specedge.wire", "vllm_specedge.policy", "vllm_specedge.config"
 ENGINE, GATEWAY, FRONTEND = "vllm_specedge.engine", "vllm_specedge.gateway", "vllm_specedge.frontend"
 SIMULATION, ADAPTER = "vllm_specedge.simulation", "vllm_specedge.adapter"
+OPTION_FLAGS = "vllm_specedge.option_flags"
 DRAFTERS, DRAFTING = "edge_client.drafters", "edge_client.drafting"
 ROOMS: dict[str, set[str]] = {
     **dict.fromkeys(LEAVES, LEAVES),
@@ -51,7 +52,8 @@ ROOMS: dict[str, set[str]] = {
     SIMULATION: LEAVES | {WIRE, POLICY, ENGINE, GATEWAY, DRAFTERS, DRAFTING},
     "vllm_specedge.admission": {FRONTEND},
     "vllm_specedge.prediction_front": {FRONTEND},
-    "vllm_specedge.cli": LEAVES | {WIRE, POLICY, CONFIG, ENGINE, GATEWAY, ADAPTER, SIMULATION},
+    OPTION_FLAGS: set(),
+    "vllm_specedge.cli": LEAVES | {OPTION_FLAGS, WIRE, POLICY, CONFIG, ENGINE, GATEWAY, ADAPTER, SIMULATION},
     DRAFTERS: LEAVES | {WIRE},
     DRAFTING: LEAVES | {WIRE, DRAFTERS},
     "edge_client": LEAVES | {WIRE, DRAFTERS, DRAFTING, "edge_client.forecast"},

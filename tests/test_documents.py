@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 import edge_client.cli
 import vllm_specedge.cli
@@ -129,3 +130,9 @@ def test_shell_blocks_are_shell(document: Path) -> None:
     for block in re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE):
         checked = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
         assert checked.returncode == 0, checked.stderr
+
+
+def test_the_table_of_options_is_what_the_models_say() -> None:
+    """`make options` writes it."""
+    said = CliRunner().invoke(vllm_specedge.cli.app, ["options"])
+    assert said.stdout == (ROOT / "docs" / "options.md").read_text()

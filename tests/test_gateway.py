@@ -41,7 +41,7 @@ from edge_client.drafters.ngram import NgramDrafter, NgramSequence
 from edge_client.drafting.pacing import HTTP2_HEADER_BYTES
 from edge_client.gateway_link import Gateway, Link, LinkError
 from tests.faults.matrix import FAKETIME, Clock
-from vllm_specedge.config import EdgeOptions
+from vllm_specedge.config import GatewayOptions
 from vllm_specedge.engine.driver import StepDriver
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.engine.gateway_process import GatewayProcess
@@ -754,7 +754,7 @@ def test_a_stopping_gateway_says_bye(tmp_path: Path) -> None:
 
 def test_a_killed_gateway_is_started_again_and_everybody_comes_back(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/engines"
-    options = EdgeOptions(listen=f"127.0.0.1:{free_port()}")
+    options = GatewayOptions(listen=f"127.0.0.1:{free_port()}")
     supervisor = GatewayProcess(options, endpoint)
     supervisor.start()
     engine = Engine(endpoint)
@@ -942,7 +942,7 @@ def test_names_of_edges_are_for_this_machine(tmp_path: Path, reader: str, is_pub
     """The real app, asked from addresses that this machine may not have."""
 
     async def names() -> list[str]:
-        gateway = EdgeGateway(EdgeOptions(public_names=is_public), f"ipc://{tmp_path}/engines")
+        gateway = EdgeGateway(GatewayOptions(public_names=is_public), f"ipc://{tmp_path}/engines")
         gateway.router.from_engine(b"a", EngineHello(PROTOCOL_VERSION, "toy", FINGERPRINT, VOCAB_SIZE))
         named = Hello(PROTOCOL_VERSION, "test", "my laptop", "pool", FINGERPRINT, 4)
         gateway.router.edge_hello(1, named, "session", frozenset(ROLES))
@@ -990,7 +990,7 @@ def test_what_a_proxy_on_this_machine_asks_is_not_from_here(
 
 def test_edges_are_asked_how_far_away_they_are_but_not_all_at_a_time(tmp_path: Path) -> None:
     async def asked() -> list[list[int]]:
-        gateway = EdgeGateway(EdgeOptions(), f"ipc://{tmp_path}/engines")
+        gateway = EdgeGateway(GatewayOptions(), f"ipc://{tmp_path}/engines")
         connections = [gateway.edges.connect(None) for _ in range(3 * RTT_TICKS)]
         for connection in connections:
             connection.session.state, connection.rtt_s = State.LIVE, 0.01

@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_specedge import __version__
-from vllm_specedge.config import check_endpoint, parse_options
+from vllm_specedge.config import EdgeOptions, GatewayOptions, check_endpoint, parse_as
 from vllm_specedge.engine.gateway_process import USER_ERROR_STATUS
 from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.credentials import TokenFile, expiry_s
 from vllm_specedge.gateway.log_format import LogFormat, begin_logging
+from vllm_specedge.option_flags import as_table, with_flags
 from vllm_specedge.policy.situation import HoldLimits
 
 app = typer.Typer(
@@ -30,38 +31,26 @@ app.add_typer(token_app, name="token")
 DEFAULT_TOKENS_FILE = Path("~/.config/vllm-specedge/tokens.json").expanduser()
 LOG_FORMAT_VARIABLE = "SPECEDGE_LOG_FORMAT"
 """Also for the gateway that an engine starts: it inherits the engine's environment."""
-NOT_OPTIONS = ("engines", "log_format", "ends_with_stdin")
 TokensFile = Annotated[Path, typer.Option(help="The gateway's tokens file.")]
 
 
 @app.command()
+@with_flags(GatewayOptions)
 def gateway(
+    values: dict[str, object],
     engines: Annotated[str, typer.Option(help="Where vLLM engines dial in.")] = "tcp://127.0.0.1:8101",
-    listen: Annotated[str, typer.Option(help="Where edges connect, HOST:PORT.")] = "127.0.0.1:8100",
-    tokens_file: Annotated[str, typer.Option(help="Made by 'vllm-specedge token issue'.")] = "",
-    tls_cert: Annotated[str, typer.Option(help="PEM certificate chain.")] = "",
-    tls_key: Annotated[str, typer.Option(help="PEM private key, without a passphrase.")] = "",
-    tls_client_ca: Annotated[str, typer.Option(help="Edges must show a certificate of this authority.")] = "",
-    insecure: Annotated[bool, typer.Option("--insecure", help="Beyond loopback without TLS or tokens.")] = False,
-    credit_tokens: Annotated[int, typer.Option(help="How far past the last commit edges may draft.")] = 32,
-    max_edges: Annotated[int, typer.Option(help="Edges at once.")] = 256,
-    max_requests_per_edge: Annotated[int, typer.Option(help="Requests an edge at once.")] = 32,
-    public_names: Annotated[
-        bool, typer.Option("--public-names", help="Edges' names on the status page for all who reach it.")
-    ] = False,
     log_format: Annotated[
         LogFormat, typer.Option(envvar=LOG_FORMAT_VARIABLE, help="Lines of text, or of one JSON object each.")
     ] = "text",
     ends_with_stdin: Annotated[bool, typer.Option("--ends-with-stdin", hidden=True)] = False,
 ) -> None:
     """Run a gateway by itself, for one or more vLLM servers that name it as their `gateway`."""
-    values = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
     begin_logging(log_format)
     import uvloop  # noqa: PLC0415 - the other commands run on Windows as well
 
     from vllm_specedge.gateway.server import serve  # noqa: PLC0415 - nor do they need a web server
 
-    options = parse_options(values)
+    options = parse_as(GatewayOptions, values)
     try:
         check_endpoint(engines, options.insecure)
     except ValueError as error:
@@ -72,6 +61,20 @@ def gateway(
     if is_renewed:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - its own command again
     os._exit(0)
+
+
+OPTIONS = """# Options of a server with edges
+
+The keys beside `method` and `num_speculative_tokens` in `--speculative-config '{"method": "edge", ...}'`. Those down to
+`public_names` are the gateway's: flags of `vllm-specedge gateway` as well, with hyphens. One that is not known, or does
+not go with another, is said in a sentence at start.
+"""
+
+
+@app.command()
+def options() -> None:
+    """Print every option of a server with edges, its default and its meaning, as Markdown."""
+    print(OPTIONS, as_table(EdgeOptions), sep="\n", end="")  # noqa: T201
 
 
 @app.command()

@@ -4,15 +4,17 @@ import os
 import sys
 from collections.abc import Mapping
 from math import inf
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_specedge.addresses import is_loopback
 from vllm_specedge.errors import UserError
+from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.slo import Target, Targets
 
 DEFAULT_SPEC_TOKENS = 5
+_HOLD = HoldLimits()
 MAX_SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
 """Of a socket in the file system (unix(7), sun_path)."""
 MAX_SPEC_TOKENS = 128
@@ -30,15 +32,13 @@ class SloTarget(BaseModel):
     """From one token to the next."""
 
 
-class EdgeOptions(BaseModel):
-    """The keys beside `method` and `num_speculative_tokens` in `--speculative-config '{"method": "edge", ...}'`."""
+class GatewayOptions(BaseModel):
+    """What a gateway takes: the flags of `vllm-specedge gateway`, and a part of an engine's options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     listen: str = "127.0.0.1:8100"
-    """Where the gateway that this engine starts takes edges, HOST:PORT."""
-    gateway: str = ""
-    """Use a gateway that runs already: its engine endpoint, `ipc:///...` or `tcp://127.0.0.1:...`."""
+    """Where edges connect, HOST:PORT. Beyond loopback it takes TLS and tokens, or `insecure`."""
     tokens_file: str = ""
     """Who may connect; `vllm-specedge token issue` makes it. Without it any edge may, on loopback only."""
     tls_cert: str = ""
@@ -50,32 +50,60 @@ class EdgeOptions(BaseModel):
     """Take only edges that show a certificate of this authority (PEM), beside their token."""
     insecure: bool = False
     """Listen beyond loopback without TLS or without tokens. For closed networks only."""
-    hold_limit_ms: int = Field(100, ge=0, le=10_000)
+    credit_tokens: int = Field(default=32, ge=1, le=64)
+    """How far past the last decided token an edge may draft."""
+    max_edges: int = Field(default=256, ge=1, le=100_000)
+    """Edges at once."""
+    max_requests_per_edge: int = Field(default=32, ge=1, le=4096)
+    """Requests that one edge drafts for at once."""
+    public_names: bool = False
+    """Show what edges call themselves to all who can reach the status page, not on the gateway's machine only."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        host, _ = split_address(self.listen)
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key go together: give both or neither")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        is_safe = is_loopback(host) or self.insecure or bool(self.tls_cert and self.tokens_file)
+        if self.starts_gateway and not is_safe:
+            raise ValueError(
+                f"listening on {host} needs tls_cert, tls_key and tokens_file, or insecure on a closed network"
+            )
+        return self
+
+    @property
+    def starts_gateway(self) -> bool:
+        """Whether these are the options of a gateway that is started."""
+        return True
+
+
+class EdgeOptions(GatewayOptions):
+    """The keys beside `method` and `num_speculative_tokens` in `--speculative-config '{"method": "edge", ...}'`."""
+
+    gateway: str = ""
+    """Use a gateway that runs already: its engine endpoint, `ipc:///...` or `tcp://127.0.0.1:...`."""
+    hold_limit_ms: int = Field(round(1000 * _HOLD.hold_limit_s), ge=0, le=10_000)
     """Never hold a request for its draft longer than this; 0: never hold."""
     mode: Literal["auto", "wait", "never-wait", "budget"] = "auto"
     """`auto`: verify and hold what pays. For comparisons: `wait` (hold always, up to the limit, and verify all),
     `never-wait` (verify all that is there), `budget` (verify what pays, never hold)."""
-    max_slowdown: float = Field(1.15, ge=1)
+    max_slowdown: float = Field(_HOLD.max_slowdown, ge=1)
     """Nobody's tokens come slower than so many times without drafts, of its own or of others; those that get more
     tokens with each step may have longer ones."""
-    max_stretch: float = Field(1.5, ge=1)
+    max_stretch: float = Field(_HOLD.max_stretch, ge=1)
     """A step takes at most so many times what it takes without drafts, waiting included, unless it makes tokens come
     twice as fast. Bounds the time between two chunks of a stream; costs throughput where verifying takes long."""
     slo: dict[str, SloTarget] = Field(default_factory=dict)
     """Targets by vLLM's priority, as text, and "default". Speculation is shed before a target is missed; with
     `--middleware vllm_specedge.admission.AdmissionMiddleware` requests that would miss or break one are refused."""
-    credit_tokens: int = Field(32, ge=1, le=64)
-    """How far past the last commit an edge may draft."""
     ngram: bool = True
     """Where no edge has anything to say, verify what vLLM's own n-gram lookup finds, when that pays."""
     prompt_lookup_min: int = Field(5, ge=1)
     """The shortest run of tokens that the lookup looks for, as in vLLM's `ngram` method."""
     prompt_lookup_max: int = Field(5, ge=1)
     """The longest. Of the two, one that is given alone stands for both."""
-    max_edges: int = Field(256, ge=1, le=100_000)
-    max_requests_per_edge: int = Field(32, ge=1, le=4096)
-    public_names: bool = False
-    """Show what edges call themselves to all who can reach the status page, not on the gateway's machine only."""
 
     @model_validator(mode="before")
     @classmethod
@@ -94,45 +122,52 @@ class EdgeOptions(BaseModel):
         default = by_name.pop("default", Target())
         return Targets({int(name): target for name, target in by_name.items()}, default)
 
+    @property
+    def hold_limits(self) -> HoldLimits:
+        """What the policy takes of them."""
+        return HoldLimits(self.hold_limit_ms / 1000, self.mode, _HOLD.max_misses, self.max_slowdown, self.max_stretch)
+
+    @property
+    def starts_gateway(self) -> bool:
+        return not self.gateway
+
     @model_validator(mode="after")
-    def _together(self) -> Self:
-        host, _ = split_address(self.listen)
+    def _of_engine(self) -> Self:
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError("prompt_lookup_min must not be above prompt_lookup_max")
         if not all(name == "default" or name.lstrip("-").isdecimal() for name in self.slo):
             raise ValueError('slo has targets by priority, such as {"default": {"itl_ms": 100}, "5": {}}')
-        if bool(self.tls_cert) != bool(self.tls_key):
-            raise ValueError("tls_cert and tls_key go together: give both or neither")
-        if self.tls_client_ca and not self.tls_cert:
-            raise ValueError("tls_client_ca needs tls_cert and tls_key")
-        if (
-            not self.gateway
-            and not is_loopback(host)
-            and not self.insecure
-            and not (self.tls_cert and self.tokens_file)
-        ):
-            raise ValueError(
-                f"listening on {host} needs tls_cert, tls_key and tokens_file, or insecure on a closed network"
-            )
         if self.gateway:
             check_endpoint(self.gateway, self.insecure)
         return self
 
+    def of_gateway(self) -> GatewayOptions:
+        """Those of the gateway that is started with them."""
+        return GatewayOptions(**{name: getattr(self, name) for name in GatewayOptions.model_fields})
+
+
+_Options = TypeVar("_Options", bound=GatewayOptions)
+
 
 def parse_options(values: Mapping[str, object]) -> EdgeOptions:
-    """Check an operator's options. Raises UserError with one sentence that says what to change."""
+    """Check an engine's options. Raises UserError with one sentence that says what to change."""
+    return parse_as(EdgeOptions, values)
+
+
+def parse_as(model: type[_Options], values: Mapping[str, object]) -> _Options:
+    """Check options of one of the kinds here. Raises UserError with one sentence that says what to change."""
     try:
-        return EdgeOptions.model_validate(dict(values))
+        return model.model_validate(dict(values))
     except ValidationError as error:
         raise UserError(
-            "; ".join(_sentence(entry["loc"], entry["type"], entry["msg"]) for entry in error.errors())
+            "; ".join(_sentence(model, entry["loc"], entry["type"], entry["msg"]) for entry in error.errors())
         ) from None
 
 
-def _sentence(location: tuple[int | str, ...], kind: str, message: str) -> str:
+def _sentence(model: type[GatewayOptions], location: tuple[int | str, ...], kind: str, message: str) -> str:
     key = ".".join(map(str, location))
     if kind == "extra_forbidden":
-        return f"edge drafting has no option '{key:.50}'; it has {', '.join(EdgeOptions.model_fields)}"
+        return f"edge drafting has no option '{key:.50}'; it has {', '.join(model.model_fields)}"
     text = message.removeprefix("Value error, ")
     return f"option '{key}': {text[0].lower()}{text[1:]}" if key else text
 

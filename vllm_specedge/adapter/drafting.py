@@ -25,7 +25,6 @@ from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.engine.gateway_process import GatewayProcess
 from vllm_specedge.engine.plan import RequestOutcome, Step, StepPlan
 from vllm_specedge.errors import UserError
-from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.slo import Targets
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.codec import is_text
@@ -271,14 +270,9 @@ def start_drafting(scheduler: Any, engine: EngineHandle) -> tuple[Drafting, Serv
     lookup = (options.prompt_lookup_min, options.prompt_lookup_max, max_model_len)
     # It compiles while the profile waits for the workers.
     ngrams = NgramLookup(num_spec_tokens, *lookup) if options.ngram else None
-    limits = HoldLimits(
-        hold_limit_s=options.hold_limit_ms / 1000,
-        mode=options.mode,
-        max_slowdown=options.max_slowdown,
-        max_stretch=options.max_stretch,
-    )
     cost = StepCost(engine.step_profile(scheduler.max_num_scheduled_tokens))
-    shared = SharedDriver(StepDriver(config.model_config.get_vocab_size(), num_spec_tokens, limits, cost), engine)
+    vocab_size = config.model_config.get_vocab_size()
+    shared = SharedDriver(StepDriver(vocab_size, num_spec_tokens, options.hold_limits, cost), engine)
     tokenizer = getattr(scheduler.structured_output_manager, "tokenizer", None)
     predictions = Predictions(tokenizer, max_model_len)
     load_report = LoadReport(config, options.targets) if options.slo else None

@@ -66,7 +66,7 @@ def start_link(
     is_first = vllm_config.parallel_config.data_parallel_index == 0
     process = None
     if is_first and not options.gateway:
-        process = GatewayProcess(options, endpoint)
+        process = GatewayProcess(options.of_gateway(), endpoint)
         process.start()
     link = EngineLink(endpoint, hello, wake, stats, pack_vocabulary(vocabulary) if vocabulary else b"")
     link.start()

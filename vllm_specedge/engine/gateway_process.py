@@ -7,7 +7,7 @@ import threading
 import time
 
 from vllm_specedge.backoff import MAX_PAUSE_S, Backoff
-from vllm_specedge.config import EdgeOptions
+from vllm_specedge.config import GatewayOptions
 
 logger = logging.getLogger("vllm_specedge.engine.gateway_process")
 
@@ -19,7 +19,7 @@ USER_ERROR_STATUS = 2
 class GatewayProcess(threading.Thread):
     """One `vllm-specedge gateway`, kept running until `stop`. It also ends by itself when this process is gone."""
 
-    def __init__(self, options: EdgeOptions, engine_endpoint: str) -> None:
+    def __init__(self, options: GatewayOptions, engine_endpoint: str) -> None:
         super().__init__(name="specedge-supervisor", daemon=True)
         self._command = gateway_command(options, engine_endpoint)
         self._stopped = threading.Event()
@@ -66,7 +66,7 @@ class GatewayProcess(threading.Thread):
         self._close_stdin()
 
 
-def gateway_command(options: EdgeOptions, engine_endpoint: str) -> list[str]:
+def gateway_command(options: GatewayOptions, engine_endpoint: str) -> list[str]:
     """How to start a gateway with these options. No secret is among them: tokens and keys are named by file."""
     command = [
         sys.executable,
@@ -79,23 +79,6 @@ def gateway_command(options: EdgeOptions, engine_endpoint: str) -> list[str]:
         "--ends-with-stdin",
     ]
     for name, value in options.model_dump(exclude_defaults=True).items():
-        if name in GATEWAY_OPTIONS:
-            flag = f"--{name.replace('_', '-')}"
-            command += [flag] if value is True else [flag, str(value)]
+        flag = f"--{name.replace('_', '-')}"
+        command += [flag] if value is True else [flag, str(value)]
     return command
-
-
-GATEWAY_OPTIONS = frozenset(
-    {
-        "listen",
-        "tokens_file",
-        "tls_cert",
-        "tls_key",
-        "tls_client_ca",
-        "insecure",
-        "credit_tokens",
-        "max_edges",
-        "max_requests_per_edge",
-        "public_names",
-    }
-)

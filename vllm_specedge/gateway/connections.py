@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
-from vllm_specedge.config import EdgeOptions
+from vllm_specedge.config import GatewayOptions
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.gateway.connection import (
     MAX_BYTES_PER_S,
@@ -46,7 +46,7 @@ MAX_UNFINISHED_CONNECTIONS = 64
 class Connections:
     """All that are open, or were until a moment ago."""
 
-    def __init__(self, options: EdgeOptions, router: Router, carry_out: Callable[[Iterable[Effect]], None]) -> None:
+    def __init__(self, options: GatewayOptions, router: Router, carry_out: Callable[[Iterable[Effect]], None]) -> None:
         """`carry_out`: does what the router decides when an edge says something, or is gone."""
         self._router = router
         self._carry_out = carry_out

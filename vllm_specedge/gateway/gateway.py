@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
-from vllm_specedge.config import EdgeOptions
+from vllm_specedge.config import GatewayOptions
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.gateway.connections import Connections
 from vllm_specedge.gateway.effects import Effect, Reported, Stepped, ToEdge, ToEngine
@@ -31,7 +31,7 @@ ENGINE_DEAD_S = 15.0
 class Gateway:
     """Carries out what the Router decides."""
 
-    def __init__(self, options: EdgeOptions, engine_endpoint: str) -> None:
+    def __init__(self, options: GatewayOptions, engine_endpoint: str) -> None:
         limits = RouterLimits(
             max_edges=options.max_edges,
             max_requests_per_edge=options.max_requests_per_edge,

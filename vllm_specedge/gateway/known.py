@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from vllm_specedge.config import GatewayOptions
 from vllm_specedge.errors import ByeCode
 from vllm_specedge.wire.engine_frames import EngineHello, StepTimes
 from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, Hello, Open, bye
@@ -13,6 +14,7 @@ from vllm_specedge.wire.telemetry import ENGINE_COUNTERS
 POOL, PRIVATE = "pool", "private"
 ROLES = (POOL, PRIVATE)
 MAX_UNREAD_TOKENS = 1 << 16
+_OPTIONS = GatewayOptions()
 Key: TypeAlias = tuple[bytes, int]
 """An engine's connection, and its number for a request."""
 
@@ -21,13 +23,13 @@ Key: TypeAlias = tuple[bytes, int]
 class RouterLimits:
     """What one gateway keeps, at most."""
 
-    max_edges: int = 256
-    max_requests_per_edge: int = 32
+    max_edges: int = _OPTIONS.max_edges
+    max_requests_per_edge: int = _OPTIONS.max_requests_per_edge
     max_requests: int = 4096
     max_context_tokens: int = 1 << 19
     max_total_tokens: int = 1 << 25
     """Of all contexts together, at 4 bytes a token."""
-    credit_tokens: int = 32
+    credit_tokens: int = _OPTIONS.credit_tokens
     """How far past the last commit an edge may propose."""
     heartbeat_ms: int = 2000
 

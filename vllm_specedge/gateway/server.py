@@ -13,7 +13,7 @@ from granian.http import HTTP1Settings, HTTP2Settings
 from granian.server.embed import Server
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vllm_specedge.config import EdgeOptions, split_address
+from vllm_specedge.config import GatewayOptions, split_address
 from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.connections import MAX_HANDSHAKE_S, MAX_UNFINISHED_CONNECTIONS, STOP_S
 from vllm_specedge.gateway.gateway import Gateway
@@ -50,7 +50,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
     return app
 
 
-def _server(app: ASGIApp, options: EdgeOptions) -> Server:
+def _server(app: ASGIApp, options: GatewayOptions) -> Server:
     host, port = split_address(options.listen)
     return Server(
         app,
@@ -73,7 +73,7 @@ def _server(app: ASGIApp, options: EdgeOptions) -> Server:
     )
 
 
-async def _certificate_changed(options: EdgeOptions) -> None:
+async def _certificate_changed(options: GatewayOptions) -> None:
     """Return when there are other TLS files than at the start, and they can be used."""
     paths = [Path(name) for name in (options.tls_cert, options.tls_key, options.tls_client_ca) if name]
 
@@ -97,7 +97,7 @@ async def _ended_with_parent() -> None:
     await reader.read()
 
 
-async def serve(options: EdgeOptions, engine_endpoint: str, ends_with_stdin: bool) -> bool:
+async def serve(options: GatewayOptions, engine_endpoint: str, ends_with_stdin: bool) -> bool:
     """Run a gateway until SIGTERM, SIGINT or, if asked to, the end of standard input. Raises UserError at start.
 
     Returns whether it ended because of a new certificate, and is to be started again. The web server reads it at its

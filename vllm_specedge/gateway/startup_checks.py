@@ -6,7 +6,7 @@ import socket
 import ssl
 from pathlib import Path
 
-from vllm_specedge.config import EdgeOptions, split_address
+from vllm_specedge.config import GatewayOptions, split_address
 from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.credentials import TokenFile
 
@@ -14,7 +14,7 @@ OTHER_FILES, MANY_FILES = 128, 2048
 """Beside those of edges: what there must be, and what is asked for, since others may be turned away meanwhile."""
 
 
-def check_start(options: EdgeOptions) -> None:
+def check_start(options: GatewayOptions) -> None:
     """Raises UserError with one sentence that says what to change."""
     _check_files(options.max_edges)
     _check_listen(options.listen)
@@ -51,7 +51,7 @@ def _check_listen(address: str) -> None:
         raise UserError(text) from None
 
 
-def check_certificate(options: EdgeOptions) -> None:
+def check_certificate(options: GatewayOptions) -> None:
     """Raises UserError if the TLS files cannot be used, or do not match."""
     certificate, key, authority = options.tls_cert, options.tls_key, options.tls_client_ca
     if not certificate:

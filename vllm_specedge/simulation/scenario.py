@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from edge_client.drafting.pacing import UPLINK_BYTES_PER_TOKEN
+from vllm_specedge.gateway.known import RouterLimits
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.simulation.models import SERVERS, Server
 
@@ -49,7 +50,7 @@ class Scenario:
     max_edges: int = 1 << 20
     limits: HoldLimits = field(default_factory=HoldLimits)
     spec_tokens: int = 5
-    credit_tokens: int = 32
+    credit_tokens: int = RouterLimits().credit_tokens
     prompt_tokens: int = 64
     output_tokens: int = 256
     tokens: int = 400
