@@ -19,7 +19,6 @@ from vllm_specedge.simulation.models import (
     RooflineServer,
     SimulatedTarget,
     chance,
-    fitted,
     in_server_gain,
     key_of,
 )
@@ -180,33 +179,6 @@ def test_stalls_take_their_part_of_the_time() -> None:
     assert sum(stalled) / len(stalled) == pytest.approx(0.4, abs=0.05)
 
 
-def test_a_fitted_server_takes_what_was_measured() -> None:
-    sizes = [(requests, requests * (1 + drafts)) for requests in (1, 2, 8, 32, 64) for drafts in range(6)]
-    server = fitted([(requests, tokens, A100.step_s(requests, tokens), 0) for requests, tokens in sizes])
-    for requests, tokens in [*sizes, (16, 48), (64, 600)]:
-        assert server.step_s(requests, tokens) == pytest.approx(A100.step_s(requests, tokens), rel=0.06)
-
-
-def test_what_verifying_adds_is_fitted_too() -> None:
-    sizes = [(requests, requests * (1 + drafts)) for requests in (1, 4, 16) for drafts in range(6)]
-    rows = [(n, tokens, CPU.step_s(n, tokens, tokens > n), int(tokens > n)) for n, tokens in sizes]
-    server = fitted(rows)
-    for requests, tokens, seconds, is_verifying in rows:
-        assert server.step_s(requests, tokens, bool(is_verifying)) == pytest.approx(seconds, rel=0.03)
-
-
-@pytest.mark.parametrize("row", [(1, 1, 0.05), (1, 1, 0.05, 2), (0, 1, 0.05, 0), (1, 1, -0.05, 0)])
-def test_rows_of_another_form_are_refused(row: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="0 or 1"):
-        fitted([row])
-
-
-def test_one_row_is_a_server_too() -> None:
-    server = fitted([(1, 1, 0.05, 0)])
-    assert server.step_s(1, 1) == pytest.approx(0.05)
-    assert server.step_s(4, 8) >= 0.05
-
-
 # -- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -246,23 +218,6 @@ def test_the_command_prints_json_and_draws(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 1000
 
 
-def write_results(path: Path, tokens_per_s: float) -> str:
-    rows = [[n, n * (1 + k), CPU.step_s(n, n * (1 + k), k > 0), int(k > 0)] for n in (1, 2, 4) for k in range(6)]
-    cell = {"requests": 2, "rtt_ms": 5, "edge": "dead", "tokens_per_s": tokens_per_s, "vanilla_tokens_per_s": 63.0}
-    path.write_text(json.dumps({"server_model": {"rows": rows}, "cells": [cell]}))
-    return str(path)
-
-
-@pytest.mark.usefixtures("quick")
-def test_the_command_compares_with_what_was_measured(tmp_path: Path) -> None:
-    plain = 2 / CPU.step_s(2, 2)
-    near = write_results(tmp_path / "near.json", plain)
-    arguments = ("--fit", near, "--prompt-tokens", "2", "--output-tokens", "60")
-    assert "dead" in run(*arguments, "--compare", near)
-    far = write_results(tmp_path / "far.json", 2 * plain)
-    run(*arguments, "--compare", far, status=1)
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -270,7 +225,6 @@ def test_the_command_compares_with_what_was_measured(tmp_path: Path) -> None:
         (["--requests", "one"], "numbers with commas"),
         (["--requests", "0"], "from 1 on"),
         (["--edge", "angry"], "kind 'angry'"),
-        (["--fit", "/nowhere.json"], "cannot be read"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(arguments: list[str], sentence: str) -> None:

@@ -114,8 +114,6 @@ def simulate(
     token_us: Annotated[float, typer.Option(help="--server custom: computing a token.", min=0)] = 0.0,
     overhead_ms: Annotated[float, typer.Option(help="--server custom: a step, beside.", min=0)] = 0.5,
     draft_step_ms: Annotated[float, typer.Option(help="--server custom: a draft step on the server.", min=0)] = 0.0,
-    fit: Annotated[Path | None, typer.Option(help="Take the server from a benchmark's results.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="Simulate the cells of a benchmark's results.")] = None,
     all_modes: Annotated[bool, typer.Option("--all-modes", help="Also the modes for comparison.")] = False,
     oracle: Annotated[bool, typer.Option("--oracle", help="Also a policy that need not learn.")] = False,
     break_even: Annotated[bool, typer.Option(help="Up to which RTT edges help, at the first load.")] = True,
@@ -129,7 +127,7 @@ def simulate(
     from vllm_specedge.simulation.scenario import EdgeModel, Scenario  # noqa: PLC0415
 
     custom = RooflineServer(weights_ms / 1e3, request_us / 1e6, token_us / 1e6, overhead_ms / 1e3, draft_step_ms / 1e3)
-    chosen = report.fitted_server(fit) if fit is not None else {**SERVERS, "custom": custom}.get(server)
+    chosen = {**SERVERS, "custom": custom}.get(server)
     if chosen is None:
         raise UserError(f"There is no server '{server}': --server takes {', '.join(SERVERS)} or custom.")
     uplink = uplink_bytes_per_token or EdgeModel().uplink_bytes_per_token
@@ -150,8 +148,7 @@ def simulate(
     asked = report.Asked(
         _numbers("--requests", requests), _numbers("--rtt-ms", rtt_ms), edge, all_modes, oracle, break_even
     )
-    status = report.show_comparison(base, compare) if compare else report.show(base, asked, curve, as_json)
-    raise typer.Exit(status)
+    raise typer.Exit(report.show(base, asked, curve, as_json))
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from math import inf, log
 from typing import ClassVar, Protocol
 
-from vllm_specedge.policy.step_cost import KNOTS
-
 _MASK = (1 << 64) - 1
 _STRIDE = 0x9E3779B97F4A7C15
 """As SplitMix64 has it: the golden ratio, so that what is counted from a key on is well spread."""
-_SWEEPS = 3000
 
 
 # -- chance --------------------------------------------------------------------------------------------------------
@@ -135,44 +132,6 @@ class FittedServer:
             rise = self.slope_s
         each_s = self.request_s + self.verifying_s * is_verifying
         return self.seconds[index] + rise * (tokens - self.knots[index]) + each_s * requests
-
-
-def fitted(rows: Sequence[Sequence[float]]) -> FittedServer:
-    """The server that took so long: rows of requests, tokens, seconds, and 1 if draft tokens were among them, else 0.
-
-    Least squares of the relative errors; more tokens and more requests never take less time.
-    """
-    if not rows or any(len(row) != 4 or min(row[:3]) <= 0 or row[3] not in (0, 1) for row in rows):
-        raise ValueError("a server is fitted to rows of requests, tokens, seconds (all positive), and 0 or 1")
-    smallest, largest = min(row[1] for row in rows), max(row[1] for row in rows)
-    knots = [knot for knot in KNOTS if smallest / 2 < knot < largest] or [int(smallest)]
-    features = [[1.0, each[0], each[0] * each[3], *_climbed(knots, each[1])] for each in rows]
-    weights = _least_squares([[each / row[2] for each in one] for one, row in zip(features, rows, strict=True)])
-    base_s, request_s, verifying_s, *slopes = weights
-    seconds = [base_s]
-    for index in range(1, len(knots)):
-        seconds.append(seconds[-1] + slopes[index - 1] * (knots[index] - knots[index - 1]))
-    return FittedServer(tuple(knots), tuple(seconds), slopes[-1], request_s, verifying_s)
-
-
-def _climbed(knots: Sequence[int], tokens: float) -> list[float]:
-    """How far behind each knot it is, up to the next one."""
-    ends = [*knots[1:], inf]
-    return [min(max(0.0, tokens - knot), end - knot) for knot, end in zip(knots, ends, strict=True)]
-
-
-def _least_squares(rows: Sequence[Sequence[float]]) -> list[float]:
-    """Weights, none negative, with which each row's sum is nearest to 1: one weight after the other, many times."""
-    columns = list(zip(*rows, strict=True))
-    gram = [[sum(a * b for a, b in zip(one, other, strict=True)) for other in columns] for one in columns]
-    wanted = [sum(column) for column in columns]
-    weights = [0.0] * len(columns)
-    for _ in range(_SWEEPS):
-        for index, row in enumerate(gram):
-            if row[index]:
-                rest = sum(map(float.__mul__, row, weights)) - row[index] * weights[index]
-                weights[index] = max(0.0, (wanted[index] - rest) / row[index])
-    return weights
 
 
 def in_server_gain(server: Server, requests: int, spec_tokens: int, acceptance: float) -> float | None:

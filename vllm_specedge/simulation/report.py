@@ -1,9 +1,9 @@
-"""What `vllm-specedge simulate` finds out and shows: tables, curves, and how near a simulation is to a measurement."""
+"""What `vllm-specedge simulate` finds out and shows: tables and curves."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,18 @@ from rich.table import Table
 from vllm_specedge.errors import UserError
 from vllm_specedge.estimators import crossing
 from vllm_specedge.policy.situation import MODES, HoldLimits
-from vllm_specedge.simulation.models import Server, fitted, in_server_gain
+from vllm_specedge.simulation.models import in_server_gain
 from vllm_specedge.simulation.run import simulate
 from vllm_specedge.simulation.scenario import Outcome, Scenario
 
 AUTO, NO_BRANCHES, ORACLE = "auto", ", no branches", "oracle"
 MIN_TOKENS, TOTAL_TOKENS = 100, 4000
 """Each client makes so many at least, and all together so many: chance is then worth a few percent."""
-MIN_ROUNDS = 4
-"""Of answers that start together, the first of which is not measured."""
 HELPS, LOSES = 1.02, 0.98
 """Ratios of tokens per second between these are no difference."""
 MAX_RTT_S, HALVINGS = 0.512, 8
 WAIT_S = 1.0
 """How long mode `wait` waits: for the draft, not for a limit."""
-MAX_DIFFERENCE = 0.15
 POOR_ACCEPTANCE = 0.3
 EDGES = ("good", "poor", "stalling", "dead", "half")
 """Kinds of edges in a results file: as given; seldom right; standing still now and then; silent after a while; as good
@@ -258,47 +255,6 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     figure.savefig(path)
 
 
-# -- simulated against measured ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """One cell of a results file, in tokens per second."""
-
-    requests: int
-    rtt_s: float
-    edge: str
-    measured: float
-    measured_plain: float
-    simulated: float
-    simulated_plain: float
-
-    @property
-    def difference(self) -> float:
-        """Of the simulation from the measurement, as a part of that."""
-        return self.simulated / self.measured - 1.0
-
-
-def results(path: Path) -> dict[str, Any]:
-    """A benchmark's results file. Raises UserError."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"The results file {path} cannot be read: {error}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"The results file {path} holds no JSON object.")
-    return values
-
-
-def fitted_server(path: Path) -> Server:
-    """The server whose step times are in a results file, as `fitted` takes them."""
-    try:
-        return fitted(results(path)["server_model"]["rows"])
-    except (KeyError, TypeError, ValueError):
-        form = '{"server_model": {"rows": [[requests, tokens, seconds, 1 if drafts were verified, else 0], ...]}}'
-        raise UserError(f"The results file {path} has no step times in the form {form}.") from None
-
-
 def with_edge(scenario: Scenario, edge: str) -> Scenario:
     """The scenario with edges of one of the kinds EDGES. Raises UserError for another."""
     if edge not in EDGES:
@@ -309,78 +265,3 @@ def with_edge(scenario: Scenario, edge: str) -> Scenario:
         return replace(scenario, share=0.5)
     fault = "" if edge == "good" else edge
     return replace(scenario, edge=replace(scenario.edge, fault=fault))
-
-
-def compare(scenario: Scenario, path: Path) -> list[Comparison]:
-    """Simulate each cell of a results file. What the file does not say is as in `scenario`."""
-    values = results(path)
-    try:
-        return [_compared(scenario, values, cell) for cell in values["cells"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"The results file {path} lacks {error} where it is needed.") from None
-
-
-def _compared(scenario: Scenario, values: Mapping[str, Any], cell: Mapping[str, Any]) -> Comparison:
-    requests, rtt_ms, edge = cell["requests"], cell["rtt_ms"], cell.get("edge", EDGES[0])
-    load = _as_measured(replace(scenario, requests=requests, rtt_s=rtt_ms / 1e3), values)
-    drafted = with_edge(load, edge)
-    accuracy = values.get("edges", {}).get("accuracy", {}).get(edge)
-    if accuracy is not None:
-        model = replace(drafted.edge, acceptance=accuracy["first"], branch=accuracy["second"])
-        drafted = replace(drafted, edge=model)
-    return Comparison(
-        requests,
-        load.rtt_s,
-        edge,
-        # With prompts and the last answers' time, as it is simulated.
-        measured=cell.get("whole_tokens_per_s", cell["tokens_per_s"]),
-        measured_plain=cell.get("vanilla_whole_tokens_per_s", cell["vanilla_tokens_per_s"]),
-        simulated=simulate(drafted).tokens_per_s,
-        simulated_plain=plain(load).tokens_per_s,
-    )
-
-
-def _as_measured(scenario: Scenario, values: Mapping[str, Any]) -> Scenario:
-    """In the way in which benchmarks/grid.py measures: answers of the same length that start together."""
-    settings = values.get("settings", {})
-    answers = [run["num_tokens"] for run in values.get("runs", ()) if run["requests"] == scenario.requests]
-    num_tokens = answers[0] // scenario.requests if answers else scenario.output_tokens
-    rounds = max(MIN_ROUNDS, ceil(tokens_each(scenario.requests) / num_tokens))
-    return replace(
-        scenario,
-        spec_tokens=settings.get("k", scenario.spec_tokens),
-        edge=replace(scenario.edge, pass_s=settings.get("pass_ms", 1e3 * scenario.edge.pass_s) / 1e3),
-        prompt_tokens=values.get("prompt_tokens", scenario.prompt_tokens),
-        output_tokens=num_tokens,
-        tokens=rounds * num_tokens,
-        warm_up=1 / rounds,
-        is_in_step=True,
-    )
-
-
-def show_comparison(scenario: Scenario, path: Path) -> int:
-    """Print a results file's cells as measured and as simulated. Returns an exit status: 1 if any is far off."""
-    compared = compare(scenario, path)
-    Console().print(comparison_table(compared))
-    return int(any(abs(each.difference) > MAX_DIFFERENCE for each in compared))
-
-
-def comparison_table(compared: Sequence[Comparison]) -> Table:
-    """Tokens per second with edges, and plain. Fits 80 columns."""
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    titles = ("re-\nquests", "RTT\nms", "\nedges", "measured\ntok/s", "simulated\ntok/s", "differ-\nence")
-    for title in (*titles, "measured\nplain", "simulated\nplain"):
-        shown.add_column(title, justify="right", no_wrap=True)
-    for each in compared:
-        shown.add_row(
-            str(each.requests),
-            f"{each.rtt_s * 1e3:g}",
-            each.edge,
-            f"{each.measured:.1f}",
-            f"{each.simulated:.1f}",
-            f"{each.difference:+.0%}",
-            f"{each.measured_plain:.1f}",
-            f"{each.simulated_plain:.1f}",
-            style="red" if abs(each.difference) > MAX_DIFFERENCE else "",
-        )
-    return shown

@@ -1,0 +1,192 @@
+"""How near the simulation is to a measurement: each cell of a results file of `grid.py`, simulated.
+
+    python benchmarks/compare_simulation.py benchmarks/results/never-slower.json --max-edges 8
+
+The server's step times are fitted to those in the file (`server_model.rows`: requests, tokens, seconds, 1 if drafts
+were verified). Cells have requests, rtt_ms, edge, tokens_per_s and vanilla_tokens_per_s, and are simulated in rounds of
+answers that start together, as they are measured; draft length, forward pass, accuracy and answers' lengths are the
+file's where it says them. Ends with 1 if a cell differs by more than 15 %.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, inf
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from scipy.optimize import nnls
+
+from vllm_specedge.errors import UserError
+from vllm_specedge.policy.step_cost import KNOTS
+from vllm_specedge.simulation.models import FittedServer, Server
+from vllm_specedge.simulation.report import EDGES, plain, tokens_each, with_edge
+from vllm_specedge.simulation.run import simulate
+from vllm_specedge.simulation.scenario import Scenario
+
+MAX_DIFFERENCE = 0.15
+MIN_ROUNDS = 4
+"""Of answers that start together, the first of which is not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One cell of a results file, in tokens per second."""
+
+    requests: int
+    rtt_s: float
+    edge: str
+    measured: float
+    measured_plain: float
+    simulated: float
+    simulated_plain: float
+
+    @property
+    def difference(self) -> float:
+        """Of the simulation from the measurement, as a part of that."""
+        return self.simulated / self.measured - 1.0
+
+
+def results(path: Path) -> dict[str, Any]:
+    """A benchmark's results file. Raises UserError."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"The results file {path} cannot be read: {error}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"The results file {path} holds no JSON object.")
+    return values
+
+
+def fitted_server(path: Path) -> Server:
+    """The server whose step times are in a results file, as `fitted` takes them."""
+    try:
+        return fitted(results(path)["server_model"]["rows"])
+    except (KeyError, TypeError, ValueError):
+        form = '{"server_model": {"rows": [[requests, tokens, seconds, 1 if drafts were verified, else 0], ...]}}'
+        raise UserError(f"The results file {path} has no step times in the form {form}.") from None
+
+
+def compare(scenario: Scenario, path: Path) -> list[Comparison]:
+    """Simulate each cell of a results file. What the file does not say is as in `scenario`."""
+    values = results(path)
+    try:
+        return [_compared(scenario, values, cell) for cell in values["cells"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"The results file {path} lacks {error} where it is needed.") from None
+
+
+def _compared(scenario: Scenario, values: Mapping[str, Any], cell: Mapping[str, Any]) -> Comparison:
+    requests, rtt_ms, edge = cell["requests"], cell["rtt_ms"], cell.get("edge", EDGES[0])
+    load = _as_measured(replace(scenario, requests=requests, rtt_s=rtt_ms / 1e3), values)
+    drafted = with_edge(load, edge)
+    accuracy = values.get("edges", {}).get("accuracy", {}).get(edge)
+    if accuracy is not None:
+        model = replace(drafted.edge, acceptance=accuracy["first"], branch=accuracy["second"])
+        drafted = replace(drafted, edge=model)
+    return Comparison(
+        requests,
+        load.rtt_s,
+        edge,
+        # With prompts and the last answers' time, as it is simulated.
+        measured=cell.get("whole_tokens_per_s", cell["tokens_per_s"]),
+        measured_plain=cell.get("vanilla_whole_tokens_per_s", cell["vanilla_tokens_per_s"]),
+        simulated=simulate(drafted).tokens_per_s,
+        simulated_plain=plain(load).tokens_per_s,
+    )
+
+
+def _as_measured(scenario: Scenario, values: Mapping[str, Any]) -> Scenario:
+    """In the way in which benchmarks/grid.py measures: answers of the same length that start together."""
+    settings = values.get("settings", {})
+    answers = [run["num_tokens"] for run in values.get("runs", ()) if run["requests"] == scenario.requests]
+    num_tokens = answers[0] // scenario.requests if answers else scenario.output_tokens
+    rounds = max(MIN_ROUNDS, ceil(tokens_each(scenario.requests) / num_tokens))
+    return replace(
+        scenario,
+        spec_tokens=settings.get("k", scenario.spec_tokens),
+        edge=replace(scenario.edge, pass_s=settings.get("pass_ms", 1e3 * scenario.edge.pass_s) / 1e3),
+        prompt_tokens=values.get("prompt_tokens", scenario.prompt_tokens),
+        output_tokens=num_tokens,
+        tokens=rounds * num_tokens,
+        warm_up=1 / rounds,
+        is_in_step=True,
+    )
+
+
+def show_comparison(scenario: Scenario, path: Path) -> int:
+    """Print a results file's cells as measured and as simulated. Returns an exit status: 1 if any is far off."""
+    compared = compare(scenario, path)
+    Console().print(comparison_table(compared))
+    return int(any(abs(each.difference) > MAX_DIFFERENCE for each in compared))
+
+
+def comparison_table(compared: Sequence[Comparison]) -> Table:
+    """Tokens per second with edges, and plain. Fits 80 columns."""
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    titles = ("re-\nquests", "RTT\nms", "\nedges", "measured\ntok/s", "simulated\ntok/s", "differ-\nence")
+    for title in (*titles, "measured\nplain", "simulated\nplain"):
+        shown.add_column(title, justify="right", no_wrap=True)
+    for each in compared:
+        shown.add_row(
+            str(each.requests),
+            f"{each.rtt_s * 1e3:g}",
+            each.edge,
+            f"{each.measured:.1f}",
+            f"{each.simulated:.1f}",
+            f"{each.difference:+.0%}",
+            f"{each.measured_plain:.1f}",
+            f"{each.simulated_plain:.1f}",
+            style="red" if abs(each.difference) > MAX_DIFFERENCE else "",
+        )
+    return shown
+
+
+def fitted(rows: Sequence[Sequence[float]]) -> FittedServer:
+    """The server that took so long: rows of requests, tokens, seconds, and 1 if draft tokens were among them, else 0.
+
+    Least squares of the relative errors; more tokens and more requests never take less time.
+    """
+    if not rows or any(len(row) != 4 or min(row[:3]) <= 0 or row[3] not in (0, 1) for row in rows):
+        raise ValueError("a server is fitted to rows of requests, tokens, seconds (all positive), and 0 or 1")
+    smallest, largest = min(row[1] for row in rows), max(row[1] for row in rows)
+    knots = [knot for knot in KNOTS if smallest / 2 < knot < largest] or [int(smallest)]
+    features = [[1.0, each[0], each[0] * each[3], *_climbed(knots, each[1])] for each in rows]
+    relative = [[each / row[2] for each in one] for one, row in zip(features, rows, strict=True)]
+    weights, _ = nnls(np.array(relative), np.ones(len(rows)))
+    base_s, request_s, verifying_s, *slopes = map(float, weights)
+    seconds = [base_s]
+    for index in range(1, len(knots)):
+        seconds.append(seconds[-1] + slopes[index - 1] * (knots[index] - knots[index - 1]))
+    return FittedServer(tuple(knots), tuple(seconds), slopes[-1], request_s, verifying_s)
+
+
+def _climbed(knots: Sequence[int], tokens: float) -> list[float]:
+    """How far behind each knot it is, up to the next one."""
+    ends = [*knots[1:], inf]
+    return [min(max(0.0, tokens - knot), end - knot) for knot, end in zip(knots, ends, strict=True)]
+
+
+def main(
+    results_file: Annotated[Path, typer.Argument(help="Of benchmarks/grid.py.")],
+    prompt_tokens: Annotated[int, typer.Option(help="Of each request, if the file does not say.", min=2)] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Of each answer, the same.", min=1)] = 256,
+    max_edges: Annotated[int, typer.Option(help="There are no more; they share the requests.", min=1)] = 1 << 20,
+) -> None:
+    """Simulate what was measured, and print both."""
+    try:
+        server = fitted_server(results_file)
+        base = Scenario(server=server, prompt_tokens=prompt_tokens, output_tokens=output_tokens, max_edges=max_edges)
+        sys.exit(show_comparison(base, results_file))
+    except UserError as error:
+        sys.exit(f"compare_simulation: {error}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
