@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from edge_client.drafters import Candidate
 from edge_client.drafting.draft_tree import Node
 from edge_client.drafting.jobs import Job, NotFiniteError, Sequences, run_pass
+from edge_client.drafting.kept_contexts import MIN_SHARED_TOKENS
 from edge_client.drafting.pacing import Pace
-from edge_client.drafting.speculation import MAX_ENTRIES, MAX_SHORT, MIN_SHARED_TOKENS, Speculation
+from edge_client.drafting.speculation import MAX_ENTRIES, MAX_SHORT, Speculation
 from tests.helpers import Guess, ListSequence
 from vllm_specedge.engine.proposal_tree import Fate, ProposalTree
 from vllm_specedge.wire.codec import Frame

@@ -1,6 +1,6 @@
 """Running estimates of what is measured again and again. Pure; engine and edge use the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp
 
@@ -93,3 +93,9 @@ def crossing(holds: Callable[[float], bool], low: float, high: float, num_halvin
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return high
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """The value that `part` of all do not exceed, about; 0 of nothing."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0

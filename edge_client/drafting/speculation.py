@@ -7,14 +7,15 @@ Rule 3: what is most probably needed is drafted first, on the trunk or beside it
 Time is an argument; how deep, wide and often follows from what `pace` has measured.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from edge_client.drafters import Candidate
 from edge_client.drafting.draft_tree import DraftTree, Node
 from edge_client.drafting.jobs import Job
+from edge_client.drafting.kept_contexts import KeptContexts
 from edge_client.drafting.pacing import Pace
+from edge_client.drafting.proposing import new_branches, proposal
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.frames import MAX_UINT32, Close, CloseReason, Commit, Open, Propose
 
@@ -22,7 +23,6 @@ MAX_SHORT = 3
 MAX_CANDIDATES = 3
 MAX_ENTRIES = 64
 """Draft tokens of one request that a drafter holds at once."""
-MIN_SHARED_TOKENS = 16
 MAX_KEPT = 4
 """Contexts of ended requests that an edge keeps to start from."""
 
@@ -96,11 +96,9 @@ class Speculation:
         self._max_context_tokens = max_context_tokens
         self._max_width = max_width
         self._max_requests = max_requests
-        self._max_kept = max_kept
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._requests: dict[int, _Request] = {}
-        self._kept: OrderedDict[int, list[int]] = OrderedDict()
-        """Of ended requests: the tokens whose entries their drafter sequences still begin with."""
+        self._kept = KeptContexts(max_kept)
         self._turn = 0
 
     def __len__(self) -> int:
@@ -131,7 +129,7 @@ class Speculation:
         self.stats.num_too_long += is_too_long
         if is_full or is_too_long:
             return [Close(frame.request, CloseReason.DECLINED)]
-        self._kept.pop(frame.request, None)  # its sequence is this one's from now on
+        self._kept.forget(frame.request)  # its sequence is this one's from now on
         self._requests[frame.request] = _Request(frame.num_tokens, frame.credit, frame.max_draft)
         self.stats.num_requests += 1
         return []
@@ -157,7 +155,7 @@ class Speculation:
 
     def decline(self, number: int) -> list[Frame]:
         """Give a request back: this edge cannot draft for it. Nothing goes on from what its sequence holds."""
-        self._kept.pop(number, None)
+        self._kept.forget(number)
         return [Close(number, CloseReason.DECLINED)] if self._requests.pop(number, None) is not None else []
 
     def forget_kept(self) -> None:
@@ -166,11 +164,8 @@ class Speculation:
 
     def _end(self, number: int) -> None:
         request = self._requests.pop(number, None)
-        if request is None or not self._max_kept or request.tree.num_prefix < MIN_SHARED_TOKENS:
-            return
-        self._kept[number] = request.tree.tokens[: request.tree.num_prefix]
-        if len(self._kept) > self._max_kept:
-            self._kept.popitem(last=False)
+        if request is not None:
+            self._kept.keep(number, request.tree.tokens[: request.tree.num_prefix])
 
     def _advance(self, request: _Request, tokens: tuple[int, ...], now_s: float) -> None:
         tree, was_prefilling = request.tree, request.is_prefilling
@@ -255,7 +250,11 @@ class Speculation:
     def _job(self, number: int, request: _Request, nodes: list[Node]) -> Job:
         tree = request.tree
         width = MAX_CANDIDATES if self._max_width > 1 else 1
-        source = self._start(request) if not nodes and not tree.num_held else None
+        source = None
+        if not nodes and not tree.num_held and (found := self._kept.take(tree.tokens)) is not None:
+            source, num_shared = found
+            tree.adopt(num_shared)
+            self.stats.reused_tokens += num_shared
         keep, moved = tree.compact()
         if nodes:
             parents = tree.hold(nodes)
@@ -265,20 +264,6 @@ class Speculation:
             tokens, parents = tree.hold_committed(self._prefill_chunk_tokens), []
         request.running = nodes
         return Job(number, keep, moved, tuple(tokens), tuple(parents), width, source)
-
-    def _start(self, request: _Request) -> int | None:
-        """An ended request that began as this one does; the drafter goes on from its entries."""
-        tokens = request.tree.tokens
-        shared = {number: _num_shared(kept, tokens) for number, kept in self._kept.items()}
-        source = max(shared, key=lambda number: shared[number], default=None)
-        if source is None or shared[source] < MIN_SHARED_TOKENS:
-            return None
-        del self._kept[source]
-        # At least one token is run, for what follows it.
-        num_shared = min(shared[source], len(tokens) - 1)
-        request.tree.adopt(num_shared)
-        self.stats.reused_tokens += num_shared
-        return source
 
     def drafted(self, job: Job, said: Sequence[Sequence[Candidate]], took_s: float, now_s: float) -> list[Frame]:
         """A job is done, after `took_s`; `said` holds the candidates of each token run (of a chain: of the last)."""
@@ -312,7 +297,7 @@ class Speculation:
         if not trunk:
             return self._pass(number, request) if is_over and tree.root.is_expanded else []
         num_sent = next((i for i, node in enumerate(trunk) if not node.is_sent), len(trunk))
-        branches = self._branches(trunk, limit)
+        branches = new_branches(trunk, lambda node: self._is_of_use(node, limit))
         new = sum(node.survival for node in trunk[num_sent:])
         new += sum(node.survival for branch in branches for node in branch[1:] if not node.is_sent)
         if num_sent and not self.pace.is_worth_a_frame(new):
@@ -324,7 +309,10 @@ class Speculation:
         if not is_due:
             return []
         request.due_s = None
-        return self._frame(number, tree.root, trunk, num_sent, branches)
+        before = trunk[num_sent - 1] if num_sent else tree.root
+        frame, num_new = proposal(number, before, trunk[num_sent:], branches)
+        self.stats.proposed_tokens += num_new
+        return [frame]
 
     @property
     def due_s(self) -> float | None:
@@ -344,39 +332,3 @@ class Speculation:
             return []
         request.has_passed = True
         return [Propose(number, len(request.tree.tokens), ())]
-
-    def _branches(self, trunk: list[Node], limit: int) -> list[list[Node]]:
-        """The paths that leave the trunk, each from its fork on, with something in it that was not sent.
-
-        A second candidate alone is of no use: when the target says it, it is committed already.
-        """
-        paths = []
-        for first in (other for node in trunk if node.parent for other in node.parent.children[1:]):
-            path = [node for node in (first, *first.chain()) if self._is_of_use(node, limit)]
-            if len(path) > 1 and not path[-1].is_sent:
-                paths.append(path)
-        return paths
-
-    def _frame(
-        self, number: int, root: Node, trunk: list[Node], num_sent: int, branches: list[list[Node]]
-    ) -> list[Frame]:
-        """One frame with the new part of the trunk and these branches.
-
-        It starts with the token that the new part follows: so it shows whether the past that it was drafted for has
-        come true.
-        """
-        run = [trunk[num_sent - 1] if num_sent else root, *trunk[num_sent:]]
-        end = run[-1].position + 1
-        new = [*run, *(node for branch in branches for node in branch)]
-        forks = [number for branch in branches for number in (end - branch[0].position, len(branch))]
-        self.stats.proposed_tokens += sum(not node.is_sent for node in new[1:])
-        for node in new:
-            node.is_sent = True
-        return [Propose(number, run[0].position, tuple(node.token for node in new), tuple(forks))]
-
-
-def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens are the same."""
-    return next(
-        (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
-    )

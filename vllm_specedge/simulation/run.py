@@ -11,7 +11,7 @@ part of `processing_s`.
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -19,6 +19,7 @@ from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import MAX_KEPT, Speculation
 from vllm_specedge.engine.driver import StepDriver
 from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
+from vllm_specedge.estimators import quantile
 from vllm_specedge.gateway.effects import Effect, ToEdge, ToEngine
 from vllm_specedge.gateway.known import POOL, ROLES, RouterLimits
 from vllm_specedge.gateway.router import Router
@@ -320,10 +321,10 @@ class Simulation:
         return Outcome(
             seconds=self.time.now_s - measured.started_s,
             tokens=measured.tokens,
-            itl_p50_s=_quantile(measured.gaps_s, 0.5),
-            itl_p99_s=_quantile(measured.gaps_s, 0.99),
-            ttft_p50_s=_quantile(measured.ttfts_s, 0.5),
-            ttft_p99_s=_quantile(measured.ttfts_s, 0.99),
+            itl_p50_s=quantile(measured.gaps_s, 0.5),
+            itl_p99_s=quantile(measured.gaps_s, 0.99),
+            ttft_p50_s=quantile(measured.ttfts_s, 0.5),
+            ttft_p99_s=quantile(measured.ttfts_s, 0.99),
             counters=self.driver.counters - measured.before,
         )
 
@@ -347,9 +348,3 @@ def _speculation(scenario: Scenario) -> Speculation:
         max_kept=MAX_KEPT,
         pace=Pace(rtt_s=scenario.rtt_s, uplink_bytes_per_token=model.uplink_bytes_per_token),
     )
-
-
-def _quantile(values: Sequence[float], part: float) -> float:
-    """0 of nothing."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0
