@@ -6,32 +6,23 @@ import io
 import logging
 import os
 import platform
-import signal
 import sys
-import time
-from collections.abc import Callable, Coroutine
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.logging import RichHandler
-from rich.text import Text
 
 from edge_client import settings
-from edge_client.client import DraftModelError, EdgeClient
-from edge_client.cooling import cooler_share
-from edge_client.drafters import Drafter, DrafterOptions
-from edge_client.drafters.choose import fetched, load_drafter
+from edge_client.client import EdgeClient
+from edge_client.drafters import DrafterOptions
 from edge_client.drafters.own_vocabulary import own_vocabulary
 from edge_client.drafting.pacing import UPLINK_BYTES_PER_TOKEN, Pace
 from edge_client.gateway_link import Gateway
-from edge_client.sensors import hottest_c
-from edge_client.view import AcceptedRate, heat, panel, status_line, summary
+from edge_client.temperature import Cooler
+from edge_client.terminal import begin, outlived, run, say
 from edge_client.ways import checked_server_url
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
@@ -42,9 +33,6 @@ logger = logging.getLogger("edge_client")
 
 TOKEN_VARIABLE = "SPECEDGE_TOKEN"  # noqa: S105 - a name, not a secret
 THIS_MACHINE = platform.node()
-STATUS_S = 0.5
-COOLING_S = 2.0
-PLAIN_STATUS_S = 10.0
 
 
 def _token(file: Path | None) -> str:
@@ -163,12 +151,12 @@ def connect(
     """Connect to a gateway and draft for it until Ctrl-C."""
     gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
-    cooler = _Cooler(max_temperature_c)
+    cooler = Cooler(max_temperature_c)
     pace = Pace(uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
-    console, drafter = _begin(options, quiet)
+    console, drafter = begin(options, quiet)
     client = EdgeClient(gateway, drafter, _shown(name), role, max_requests, max_width, pace)
     client.own_vocabulary = partial(own_vocabulary, options)
-    asyncio.run(_run(client, client.run(wait), console, quiet, cooler))
+    asyncio.run(run(client, client.run(wait), console, quiet, cooler))
 
 
 @app.command()
@@ -210,7 +198,7 @@ def serve(
     client_of_server()  # what cannot be used is said before a model is loaded
     with endpoint.listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
         options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
-        console, drafter = _begin(options, quiet)
+        console, drafter = begin(options, quiet)
         client = EdgeClient(gateway, drafter, _shown(name), "private", max_requests)
         client.own_vocabulary = partial(own_vocabulary, options)
         is_opened, names = endpoint.names_here(listener)
@@ -219,8 +207,8 @@ def serve(
             server, client.open_session, key, allow_origin or (), hosts, is_opened, client_of_server
         )
         if not quiet:
-            _say(console, f"OpenAI endpoint: http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-        drafting = _run(client, _outlived(client.run(wait)), console, quiet, _Cooler(max_temperature_c))
+            say(console, f"OpenAI endpoint: http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        drafting = run(client, outlived(client.run(wait)), console, quiet, Cooler(max_temperature_c))
         asyncio.run(endpoint.serve_beside(web, listener, drafting))
 
 
@@ -254,7 +242,7 @@ def chat(
     key = _read(api_key_file, "key") if api_key_file is not None else ""
     asked = Server(checked_server_url(server), key, model, max_tokens, temperature, ca_file, not no_proxy)
     options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
-    _, drafter = _begin(options, quiet=False)
+    _, drafter = begin(options, quiet=False)
     client = EdgeClient(gateway, drafter, _shown(name), "private")
     client.own_vocabulary = partial(own_vocabulary, options)
     talk = Chat(asked, client.open_session, Console(highlight=False))
@@ -317,107 +305,6 @@ def _checked(gateway: Gateway) -> Gateway:
     """The same. What cannot be used of it is said before a model is loaded: raises UserError."""
     gateway.client()
     return gateway
-
-
-def _begin(options: DrafterOptions, quiet: bool) -> tuple[Console, Drafter]:
-    console = Console(stderr=True, highlight=False)
-    # A panel that is drawn in place moves down for what is logged, if it is logged through the same console.
-    plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
-    logging.basicConfig(
-        level=logging.ERROR if quiet else logging.WARNING,
-        format="edge-client: %(message)s",
-        handlers=[plain if console.is_terminal else logging.StreamHandler(sys.stderr)],
-    )
-    lines: list[str] = []
-    options = fetched(options, is_quiet=quiet)  # it shows a bar of its own
-    with console.status(f"Loading {options.draft} ...") if console.is_terminal and not quiet else nullcontext():
-        drafter = load_drafter(options, lines.append)
-    for line in lines if not quiet else ():
-        _say(console, line)
-    return console, drafter
-
-
-async def _outlived(drafting: Coroutine[None, None, None]) -> None:
-    """Drafting for an endpoint, which goes on passing requests on where the draft model cannot go on."""
-    try:
-        await drafting
-    except DraftModelError as error:
-        logger.error("%s Until then requests are passed on, and nobody drafts for them.", error)
-        await asyncio.Event().wait()
-
-
-async def _run(
-    client: EdgeClient, drafting: Coroutine[None, None, None], console: Console, quiet: bool, cooler: "_Cooler"
-) -> None:
-    loop = asyncio.get_running_loop()
-    running = asyncio.create_task(drafting)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with suppress(NotImplementedError):  # on Windows, where Ctrl-C cancels this coroutine
-            loop.add_signal_handler(number, running.cancel)
-    beside = [asyncio.create_task(cooler.run(client.pace))]
-    if not quiet:
-        heat = partial(_heat, client, cooler)
-        beside.append(asyncio.create_task(_show(client, console, heat)))
-    try:
-        with suppress(asyncio.CancelledError):
-            await running
-    finally:
-        for task in beside:
-            task.cancel()
-        await asyncio.gather(*beside, return_exceptions=True)
-        if not quiet:
-            _say(console, summary(client))
-
-
-def _heat(client: EdgeClient, cooler: "_Cooler") -> str:
-    return heat(cooler.temperature_c, cooler.cap_c, client.pace.share)
-
-
-async def _show(client: EdgeClient, console: Console, heat: Callable[[], str]) -> None:
-    """A panel that changes in place on a terminal; a line now and then elsewhere."""
-    rate = AcceptedRate(time.monotonic())
-    client.on_change = lambda: _announce(client, console)
-    if not console.is_terminal:
-        while True:
-            await asyncio.sleep(PLAIN_STATUS_S)
-            _say(console, status_line(client, rate(client, time.monotonic())))
-    with Live(panel(client, 0.0), console=console, refresh_per_second=1 / STATUS_S) as live:
-        while True:
-            await asyncio.sleep(STATUS_S)
-            live.update(panel(client, rate(client, time.monotonic()), heat()))
-
-
-@dataclass(slots=True)
-class _Cooler:
-    """Keeps a machine below a temperature by drafting less of the time."""
-
-    cap_c: float
-    """0: none."""
-    temperature_c: float | None = None
-
-    def __post_init__(self) -> None:
-        """Raises UserError where there is no sensor."""
-        self.temperature_c = hottest_c() if self.cap_c else None
-
-    async def run(self, pace: Pace) -> None:
-        while self.cap_c:
-            self.temperature_c = await asyncio.to_thread(hottest_c)
-            pace.share = cooler_share(self.temperature_c, self.cap_c, pace.share)
-            await asyncio.sleep(COOLING_S)
-
-
-def _announce(client: EdgeClient, console: Console) -> None:
-    """A change of state; a private edge says what requests must name to be drafted for by it."""
-    if not console.is_terminal:
-        _say(console, status_line(client, 0.0))
-    if client.state == "connected" and client.role == "private":
-        _say(console, f'Requests for this edge carry "vllm_xargs": {{"specedge": "{client.session}"}}')
-
-
-def _say(console: Console, line: str | Text) -> None:
-    """Nothing stops drafting because it cannot be written down: the disk of a log is full, a terminal is gone."""
-    with suppress(OSError):
-        console.print(line, soft_wrap=True)
 
 
 def _version(value: bool) -> None:

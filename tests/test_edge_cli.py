@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from stack import BIN, start
 
-from edge_client.cli import _announce, _outlived
+from edge_client import terminal
+from edge_client.cli import _announce
 from edge_client.client import DraftModelError, EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.gateway_link import Gateway
@@ -54,12 +55,12 @@ async def failing(error: Exception) -> None:
 
 def test_an_endpoint_outlives_its_draft_model_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        outlived = asyncio.create_task(_outlived(failing(DraftModelError("It fails: start again."))))
+        outlived = asyncio.create_task(terminal.outlived(failing(DraftModelError("It fails: start again."))))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0):
                 await outlived
         with pytest.raises(UserError, match="vocabulary"):
-            await _outlived(failing(UserError("vocabulary")))
+            await terminal.outlived(failing(UserError("vocabulary")))
 
     asyncio.run(run())
     assert [record.getMessage() for record in caplog.records] == [

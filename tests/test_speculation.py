@@ -852,7 +852,7 @@ class Bench(Edge):
 
     def check(self) -> None:
         """The entries are what they are thought to be, and the server has what was sent."""
-        for number, tokens in self.speculation._kept.items():
+        for number, tokens in self.speculation._kept._tokens.items():
             assert self.sequences.by_request[number].past(len(tokens) - 1) == tokens
         assert set(self.texts) == set(self.speculation._requests)
         for number, text in self.texts.items():

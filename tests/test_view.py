@@ -18,12 +18,11 @@ from rich.console import Console
 from stack import wait_for
 
 from edge_client.client import EdgeClient
-from edge_client.cooling import MARGIN_C, MIN_SHARE, cooler_share
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import SpeculationStats
 from edge_client.gateway_link import Gateway
-from edge_client.sensors import hottest_c
+from edge_client.temperature import MARGIN_C, MIN_SHARE, cooler_share, hottest_c
 from edge_client.view import AcceptedRate, heat, panel, status_line, summary
 from tests.test_gateway import BIN, DEADLINE_S, Engine, Running, running_gateway
 from vllm_specedge.errors import UserError
