@@ -46,11 +46,11 @@ play: $(VENV)/.installed-demo
 test: test-fast test-vllm
 
 test-fast: $(VENV)/.installed
-	$(BIN)/pytest --ignore=tests/vllm -n 2 --dist loadfile
+	$(BIN)/pytest --ignore=tests/vllm -n 2 --dist loadfile --durations=15
 
 # Each in turn: the servers of these tests take both cores.
 test-vllm: $(VENV)/.installed model
-	$(BIN)/pytest tests/vllm
+	$(BIN)/pytest tests/vllm --durations=15
 
 # docs/options.md, from the models of vllm_specedge/config.py.
 options: $(VENV)/.installed

@@ -141,6 +141,17 @@ def test_no_import_leads_back(module: str) -> None:
     assert module not in reached
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_module_is_long_and_no_class_has_many_methods(module: str) -> None:
+    """A class may have more where its docstring says why."""
+    text = MODULES[module].read_text()
+    assert is_in(module, ADAPTER) or text.count("\n") <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            num_methods = sum(isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef) for each in node.body)
+            assert num_methods <= 20 or "One class" in (ast.get_docstring(node) or ""), node.name
+
+
 def test_importing_the_packages_loads_nothing_heavy() -> None:
     code = (
         "import sys, vllm_specedge, edge_client, edge_client.cli\n"

@@ -13,10 +13,10 @@ from rich.console import Console
 from stack import BIN, start
 
 from edge_client import terminal
-from edge_client.cli import _announce
 from edge_client.client import DraftModelError, EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.gateway_link import Gateway
+from edge_client.terminal import _announce
 from edge_client.view import status_line
 from tests.test_gateway import free_port, running_gateway, wait_for_port
 from tests.test_serve import DEADLINE_S, Toy, ask_raw, served

@@ -61,7 +61,7 @@ MAX_REPORT_VALUES = 64
 
 
 class Router:
-    """Engines, edges, live requests, and who drafts for whom."""
+    """Engines, edges, live requests, and who drafts for whom. One class, for a frame of any may change that."""
 
     def __init__(self, limits: RouterLimits, prefixes: PrefixMemory | None = None) -> None:
         self.limits = limits
