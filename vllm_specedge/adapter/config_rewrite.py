@@ -40,8 +40,9 @@ def _split(config: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
 
 
 def _check_num_tokens(num_tokens: object) -> None:
-    is_number = isinstance(num_tokens, int) and not isinstance(num_tokens, bool)
-    if num_tokens is not None and not (is_number and 1 <= num_tokens <= MAX_SPEC_TOKENS):
+    if num_tokens is None:
+        return
+    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or not 1 <= num_tokens <= MAX_SPEC_TOKENS:
         raise UserError(
             f"num_speculative_tokens (--spec-tokens) must be 1 to {MAX_SPEC_TOKENS}, not {num_tokens!r:.50}."
         )

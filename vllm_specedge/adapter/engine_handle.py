@@ -29,7 +29,7 @@ class EngineHandle:
 
     def is_running(self) -> bool:
         """Whether its loop is not about to end."""
-        return self._core.is_running()
+        return bool(self._core.is_running())
 
     def wake(self) -> None:
         """Make its loop look again. Any thread may call this."""
@@ -59,7 +59,7 @@ class EngineHandle:
         return seconds or None
 
     def _time_pass(self, size: int) -> float:
-        return self._core.model_executor.collective_rpc(time_pass, args=(size,))[0]
+        return float(self._core.model_executor.collective_rpc(time_pass, args=(size,))[0])
 
 
 def time_pass(worker: Any, size: int) -> float:

@@ -45,5 +45,6 @@ def num_waiting(scheduler: Any) -> int:
 
 def _is_scarce(scheduler: Any) -> bool:
     """Not every request can get a block of the cache for its next token and one for its draft."""
-    num_free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-    return num_free < 2 * len(scheduler.kv_cache_config.kv_cache_groups) * len(scheduler.running)
+    num_free: int = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    num_groups: int = len(scheduler.kv_cache_config.kv_cache_groups)
+    return num_free < 2 * num_groups * len(scheduler.running)

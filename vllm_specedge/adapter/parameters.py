@@ -79,7 +79,8 @@ _DERIVED = ("output_text_buffer_length",)
 def treatment(parameters: Any) -> Treatment:
     """How a request with these SamplingParams is served. One that sets a parameter which is not in the table, a newer
     vLLM's say, is served alone: nothing is known of it."""
-    for name, default, how in _careful(type(parameters)):
+    kind: type = type(parameters)
+    for name, default, how in _careful(kind):
         value = getattr(parameters, name)
         if type(value) is not type(default) or value != default:
             return how

@@ -52,7 +52,7 @@ class _WhenImported(MetaPathFinder):
             run(module)
             _wrap(getattr(module, "EngineArgs", None))
 
-        spec.loader.exec_module = run_and_wrap
+        spec.loader.exec_module = run_and_wrap  # type: ignore[method-assign]
         return spec
 
 

@@ -47,9 +47,11 @@ class Predictions:
         if isinstance(said, str):
             if self._tokenizer is None or len(said) > MAX_TEXT_CHARS:
                 return ()
-            return self._tokenizer.encode(said, add_special_tokens=False)[: self._max_tokens]
-        is_ids = isinstance(said, list) and all(type(token) is int for token in said)
-        return said[: self._max_tokens] if is_ids else ()
+            tokens: list[int] = self._tokenizer.encode(said, add_special_tokens=False)
+            return tokens[: self._max_tokens]
+        if isinstance(said, list) and all(type(token) is int for token in said):
+            return said[: self._max_tokens]
+        return ()
 
     def stop(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

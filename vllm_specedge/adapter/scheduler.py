@@ -26,6 +26,9 @@ _T = TypeVar("_T")
 class EdgeScheduler(Scheduler):
     """`--scheduler-cls vllm_specedge.adapter.scheduler.EdgeScheduler`; `--speculative-config edge` sets it."""
 
+    num_spec_tokens: int
+    """vLLM's."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._engine = find_engine()
