@@ -3,13 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-vllm test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
 	@echo "make play            the demo's server and an edge that stay: a status page to look at, a chat"
 	@echo "make test            every test, on a real vLLM (about 15 minutes once installed)"
-	@echo "make check test-fast format, lint, types and the tests that need no vLLM: for every save"
+	@echo "make check test-fast format, lint, types and the tests of what decides: for every save (half a minute)"
+	@echo "make test-processes  real gateways, commands and draft models, without vLLM (three minutes)"
 	@echo "make test-faults     what can go wrong around a server under load: a table (ten minutes)"
 	@echo "make soak            two hours of load while edges come and go: what grows, what is left behind"
 	@echo "make fuzz            a minute of coverage-guided fuzzing of each of what parses (FUZZ_S=1800: half an hour)"
@@ -43,10 +44,15 @@ demo: $(VENV)/.installed-demo
 play: $(VENV)/.installed-demo
 	@$(BIN)/python examples/play.py $(if $(MODEL),--pair $(MODEL))
 
-test: test-fast test-vllm
+test: test-fast test-processes test-vllm
 
+# Decisions and data structures, in this process: for every save.
 test-fast: $(VENV)/.installed
-	$(BIN)/pytest --ignore=tests/vllm -n 2 --dist loadfile --durations=15
+	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/processes --ignore=tests/models -n 2 --dist loadfile --durations=15
+
+# Real gateways, servers, commands and draft models, each a process or a file of weights; no vLLM.
+test-processes: $(VENV)/.installed
+	$(BIN)/pytest tests/processes tests/models -n 2 --dist loadfile --durations=15
 
 # Each in turn: the servers of these tests take both cores.
 test-vllm: $(VENV)/.installed model

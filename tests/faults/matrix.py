@@ -329,7 +329,7 @@ def fill(site: Site) -> None:
 
 
 def jump(site: Site) -> None:
-    """An edge's, as a laptop's does that was asleep. (The gateway's: tests/test_gateway.py.)"""
+    """An edge's, as a laptop's does that was asleep. (The gateway's: tests/processes/test_gateway.py.)"""
     site.edges[0].popen.kill()
     site.start_edge(0, site.clock.env)
     for offset in ("+1d", "-2d", "+0"):

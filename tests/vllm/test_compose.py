@@ -26,7 +26,7 @@ import yaml
 from openai import OpenAI
 from stack import BIN, START_LIMIT_S, Process, start
 
-from tests.composefile import Service, services
+from tests.processes.composefile import Service, services
 
 from .conftest import CACHE, ROOT
 

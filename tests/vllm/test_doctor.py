@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edge_client.drafters.gguf import GgufDrafter
 from edge_client.drafters.hf import tokenizer_fingerprint, tokenizer_vocabulary
-from tests.test_gguf_drafter import GGUF
-from tests.test_vocabularies import PATH, get, refusal, until
+from tests.models.test_gguf_drafter import GGUF
+from tests.processes.test_vocabularies import PATH, get, refusal, until
 
 from .conftest import MODEL, Completion, Target, assert_same, counting
 

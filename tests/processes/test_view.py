@@ -6,7 +6,6 @@ import pty
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ from edge_client.drafting.speculation import SpeculationStats
 from edge_client.gateway_link import Gateway
 from edge_client.temperature import MARGIN_C, MIN_SHARE, cooler_share, hottest_c
 from edge_client.view import AcceptedRate, heat, panel, status_line, summary
-from tests.test_gateway import BIN, DEADLINE_S, Engine, Running, running_gateway
+from tests.processes.gateways import BIN, DEADLINE_S, Running
 from vllm_specedge.errors import UserError
 
 
@@ -87,14 +86,7 @@ def test_the_rate_is_that_since_the_last_look(client: EdgeClient) -> None:
 
 # -- a terminal ----------------------------------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running_gateway(tmp_path_factory.mktemp("gateway")) as running:
-        engine = Engine(running.endpoint)
-        wait_for(running.process, f"{running.url}/healthz", "engines", 1)
-        yield running
-        engine.link.stop()
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 def read_until(descriptor: int, wanted: str) -> str:

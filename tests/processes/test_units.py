@@ -13,7 +13,7 @@ import typer.main
 
 from edge_client.cli import app
 
-DEPLOY = Path(__file__).parent.parent / "deploy"
+DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVICE = DEPLOY / "edge-client.service"
 PLIST = DEPLOY / "org.specedge.edge-client.plist"
 PROGRAM = ".local/bin/edge-client"

@@ -20,7 +20,7 @@ from benchmarks.light_edge import LightEdge
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.gateway_link import Gateway, Link, LinkError
-from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, metric, running_gateway
+from tests.processes.gateways import DEADLINE_S, Engine, Running, edge_in_thread, metric, running_gateway
 from vllm_specedge.gateway.connection import MAX_QUEUED_BYTES
 from vllm_specedge.wire.frames import (
     MAX_TOKENS_PER_FRAME,

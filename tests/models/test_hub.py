@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edge_client.drafters.hub import is_hub_name, model_name
-from tests.test_gateway import BIN, free_port
+from tests.processes.gateways import BIN, free_port
 
 COMMIT = "a" * 40
 FILES = {

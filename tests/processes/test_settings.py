@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from edge_client.cli import app
 from edge_client.settings import Kind, folder, kind_of, options_of
-from tests.test_gateway import BIN, free_port
+from tests.processes.gateways import BIN, free_port
 from vllm_specedge.errors import UserError
 
 NAMES = {"connect": {"url", "draft", "max_requests"}, "serve": {"url", "draft", "port"}}

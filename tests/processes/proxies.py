@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from stack import Process, start
 
-from tests.test_gateway import free_port, wait_for_port
+from tests.processes.gateways import free_port, wait_for_port
 
 needs_nginx = pytest.mark.skipif(
     shutil.which("nginx") is None, reason="needs nginx: apt-get install nginx (.ci/run does)"

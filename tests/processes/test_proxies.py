@@ -1,37 +1,23 @@
 """Gateways behind a real proxy."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
-from stack import wait_for
 
 from edge_client import gateway_link as link_module
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.gateway_link import Gateway, LinkError
-from tests.proxies import needs_nginx, running_nginx
-from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, hello, refused, running_gateway
+from tests.processes.gateways import DEADLINE_S, Engine, Running, edge_in_thread, hello, refused
+from tests.processes.proxies import needs_nginx, running_nginx
 from vllm_specedge.wire.codec import FrameReader
 from vllm_specedge.wire.frames import Greet
 
 pytestmark = needs_nginx
 
-
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running_gateway(tmp_path_factory.mktemp("gateway")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module", autouse=True)
-def engine(gateway: Running) -> Iterator[Engine]:
-    engine = Engine(gateway.endpoint)
-    wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
-    yield engine
-    engine.link.stop()
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 def names(url: str) -> list[str]:
@@ -61,7 +47,7 @@ def test_who_reads_the_page_through_a_proxy_on_this_machine_sees_no_names(
     engine.wait(lambda: engine.driver.num_edges == 0)
 
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "operate.md").read_text()
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "operate.md").read_text()
 DOCUMENTED = re.findall(r"```nginx\n(.*?)```", DOCUMENT, re.DOTALL)
 
 

@@ -23,8 +23,8 @@ from edge_client.drafters.ngram import NgramDrafter, NgramSequence
 from edge_client.drafters.translated import TranslatedDrafter, Translation
 from edge_client.gateway_link import Gateway
 from edge_client.mismatch import Mismatch
-from tests.test_gateway import DEADLINE_S, Engine, Running, edge_in_thread, failing, running_gateway
-from tests.test_gguf_drafter import GGUF
+from tests.models.test_gguf_drafter import GGUF
+from tests.processes.gateways import DEADLINE_S, Engine, Running, edge_in_thread, failing, running_gateway
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.credentials import TokenFile

@@ -3,19 +3,18 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stack import BIN, wait_for
+from stack import BIN
 
 from edge_client.chat import Chunk, Colours, chunk_of
 from edge_client.cli import _shown
 from edge_client.naming import NOBODY
-from tests.test_gateway import Engine, Running, running_gateway
-from tests.test_serve import Toy, served
-from tests.test_settings import edge_client
+from tests.processes.gateways import Running
+from tests.processes.test_serve import Toy, served
+from tests.processes.test_settings import edge_client
 from vllm_specedge.errors import UserError
 from vllm_specedge.frontend.request_body import Receive, Send
 
@@ -42,13 +41,7 @@ class Talker(Toy):
         return [json.loads(body) for path, _, body in self.asked if path.endswith("chat/completions")]
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running_gateway(tmp_path_factory.mktemp("gateway")) as running:
-        engine = Engine(running.endpoint)
-        wait_for(running.process, f"{running.url}/healthz", "engines", 1)
-        yield running
-        engine.link.stop()
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 def chat(gateway: Running, talker: Talker, *asked: str, stdin: bytes = b"", **env: str) -> tuple[int, str, str]:

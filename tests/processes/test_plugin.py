@@ -71,7 +71,7 @@ def test_edge_is_understood_whenever_plugins_were_loaded(tmp_path: Path, code: s
     for directory in (package, package.parent):
         (directory / "__init__.py").touch()
     (package / "arg_utils.py").write_text(ARG_UTILS)
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", f"import sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]\n{code}{PARSE}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("edge\n", "")

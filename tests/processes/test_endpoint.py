@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_gateway import DEADLINE_S, failing, running_gateway
+from tests.processes.gateways import DEADLINE_S, failing, running_gateway
 from vllm_specedge.adapter.start import new_endpoint
 from vllm_specedge.config import MAX_SOCKET_PATH_BYTES, parse_options
 from vllm_specedge.engine.gateway_link import EngineLink

@@ -18,7 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from .test_architecture import MODULES, ROOT, top
+from tests.test_architecture import MODULES, ROOT, top
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOWHERE = "http://127.0.0.1:1"

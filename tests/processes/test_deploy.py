@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from .composefile import Service, interpolate, services
+from tests.processes.composefile import Service, interpolate, services
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 COMPOSE = DEPLOY / "compose.yaml"
 PROMETHEUS = DEPLOY / "prometheus"
