@@ -32,7 +32,7 @@ from stack import EDGE_CORE, SERVER_CORE
 
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.wire.codec import Frame
-from vllm_specedge.wire.engine_frames import EngineHello
+from vllm_specedge.wire.engine_frames import EngineHello, EngineOpen
 from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Open, Propose
 
 VOCAB_SIZE = 1 << 22
@@ -128,7 +128,7 @@ class Bench:
     async def open(self) -> None:
         """A request for each active edge."""
         for index in range(len(self.active)):
-            self.engine.send([Open(index, len(PROMPT), 5, 32, ""), Commit(index, 0, PROMPT)])
+            self.engine.send([EngineOpen(index, len(PROMPT), 5, ""), Commit(index, 0, PROMPT)])
         self._known = [len(PROMPT)] * len(self.active)
         async with asyncio.timeout(DEADLINE_S):
             await asyncio.gather(*(edge.is_told.wait() for edge in self.active))

@@ -23,8 +23,8 @@ from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.codec import Frame, FrameReader, encode
-from vllm_specedge.wire.engine_frames import Assign, Edges, EngineHello, EngineWelcome
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Hello, Open, Propose
+from vllm_specedge.wire.engine_frames import Assign, Edges, EngineHello, EngineOpen, EngineWelcome
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Hello, Propose
 
 VOCAB_SIZE, K = 49_152, 5
 ROUND_S = 0.05
@@ -82,7 +82,7 @@ def routed(kind: str) -> Callable[[], object]:
     router, engine = Router(RouterLimits(max_context_tokens=1 << 30, max_total_tokens=1 << 31)), b"engine"
     router.from_engine(engine, EngineHello(PROTOCOL_VERSION, "toy", "f", VOCAB_SIZE))
     router.edge_hello(1, Hello(PROTOCOL_VERSION, "bench", "x", "pool", "f", 4), "s", frozenset(ROLES))
-    router.from_engine(engine, Open(0, 2, K, 32, ""))
+    router.from_engine(engine, EngineOpen(0, 2, K, ""))
     router.from_engine(engine, Commit(0, 0, (1, 2)))
     known = [2]
 

@@ -26,7 +26,7 @@ from edge_client.drafters import Candidate
 from edge_client.gateway_link import Gateway, Link
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.wire.codec import Frame
-from vllm_specedge.wire.engine_frames import EngineHello
+from vllm_specedge.wire.engine_frames import EngineHello, EngineOpen
 from vllm_specedge.wire.frames import PROTOCOL_VERSION, Hello, Open, Propose, Welcome, commits
 
 CACHE = Path(__file__).parent.parent / ".cache"
@@ -59,7 +59,7 @@ class Latency:
         edge = Link(Gateway(gateway_url), Hello(PROTOCOL_VERSION, "bench", "bench", "pool", "", 8), on_frame)
         running = asyncio.create_task(edge.run())
         await welcome.wait()
-        link.send([Open(1, 4, 5, 5, ""), *commits(1, 0, (1, 2, 3, 4))])
+        link.send([EngineOpen(1, 4, 5, ""), *commits(1, 0, (1, 2, 3, 4))])
         await opened.wait()
         for number in range(NUM_PROPOSALS):
             self.left_s[number] = time.monotonic()

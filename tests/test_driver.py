@@ -19,7 +19,7 @@ from vllm_specedge.policy.probing import FIRST_PROBE_AFTER, FORCED_AFTER, PLAIN_
 from vllm_specedge.policy.situation import HoldLimits, Load
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.codec import Frame
-from vllm_specedge.wire.engine_frames import Assign, Edges, EngineWelcome, Report
+from vllm_specedge.wire.engine_frames import Assign, Edges, EngineOpen, EngineWelcome, Report
 from vllm_specedge.wire.frames import (
     MAX_TOKENS_PER_FRAME,
     MAX_UINT32,
@@ -27,7 +27,6 @@ from vllm_specedge.wire.frames import (
     Close,
     CloseReason,
     Commit,
-    Open,
     Pong,
     Propose,
 )
@@ -158,7 +157,7 @@ def test_a_request_is_opened_with_its_prompt_and_followed_to_its_end() -> None:
     driver = new_driver()
     tokens = list(PROMPT)
     assert driver.open("r", tokens, "secret") == [
-        Open(0, 3, MAX_DRAFT, MAX_DRAFT, "secret"),
+        EngineOpen(0, 3, MAX_DRAFT, "secret"),
         Commit(0, 0, (10, 11, 12)),
     ]
     assert driver.commit("r", 0, 1.0) == []  # a step of its prompt decided nothing
@@ -173,7 +172,7 @@ def test_a_request_is_opened_with_its_prompt_and_followed_to_its_end() -> None:
 def test_a_long_prompt_travels_in_several_commits() -> None:
     tokens = list(range(50)) * 50
     opened, *commits = new_driver().open("r", tokens, "")
-    assert opened == Open(0, 2500, MAX_DRAFT, MAX_DRAFT, "")
+    assert opened == EngineOpen(0, 2500, MAX_DRAFT, "")
     assert [len(commit.tokens) for commit in commits if isinstance(commit, Commit)] == [1024, 1024, 452]
     assert MAX_TOKENS_PER_FRAME == 1024
 
@@ -187,9 +186,9 @@ def test_with_the_first_edge_each_request_is_opened_with_its_next_commit() -> No
     driver.commit("one", 0, 1.0)
     assert driver.receive(Edges(1), 2.0) == []
     one.append(21)
-    assert driver.commit("one", 0, 2.0) == [Open(0, 5, MAX_DRAFT, MAX_DRAFT, ""), Commit(0, 0, (10, 11, 12, 20, 21))]
+    assert driver.commit("one", 0, 2.0) == [EngineOpen(0, 5, MAX_DRAFT, ""), Commit(0, 0, (10, 11, 12, 20, 21))]
     two.append(8)
-    assert driver.commit("two", 0, 2.0) == [Open(1, 2, MAX_DRAFT, MAX_DRAFT, "s"), Commit(1, 0, (7, 8))]
+    assert driver.commit("two", 0, 2.0) == [EngineOpen(1, 2, MAX_DRAFT, "s"), Commit(1, 0, (7, 8))]
     assert driver.receive(Edges(2), 2.0) == []
     assert driver.receive(Assign(0, 1), 2.0) == []
     one.append(22)
@@ -318,11 +317,11 @@ def test_contexts_are_opened_a_bounded_number_of_tokens_a_step() -> None:
     driver.receive(Edges(1), 1.0)
     for tokens in contexts:
         tokens.append(3)
-    assert isinstance(driver.commit("0", 0, 1.0)[0], Open)
+    assert isinstance(driver.commit("0", 0, 1.0)[0], EngineOpen)
     assert driver.commit("1", 0, 1.0) == []
     driver.plan([], 2.0)
     contexts[1].append(4)
-    assert driver.commit("1", 0, 2.0)[0] == Open(1, 12, MAX_DRAFT, MAX_DRAFT, "")
+    assert driver.commit("1", 0, 2.0)[0] == EngineOpen(1, 12, MAX_DRAFT, "")
 
 
 def test_when_the_last_edge_leaves_the_gateway_is_told_to_forget_all_requests() -> None:
@@ -336,7 +335,7 @@ def test_when_the_last_edge_leaves_the_gateway_is_told_to_forget_all_requests() 
     assert driver.close("one") == []
     driver.receive(Edges(1), 1.0)
     two.append(20)
-    assert driver.commit("two", 0, 2.0) == [Open(1, 4, MAX_DRAFT, MAX_DRAFT, ""), Commit(1, 0, (*PROMPT, 20))]
+    assert driver.commit("two", 0, 2.0) == [EngineOpen(1, 4, MAX_DRAFT, ""), Commit(1, 0, (*PROMPT, 20))]
 
 
 def test_a_new_gateway_is_told_everything_again() -> None:
@@ -347,7 +346,7 @@ def test_a_new_gateway_is_told_everything_again() -> None:
     assert driver.num_edges == 0
     driver.receive(Edges(1), 1.0)
     tokens.append(20)
-    assert driver.commit("r", 0, 2.0) == [Open(0, 4, MAX_DRAFT, MAX_DRAFT, ""), Commit(0, 0, (*PROMPT, 20))]
+    assert driver.commit("r", 0, 2.0) == [EngineOpen(0, 4, MAX_DRAFT, ""), Commit(0, 0, (*PROMPT, 20))]
 
 
 def test_a_draft_is_offered_up_to_the_limits_of_row_and_book() -> None:
@@ -985,7 +984,7 @@ def test_a_counter_that_no_longer_fits_says_so() -> None:
 def test_frames_that_a_gateway_has_no_business_sending_are_counted() -> None:
     driver = new_driver()
     assert driver.receive(Pong(1), 1.0) == []
-    assert driver.receive(Open(0, 1, 1, 1, ""), 1.0) == []
+    assert driver.receive(EngineOpen(0, 1, 1, ""), 1.0) == []
     assert driver.counters["unexpected_frames"] == 2
 
 
@@ -1128,7 +1127,7 @@ class Engine:
         """What a gateway hears of a request is Open, then its tokens without a gap, then Close."""
         for frame in frames:
             match frame:
-                case Open():
+                case EngineOpen():
                     self._heard[frame.request] = []
                 case Commit():
                     heard = self._heard[frame.request]

@@ -18,8 +18,8 @@ from vllm_specedge.gateway.metrics import GATEWAY_COUNTERS, RequestHistograms, R
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.step_cost import KNOTS, StepCost
 from vllm_specedge.wire.codec import encode
-from vllm_specedge.wire.engine_frames import EngineHello, Report, Stats, StepTimes
-from vllm_specedge.wire.frames import MAX_UINT32, PROTOCOL_VERSION, Hello, Open
+from vllm_specedge.wire.engine_frames import EngineHello, EngineOpen, Report, Stats, StepTimes
+from vllm_specedge.wire.frames import MAX_UINT32, PROTOCOL_VERSION, Hello
 from vllm_specedge.wire.telemetry import (
     ENGINE_COUNTERS,
     REQUEST_COUNTERS,
@@ -64,7 +64,7 @@ def test_what_the_router_and_its_engines_count_is_exposed() -> None:
     router = Router(RouterLimits())
     for number, engine in enumerate((b"a", b"b")):
         router.from_engine(engine, EngineHello(PROTOCOL_VERSION, "toy", "f", 9))
-        router.from_engine(engine, Open(0, 1, 5, 5, ""))
+        router.from_engine(engine, EngineOpen(0, 1, 5, ""))
         router.from_engine(engine, Stats(tuple(range(number, number + len(ENGINE_COUNTERS)))))
     router.from_engine(b"silent", EngineHello(PROTOCOL_VERSION, "toy", "f", 9))
     router.edge_hello(1, Hello(PROTOCOL_VERSION, "test", "x", "pool", "f", 4), "s", frozenset(ROLES))

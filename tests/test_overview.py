@@ -10,8 +10,8 @@ from vllm_specedge.gateway.known import ROLES, RouterLimits
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.gateway.status import GROUPS_S, HOUR_S, MAX_GROUPS, MAX_NAME, NOW_S, SAMPLE_S, Overview
 from vllm_specedge.wire.codec import encode
-from vllm_specedge.wire.engine_frames import EngineHello, Groups, Report, Stats
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Hello, Open, Propose
+from vllm_specedge.wire.engine_frames import EngineHello, EngineOpen, Groups, Report, Stats
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Hello, Propose
 from vllm_specedge.wire.telemetry import ENGINE_COUNTERS, REQUEST_COUNTERS, Group, groups_frame, groups_of
 
 INDEX = {name: index for index, (name, _) in enumerate(ENGINE_COUNTERS)}
@@ -106,7 +106,7 @@ def test_an_edge_s_numbers() -> None:
     router.from_engine(b"a", EngineHello(PROTOCOL_VERSION, "toy", "f", 9))
     router.edge_hello(1, Hello(PROTOCOL_VERSION, "client/1", "n" * 200, "pool", "f", 4), "s", frozenset(ROLES))
     overview.sample(router, 0.0)
-    router.from_engine(b"a", Open(0, 2, 5, 5, ""))
+    router.from_engine(b"a", EngineOpen(0, 2, 5, ""))
     router.from_engine(b"a", Commit(0, 0, (1, 2)))
     router.from_edge(1, Propose(0, 1, (2, 3, 4)))
     router.from_engine(b"a", Commit(0, 2, (3, 4, 5, 6)))

@@ -15,7 +15,17 @@ from vllm_specedge.gateway.known import MAX_UNREAD_TOKENS, PRIVATE, ROLES, Route
 from vllm_specedge.gateway.prefix_memory import MAX_EXTRA_LOAD, PrefixMemory
 from vllm_specedge.gateway.router import MAX_GAPS, MAX_REPORT_VALUES, MAX_REPORTS, Router
 from vllm_specedge.wire.codec import Frame
-from vllm_specedge.wire.engine_frames import Assign, Edges, EngineHello, EngineWelcome, Groups, Report, Stats, StepTimes
+from vllm_specedge.wire.engine_frames import (
+    Assign,
+    Edges,
+    EngineHello,
+    EngineOpen,
+    EngineWelcome,
+    Groups,
+    Report,
+    Stats,
+    StepTimes,
+)
 from vllm_specedge.wire.frames import (
     MAX_UINT32,
     PROTOCOL_VERSION,
@@ -60,7 +70,7 @@ def ready_router(**limits: int) -> Router:
 
 def open_request(router: Router, number: int, tokens: Iterable[int] = (1, 2, 3), session: str = "") -> list[Effect]:
     tokens = tuple(tokens)
-    frames: list[Frame] = [Open(number, len(tokens), 5, 5, session), *commits(number, 0, tokens)]
+    frames: list[Frame] = [EngineOpen(number, len(tokens), 5, session), *commits(number, 0, tokens)]
     return [effect for frame in frames for effect in router.from_engine(ENGINE, frame)]
 
 
@@ -83,7 +93,7 @@ def test_an_engine_of_another_version_is_turned_away() -> None:
 
 def test_an_engine_that_has_not_said_hello_is_told_to() -> None:
     router = Router(RouterLimits())
-    frames: list[Frame] = [Open(0, 1, 5, 5, ""), Ping(1), Stats((1,)), StepTimes((), 0, 0, 0), Report(0, (1,))]
+    frames: list[Frame] = [EngineOpen(0, 1, 5, ""), Ping(1), Stats((1,)), StepTimes((), 0, 0, 0), Report(0, (1,))]
     for frame in frames:
         [effect] = router.from_engine(ENGINE, frame)
         assert isinstance(effect.frame, Bye)
@@ -120,7 +130,7 @@ def test_an_engine_that_leaves_takes_its_waiting_requests_along() -> None:
     router.edge_hello(1, edge_hello(max_requests=1), "s", ALL_ROLES)
     open_request(router, 0)
     open_request(router, 1)
-    router.from_engine(b"other", Open(0, 1, 5, 5, ""))
+    router.from_engine(b"other", EngineOpen(0, 1, 5, ""))
     router.from_engine(b"other", Commit(0, 0, (9,)))
     assert router.engine_left(ENGINE) == [
         ToEdge(1, Close(0, CloseReason.FINISHED)),
@@ -136,13 +146,13 @@ def test_the_counters_of_the_requests_that_closed_last_are_kept_by_engine() -> N
     router = ready_router()
     router.from_engine(b"other", ENGINE_HELLO)
     for number, engine in enumerate((ENGINE, b"other", ENGINE)):
-        router.from_engine(engine, Open(number, 1, 5, 5, ""))
+        router.from_engine(engine, EngineOpen(number, 1, 5, ""))
         [reported] = router.from_engine(engine, Report(number, (number, 7)))
         assert reported == Reported(RequestReport(number % 2, (number, 7)))
         router.from_engine(engine, Close(number, CloseReason.FINISHED))
     assert list(router.reports) == [RequestReport(0, (0, 7)), RequestReport(1, (1, 7)), RequestReport(0, (2, 7))]
     router.from_engine(ENGINE, ENGINE_HELLO)
-    router.from_engine(ENGINE, Open(0, 1, 5, 5, ""))
+    router.from_engine(ENGINE, EngineOpen(0, 1, 5, ""))
     router.from_engine(ENGINE, Report(0, ()))
     assert router.reports[-1] == RequestReport(2, ())
 
@@ -164,7 +174,7 @@ def test_what_an_engine_says_of_its_steps_is_shown_if_it_has_said_hello() -> Non
 def test_reports_are_bounded_in_number_and_length() -> None:
     router = ready_router()
     for number in range(MAX_REPORTS + 2):
-        router.from_engine(ENGINE, Open(number, 1, 5, 5, ""))
+        router.from_engine(ENGINE, EngineOpen(number, 1, 5, ""))
         router.from_engine(ENGINE, Report(number, (number,) * 1024))
         router.from_engine(ENGINE, Close(number, CloseReason.FINISHED))
     assert len(router.reports) == MAX_REPORTS
@@ -228,7 +238,7 @@ def test_an_edge_is_answered_its_pings() -> None:
 def test_a_request_goes_to_an_edge_when_its_prompt_is_whole() -> None:
     router = ready_router()
     router.edge_hello(1, edge_hello(), "s", ALL_ROLES)
-    assert router.from_engine(ENGINE, Open(7, 3, 5, 5, "")) == []
+    assert router.from_engine(ENGINE, EngineOpen(7, 3, 5, "")) == []
     assert router.from_engine(ENGINE, Commit(7, 0, (1, 2))) == []
     assert router.from_engine(ENGINE, Commit(7, 2, (3,))) == [
         ToEdge(1, Open(0, 3, 5, 5, "")),
@@ -898,7 +908,7 @@ class Routing(RuleBasedStateMachine):
     def request_opens(self, data: st.DataObject, number: int, num_tokens: int, num_missing: int, session: str) -> None:
         engine = data.draw(st.sampled_from(list(self.engines)))
         self.requests.pop((engine, number), None)
-        opening = Open(number, num_tokens, 5, 5, session)
+        opening = EngineOpen(number, num_tokens, 5, session)
         if len(self.requests) < LIMITS.max_requests:
             self.requests[engine, number] = Request(opening)
         self.carry_out(self.router.from_engine(engine, opening))

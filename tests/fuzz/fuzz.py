@@ -20,8 +20,8 @@ with atheris.instrument_imports(include=["vllm_specedge"]):
     from vllm_specedge.gateway.known import ROLES, RouterLimits
     from vllm_specedge.gateway.router import Router
     from vllm_specedge.wire.codec import Frame, FrameReader, encode
-    from vllm_specedge.wire.engine_frames import Assign, Edges, EngineHello
-    from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, Commit, Greet, Hello, Open, Propose
+    from vllm_specedge.wire.engine_frames import Assign, Edges, EngineHello, EngineOpen
+    from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, Commit, Greet, Hello, Propose
     from vllm_specedge.wire.session import Role, Session, State
 
 VOCAB_SIZE = 100
@@ -54,7 +54,7 @@ def session(data: bytes) -> None:
     router, engine = Router(RouterLimits()), b"engine"
     router.from_engine(engine, EngineHello(PROTOCOL_VERSION, "toy", "f", VOCAB_SIZE))
     for number in range(NUM_REQUESTS):
-        router.from_engine(engine, Open(number, 3, 5, 5, ""))
+        router.from_engine(engine, EngineOpen(number, 3, 5, ""))
         router.from_engine(engine, Commit(number, 0, (1, 2, 3)))
     machine = Session(Role.GATEWAY)
     machine.send(Greet("key", PROTOCOL_VERSION))

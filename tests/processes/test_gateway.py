@@ -66,7 +66,7 @@ from vllm_specedge.gateway.known import ROLES
 from vllm_specedge.gateway.pages import is_from_here
 from vllm_specedge.gateway.server import make_app
 from vllm_specedge.wire.codec import Frame, encode, pack_tokens, unpack_tokens
-from vllm_specedge.wire.engine_frames import EngineHello, Report
+from vllm_specedge.wire.engine_frames import EngineHello, EngineOpen, Report
 from vllm_specedge.wire.frames import (
     MAX_FRAME_BYTES,
     MAX_TOKENS_PER_FRAME,
@@ -333,7 +333,7 @@ def test_what_finished_requests_came_to_is_served_newest_first(gateway: Running,
 
         before = histograms(client.get(f"{gateway.url}/metrics").text)
         for values in ((10, 25), (8, 16, *[0] * 7, 10, 5, *[1] * 99)):
-            frames: list[Frame] = [Open(number, 1, 4, 4, ""), Report(number, values), Close(number, 0)]
+            frames: list[Frame] = [EngineOpen(number, 1, 4, ""), Report(number, values), Close(number, 0)]
             engine.link.send(frames)
         engine.wait(lambda: [row["steps"] for row in rows()[:2]] == [8, 10])
         newest, other = rows()[:2]

@@ -13,8 +13,8 @@ from vllm_specedge.engine.requests import Acceptances, Assignment, DraftedReques
 from vllm_specedge.policy.acceptance import Acceptance
 from vllm_specedge.policy.edge_record import EdgeRecord
 from vllm_specedge.wire.codec import Frame
-from vllm_specedge.wire.engine_frames import Assign, Edges, EngineWelcome, Report
-from vllm_specedge.wire.frames import MAX_UINT32, Bye, Close, CloseReason, Open, Propose, commits
+from vllm_specedge.wire.engine_frames import Assign, Edges, EngineOpen, EngineWelcome, Report
+from vllm_specedge.wire.frames import MAX_UINT32, Bye, Close, CloseReason, Propose, commits
 from vllm_specedge.wire.telemetry import request_values
 
 _DISCARDED = {
@@ -160,7 +160,7 @@ class RequestLedger:
         tokens = list(request.tokens)
         self._opened_tokens += len(tokens)
         request.num_published = len(tokens)
-        opening = Open(request.number, len(tokens), self._max_draft, self._max_draft, request.session)
+        opening = EngineOpen(request.number, len(tokens), self._max_draft, request.session)
         return [opening, *commits(request.number, 0, tokens)]
 
     def publish(self, request: DraftedRequest, now_s: float) -> list[Frame]:

@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 from vllm_specedge.config import GatewayOptions
 from vllm_specedge.errors import ByeCode
-from vllm_specedge.wire.engine_frames import EngineHello, StepTimes
-from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, Hello, Open, bye
+from vllm_specedge.wire.engine_frames import EngineHello, EngineOpen, StepTimes
+from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, Hello, bye
 from vllm_specedge.wire.telemetry import ENGINE_COUNTERS
 
 POOL, PRIVATE = "pool", "private"
@@ -70,7 +70,7 @@ class EdgeInfo:
 
 @dataclass(slots=True)
 class RoutedRequest:
-    opening: Open
+    opening: EngineOpen
     tokens: "array[int]"
     edge: int | None = None
     number: int = 0

@@ -30,6 +30,7 @@ from vllm_specedge.wire.engine_frames import (
     Assign,
     Edges,
     EngineHello,
+    EngineOpen,
     EngineWelcome,
     Groups,
     Report,
@@ -95,7 +96,7 @@ class Router:
         if known is None:
             return [ToEngine(engine, Bye(ByeCode.GOING_AWAY, "say EngineHello first"))]
         match frame:
-            case Open():
+            case EngineOpen():
                 return self._open(engine, frame)
             case Commit():
                 return self._commit((engine, frame.request), frame)
@@ -145,7 +146,7 @@ class Router:
             self.engine_totals[index] += (value - before) % WRAP
             engine.counters[index] = value
 
-    def _open(self, engine: bytes, opening: Open) -> list[Effect]:
+    def _open(self, engine: bytes, opening: EngineOpen) -> list[Effect]:
         key = (engine, opening.request)
         effects = self._close(key, CloseReason.MOVED) if key in self._requests else []
         if len(self._requests) >= self.limits.max_requests or opening.num_tokens > self.limits.max_context_tokens:

@@ -18,6 +18,7 @@ from vllm_specedge.wire.engine_frames import (
     Assign,
     Edges,
     EngineHello,
+    EngineOpen,
     EngineWelcome,
     Groups,
     Report,
@@ -69,6 +70,7 @@ Frame: TypeAlias = (
     | Groups
     | WantVocabulary
     | VocabularyPart
+    | EngineOpen
 )
 
 _Uint = Annotated[int, msgspec.Meta(ge=0, le=MAX_UINT32)]

@@ -104,3 +104,14 @@ class VocabularyPart:
     CODE: ClassVar[int] = 41
     offset: int
     data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOpen:
+    """Engine to gateway: a request begins. As Open, but how far an edge may propose is the gateway's to say."""
+
+    CODE: ClassVar[int] = 42
+    request: int
+    num_tokens: int
+    max_draft: int
+    session: str

@@ -57,7 +57,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A request begins (engine to gateway) or is yours to draft for (gateway to edge).
+    """Gateway to edge: a request is yours to draft for.
 
     Its first `num_tokens` token ids follow as Commits from position 0. At most `max_draft` draft tokens are verified
     at once; a proposal may end at most `credit` tokens past the last commit. `session` is empty for a pooled request.

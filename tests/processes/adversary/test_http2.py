@@ -22,6 +22,7 @@ from edge_client.drafters.ngram import NgramDrafter
 from edge_client.gateway_link import Gateway, Link, LinkError
 from tests.processes.gateways import DEADLINE_S, Engine, Running, edge_in_thread, metric, running_gateway
 from vllm_specedge.gateway.connection import MAX_QUEUED_BYTES
+from vllm_specedge.wire.engine_frames import EngineOpen
 from vllm_specedge.wire.frames import (
     MAX_TOKENS_PER_FRAME,
     MAX_UINT32,
@@ -29,7 +30,6 @@ from vllm_specedge.wire.frames import (
     Commit,
     Greet,
     Hello,
-    Open,
 )
 
 MAX_GROWTH_BYTES = 24 << 20
@@ -287,7 +287,7 @@ def flood(engine: Engine, session: str) -> int:
     widest = (MAX_UINT32,) * MAX_TOKENS_PER_FRAME
     numbers, num_commits, batch = range(1 << 20, (1 << 20) + 32), 480, 16
     for request in numbers:
-        engine.link.send([Open(request, 4, 5, 32, session), Commit(request, 0, (1, 2, 3, 4))])
+        engine.link.send([EngineOpen(request, 4, 5, session), Commit(request, 0, (1, 2, 3, 4))])
     for at in range(0, num_commits, batch):
         for request in numbers:
             bases = range(4 + at * len(widest), 4 + (at + batch) * len(widest), len(widest))
