@@ -121,7 +121,7 @@ def test_an_edge_s_numbers() -> None:
         "role": "pool",
         "rtt_ms": 21.5,
         "requests": 1,
-        "proposed": 3,
+        "proposed": 2,
         "acceptance": 0.75,
         "tokens_per_s": 4 / SAMPLE_S,
     }

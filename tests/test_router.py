@@ -680,7 +680,7 @@ def test_a_late_proposal_whose_tail_is_ahead_and_a_pass_go_through() -> None:
     up_to_the_credit = Propose(0, 2, (3, *[1] * 5, *[5] * 5), (5, 5))
     for proposal in (late, late_but_for_a_branch, up_to_the_credit, Propose(0, 3, ())):
         assert router.from_edge(1, proposal) == [ToEngine(ENGINE, replace(proposal, request=4))]
-    assert router.counters["proposed_tokens"] == router.edges[1].num_proposed_tokens == 3 + 4 + 11
+    assert router.counters["proposed_tokens"] == router.edges[1].num_proposed_tokens == 2 + 3 + 10
 
 
 @pytest.mark.parametrize("credit", [1, 8, 32])

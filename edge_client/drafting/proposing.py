@@ -19,9 +19,8 @@ def new_branches(trunk: list[Node], is_of_use: Callable[[Node], bool]) -> list[l
     return paths
 
 
-def proposal(number: int, before: Node, trunk: list[Node], branches: list[list[Node]]) -> tuple[Propose, int]:
-    """One frame with the new part of a trunk, which follows the node `before`, and these branches; and how many draft
-    tokens in it were not sent yet, which are marked as sent.
+def proposal(number: int, before: Node, trunk: list[Node], branches: list[list[Node]]) -> Propose:
+    """One frame with the new part of a trunk, which follows the node `before`, and these branches. Marks them as sent.
 
     It starts with the token that the new part follows: so it shows whether the past that it was drafted for has come
     true.
@@ -30,7 +29,6 @@ def proposal(number: int, before: Node, trunk: list[Node], branches: list[list[N
     end = run[-1].position + 1
     new = [*run, *(node for branch in branches for node in branch)]
     forks = [number for branch in branches for number in (end - branch[0].position, len(branch))]
-    num_new = sum(not node.is_sent for node in new[1:])
     for node in new:
         node.is_sent = True
-    return Propose(number, run[0].position, tuple(node.token for node in new), tuple(forks)), num_new
+    return Propose(number, run[0].position, tuple(node.token for node in new), tuple(forks))

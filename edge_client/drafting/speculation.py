@@ -310,8 +310,8 @@ class Speculation:
             return []
         request.due_s = None
         before = trunk[num_sent - 1] if num_sent else tree.root
-        frame, num_new = proposal(number, before, trunk[num_sent:], branches)
-        self.stats.proposed_tokens += num_new
+        frame = proposal(number, before, trunk[num_sent:], branches)
+        self.stats.proposed_tokens += frame.num_drafted
         return [frame]
 
     @property

@@ -132,7 +132,7 @@ class RequestLedger:
         insertions = request.tree.insert(runs, request.tokens)
         self._counters[f"proposals_{insertions[0].fate.value}"] += 1
         for (_, tokens), done in zip(runs, insertions, strict=True):
-            _count_insertion(request, len(tokens), done)
+            _count_insertion(request, len(tokens), done, is_trunk=tokens is trunk)
         if insertions[0].fate not in (Fate.MISMATCH, Fate.GAP):
             learn_answer(request, base, len(trunk) - 1, now_s)
 
@@ -197,9 +197,17 @@ class RequestLedger:
         return [Close(request.number, CloseReason.FINISHED)] if was_open else []
 
 
-def _count_insertion(request: DraftedRequest, num_tokens: int, done: Insertion) -> None:
-    request.count("proposed_tokens", num_tokens)
-    request.count("repeated_tokens", done.repeated)
-    request.count("discarded_late", done.late)
-    if done.discarded:
-        request.count(_DISCARDED[done.fate], done.discarded)
+def _count_insertion(request: DraftedRequest, num_tokens: int, done: Insertion, is_trunk: bool) -> None:
+    """The known token in front of a trunk is no draft token, whatever became of it."""
+    late, repeated, discarded = done.late, done.repeated, done.discarded
+    if is_trunk and late:
+        late -= 1
+    elif is_trunk and repeated:
+        repeated -= 1
+    elif is_trunk:
+        discarded -= 1
+    request.count("proposed_tokens", num_tokens - is_trunk)
+    request.count("repeated_tokens", repeated)
+    request.count("discarded_late", late)
+    if discarded:
+        request.count(_DISCARDED[done.fate], discarded)

@@ -263,8 +263,8 @@ class Router:
         if end <= known if frame.tokens else end != known:
             self.counters["dropped_late"] += 1
             return []
-        info.num_proposed_tokens += len(frame.tokens)
-        self.counters["proposed_tokens"] += len(frame.tokens)
+        info.num_proposed_tokens += frame.num_drafted
+        self.counters["proposed_tokens"] += frame.num_drafted
         return [ToEngine(key[0], Propose(key[1], frame.base, frame.tokens, frame.branches))]
 
     def _pong(self, info: EdgeInfo, frame: Pong) -> list[Effect]:

@@ -124,6 +124,11 @@ class Propose:
             raise ValueError("a proposal of branches has a token of their trunk in front")
 
     @property
+    def num_drafted(self) -> int:
+        """Draft tokens in it: all but the known one in front."""
+        return max(0, len(self.tokens) - 1)
+
+    @property
     def runs(self) -> list[tuple[int, tuple[int, ...]]]:
         """Base and tokens of the trunk's run and of each branch."""
         num_trunk = len(self.tokens) - sum(self.branches[1::2])
