@@ -1,4 +1,4 @@
-"""Predicted outputs: whatever is foretold, the answer stays its own; an edited text is followed."""
+"""Predicted outputs: whatever is predicted, the answer stays its own; an edited text is followed."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.engine.predicted_output import MAX_ASTRAY, Prediction
+from vllm_specedge.engine.predicted_output import MAX_OFF_TRACK, Prediction
 
 texts = st.lists(st.integers(0, 5), max_size=40) | st.lists(st.integers(0, 500), max_size=80)
 
 
 def answered(prediction: Prediction, answer: Sequence[int], limit: int = 5) -> int:
-    """The steps that such an answer takes, each verifying what is foretold then."""
+    """The steps that such an answer takes, each verifying what is predicted then."""
     at = num_steps = 0
     while at < len(answer):
         draft = prediction.draft(limit)
@@ -29,14 +29,14 @@ def answered(prediction: Prediction, answer: Sequence[int], limit: int = 5) -> i
 
 
 @given(texts, texts, st.integers(1, 8))
-def test_whatever_is_foretold_any_answer_can_be_given(foretold: list[int], answer: list[int], limit: int) -> None:
-    prediction = Prediction(foretold)
+def test_whatever_is_predicted_any_answer_can_be_given(predicted: list[int], answer: list[int], limit: int) -> None:
+    prediction = Prediction(predicted)
     assert answered(prediction, answer, limit) <= len(answer)
     assert 0 <= prediction.num_accepted <= len(answer)
 
 
 @given(texts, st.integers(1, 8))
-def test_what_comes_as_foretold_is_all_accepted(answer: list[int], limit: int) -> None:
+def test_what_comes_as_predicted_is_all_accepted(answer: list[int], limit: int) -> None:
     prediction = Prediction(answer)
     assert answered(prediction, answer, limit) == -(-len(answer) // (limit + 1))
     assert prediction.num_accepted == len(answer)
@@ -44,10 +44,10 @@ def test_what_comes_as_foretold_is_all_accepted(answer: list[int], limit: int) -
 
 @given(texts, texts, st.data())
 def test_how_the_answer_is_cut_into_steps_does_not_matter(
-    foretold: list[int], answer: list[int], data: st.DataObject
+    predicted: list[int], answer: list[int], data: st.DataObject
 ) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(answer)), max_size=5)))
-    whole, pieces = Prediction(foretold), Prediction(foretold)
+    whole, pieces = Prediction(predicted), Prediction(predicted)
     whole.advance(answer)
     for start, end in zip([0, *cuts], [*cuts, len(answer)], strict=True):
         pieces.advance(answer[start:end])
@@ -69,15 +69,15 @@ TEXT = [(7 * i * i + 3 * i) % 997 for i in range(600)]
         ([*TEXT[300:], *TEXT[:300]], 108),
         (list(range(1000, 1100)), 100),
     ],
-    ids=["as foretold", "tokens replaced", "tokens added", "tokens left out", "halves exchanged", "another answer"],
+    ids=["as predicted", "tokens replaced", "tokens added", "tokens left out", "halves exchanged", "another answer"],
 )
 def test_an_edited_text_is_followed(answer: list[int], most_steps: int) -> None:
     assert answered(Prediction(TEXT), answer) <= most_steps
 
 
-def test_an_answer_that_goes_astray_is_left_alone_until_it_comes_back() -> None:
+def test_an_answer_that_goes_off_track_is_left_alone_until_it_comes_back() -> None:
     prediction = Prediction(TEXT)
-    prediction.advance(range(1000, 1000 + MAX_ASTRAY))
+    prediction.advance(range(1000, 1000 + MAX_OFF_TRACK))
     assert prediction.draft(5) == ()
     prediction.advance(TEXT[50:51])
     assert prediction.draft(5) == ()

@@ -165,7 +165,7 @@ def test_an_error_passes_as_it_is() -> None:
     assert (answer.status_code, answer.content) == (418, b'{"error": 1}')
 
 
-def test_what_is_foretold_may_come_in_parts() -> None:
+def test_what_is_predicted_may_come_in_parts() -> None:
     parts = [{"type": "text", "text": "the quick"}, {"type": "text", "text": " brown fox"}]
     assert prediction_text({"type": "content", "content": parts}) == FORETOLD
 

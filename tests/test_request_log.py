@@ -1,4 +1,4 @@
-"""Sessions and foretold texts are in no log of vLLM's; with loggers of the names that vLLM's have."""
+"""Sessions and predicted texts are in no log of vLLM's; with loggers of the names that vLLM's have."""
 
 import json
 import logging

@@ -897,8 +897,8 @@ class Bench(Edge):
         assert tree.root.is_expanded
         limit = tree.root.position + pace.horizon(request.max_draft, request.credit)
         trunk = [node for node in tree.trunk() if node.survival >= pace.floor]
-        num_held = sum(node.entry is not None for node in tree.root.below())
-        assert num_held >= MAX_ENTRIES or all(node.is_expanded or node.position >= limit for node in trunk)
+        num_entered = sum(node.entry is not None for node in tree.root.below())
+        assert num_entered >= MAX_ENTRIES or all(node.is_expanded or node.position >= limit for node in trunk)
         unsent = [node for node in trunk if not node.is_sent]
         if trunk:
             assert trunk[0].is_sent

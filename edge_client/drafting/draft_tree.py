@@ -66,14 +66,14 @@ class DraftTree:
         return sum(1 for _ in self.root.below())
 
     @property
-    def num_held(self) -> int:
+    def num_entered(self) -> int:
         """So many of the first committed tokens the drafter holds."""
         return self._num_prefix + len(self._path)
 
     @property
     def is_caught_up(self) -> bool:
         """The drafter holds all committed tokens."""
-        return self.num_held == len(self.tokens)
+        return self.num_entered == len(self.tokens)
 
     def trunk(self) -> list[Node]:
         return list(self.root.chain())
@@ -103,7 +103,7 @@ class DraftTree:
             for node in self.root.below():
                 node.survival /= certain
 
-    def holds(self, node: Node) -> bool:
+    def contains(self, node: Node) -> bool:
         """Whether it is (still) part of the tree."""
         above: Node | None = node
         while above is not None and above is not self.root:
@@ -148,7 +148,7 @@ class DraftTree:
         self._num_entries = length + len(live)
         return length + num_in_place, tuple(live[num_in_place:])
 
-    def hold_committed(self, limit: int) -> list[int]:
+    def enter_committed(self, limit: int) -> list[int]:
         """The next committed tokens that the drafter lacks, at most `limit`; they count as held."""
         tokens = self.tokens[self._num_prefix : self._num_prefix + limit]
         self._num_prefix += len(tokens)
@@ -157,7 +157,7 @@ class DraftTree:
             self.root.entry = self._num_prefix - 1
         return tokens
 
-    def hold(self, nodes: Sequence[Node]) -> list[int]:
+    def enter(self, nodes: Sequence[Node]) -> list[int]:
         """These nodes are about to be run: their parents' entries, or none where all entries are one chain."""
         is_chain = len(nodes) == 1 and self._is_chain_to(nodes[0])
         parents = (

@@ -233,7 +233,7 @@ class Speculation:
         if request.running is not None or not tree.tokens:
             return None
         if not tree.is_caught_up:
-            is_waiting_for_prompt = request.is_prefilling and self._kept and not tree.num_held
+            is_waiting_for_prompt = request.is_prefilling and self._kept and not tree.num_entered
             return None if is_waiting_for_prompt else []
         if request.is_prefilling or not tree.root.is_expanded:
             return None
@@ -251,17 +251,17 @@ class Speculation:
         tree = request.tree
         width = MAX_CANDIDATES if self._max_width > 1 else 1
         source = None
-        if not nodes and not tree.num_held and (found := self._kept.take(tree.tokens)) is not None:
+        if not nodes and not tree.num_entered and (found := self._kept.take(tree.tokens)) is not None:
             source, num_shared = found
             tree.adopt(num_shared)
             self.stats.reused_tokens += num_shared
         keep, moved = tree.compact()
         if nodes:
-            parents = tree.hold(nodes)
+            parents = tree.enter(nodes)
             tokens = [node.token for node in nodes]
         else:
             # A prompt goes through the model in chunks, so that other requests and commits get their turn between.
-            tokens, parents = tree.hold_committed(self._prefill_chunk_tokens), []
+            tokens, parents = tree.enter_committed(self._prefill_chunk_tokens), []
         request.running = nodes
         return Job(number, keep, moved, tuple(tokens), tuple(parents), width, source)
 
@@ -277,7 +277,7 @@ class Speculation:
         elif not tree.is_caught_up or request.is_prefilling:
             return []
         for node, candidates in zip(nodes or [tree.root], said, strict=True):
-            if tree.holds(node):
+            if tree.contains(node):
                 known = [candidate for candidate in candidates if candidate.token < self.vocab_size]
                 tree.expand(node, known, self.pace.calibration)
                 self.stats.drafted_tokens += 1

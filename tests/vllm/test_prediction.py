@@ -1,4 +1,4 @@
-"""Predicted outputs on the real server: OpenAI's own client foretells answers, right and wrong."""
+"""Predicted outputs on the real server: OpenAI's own client predicts answers, rightly and wrongly."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +21,8 @@ def client(edge_target: Target) -> Iterator[OpenAI]:
         yield client
 
 
-def ask(client: OpenAI, foretold: Any = openai.NOT_GIVEN, **more: Any) -> Any:
-    prediction = {"type": "content", "content": foretold} if isinstance(foretold, str) else foretold
+def ask(client: OpenAI, predicted: Any = openai.NOT_GIVEN, **more: Any) -> Any:
+    prediction = {"type": "content", "content": predicted} if isinstance(predicted, str) else predicted
     body = {"model": MODEL_NAME, "messages": QUESTION, "max_tokens": NUM_TOKENS, "temperature": 0, **more}
     return client.chat.completions.create(**body, prediction=prediction)
 
@@ -34,7 +34,7 @@ def answer(plain: Target) -> str:
         return ask(client).choices[0].message.content
 
 
-def test_an_answer_that_was_foretold_takes_few_steps(client: OpenAI, edge_target: Target, answer: str) -> None:
+def test_an_answer_that_was_predicted_takes_few_steps(client: OpenAI, edge_target: Target, answer: str) -> None:
     with counting(edge_target) as counted:
         got = ask(client, answer)
         assert got.choices[0].message.content == answer
@@ -51,9 +51,9 @@ def test_an_edited_text_is_followed_and_the_answer_is_the_server_s_own(
     client: OpenAI, edge_target: Target, answer: str
 ) -> None:
     words = answer.split(" ")
-    foretold = " ".join("zebra" if number % 20 == 10 else word for number, word in enumerate(words))
+    predicted = " ".join("zebra" if number % 20 == 10 else word for number, word in enumerate(words))
     with counting(edge_target) as counted:
-        parts = [{"type": "text", "text": text} for text in (foretold[:50], foretold[50:])]
+        parts = [{"type": "text", "text": text} for text in (predicted[:50], predicted[50:])]
         got = ask(client, {"type": "content", "content": parts})
         assert got.choices[0].message.content == answer
         counted.settle(NUM_TOKENS)
@@ -75,22 +75,22 @@ def test_what_is_no_prediction_is_refused_as_openai_does(client: OpenAI) -> None
 
 
 @pytest.mark.parametrize(
-    "foretold",
+    "predicted",
     ["nothing of this is in the answer " * 20, "", [1, 2, 3] * 100, [-1], [10**9], [0.5], ["x"], 7, "x" * 2_000_000],
     ids=["wrong", "empty", "wrong ids", "negative", "past the vocabulary", "no ids", "text", "a number", "very long"],
 )
-def test_whatever_is_foretold_the_answer_is_the_server_s_own(client: OpenAI, answer: str, foretold: Any) -> None:
-    got = ask(client, extra_body={"vllm_xargs": {"specedge_prediction": foretold}})
+def test_whatever_is_predicted_the_answer_is_the_server_s_own(client: OpenAI, answer: str, predicted: Any) -> None:
+    got = ask(client, extra_body={"vllm_xargs": {"specedge_prediction": predicted}})
     assert got.choices[0].message.content == answer
 
 
 def test_many_at_once_beside_an_edge(edge_target: Target, prompts: list[str], expected: list[Completion]) -> None:
-    """Half of them are foretold rightly, each another; the others rightly only at first."""
+    """Half of them are predicted rightly, each another; the others rightly only at first."""
 
     def one(number: int) -> Completion:
         ids = list(expected[number].token_ids)
-        foretold = ids if number % 2 else [*ids[:8], *ids[12:]]
-        return edge_target.greedy(prompts[number], vllm_xargs={"specedge_prediction": foretold})
+        predicted = ids if number % 2 else [*ids[:8], *ids[12:]]
+        return edge_target.greedy(prompts[number], vllm_xargs={"specedge_prediction": predicted})
 
     with (
         running_edge(edge_target, replay(expected, accuracy=0.7)),
@@ -103,11 +103,11 @@ def test_many_at_once_beside_an_edge(edge_target: Target, prompts: list[str], ex
         assert counted["accepted_tokens"] > 0
 
 
-def test_sampled_answers_may_be_foretold_too(client: OpenAI, answer: str) -> None:
+def test_sampled_answers_may_be_predicted_too(client: OpenAI, answer: str) -> None:
     greedy, sampled = (ask(client, answer, **more) for more in ({}, {"temperature": 0.9, "n": 2}))
     assert len({choice.message.content for choice in sampled.choices}) == 2
-    foretold, of_both = (
+    predicted, of_both = (
         details.accepted_prediction_tokens + details.rejected_prediction_tokens
         for details in (each.usage.completion_tokens_details for each in (greedy, sampled))
     )
-    assert of_both == 2 * foretold, "every token of the prediction is accepted or rejected, for each answer"
+    assert of_both == 2 * predicted, "every token of the prediction is accepted or rejected, for each answer"

@@ -1,4 +1,4 @@
-"""What the real vLLM writes of a request has neither its session nor what was foretold of its answer."""
+"""What the real vLLM writes of a request has neither its session nor what was predicted of its answer."""
 
 import inspect
 import logging

@@ -134,7 +134,7 @@ def test_a_chat_as_a_whole_and_as_a_stream(endpoint: Endpoint) -> None:
     assert chunks[-1].usage.completion_tokens == 32
 
 
-def test_an_answer_may_be_foretold(endpoint: Endpoint) -> None:
+def test_an_answer_may_be_predicted(endpoint: Endpoint) -> None:
     body = {"model": MODEL_NAME, "messages": QUESTION, "max_tokens": 32, "temperature": 0}
     answer = endpoint.direct.chat.completions.create(**body).choices[0].message.content
     prediction = {"type": "content", "content": answer}

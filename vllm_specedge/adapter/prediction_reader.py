@@ -16,10 +16,10 @@ MAX_WAITING = 64
 
 
 class Predictions:
-    """What users foretold of their requests' answers, as text or token ids."""
+    """What users predicted of their requests' answers, as text or token ids."""
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
-        """`tokenizer`: None if the server has none; then only token ids can be foretold."""
+        """`tokenizer`: None if the server has none; then only token ids can be predicted."""
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._thread = ThreadPoolExecutor(1, "specedge-prediction")

@@ -1,4 +1,4 @@
-"""What vLLM writes of a request in its logs, without what is nobody's business there: sessions and foretold texts.
+"""What vLLM writes of a request in its logs, without what is nobody's business there: sessions and predicted texts.
 
 Both travel in a request's extra arguments, which vLLM shows with `--enable-log-requests`, and when its engine dies.
 """

@@ -1,4 +1,4 @@
-"""An answer that its user foretold (OpenAI's predicted outputs): where the real one is in it, and what follows. Pure.
+"""An answer that its user predicted (OpenAI's predicted outputs): where the real one is in it, and what follows. Pure.
 
 Who edits a text knows most of the answer beforehand. The answer walks along the prediction while it says the same;
 where it differs, one token is taken for another at first, and soon the last tokens show where it goes on: of the places
@@ -14,24 +14,24 @@ MAX_COMMON = 8
 """So many last tokens are compared."""
 MAX_PLACES = 16
 """So many places are looked at, the nearest: a text may repeat itself ever so often."""
-MAX_ASTRAY = 4
-"""Tokens in a row that were not foretold; then nothing is foretold until two of them are found."""
+MAX_OFF_TRACK = 4
+"""Tokens in a row that were not predicted; then nothing is predicted until two of them are found."""
 
 
 class Prediction:
-    """Where an answer is in what was foretold of it. A token costs constant time; the first that differs costs one look
-    at the whole prediction."""
+    """Where an answer is in what was predicted of it. A token costs constant time; the first that differs costs one
+    look at the whole prediction."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = tokens
         self._at = 0
         """What comes next, it is thought."""
-        self._num_astray = 0
+        self._num_off_track = 0
         self._last: deque[int] = deque(maxlen=MAX_COMMON)
         self._places: dict[tuple[int, int], list[int]] | None = None
         """Of each pair of tokens, where what follows it stands."""
         self.num_accepted = 0
-        """Tokens of the answer that were foretold."""
+        """Tokens of the answer that were predicted."""
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -40,29 +40,29 @@ class Prediction:
         """The answer grew by these tokens."""
         for token in decided:
             self._last.append(token)
-            is_foretold = not self._is_lost and self._at < len(self._tokens) and self._tokens[self._at] == token
-            if is_foretold:
+            is_predicted = not self._is_lost and self._at < len(self._tokens) and self._tokens[self._at] == token
+            if is_predicted:
                 self.num_accepted += 1
                 self._at += 1
-                self._num_astray = 0
+                self._num_off_track = 0
             else:
                 self._seek()
 
     def draft(self, limit: int) -> Sequence[int]:
-        """What is foretold next, at most `limit` tokens."""
+        """What is predicted next, at most `limit` tokens."""
         return () if self._is_lost else self._tokens[self._at : self._at + limit]
 
     @property
     def _is_lost(self) -> bool:
-        return self._num_astray >= MAX_ASTRAY
+        return self._num_off_track >= MAX_OFF_TRACK
 
     def _seek(self) -> None:
-        """The last token was another than foretold."""
+        """The last token was another than predicted."""
         found = self._find()
         if found is not None:
-            self._at, self._num_astray = found, 0
+            self._at, self._num_off_track = found, 0
         else:
-            self._at, self._num_astray = min(self._at + 1, len(self._tokens)), self._num_astray + 1
+            self._at, self._num_off_track = min(self._at + 1, len(self._tokens)), self._num_off_track + 1
 
     def _find(self) -> int | None:
         """Where the answer goes on, by its last two tokens and those before them."""

@@ -83,9 +83,9 @@ class PredictionMiddleware:
         return self._encode
 
 
-def prediction_usage(foretold: str, answers: list[str], encode: Encode) -> dict[str, int]:
+def prediction_usage(predicted: str, answers: list[str], encode: Encode) -> dict[str, int]:
     """How many of the prediction's tokens were in the answers and how many were not, summed over the answers."""
-    tokens, num_accepted = encode(foretold), 0
+    tokens, num_accepted = encode(predicted), 0
     for answer in answers:
         prediction = Prediction(tokens)
         prediction.advance(encode(answer))

@@ -41,7 +41,7 @@ class SimulatedDraft:
             tokens = (other, right + 2, right + 3)
         return [Candidate(tokens[i] % vocab_size, self._claims[i]) for i in range(width)]
 
-    def astray(self, width: int) -> list[Candidate]:
+    def off_track(self, width: int) -> list[Candidate]:
         """Behind any other context: what is said there is of no use."""
         return [Candidate(i, self._claims[i]) for i in range(width)]
 
@@ -82,7 +82,7 @@ class _SimulatedSequence(DraftSequence):
 
     def _said(self, entry: int, width: int) -> list[Candidate]:
         if entry < 0:
-            return self._draft.astray(width)
+            return self._draft.off_track(width)
         return self._draft.candidates(self._key, self._drafting, entry + 1, width)
 
 

@@ -7,7 +7,7 @@ KEY = "specedge_prediction"
 
 
 def take_prediction(asked: dict[str, Any]) -> str:
-    """The text that is foretold, empty if there is none; it goes to where the engine reads it. Raises ValueError."""
+    """The text that is predicted, empty if there is none; it goes to where the engine reads it. Raises ValueError."""
     given = asked.pop("prediction", None)
     others = asked.get("vllm_xargs")
     if given is None:

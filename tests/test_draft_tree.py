@@ -84,10 +84,10 @@ class Drafting(RuleBasedStateMachine):
             self.start_nodes(data)
 
     def start_committed(self, limit: int) -> None:
-        num_held = self.tree.num_held
+        num_entered = self.tree.num_entered
         self.keep()
-        tokens = self.tree.hold_committed(limit)
-        assert tokens == self.committed[num_held : num_held + limit]
+        tokens = self.tree.enter_committed(limit)
+        assert tokens == self.committed[num_entered : num_entered + limit]
         self.sequence.append(tokens, 1)
         self.running = []
 
@@ -96,7 +96,7 @@ class Drafting(RuleBasedStateMachine):
         nodes = data.draw(st.lists(st.sampled_from(runnable), min_size=1, max_size=3, unique=True), "nodes")
         self.keep()
         is_chain = len(nodes) == 1 and len(self.sequence.entries) == nodes[0].position
-        parents = self.tree.hold(nodes)
+        parents = self.tree.enter(nodes)
         tokens = [node.token for node in nodes]
         if parents:
             self.sequence.branch(tokens, parents, 3)
@@ -107,12 +107,12 @@ class Drafting(RuleBasedStateMachine):
 
     def keep(self) -> None:
         live = [node for node in self.tree.root.below() if node.entry is not None]
-        num_held = self.tree.num_held
+        num_entered = self.tree.num_entered
         self.sequence.keep(*self.tree.compact())
-        assert self.tree.num_held == self.tree.num_prefix == num_held
-        assert len(self.sequence.entries) == num_held + len(live), "something else is kept"
-        assert [self.sequence.past(entry) for entry in range(num_held)] == [
-            self.committed[: entry + 1] for entry in range(num_held)
+        assert self.tree.num_entered == self.tree.num_prefix == num_entered
+        assert len(self.sequence.entries) == num_entered + len(live), "something else is kept"
+        assert [self.sequence.past(entry) for entry in range(num_entered)] == [
+            self.committed[: entry + 1] for entry in range(num_entered)
         ]
 
     @precondition(lambda self: self.committed)
@@ -129,7 +129,7 @@ class Drafting(RuleBasedStateMachine):
         if nodes is None or not (nodes or self.tree.is_caught_up):
             return
         for node in nodes or [self.tree.root]:
-            if self.tree.holds(node):
+            if self.tree.contains(node):
                 said = data.draw(SAID, "said") if data.draw(st.integers(0, 9), "nothing") else []
                 self.said[tuple(path_of(self.tree, node))] = said
                 self.tree.expand(node, said, calibrate)
@@ -161,7 +161,7 @@ class Drafting(RuleBasedStateMachine):
             assert [child.token for child in node.children] == [item.token for item in self.said.get(past, ())]
             assert node.is_expanded == (past in self.said)
         self.seen.update(pasts.values())
-        assert {node for node in self.seen if self.tree.holds(node)} == set(pasts.values())
+        assert {node for node in self.seen if self.tree.contains(node)} == set(pasts.values())
 
     @invariant()
     def an_entry_s_past_is_that_of_its_node(self) -> None:
@@ -177,10 +177,10 @@ class Drafting(RuleBasedStateMachine):
     @invariant()
     def so_many_committed_tokens_are_held(self) -> None:
         held = {tuple(self.sequence.past(entry)) for entry in range(len(self.sequence.entries))}
-        assert 0 <= self.tree.num_prefix <= self.tree.num_held <= len(self.committed)
-        for length in range(1, self.tree.num_held + 1):
+        assert 0 <= self.tree.num_prefix <= self.tree.num_entered <= len(self.committed)
+        for length in range(1, self.tree.num_entered + 1):
             assert tuple(self.committed[:length]) in held
-        assert self.tree.is_caught_up == (self.tree.num_held == len(self.committed))
+        assert self.tree.is_caught_up == (self.tree.num_entered == len(self.committed))
         assert self.tree.is_caught_up or not self.tree.root.children
 
     @invariant()
@@ -208,7 +208,7 @@ TestDrafting.settings = settings(max_examples=40, stateful_step_count=25)
 
 def test_a_new_tree_is_empty() -> None:
     tree = DraftTree()
-    assert (len(tree), tree.trunk(), tree.num_held, tree.is_caught_up) == (0, [], 0, True)
+    assert (len(tree), tree.trunk(), tree.num_entered, tree.is_caught_up) == (0, [], 0, True)
     assert tree.compact() == (0, ())
 
 
@@ -216,27 +216,27 @@ def test_what_a_commit_foresaw_is_held_and_what_it_did_not_is_dropped_with_the_n
     tree = DraftTree()
     tree.advance([5, 6])
     assert tree.compact() == (0, ())
-    assert tree.hold_committed(10) == [5, 6]
+    assert tree.enter_committed(10) == [5, 6]
     expanded(tree, [(7, 0.6), (8, 0.3)])
     first, second = tree.root.children
-    assert tree.hold([first, second]) == [1, 1]
+    assert tree.enter([first, second]) == [1, 1]
     for node in (first, second):
         tree.expand(node, [Candidate(9, 0.9)], calibrate)
-    assert tree.hold([second.children[0]]) == [3]
+    assert tree.enter([second.children[0]]) == [3]
     assert tree.advance([8]) == [second]
-    assert (tree.num_held, tree.root, tree.root.survival) == (3, second, 1.0)
+    assert (tree.num_entered, tree.root, tree.root.survival) == (3, second, 1.0)
     assert tree.compact() == (2, (3, 4))
     assert tree.root.entry == 2
     assert second.children[0].entry == 3
     tree.expand(second.children[0], [Candidate(7, 0.9)], calibrate)
-    assert tree.hold([second.children[0].children[0]]) == []  # a chain again
-    assert not tree.holds(first)
+    assert tree.enter([second.children[0].children[0]]) == []  # a chain again
+    assert not tree.contains(first)
 
 
 def test_a_token_that_was_said_to_be_impossible_can_still_be_committed() -> None:
     tree = DraftTree()
     tree.advance([5])
-    tree.hold_committed(1)
+    tree.enter_committed(1)
     expanded(tree, [(7, 1.0), (8, 0.0)])
     tree.root.children[1].survival = 0.0
     tree.advance([8])
@@ -246,13 +246,13 @@ def test_a_token_that_was_said_to_be_impossible_can_still_be_committed() -> None
 def test_entries_in_place_are_not_moved() -> None:
     tree = DraftTree()
     tree.advance([5])
-    tree.hold_committed(1)
+    tree.enter_committed(1)
     expanded(tree, [(7, 0.9)])
-    tree.hold([tree.root.children[0]])
+    tree.enter([tree.root.children[0]])
     tree.expand(tree.root.children[0], [Candidate(8, 0.9)], calibrate)
     assert tree.compact() == (2, ())
     tree.advance([7])
     assert tree.compact() == (2, ())
     tree.advance([1])
     assert tree.compact() == (2, ())
-    assert tree.hold_committed(10) == [1]
+    assert tree.enter_committed(10) == [1]
