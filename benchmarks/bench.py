@@ -25,7 +25,6 @@ from typing import Annotated, Any
 import numpy as np
 import psutil
 import typer
-from ahead import Target, launch_all
 from figures import (
     ARMS,
     DRAFT_MODEL,
@@ -42,11 +41,12 @@ from figures import (
     num_different,
     table,
 )
-from grid import CACHE, RESULTS, Edges, circumstances, console, usage
+from harness.edges import Edges
+from harness.prompts import KINDS, MIXED, prompts
+from harness.relay import Relay
+from harness.results import CACHE, RESULTS, circumstances, console, progress_bar, save_runs
+from harness.servers import Target, launch_all, usage
 from plots import draw
-from prompts import KINDS, MIXED, prompts
-from relay import Relay
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from stack import EDGE_CORE, MODEL_NAME, StackError, edge_client
 from vllm.benchmarks.datasets import SampleRequest
 from vllm.benchmarks.serve import TaskType, benchmark
@@ -226,9 +226,7 @@ class Kept:
 
     def save(self, path: Path) -> None:
         head = {"settings": asdict(self.settings), "prices": asdict(self.prices), "sessions": self.sessions}
-        runs = ",\n".join("  " + json.dumps(asdict(run)) for run in self.runs)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(head, indent=1).removesuffix("\n}") + f',\n "runs": [\n{runs}\n ]\n}}\n')
+        save_runs(path, head, self.runs)
 
 
 def load(path: Path, settings: Settings, prices: Prices) -> Kept:
@@ -246,8 +244,7 @@ def measure_all(kept: Kept, slots: Sequence[Slot], path: Path, stack: ExitStack)
     with console.status(f"Starting {len(arms)} servers (minutes) ..."):
         targets = launch(kept.settings, arms, stack)
     psutil.Process().cpu_affinity([EDGE_CORE])
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("measuring", total=len(slots))
         for slot in slots:
             arm, case, rtt_ms, _ = slot

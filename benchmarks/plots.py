@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from figures import ARMS, REMOTE, TITLES, Case, Run, cases, middle, of, rtts_ms
+from harness.prompts import MIXED
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from prompts import MIXED
 
 COLOURS = dict(zip(ARMS, ("#555555", "#b07aa1", "#e15759", "#f1a340", "#1f77b4"), strict=True))
 

@@ -24,15 +24,17 @@ from typing import Annotated, Any
 import httpx2 as httpx
 import psutil
 import typer
-from ahead import LOGS, RESULTS, Target, check, launch_all, machine_and_code
+from ahead import LOGS
+from harness.edges import check
+from harness.relay import Relay, Traffic
+from harness.results import RESULTS, circumstances, progress_bar
+from harness.servers import Target, launch_all
+from harness.streams import Answer
 from pair_figures import PLAIN, Run, Said, as_split, as_table, run_of, summarise
 from pairs import CACHE, PAIRS, Pair, PairError, prepare
 from questions import QUESTIONS
-from relay import Relay, Traffic
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from stack import BIN, EDGE_CORE, StackError, start, wait_for
-from streams import Answer
 
 WAITING, AHEAD = "waiting", "ahead"
 WAIT_LIMIT_MS = 1000
@@ -176,8 +178,7 @@ def start_servers(plan: Plan, stack: ExitStack) -> dict[str, Target]:
 def measure_all(plan: Plan, targets: dict[str, Target], rounds: Sequence[tuple[int, float]]) -> Iterator[list[Run]]:
     """The runs of these rounds, round by round."""
     psutil.Process().cpu_affinity([EDGE_CORE])  # as in ahead.py: asking never stops the model's core
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, auto_refresh=False) as progress:  # no thread that draws while we measure
+    with progress_bar() as progress:
         task = progress.add_task("measuring", total=sum(len(plan.cells(*each)) for each in rounds))
         for repeat, temperature in rounds:
             runs = []
@@ -198,7 +199,7 @@ def described(plan: Plan) -> dict[str, Any]:
 
 
 def save(plan: Plan, runs: Sequence[Run], output: Path) -> None:
-    written = machine_and_code() | {"plan": described(plan)}
+    written = circumstances() | {"plan": described(plan)}
     written |= {"cells": [asdict(cell) for cell in summarise(runs)], "runs": [asdict(run) for run in runs]}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(written, indent=1) + "\n")

@@ -21,16 +21,16 @@ from typing import Annotated
 
 import psutil
 import typer
-from ahead import free_ports
-from grid import CACHE, RESULTS, circumstances
+from harness.prompts import MIXED, prompts
+from harness.relay import Relay
+from harness.replay import REPLAY, Recording, write_recordings
+from harness.results import CACHE, RESULTS, circumstances
+from harness.servers import free_ports
+from harness.streams import Answer, ask_all, decoding
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from prompts import MIXED, prompts
-from relay import Relay
-from replay import Recording, write_recordings
 from spans import DRAFTING, PLAIN, SERVER, VERIFYING, Span, covered_s, overlap_s, passes, steps, window
 from stack import EDGE_CORE, MODEL_NAME, Process, StackError, start, vllm_server, wait_for
-from streams import Answer, ask_all, decoding
 from traced_worker import TRACE_VARIABLE
 
 LOGS = CACHE / "bench" / "timeline"
@@ -79,7 +79,7 @@ class Settings:
 
 def edges(settings: Settings, url: str, recordings: Path, trace: Path) -> Process:
     """One for each request."""
-    command = [sys.executable, str(Path(__file__).with_name("replay.py")), url, "--recordings", str(recordings)]
+    command = [sys.executable, str(REPLAY), url, "--recordings", str(recordings)]
     command += ["--first", str(settings.first), "--pass-ms", str(settings.pass_ms), "--max-requests", "1"]
     command += ["--edges", str(settings.requests), "--trace", str(trace)]
     return start(command, LOGS / "edges.log", core=EDGE_CORE)

@@ -23,7 +23,7 @@ from benchmarks.figures import (
     table,
     verdict,
 )
-from benchmarks.prompts import KINDS, MIXED, prompts
+from benchmarks.harness.prompts import KINDS, MIXED, prompts
 
 CASE = Case(4, MIXED, 0.0)
 PRICES = Prices(server=1.2, edge=0.1)

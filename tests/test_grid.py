@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from benchmarks.streams import Answer, Chunk, Gap, decoding, duration_s
+from benchmarks.harness.streams import Answer, Chunk, Gap, decoding, duration_s
 from benchmarks.verdicts import (
     DEAD,
     EDGES,

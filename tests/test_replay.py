@@ -1,4 +1,4 @@
-"""The drafter that knows the answers: benchmarks/replay.py."""
+"""The drafter that knows the answers: benchmarks/harness/replay.py."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks.replay import (
+from benchmarks.harness.replay import (
     Accuracy,
     Recording,
     ReplayDrafter,

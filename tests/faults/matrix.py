@@ -39,7 +39,7 @@ from certificates import write_certificate
 from openai import OpenAI, OpenAIError
 from stack import BIN, EDGE_CORE, MODEL_NAME, Process, Server, start, start_server, wait_for
 
-from benchmarks.relay import Relay
+from benchmarks.harness.relay import Relay
 from vllm_specedge.gateway.credentials import TokenFile
 
 CACHE = Path(__file__).parents[2] / ".cache"

@@ -93,7 +93,7 @@ class Crowd:
     num_killed: int = 0
 
     def _start(self) -> Process:
-        command = [sys.executable, "benchmarks/replay.py", self.url, "--draft", "ngram"]
+        command = [sys.executable, "benchmarks/harness/replay.py", self.url, "--draft", "ngram"]
         command += ["--edges", str(EDGES_PER_PROCESS), *self.credentials.edge_options]
         self.num_started += 1
         return start(command, self.logs / f"edges-{self.num_started % 64}.log", core=EDGE_CORE)

@@ -31,7 +31,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from raw_client import pack, unpack
 from stack import BIN, start, wait_for
 
-from benchmarks.light_edge import LightEdge
+from benchmarks.harness.light_edge import LightEdge
 from edge_client.client import DraftModelError, EdgeClient
 from edge_client.drafters import CacheFullError, Candidate
 from edge_client.drafters.ngram import NgramDrafter, NgramSequence

@@ -1,4 +1,4 @@
-"""The relay that adds delay: benchmarks/relay.py."""
+"""The relay that adds delay: benchmarks/harness/relay.py."""
 
 import socket
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from random import Random
 
-from benchmarks.relay import MAX_READS_ON_THE_WAY, READ_BYTES, Relay, Traffic
+from benchmarks.harness.relay import MAX_READS_ON_THE_WAY, READ_BYTES, Relay, Traffic
 
 HOST = "127.0.0.1"
 LIMIT_S = 30.0

@@ -15,7 +15,7 @@ import httpx2 as httpx
 import pytest
 from stack import MODEL_NAME, Server, start_server, wait_for
 
-from benchmarks.replay import Accuracy, Recording, ReplayDrafter
+from benchmarks.harness.replay import Accuracy, Recording, ReplayDrafter
 from edge_client.client import EdgeClient
 from edge_client.gateway_link import Gateway
 

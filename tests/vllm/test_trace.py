@@ -21,7 +21,7 @@ from .conftest import DEADLINE_S, Target, counting
 
 TRACE = json.loads(Path(__file__).with_name("trace.json").read_text())
 """One request's prompt and answer, and its edge's proposals: seconds after its Open, base, tokens, branches. Recorded
-from `benchmarks/replay.py` behind a relay of 20 ms."""
+from `benchmarks/harness/replay.py` behind a relay of 20 ms."""
 NUM_TOKENS = len(TRACE["answer"])
 MAX_LATE = 6
 """Tokens of the answer that are decided before a late proposal comes: about 0.2 s where the trace was recorded."""

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from stack import wait_for
 
-from benchmarks.light_edge import LightEdge
+from benchmarks.harness.light_edge import LightEdge
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.gateway_link import Gateway, Link, LinkError

@@ -1,6 +1,6 @@
 """An edge that drafts from recorded answers of the target, right as often as it is told to be, at a given pace.
 
-    python benchmarks/replay.py http://127.0.0.1:8100 --recordings FILE
+    python benchmarks/harness/replay.py http://127.0.0.1:8100 --recordings FILE
 
 It is the real edge client; only its draft model is replaced. (With --draft DIRECTORY it is not even that: then it is
 `edge-client connect`, for comparing the two by the same command.) What it drafts depends on the seed, the request's
@@ -34,6 +34,9 @@ SMOLLM2_VOCAB_SIZE = 49152
 WAIT_S = 30.0
 MAX_DRAWN = 1 << 13
 """Draws that a drafter remembers: false pasts come again while they are drafted, true ones with every run."""
+
+REPLAY = Path(__file__)
+"""The command that runs such edges."""
 
 
 class Recording(NamedTuple):
