@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from edge_client.drafters import Candidate, DrafterOptions, llama
+from edge_client.drafters import Candidate, DrafterOptions
 from edge_client.drafters.choose import load_drafter
 from edge_client.drafters.hf import load_hf_drafter
+from edge_client.drafters.llama import drafter as llama
 from edge_client.drafters.llama.drafter import FastLlama, LlamaDrafter
 from edge_client.drafters.llama.weights import load_llama
 from edge_client.drafters.vocabulary import draft_vocabulary
