@@ -160,6 +160,25 @@ class Proxy(threading.Thread):
             threading.Thread(target=_copy, args=(source, sink), daemon=True).start()
 
 
+class SocksProxy(Proxy):
+    """The same for SOCKS5 without a password (RFC 1928): a greeting, then where to connect to, by name."""
+
+    def _serve(self, program: socket.socket) -> None:
+        with program.makefile("rb") as words:
+            _, num_methods = words.read(2)
+            words.read(num_methods)
+            program.sendall(b"\5\0")
+            _, command, _, kind = words.read(4)
+            assert (command, kind) == (1, 3), "connect, to a name"
+            name = words.read(words.read(1)[0])
+            port = int.from_bytes(words.read(2), "big")
+        self.asked.append(name + b":%d" % port)
+        server = socket.create_connection(("127.0.0.1", self.port))
+        program.sendall(b"\5\0\0\1" + bytes(6))
+        for source, sink in ((program, server), (server, program)):
+            threading.Thread(target=_copy, args=(source, sink), daemon=True).start()
+
+
 def _copy(source: socket.socket, sink: socket.socket) -> None:
     with suppress(OSError):
         while data := source.recv(1 << 16):
@@ -170,21 +189,24 @@ def _copy(source: socket.socket, sink: socket.socket) -> None:
 
 
 @contextmanager
-def proxy_to(port: int) -> Iterator[tuple[str, list[bytes]]]:
+def proxy_to(port: int, scheme: str = "http") -> Iterator[tuple[str, list[bytes]]]:
     """A proxy's address, and what it was asked for."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        proxy = Proxy(listener, port)
+        proxy = (Proxy if scheme == "http" else SocksProxy)(listener, port)
         with in_thread(proxy.run):
             try:
-                yield f"http://127.0.0.1:{listener.getsockname()[1]}", proxy.asked
+                yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", proxy.asked
             finally:
                 listener.shutdown(socket.SHUT_RDWR)
 
 
-def test_an_edge_drafts_through_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scheme", "said"), [("http", "CONNECT {} HTTP/1.1"), ("socks5", "{}"), ("socks", "{}")])
+def test_an_edge_drafts_through_a_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, said: str
+) -> None:
     options = write_certificate(tmp_path, trustme.CA(), FAR, "localhost")
     ca = str(tmp_path / "ca.pem")
-    with running_gateway(tmp_path, *options, verify=ca) as gateway, proxy_to(gateway.port) as (proxy, asked):
+    with running_gateway(tmp_path, *options, verify=ca) as gateway, proxy_to(gateway.port, scheme) as (proxy, asked):
         monkeypatch.setenv("HTTPS_PROXY", proxy)
         engine = Engine(gateway.endpoint)
         try:
@@ -192,7 +214,7 @@ def test_an_edge_drafts_through_a_proxy(tmp_path: Path, monkeypatch: pytest.Monk
             with edge_in_thread(EdgeClient(far, NgramDrafter(), "edge")):
                 assert engine.generate("by proxy", 20) > 0
             num_asked = len(asked)
-            assert set(asked) == {f"CONNECT {FAR}:{gateway.port} HTTP/1.1".encode()}
+            assert set(asked) == {said.format(f"{FAR}:{gateway.port}").encode()}
             with edge_in_thread(EdgeClient(Gateway(gateway.url, ca_file=ca), NgramDrafter(), "near")):
                 pass
             assert len(asked) == num_asked
