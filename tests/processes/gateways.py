@@ -184,5 +184,5 @@ def failing(*command: str) -> str:
 
 
 def metric(gateway: Running, name: str) -> float:
-    lines = httpx.get(f"{gateway.url}/metrics", trust_env=False).text.splitlines()
+    lines = httpx.get(f"{gateway.url}/metrics", trust_env=False, timeout=DEADLINE_S).text.splitlines()
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])

@@ -314,7 +314,7 @@ def test_health_and_metrics_over_http_1(gateway: Running, engine: Engine) -> Non
 
 def test_a_gateway_without_an_engine_is_alive_and_not_ready(tmp_path: Path) -> None:
     """A probe that restarts what is not alive must not restart it for want of an engine: that is another's fault."""
-    with running_gateway(tmp_path) as running, httpx.Client(trust_env=False) as client:
+    with running_gateway(tmp_path) as running, httpx.Client(trust_env=False, timeout=DEADLINE_S) as client:
         for ask in (client.get, client.head):
             assert ask(f"{running.url}/livez").status_code == 200
             assert ask(f"{running.url}/healthz").status_code == 503
