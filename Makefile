@@ -8,7 +8,7 @@ help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
 	@echo "make play            the demo's server and an edge that stay: a status page to look at, a chat"
-	@echo "make test            every test, on a real vLLM (about 15 minutes once installed)"
+	@echo "make test            every test, on a real vLLM too (half an hour once installed)"
 	@echo "make check test-fast format, lint, types and the tests of what decides: for every save (half a minute)"
 	@echo "make test-processes  real gateways, commands and draft models, without vLLM (three minutes)"
 	@echo "make test-faults     what can go wrong around a server under load: a table (ten minutes)"

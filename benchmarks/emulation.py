@@ -1,6 +1,6 @@
 """A pseudo language model and how long an accelerator would take for it: what emulated_worker.py serves. Pure.
 
-The model says a fixed token at each position of each request (simulation_models.SimulatedTarget), so whoever knows the
+The model says a fixed token at each position of each request (models.SimulatedTarget), so whoever knows the
 prompt knows the right answer: every run can be checked token by token.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from vllm_specedge.simulation.models import Server, SimulatedTarget
 
 SERVER_VARIABLE = "SPECEDGE_EMULATED"
-"""The name of one of simulation_models.SERVERS, for the worker."""
+"""The name of one of models.SERVERS, for the worker."""
 SLOWER_VARIABLE = "SPECEDGE_EMULATED_SLOWER"
 """How many times longer steps take than modelled; see emulated.py."""
 SEED = 20_252

@@ -429,7 +429,7 @@ def noise(runs: Sequence[Run]) -> list[Noise]:
 
 @dataclass(frozen=True)
 class Learned:
-    """What our engine had learned its steps to take when a run ended, in seconds (stepcost.StepCost.parts_s)."""
+    """What our engine had learned its steps to take when a run ended, in seconds (StepCost.parts_s)."""
 
     curve_s: list[float]
     request_s: float

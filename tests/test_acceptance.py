@@ -22,7 +22,6 @@ def test_before_anything_was_seen_half_of_the_tokens_are_thought_to_be_right() -
     acceptance = Acceptance()
     assert acceptance.survivals(3) == [PRIOR_RATE, PRIOR_RATE**2, PRIOR_RATE**3] == [0.5, 0.25, 0.125]
     assert acceptance.survivals(0) == []
-    assert acceptance.accepted(2) == 0.75
 
 
 @given(histories, st.lists(histories, max_size=3), st.integers(0, 20))
@@ -36,15 +35,6 @@ def test_a_longer_draft_survives_no_more_often_and_chances_are_chances(
     assert len(survivals) == num_tokens
     assert all(0.0 < survival < 1.0 for survival in survivals)
     assert survivals == sorted(survivals, reverse=True)
-
-
-@given(histories, st.integers(0, 20))
-def test_what_is_expected_to_be_accepted_is_the_sum_of_the_chances(
-    history: list[tuple[int, int]], num_tokens: int
-) -> None:
-    acceptance = learnt(history)
-    assert acceptance.accepted(num_tokens) == pytest.approx(sum(acceptance.survivals(num_tokens)))
-    assert acceptance.accepted(num_tokens) <= acceptance.accepted(num_tokens + 1) <= num_tokens + 1
 
 
 def test_each_depth_is_learnt_by_itself() -> None:

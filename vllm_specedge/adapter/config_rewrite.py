@@ -18,7 +18,6 @@ from vllm_specedge.gateway.startup_checks import check_start
 METHOD = "edge"
 PROPOSER = "vllm_specedge.adapter.proposer.EdgeProposer"
 SCHEDULER = "vllm_specedge.adapter.scheduler.EdgeScheduler"
-_VLLM_KEYS = ("method", "num_speculative_tokens")
 
 
 def parse_value(value: str, parse_json: Callable[[str], Any]) -> Any:

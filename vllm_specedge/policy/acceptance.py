@@ -47,7 +47,3 @@ class Acceptance:
             survival *= self.rates[depth] if depth < MAX_DEPTH else self.rates[-1]
             survivals.append(survival)
         return survivals
-
-    def accepted(self, num_tokens: int) -> float:
-        """How many tokens of so long a draft are expected to be accepted."""
-        return sum(self.survivals(num_tokens))

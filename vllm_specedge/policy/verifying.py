@@ -98,7 +98,7 @@ def _scan(tokens: Sequence[_Token], growth_s: Sequence[float], step: _Step) -> i
         expected -= token[0]
         took_s = step.plain_s + growth
         if took_s > step.longest_s:
-            continue  # a larger step may be shorter (stepcost.py, rule 2)
+            continue  # a larger step may be shorter (step_cost.py, rule 2)
         total_s = step.plain_s + cautious(growth)
         if took_s > step.stretch_s and expected * step.plain_s < FAST * step.size * (step.waited_s + total_s):
             continue

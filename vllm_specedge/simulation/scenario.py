@@ -26,7 +26,7 @@ class EdgeModel:
     """Rows a pass; 1: no branches."""
     uplink_bytes_per_token: float = UPLINK_BYTES_PER_TOKEN
     fault: str = ""
-    """One of simulation_models.FAULTS."""
+    """One of models.FAULTS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Outcome:
     """From the arrival of a request to its first token."""
     ttft_p99_s: float
     counters: Mapping[str, int]
-    """Those of the engine's that grew, by their names in counters.py."""
+    """Those of the engine's that grew, by their names in wire/telemetry.py."""
 
     @property
     def tokens_per_s(self) -> float:
