@@ -142,10 +142,11 @@ def test_what_is_drawn_is_what_vllm_draws_for_those_with_drafts() -> None:
 
 
 def test_a_sampler_of_another_shape_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hooks.sampling_problems() == []
+    assert hooks.problems(hooks.SAMPLING) == []
     original = RejectionSampler.forward.__wrapped__
     monkeypatch.setattr(RejectionSampler, "forward", original)
-    monkeypatch.setattr(hooks, "SAMPLING_SOURCES", ((f"{RejectionSampler.__module__}:RejectionSampler", "no such"),))
+    sources = ((f"{RejectionSampler.__module__}:RejectionSampler", "no such"),)
+    monkeypatch.setitem(hooks.PARTS, hooks.SAMPLING, hooks.Part("Nothing", (), sources))
     shorten()
     assert RejectionSampler.forward is original
 

@@ -166,13 +166,14 @@ def test_it_follows_each_request_until_it_is_closed() -> None:
 
 
 def test_a_lookup_of_another_shape_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "NGRAM_HOOKS", (hooks.Hook("vllm.v1.spec_decode.ngram_proposer:NgramProposer.gone"),))
+    gone = hooks.Hook("vllm.v1.spec_decode.ngram_proposer:NgramProposer.gone")
+    monkeypatch.setitem(hooks.PARTS, hooks.NGRAMS, hooks.Part("Nothing", (gone,)))
     assert lookup().propose("r", [1] * 20) == []
 
 
 def test_a_lookup_that_cannot_be_compiled_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ngram_proposer, FIND, lambda *args: 1 / 0)
-    monkeypatch.setattr(hooks, "NGRAM_HOOKS", ())
+    monkeypatch.setitem(hooks.PARTS, hooks.NGRAMS, hooks.Part("Nothing", ()))
     assert lookup().propose("r", [1] * 20) == []
 
 

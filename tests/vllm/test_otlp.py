@@ -57,7 +57,7 @@ def collecting() -> Iterator[Any]:
 
 
 def test_the_hooks_are_there() -> None:
-    assert hooks.tracing_problems() == []
+    assert hooks.problems(hooks.TRACING) == []
 
 
 def ask(server: Server, received: Any) -> tuple[str, dict[str, Any]]:

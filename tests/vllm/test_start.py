@@ -132,14 +132,15 @@ def test_vllm_serve_refuses_as_typed() -> None:
 
 
 def test_all_hooks_are_there() -> None:
-    assert hooks.problems() == []
+    assert hooks.drafting_problems(hooks.V1) == []
 
 
 def test_a_missing_hook_and_an_untried_version_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "HOOKS", (hooks.Hook("vllm.v1.request:Request.gone"), hooks.HOOKS[0]))
-    monkeypatch.setattr(hooks, "SOURCES", ((hooks.SOURCES[0][0], "no_such_name"),))
+    part = hooks.PARTS[hooks.DRAFTING]
+    one, other = (hooks.Hook("vllm.v1.request:Request.gone"), part.hooks[0]), ((part.sources[0][0], "no_such_name"),)
+    monkeypatch.setitem(hooks.PARTS, hooks.DRAFTING, hooks.Part("Nothing", one, other))
     monkeypatch.setattr(hooks, "TESTED_VERSIONS", ("9.",))
-    gone, unknown, untried = hooks.problems()
+    gone, unknown, untried = hooks.drafting_problems(hooks.V1)
     assert "Request.gone is missing" in gone
     assert "no_such_name" in unknown
     assert "has not been tried" in untried
@@ -216,7 +217,7 @@ def test_offline_with_dotted_names_and_no_patch(tmp_path: Path, monkeypatch: pyt
 
 def test_a_missing_hook_turns_drafts_off_and_the_engine_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = f'speculative_config={{"method": "edge", "listen": "{LISTEN}"}}'
-    before = 'hooks.HOOKS = (hooks.Hook("vllm:gone"),)'
+    before = 'hooks.PARTS[hooks.DRAFTING] = hooks.Part("Nothing", (hooks.Hook("vllm:gone"),))'
     script = IN_PROCESS.format(before=before, model=str(MODEL), arguments=arguments, between=WITHOUT_DRAFTS)
     assert "drafting None None" in run_script(script, tmp_path, monkeypatch, in_process=True)
 

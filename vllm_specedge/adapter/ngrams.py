@@ -31,7 +31,7 @@ class NgramLookup:
 
     def _compile(self) -> None:
         """numba loads, and compiles at the first call, a second; until then there are no drafts."""
-        problems = hooks.ngram_problems()
+        problems = hooks.problems(hooks.NGRAMS)
         if problems:
             logger.warning("Serving without n-gram drafts: %s", "; ".join(problems))
             return

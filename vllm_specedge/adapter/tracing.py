@@ -57,7 +57,7 @@ def request_spans(vllm_config: Any) -> RequestSpans | None:
     """None where nobody asked for traces, or they cannot be made."""
     if vllm_config.observability_config.otlp_traces_endpoint is None:
         return None
-    problems = hooks.tracing_problems()
+    problems = hooks.problems(hooks.TRACING)
     if problems:
         logger.warning("No traces of drafts: %s", "; ".join(problems))
         return None

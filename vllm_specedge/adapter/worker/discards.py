@@ -23,7 +23,7 @@ def mend() -> None:
 
     if not current_platform.is_cpu() or _has_offsets():
         return
-    problems = hooks.discard_problems()
+    problems = hooks.problems(hooks.DISCARDS)
     if problems:
         logger.warning("A seed on a long prompt would end the engine: %s", "; ".join(problems))
         return

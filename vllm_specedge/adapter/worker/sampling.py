@@ -22,7 +22,7 @@ def shorten() -> None:
     """Wrap vLLM's functions in this process; again is harmless. Where they are not as expected nothing is left out."""
     from vllm.platforms import current_platform
 
-    problems = hooks.sampling_problems()
+    problems = hooks.problems(hooks.SAMPLING)
     if problems:
         logger.warning("Steps without drafts take as long as those with some: %s", "; ".join(problems))
         return

@@ -22,7 +22,7 @@ logger = logging.getLogger("vllm.specedge.verification")
 def mend() -> None:
     """Wrap vLLM's functions in this process; again is harmless. Where they are not as expected nothing is done, and
     the front end goes on refusing such requests."""
-    if hooks.verification_problems():
+    if hooks.problems(hooks.VERIFICATION):
         return
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.worker import gpu_model_runner
@@ -34,7 +34,7 @@ def mend() -> None:
 
 def admit() -> None:
     """Let the front end take such requests where edges draft, in this process; again is harmless."""
-    problems = hooks.verification_problems()
+    problems = hooks.problems(hooks.VERIFICATION)
     if problems:
         logger.warning("Requests with min_p or logit_bias are refused: %s", "; ".join(problems))
         return
