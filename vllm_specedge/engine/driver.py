@@ -55,7 +55,7 @@ class StepDriver:
         self._ngram_budget = NgramBudget()
         self._learning = Learning(self._ngram_budget)
         self._probing = Probing()
-        self._speedup = Speedup(self.counters)
+        self.speedups = Speedup(self.counters)
         self._suggested: set[str] = set()
         self._predicted: set[str] = set()
         self._row_s = 0.0
@@ -73,7 +73,7 @@ class StepDriver:
     @property
     def speedup(self) -> float:
         """Tokens per second of late, over what plain steps are thought to give."""
-        return self._speedup.ratio
+        return self.speedups.ratio
 
     @property
     def locally_drafted(self) -> set[str]:
@@ -82,7 +82,7 @@ class StepDriver:
 
     def take_groups(self) -> list[Group]:
         """The steps done since this was asked last, or the last ones of them."""
-        groups = self._speedup.groups
+        groups = self.speedups.groups
         return [groups.popleft() for _ in range(len(groups))]  # another thread may add one meanwhile
 
     # -- requests and their drafts ---------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class StepDriver:
         self._suggested.discard(request_id)
         frames = self._ledger.close(request_id)
         if not self._ledger:
-            self._speedup.idle()
+            self.speedups.idle()
         return frames
 
     def receive(self, frame: Frame, now_s: float) -> list[Frame]:
@@ -188,7 +188,7 @@ class StepDriver:
         if step.ended_s > step.started_s:
             num_requests = sum(outcome.num_tokens > 0 for outcome in outcomes)
             took_s = step.ended_s - step.started_s
-            self._speedup.groups.append(Group(step.ended_s, took_s, num_requests, num_verified, num_accepted))
+            self.speedups.groups.append(Group(step.ended_s, took_s, num_requests, num_verified, num_accepted))
         for outcome in outcomes:
             if outcome.is_over:
                 frames += self.close(outcome.request_id)
@@ -229,16 +229,17 @@ class StepDriver:
         num_verified = sum(outcome.num_verified for outcome in outcomes)
         # A request that decodes has one token and its draft; what has others is a prompt.
         prefilled = sum(each.num_tokens for each in outcomes if each.num_tokens != 1 + each.num_verified)
-        self.cost.observe(num_requests, num_tokens, plan.context, took_s, prefilled, num_verified > 0)
+        self.cost.observe(num_requests, num_tokens, plan.context, took_s, prefilled, num_verified > 0, plan.has_gap)
         plain_step_s = self.cost(plan.num_rows, plan.num_rows, plan.context) if plan.num_rows else 0.0
         self._row_s, self._num_rows = plain_step_s / max(1, plan.num_rows), plan.num_rows
-        self._speedup.stepped(step.started_s, step.ended_s, plan.num_rows, 0.0 if prefilled else plain_step_s)
+        plain_step_s = 0.0 if prefilled else plain_step_s
+        self.speedups.stepped(step.started_s, step.ended_s, plan.num_rows, plain_step_s, plan.has_gap)
 
     def _commit(self, request: DraftedRequest, outcome: RequestOutcome, plan: StepPlan, ended_s: float) -> list[Frame]:
         """Tokens of a request were decided. Only what the next plan cannot do without is done at once."""
         tree, edge, num_verified = request.tree, request.edge, outcome.num_verified
         decided = tuple(request.tokens[tree.length :])
-        self._speedup.committed(request, len(decided), ended_s)
+        self.speedups.committed(request, len(decided), ended_s)
         source, is_refused = plan.verdict(outcome.request_id)
         num_ahead, draft = tree.num_ahead, tree.chain(max(len(decided), num_verified + 1))
         predicted = self._walk(request, decided) if request.prediction is not None else ()

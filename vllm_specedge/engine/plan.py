@@ -1,7 +1,7 @@
 """What a step may do for each request, what it is to do, and what it did. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from vllm_specedge.engine.requests import DraftedRequest, Source
@@ -18,6 +18,8 @@ class Row:
     limit: int
     priority: int = 0
     """As vLLM's: smaller is more important."""
+    num_in_flight: int = 0
+    """Tokens that a step under way decides, at least: what follows them is all that a draft is of use for."""
 
 
 class Choice(NamedTuple):
@@ -47,6 +49,17 @@ class StepPlan:
     """Tokens that these have in the cache."""
     choices: dict[str, Choice] = field(default_factory=dict, compare=False)
     """By request id; for `start` and `end`."""
+    has_gap: bool = field(default=False, compare=False)
+    """The engine waits for the outcome before it begins another step, and need not."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is verified, and nobody waits."""
+        return not self.drafts and not self.holds
+
+    def undrafted(self) -> "StepPlan":
+        """The same step, in which nothing is verified and nobody waits."""
+        return replace(self, drafts={}, holds={}, wait_until_s=None)
 
     def verdict(self, request_id: str) -> tuple[Source, bool]:
         """Whose draft a request verifies, if it verifies one, and whether its edge has one that is left unverified."""
@@ -79,11 +92,13 @@ class Step(NamedTuple):
 def choose(row: Row, request: DraftedRequest, max_draft: int, limits: HoldLimits, now_s: float) -> Choice:
     """What could be verified for a request, or else what is expected for it."""
     limit = min(row.limit, max_draft)
+    passed = row.num_in_flight
     draft: Sequence[int] = ()
     survivals: Sequence[float] = ()
     source, expected = Source.EDGE, None
     if limit > 0:
-        draft, survivals, source = _best_draft(request, limit)
+        draft, survivals, source = _best_draft(request, limit + passed)
+        draft, survivals = draft[passed:], survivals[passed:]
         if source is not Source.EDGE or not draft:
             expected = _awaited(request, limit, limits)
     candidate = Candidate(

@@ -1,6 +1,7 @@
 """How fast tokens come, over how fast they would come without drafts; and the last steps, to look at. Pure."""
 
 from collections import Counter, deque
+from dataclasses import dataclass
 
 from vllm_specedge.engine.requests import DraftedRequest
 from vllm_specedge.wire.telemetry import Group
@@ -11,13 +12,32 @@ MAX_GROUPS = 128
 """Steps that are kept until they are reported, the last ones."""
 
 
+@dataclass(slots=True)
+class _Ratio:
+    """Seconds that the tokens of some steps would have taken in plain steps, over those that they took."""
+
+    gained_s: float = 0.0
+    spent_s: float = 0.0
+
+    @property
+    def value(self) -> float:
+        return self.gained_s / self.spent_s if self.spent_s > 0.0 else 1.0
+
+    def decay(self) -> None:
+        self.gained_s *= MEMORY
+        self.spent_s *= MEMORY
+
+
 class Speedup:
     """Seconds that tokens took, and that they would have taken in plain steps."""
 
     def __init__(self, counters: Counter[str]) -> None:
         self.groups: deque[Group] = deque(maxlen=MAX_GROUPS)
         self._counters = counters
-        self._gained_s = self._spent_s = 0.0
+        self._all = _Ratio()
+        self._waiting, self._running = _Ratio(), _Ratio()
+        """Of the steps with a gap before the next one, and of the others."""
+        self._has_gap = False
         self._plain_s = 0.0
         """What all tokens so far would have taken without drafts."""
         self._last_end_s: float | None = None
@@ -29,17 +49,27 @@ class Speedup:
     @property
     def ratio(self) -> float:
         """Tokens per second of late, over what plain steps are thought to give."""
-        return self._gained_s / self._spent_s if self._spent_s > 0.0 else 1.0
+        return self._all.value
 
-    def stepped(self, started_s: float, ended_s: float, num_rows: int, plain_step_s: float) -> None:
+    @property
+    def gain_of_waiting(self) -> float:
+        """Tokens per second of steps whose outcome was waited for, over those of the others, as far as known."""
+        running = self._running.value
+        return self._waiting.value / running if running > 0.0 else 1.0
+
+    def stepped(
+        self, started_s: float, ended_s: float, num_rows: int, plain_step_s: float, has_gap: bool = False
+    ) -> None:
         """A step is done that could have had `num_rows` requests; `plain_step_s`: 0 if it is not to be counted."""
-        self._gained_s *= MEMORY
-        self._spent_s *= MEMORY
+        self._has_gap = has_gap
+        self._all.decay()
+        self._of_kind.decay()
         since_s = self._last_end_s if self._last_end_s is not None else started_s
         self._last_end_s = ended_s
         self._num_rows, self._plain_step_s = num_rows, plain_step_s
         if plain_step_s:
-            self._spent_s += ended_s - since_s
+            self._all.spent_s += ended_s - since_s
+            self._of_kind.spent_s += ended_s - since_s
             self._counters["decode_us"] += int((ended_s - since_s) * 1e6)
             self._counters["plain_decode_us"] = int(self._plain_s * 1e6)
 
@@ -47,11 +77,16 @@ class Speedup:
         """The step decided this many tokens of a request."""
         if self._plain_step_s and request.committed_s:
             plain_s = num_tokens * self._plain_step_s / self._num_rows
-            self._gained_s += plain_s
+            self._all.gained_s += plain_s
+            self._of_kind.gained_s += plain_s
             self._plain_s += plain_s
             request.gained_s = MEMORY * request.gained_s + num_tokens * self._plain_step_s
             request.spent_s = MEMORY * request.spent_s + ended_s - request.committed_s
         request.committed_s = ended_s
+
+    @property
+    def _of_kind(self) -> "_Ratio":
+        return self._waiting if self._has_gap else self._running
 
     def idle(self) -> None:
         """No request is left: the time until the next one is nobody's."""

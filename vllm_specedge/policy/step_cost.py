@@ -1,10 +1,11 @@
 """How long a step of the engine takes, by what is in it: learnt while it serves. Pure: no clock.
 
-Model: seconds = curve(tokens) + requests * a + context * b + prefilled * c + requests * d if anything is verified. The
-curve is known at KNOTS and straight between them, so it can be flat where weights are read from memory and steep where
-compute is full; d is what vLLM's rejection sampler does with the rows of all requests, drafts or not. All are estimated
-together by a Kalman filter: what is seen at one size moves what is thought of the sizes around it, the less the further
-away (a Gaussian process over log2 tokens), and what was not seen for long becomes uncertain again.
+Model: seconds = curve(tokens) + requests * a + context * b + prefilled * c, + requests * d if anything is verified, +
+gap if the step is synchronous on an engine whose steps need not be. The curve is known at KNOTS and straight between
+them, so it can be flat where weights are read from memory and steep where compute is full; d is what vLLM's rejection
+sampler does with the rows of all requests, drafts or not; in the gap the device waits for the scheduler. All are
+estimated together by a Kalman filter: what is seen at one size moves what is thought of the sizes around it, the less
+the further away (a Gaussian process over log2 tokens), and what was not seen for long becomes uncertain again.
 
 Rule 1: one outlier moves it by little: what surprises by more than MAX_SURPRISE deviations is thought to be noise.
 Rule 2: more tokens are thought to take less time only where that was seen: some kernels are slower for two rows than
@@ -22,8 +23,8 @@ KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 
 PROFILED = (1, 4, 16, 64, 128, 256, 512, 1024)
 """Sizes that are tried at start-up, as many of them as there is time for."""
 _NUM_KNOTS = len(KNOTS)
-_REQUESTS, _CONTEXT, _PREFILLED, _VERIFYING = range(_NUM_KNOTS, _NUM_KNOTS + 4)
-_NUM = _NUM_KNOTS + 4
+_REQUESTS, _CONTEXT, _PREFILLED, _VERIFYING, _SYNCHRONOUS = range(_NUM_KNOTS, _NUM_KNOTS + 5)
+_NUM = _NUM_KNOTS + 5
 CONTEXT_UNIT = 1024.0
 MAX_SURPRISE = 3.0
 FORGETTING = 1 / 2048
@@ -42,9 +43,9 @@ _PRIOR_SCALE = 0.5
 _PRIOR_OCTAVE = 0.3
 """How wrong its growth from one size to twice that, as a part of the curve."""
 _PRIOR_KINK = 0.03
-_PRIOR_CONTEXT, _PRIOR_REQUEST, _PRIOR_PREFILLED, _PRIOR_VERIFYING = 0.02, 0.002, 0.002, 0.004
-"""The deviations of what 1,024 tokens of context, a request, a prefilled token, a request in a step that verifies cost
-beside, as parts of a step of one token."""
+_PRIOR_CONTEXT, _PRIOR_REQUEST, _PRIOR_PREFILLED, _PRIOR_VERIFYING, _PRIOR_GAP = 0.02, 0.002, 0.002, 0.004, 0.1
+"""The deviations of what 1,024 tokens of context, a request, a prefilled token, a request in a step that verifies, and
+the gap of a synchronous step cost beside, as parts of a step of one token."""
 UNKNOWN_SLOPE = 1 / 128
 """Without a profile a token is thought to cost so much of a step of one."""
 
@@ -68,7 +69,7 @@ class StepCost:
     def _begin(self, curve: Sequence[float]) -> None:
         rising = list(accumulate(curve, max))
         first = rising[0]
-        self._mean = [*rising, 0.0, 0.0, 0.0, 0.0]
+        self._mean = [*rising, *[0.0] * (_NUM - _NUM_KNOTS)]
         self._prior = [[0.0] * _NUM for _ in range(_NUM)]
         for i, one in enumerate(KNOTS):
             for j, other in enumerate(KNOTS):
@@ -79,6 +80,7 @@ class StepCost:
             (_CONTEXT, _PRIOR_CONTEXT),
             (_PREFILLED, _PRIOR_PREFILLED),
             (_VERIFYING, _PRIOR_VERIFYING),
+            (_SYNCHRONOUS, _PRIOR_GAP),
         ):
             self._prior[index][index] = (deviation * first) ** 2
         self._covariance = [list(row) for row in self._prior]
@@ -93,11 +95,24 @@ class StepCost:
     def _each_s(self, index: int) -> float:
         return max(0.0, self._mean[index]) if self._mean else 0.0
 
+    @property
+    def gap_s(self) -> float:
+        """How much longer a synchronous step takes, on an engine whose steps need not be synchronous."""
+        return self._each_s(_SYNCHRONOUS)
+
     def observe(
-        self, requests: int, tokens: int, context: int, took_s: float, prefilled: int = 0, is_verifying: bool = False
+        self,
+        requests: int,
+        tokens: int,
+        context: int,
+        took_s: float,
+        prefilled: int = 0,
+        is_verifying: bool = False,
+        has_gap: bool = False,
     ) -> None:
         """A step of `tokens` tokens, `prefilled` of them of prompts, for so many requests with so long a context in
-        all, took so long. `is_verifying`: draft tokens were among them."""
+        all, took so long. `is_verifying`: draft tokens were among them. `has_gap`: it was synchronous, and need not
+        have been."""
         if tokens <= 0 or took_s <= 0.0:
             return
         if not self._mean:
@@ -112,6 +127,8 @@ class StepCost:
             features.append((_PREFILLED, float(prefilled)))
         if is_verifying:
             features.append((_VERIFYING, float(requests)))
+        if has_gap:
+            features.append((_SYNCHRONOUS, 1.0))
         columns = [self._covariance[index] for index, _ in features]
         parts = [part for _, part in features]
         spread = [sum(map(mul, parts, column)) for column in zip(*columns, strict=True)]
@@ -153,8 +170,9 @@ class StepCost:
         return max(1e-6, on_curve(self._curve, tokens) + beside)
 
     def verifying_s(self, requests: int) -> float:
-        """How much longer a step of so many requests takes because something is verified, however little."""
-        return requests * self._each_s(_VERIFYING)
+        """How much longer a step of so many requests takes because something is verified, however little: only a
+        synchronous step verifies."""
+        return requests * self._each_s(_VERIFYING) + self.gap_s
 
     def growth(self, tokens: int, more: int) -> list[float]:
         """How much longer a step of `tokens` tokens takes with 1, 2, ... `more` further ones, without `verifying_s`."""

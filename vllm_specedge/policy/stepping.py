@@ -1,0 +1,67 @@
+"""Whether the engine's steps follow each other synchronously, so that drafts can be verified, or asynchronously. Pure.
+
+An asynchronous engine schedules a step while the one before is computed: there is no gap between two steps, but the
+tokens of the step before are not known when drafts would have to be chosen. A synchronous step knows them, and lasts
+longer by the gap (StepCost.gap_s).
+
+Rule 1: without useful drafts every step is asynchronous, as plain vLLM's are.
+Rule 2: no change for one step alone: a change leaves the pipeline empty once.
+Rule 3: what was measured counts for more than what is expected: where synchronous steps made fewer tokens a second than
+plain ones would have, the next try comes later each time.
+"""
+
+from dataclasses import dataclass
+
+WANTED_BEFORE = 2
+"""Asynchronous steps in a row that would better have been synchronous, before the next ones are."""
+UNWANTED_BEFORE = 6
+"""Synchronous steps in a row with nothing to verify and nobody to wait for, before the next ones are asynchronous; one
+is enough where synchronous steps have not paid so far."""
+JUDGED_AFTER = {12: 0.9, 48: 1.0}
+"""Synchronous steps after which the gain that was measured decides whether to go on, and how large it has to be."""
+FIRST_PAUSE, LAST_PAUSE = 64, 4096
+"""Asynchronous steps between a try that did not pay and the next; doubled each time."""
+
+
+@dataclass(slots=True)
+class Stepping:
+    """How the next steps follow each other."""
+
+    is_synchronous: bool = False
+    num_switches: int = 0
+    _num_against: int = 0
+    """Steps in a row that spoke against the present way."""
+    _num_steps: int = 0
+    """Synchronous steps since the last change."""
+    _pause: int = FIRST_PAUSE
+    _num_paused: int = 0
+    """Asynchronous steps that are still to be made before the next try."""
+
+    def planned(self, is_useful: bool, gain: float) -> None:
+        """A step was planned. `is_useful`: a synchronous step verifies something now, or waits for a draft. `gain`:
+        tokens per second of synchronous steps of late, over those of asynchronous ones."""
+        if self.is_synchronous:
+            self._after_synchronous(is_useful, gain)
+        elif self._num_paused:
+            self._num_paused -= 1
+        else:
+            self._num_against = self._num_against + 1 if is_useful else 0
+            if self._num_against >= WANTED_BEFORE:
+                self._switch()
+
+    def _after_synchronous(self, is_useful: bool, gain: float) -> None:
+        self._num_steps += 1
+        self._num_against = 0 if is_useful else self._num_against + 1
+        if any(self._num_steps >= after and gain < least for after, least in JUDGED_AFTER.items()):
+            self._num_paused, self._pause = self._pause, min(LAST_PAUSE, 2 * self._pause)
+            self._switch()
+            return
+        if self._num_steps >= max(JUDGED_AFTER):
+            self._pause = FIRST_PAUSE
+        if self._num_against >= (UNWANTED_BEFORE if gain >= 1.0 else 1):
+            self._switch()
+
+    def _switch(self) -> None:
+        self.is_synchronous = not self.is_synchronous
+        self.num_switches += 1
+        self._num_against = self._num_steps = 0
