@@ -54,6 +54,10 @@ SCENARIOS = {
     "in step": replace(SMALL, is_in_step=True),
     "wait": replace(SMALL, limits=HoldLimits(1.0, "wait")),
     "oracle": replace(SMALL, is_oracle=True),
+    "asynchronous": replace(SMALL, gap_s=0.002),
+    "asynchronous, without": replace(SMALL, gap_s=0.002, share=0.0),
+    "asynchronous, little room": replace(SMALL, gap_s=0.002, max_running=2, max_step_tokens=8),
+    "asynchronous, in step": replace(SMALL, gap_s=0.002, is_in_step=True),
 }
 
 
@@ -94,6 +98,27 @@ def test_without_edges_a_step_makes_a_token_for_each_request(requests: int) -> N
     assert outcome.itl_p50_s == pytest.approx(step_s)
     assert outcome.itl_p99_s == pytest.approx(step_s)
     assert outcome.verified_per_accepted == 0.0
+
+
+@pytest.mark.parametrize("requests", [1, 8])
+def test_an_asynchronous_engine_has_no_gap_between_its_steps_and_a_synchronous_one_has(requests: int) -> None:
+    gap_s = 0.004
+    outcome = simulate(replace(LONG, requests=requests, share=0.0, tokens=40, gap_s=gap_s))
+    assert outcome.itl_p50_s == pytest.approx(A100.step_s(requests, requests))
+    perfect = EdgeModel(pass_s=1e-4, acceptance=1.0, branch=0.0, max_width=1)
+    drafted = replace(LONG, requests=requests, rtt_s=0.0, processing_s=0.0, edge=perfect, gap_s=gap_s)
+    step_s = A100.step_s(requests, requests * (K + 1), True) + gap_s
+    assert simulate(drafted).tokens_per_s == pytest.approx(requests * (K + 1) / step_s, rel=0.03)
+
+
+@pytest.mark.parametrize("gap_s", [0.001, 0.003])
+@pytest.mark.parametrize(("name", "requests"), [("a100-14b", 4), ("h100-8b", 32)])
+@pytest.mark.parametrize("edge", ["poor", "dead"])
+def test_an_asynchronous_server_is_no_slower_by_edges_that_are_of_no_use(
+    name: str, requests: int, edge: str, gap_s: float
+) -> None:
+    scenario = Scenario(server=SERVERS[name], requests=requests, gap_s=gap_s, tokens=300)
+    assert report.cell(report.with_edge(scenario, edge)).ratio() > 0.98
 
 
 def test_a_prompt_takes_the_steps_that_its_tokens_fill() -> None:

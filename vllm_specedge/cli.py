@@ -113,6 +113,7 @@ def simulate(
     request_us: Annotated[float, typer.Option(help="--server custom: a request, while they are read.", min=0)] = 20.0,
     token_us: Annotated[float, typer.Option(help="--server custom: computing a token.", min=0)] = 0.0,
     overhead_ms: Annotated[float, typer.Option(help="--server custom: a step, beside.", min=0)] = 0.5,
+    gap_ms: Annotated[float | None, typer.Option(help="An asynchronous engine: a synchronous step, beside.")] = None,
     draft_step_ms: Annotated[float, typer.Option(help="--server custom: a draft step on the server.", min=0)] = 0.0,
     all_modes: Annotated[bool, typer.Option("--all-modes", help="Also the modes for comparison.")] = False,
     oracle: Annotated[bool, typer.Option("--oracle", help="Also a policy that need not learn.")] = False,
@@ -134,6 +135,7 @@ def simulate(
     base = Scenario(
         server=chosen,
         jitter_s=jitter_ms / 1e3,
+        gap_s=gap_ms / 1e3 if gap_ms is not None else None,
         edge=EdgeModel(pass_ms / 1e3, row_ms / 1e3, acceptance, branch, width, uplink),
         share=share,
         requests_per_edge=requests_per_edge,

@@ -5,13 +5,15 @@ from math import inf
 
 from edge_client.drafters import Candidate, DraftSequence
 from edge_client.drafting.jobs import Job, Sequences, run_pass
-from edge_client.drafting.speculation import Speculation
+from edge_client.drafting.pacing import Pace
+from edge_client.drafting.speculation import MAX_KEPT, Speculation
 from vllm_specedge.simulation.clock import VirtualTime
 from vllm_specedge.simulation.models import SimulatedTarget, chance, key_of
-from vllm_specedge.simulation.scenario import EdgeModel
+from vllm_specedge.simulation.scenario import EdgeModel, Scenario
 from vllm_specedge.wire.codec import Frame, encode
 from vllm_specedge.wire.frames import Bye, Ping, Pong, Propose, Welcome
 
+MAX_CONTEXT_TOKENS = 1 << 20
 DRAFTING = 0
 """What chance is for: `key_of` of a draft; the simulation's own begin behind it."""
 
@@ -164,3 +166,15 @@ class VirtualEdge:
     def _wake(self) -> None:
         self._wakes_s = inf
         self._draft()
+
+
+def speculation(scenario: Scenario) -> Speculation:
+    """What decides on an edge of a scenario."""
+    model = scenario.edge
+    return Speculation(
+        MAX_CONTEXT_TOKENS,
+        max_width=model.max_width,
+        max_requests=scenario.edge_capacity,
+        max_kept=MAX_KEPT,
+        pace=Pace(rtt_s=scenario.rtt_s, uplink_bytes_per_token=model.uplink_bytes_per_token),
+    )

@@ -8,14 +8,22 @@ from vllm_specedge.simulation.models import Server
 class ExactCost(StepCost):
     """Knows the server."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, gap_s: float = 0.0) -> None:
+        """`gap_s`: what a synchronous step adds, on an engine whose steps need not be."""
         super().__init__()
-        self._server = server
+        self._server, self._gap_s = server, gap_s
         self._requests = 1
         """Of the step asked about last; the policy asks next how that grows."""
 
     def observe(
-        self, requests: int, tokens: int, context: int, took_s: float, prefilled: int = 0, is_verifying: bool = False
+        self,
+        requests: int,
+        tokens: int,
+        context: int,
+        took_s: float,
+        prefilled: int = 0,
+        is_verifying: bool = False,
+        has_gap: bool = False,
     ) -> None:
         pass
 
@@ -24,7 +32,7 @@ class ExactCost(StepCost):
         return self._server.step_s(requests, tokens) if tokens > 0 else 0.0
 
     def verifying_s(self, requests: int) -> float:
-        return self._server.step_s(requests, requests, True) - self._server.step_s(requests, requests)
+        return self._server.step_s(requests, requests, True) - self._server.step_s(requests, requests) + self._gap_s
 
     def growth(self, tokens: int, more: int) -> list[float]:
         base_s = self._server.step_s(self._requests, tokens)

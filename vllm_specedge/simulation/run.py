@@ -9,24 +9,23 @@ Frames travel as objects, not as bytes, and the engine's hop to its gateway take
 part of `processing_s`.
 """
 
-from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from math import inf
+from typing import NamedTuple
 
-from edge_client.drafting.pacing import Pace
-from edge_client.drafting.speculation import MAX_KEPT, Speculation
 from vllm_specedge.engine.driver import StepDriver
 from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
-from vllm_specedge.estimators import quantile
 from vllm_specedge.gateway.effects import Effect, ToEdge, ToEngine
 from vllm_specedge.gateway.known import POOL, ROLES, RouterLimits
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.situation import Load
 from vllm_specedge.policy.step_cost import PROFILED, StepCost
+from vllm_specedge.policy.stepping import Stepping
 from vllm_specedge.simulation.clock import VirtualTime, Way
-from vllm_specedge.simulation.edge import DRAFTING, SimulatedDraft, VirtualEdge
+from vllm_specedge.simulation.edge import DRAFTING, SimulatedDraft, VirtualEdge, speculation
+from vllm_specedge.simulation.measuring import Client, Measuring
 from vllm_specedge.simulation.models import Faults, SimulatedTarget, chance, key_of
 from vllm_specedge.simulation.oracle import ExactAcceptance, ExactCost
 from vllm_specedge.simulation.scenario import Outcome, Scenario
@@ -34,8 +33,9 @@ from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.engine_frames import EngineHello
 from vllm_specedge.wire.frames import PROTOCOL_VERSION, Hello
 
-MAX_CONTEXT_TOKENS = 1 << 20
 _ENGINE = b"engine"
+_MAX_IN_FLIGHT = 2
+"""Steps that vLLM's asynchronous engine has under way: one that is computed, and one that is scheduled."""
 _JITTER, _LENGTHS, _FAULTS = range(DRAFTING + 1, DRAFTING + 4)
 """What else chance is for."""
 
@@ -43,14 +43,6 @@ _JITTER, _LENGTHS, _FAULTS = range(DRAFTING + 1, DRAFTING + 4)
 def simulate(scenario: Scenario) -> Outcome:
     """Run a scenario to its end."""
     return Simulation(scenario).run()
-
-
-@dataclass(slots=True, eq=False)
-class Client:
-    """Asks, reads the answer, and asks again."""
-
-    made: int = 0
-    """Tokens that it got."""
 
 
 @dataclass(slots=True, eq=False)
@@ -68,29 +60,40 @@ class Served:
     chunk_s: float
     """When it got a token last; before the first: when it was asked."""
     num_computed: int = 0
+    """Tokens whose computing is scheduled."""
+    num_in_flight: int = 0
+    """Tokens that steps under way decide, at most."""
     has_begun: bool = False
     """It has a token of its answer."""
 
     @property
     def num_left(self) -> int:
         """Tokens to compute before the next one is known; 1: it decodes."""
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) + self.num_in_flight - self.num_computed
+
+    @property
+    def is_done(self) -> bool:
+        """It has all its tokens when the steps under way are done."""
+        return len(self.tokens) + self.num_in_flight >= self.end
 
 
-@dataclass(slots=True)
-class _Measured:
-    """From the end of the warm-up on."""
+class _Part(NamedTuple):
+    """What a step computes of one request."""
 
-    started_s: float
-    before: Counter[str]
-    """The engine's counters as they were then."""
-    tokens: int = 0
-    gaps_s: "array[float]" = field(default_factory=lambda: array("d"))
-    ttfts_s: "array[float]" = field(default_factory=lambda: array("d"))
+    request: Served
+    num_tokens: int
+    draft: list[int]
+    """The last ones of these."""
+    is_decided: bool
+    """The step decides at least one token of it."""
 
 
-_Scheduled = list[tuple[Served, int, list[int]]]
-"""What is in a step: the request, how many of its tokens, and the draft that is the last of these."""
+class _Step(NamedTuple):
+    """One that was scheduled, and whose outcome is not known."""
+
+    plan: StepPlan
+    parts: list[_Part]
+    scheduled_s: float
 
 
 class Simulation:
@@ -116,9 +119,13 @@ class Simulation:
         self._num_parks = 0
         self._num_requests = 0
         self._idle: list[Client] = []
-        self._num_cold = self._num_busy = scenario.requests
-        """Clients that have not made what the warm-up takes; what they all are to make."""
-        self._measured = None if scenario.warm_up else _Measured(0.0, Counter())
+        self._measuring = Measuring(scenario, self.driver.counters)
+        self._stepping = Stepping()
+        self._in_flight: deque[_Step] = deque()
+        self._free_s = 0.0
+        """When the device has done all that was scheduled."""
+        self._ended_s = 0.0
+        """When the last step ended."""
 
     def run(self) -> Outcome:
         """Until each client has its tokens."""
@@ -126,8 +133,8 @@ class Simulation:
         for _ in range(self.scenario.requests):
             self._ask(Client())
         self._begin()
-        self.time.run(inf, lambda: not self._num_busy)
-        return self._outcome()
+        self.time.run(inf, lambda: self._measuring.is_done)
+        return self._measuring.outcome(self.time.now_s)
 
     def ended(self, request: Served) -> None:
         """A request has all its tokens."""
@@ -151,7 +158,7 @@ class Simulation:
         faults = Faults(key_of(scenario.seed, number, _FAULTS), model.fault)
         edge = VirtualEdge(
             self.time,
-            _speculation(scenario),
+            speculation(scenario),
             draft.open,
             lambda num_tokens: model.pass_s + (num_tokens - 1) * model.row_s,
             faults.free_s,
@@ -201,23 +208,43 @@ class Simulation:
         self._publish(self.driver.open(request.id_, request.tokens, ""))
 
     def _begin(self) -> None:
-        """Begin the next step, or sleep while all wait for drafts."""
+        """Schedule what may begin now, or sleep while all wait for drafts."""
         self._is_parked = False
+        while len(self._in_flight) < _MAX_IN_FLIGHT:
+            is_synchronous = self.scenario.gap_s is None or self._stepping.is_synchronous
+            if (self._in_flight and is_synchronous) or not self._schedule_step(is_synchronous):
+                return
+
+    def _schedule_step(self, is_synchronous: bool) -> bool:
+        """Whether there was something to schedule."""
         self._take_in()
         rows, load = self._look()
-        plan = self.driver.begin(rows, self.time.now_s, load)
+        plan = self._as_stepped(self.driver.begin(rows, self.time.now_s, load), is_synchronous)
         self.driver.start(plan)
         if plan.wait_until_s is not None and not self._waiting:
             self._is_parked = True
             self._num_parks += 1
             self.time.at(plan.wait_until_s, self._wake, self._num_parks)
-            return
-        scheduled = self._schedule(plan)
+            return False
+        parts = self._schedule(plan)
+        if not parts and self._in_flight:
+            return False
         self.driver.learn()
-        num_tokens = sum(num for _, num, _ in scheduled)
-        is_verifying = any(draft for _, _, draft in scheduled)
-        step_s = self.scenario.server.step_s(len(scheduled), num_tokens, is_verifying)
-        self.time.after(step_s, self._finish, plan, scheduled, self.time.now_s)
+        num_tokens = sum(part.num_tokens for part in parts)
+        step_s = self.scenario.server.step_s(len(parts), num_tokens, any(part.draft for part in parts))
+        if is_synchronous:
+            step_s += self.scenario.gap_s or 0.0
+        self._free_s = max(self._free_s, self.time.now_s) + step_s
+        self._in_flight.append(_Step(plan, parts, self.time.now_s))
+        self.time.at(self._free_s, self._finish)
+        return True
+
+    def _as_stepped(self, plan: StepPlan, is_synchronous: bool) -> StepPlan:
+        """As adapter/drafting.py has it."""
+        if self.scenario.gap_s is None:
+            return plan
+        self._stepping.planned(not plan.is_plain, self.driver.speedups.gain_of_waiting)
+        return replace(plan, has_gap=True) if is_synchronous else plan.undrafted()
 
     def _wake(self, number: int) -> None:
         if self._is_parked and number == self._num_parks:
@@ -229,13 +256,14 @@ class Simulation:
         rows: list[Row] = []
         prefill = context = num_others = 0
         for request in self._running:
-            num_left = request.num_left
+            num_left, num_in_flight = request.num_left, request.num_in_flight
             if num_left != 1:
                 prefill += num_left
                 continue
             context += len(request.tokens)
             if has_edges:
-                rows.append(Row(request.id_, request.end - len(request.tokens) - 1))
+                left = request.end - len(request.tokens) - num_in_flight
+                rows.append(Row(request.id_, left - 1, num_in_flight=num_in_flight))
             else:
                 num_others += 1
         is_pressed = bool(self._waiting)
@@ -244,52 +272,52 @@ class Simulation:
         room = scenario.max_step_tokens
         return rows, Load(context, num_others, min(prefill, room), is_pressed, room)
 
-    def _schedule(self, plan: StepPlan) -> _Scheduled:
+    def _schedule(self, plan: StepPlan) -> list[_Part]:
         """As vLLM's scheduler does: who runs already comes first, and prompts take what room is left."""
-        room, scheduled = self.scenario.max_step_tokens, _Scheduled()
+        room, parts = self.scenario.max_step_tokens, list[_Part]()
         for request in self._running:
-            if request.id_ in plan.holds or not room:
+            if request.id_ in plan.holds or not room or request.is_done:
                 continue
-            draft = plan.drafts.get(request.id_, [])
-            num_left = request.num_left
-            num_tokens = min(num_left + len(draft), room)
-            scheduled.append((request, num_tokens, draft[: max(0, num_tokens - num_left)]))
-            room -= num_tokens
+            parts.append(_part(request, plan.drafts.get(request.id_, []), room))
+            room -= parts[-1].num_tokens
         while self._waiting and room and len(self._running) < self.scenario.max_running:
             request = self._waiting.popleft()
             self._running.append(request)
-            num_tokens = min(request.num_left, room)
-            scheduled.append((request, num_tokens, []))
-            room -= num_tokens
-        return scheduled
+            parts.append(_part(request, [], room))
+            room -= parts[-1].num_tokens
+        return parts
 
     # -- after a step ----------------------------------------------------------------------------------------------
 
-    def _finish(self, plan: StepPlan, scheduled: _Scheduled, started_s: float) -> None:
+    def _finish(self) -> None:
+        """The oldest step under way is done."""
+        step = self._in_flight.popleft()
         outcomes, over = [], []
-        for request, num_tokens, draft in scheduled:
-            is_over = self._run(request, num_tokens, draft)
+        for request, num_tokens, draft, is_decided in step.parts:
+            if is_decided:
+                self._decide(request, draft)
+            is_over = len(request.tokens) >= request.end
             outcomes.append(RequestOutcome(request.id_, num_tokens, len(draft), is_over))
             if is_over:
                 over.append(request)
         self._take_in()
-        self._publish(self.driver.end(plan, outcomes, Step(started_s, self.time.now_s)))
+        started_s, self._ended_s = max(step.scheduled_s, self._ended_s), self.time.now_s
+        self._publish(self.driver.end(step.plan, outcomes, Step(started_s, self._ended_s)))
         if over:
             self._running = [request for request in self._running if len(request.tokens) < request.end]
         for request in over:
             self.ended(request)
         self._begin()
 
-    def _run(self, request: Served, num_tokens: int, draft: list[int]) -> bool:
-        """A step has computed so many of its tokens. Returns whether the request is over."""
-        if num_tokens < request.num_left:
-            request.num_computed += num_tokens
-            return False
+    def _decide(self, request: Served, draft: list[int]) -> None:
+        """A step has decided tokens of it."""
         said = self._verify(request, draft)
         request.tokens += said
-        request.num_computed = len(request.tokens) - 1
-        self._count(request, len(said))
-        return len(request.tokens) >= request.end
+        request.num_in_flight -= 1 + len(draft)
+        request.num_computed -= 1 + len(draft) - len(said)
+        now_s = self.time.now_s
+        self._measuring.count(request.client, len(said), request.chunk_s, not request.has_begun, now_s)
+        request.chunk_s, request.has_begun = now_s, True
 
     def _verify(self, request: Served, draft: list[int]) -> list[int]:
         """What a greedy target emits: its own choices, up to the first one that the draft did not foresee."""
@@ -300,51 +328,22 @@ class Simulation:
                 break
         return said
 
-    # -- what is measured ------------------------------------------------------------------------------------------
 
-    def _count(self, request: Served, num_tokens: int) -> None:
-        now_s, scenario, client = self.time.now_s, self.scenario, request.client
-        if self._measured is not None:
-            gaps_s = self._measured.gaps_s if request.has_begun else self._measured.ttfts_s
-            gaps_s.append(now_s - request.chunk_s)
-            self._measured.tokens += num_tokens
-        request.chunk_s, request.has_begun = now_s, True
-        made, client.made = client.made, client.made + num_tokens
-        warm = scenario.warm_up * scenario.tokens
-        self._num_cold -= made < warm <= client.made
-        self._num_busy -= made < scenario.tokens <= client.made
-        if self._num_cold == 0 and self._measured is None:
-            self._measured = _Measured(now_s, self.driver.counters.copy())
-
-    def _outcome(self) -> Outcome:
-        measured = self._measured or _Measured(self.time.now_s, Counter())
-        return Outcome(
-            seconds=self.time.now_s - measured.started_s,
-            tokens=measured.tokens,
-            itl_p50_s=quantile(measured.gaps_s, 0.5),
-            itl_p99_s=quantile(measured.gaps_s, 0.99),
-            ttft_p50_s=quantile(measured.ttfts_s, 0.5),
-            ttft_p99_s=quantile(measured.ttfts_s, 0.99),
-            counters=self.driver.counters - measured.before,
-        )
+def _part(request: Served, draft: list[int], room: int) -> _Part:
+    """Schedule what there is room for of a request."""
+    num_left = request.num_left
+    num_tokens = min(num_left + len(draft), room)
+    draft, is_decided = draft[: max(0, num_tokens - num_left)], num_tokens >= num_left
+    request.num_computed += num_tokens
+    request.num_in_flight += is_decided * (1 + len(draft))
+    return _Part(request, num_tokens, draft, is_decided)
 
 
 def _driver(scenario: Scenario) -> StepDriver:
     sizes = scenario.vocab_size, scenario.spec_tokens, scenario.limits
     if scenario.is_oracle:
         exact = ExactAcceptance(scenario.edge.acceptance)
-        return StepDriver(*sizes, ExactCost(scenario.server), lambda record: exact)
+        return StepDriver(*sizes, ExactCost(scenario.server, scenario.gap_s or 0.0), lambda record: exact)
     server = scenario.server
     profile = {size: server.step_s(1, size) for size in PROFILED if size <= scenario.max_step_tokens}
     return StepDriver(*sizes, StepCost(profile))
-
-
-def _speculation(scenario: Scenario) -> Speculation:
-    model = scenario.edge
-    return Speculation(
-        MAX_CONTEXT_TOKENS,
-        max_width=model.max_width,
-        max_requests=scenario.edge_capacity,
-        max_kept=MAX_KEPT,
-        pace=Pace(rtt_s=scenario.rtt_s, uplink_bytes_per_token=model.uplink_bytes_per_token),
-    )

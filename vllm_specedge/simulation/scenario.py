@@ -48,6 +48,9 @@ class Scenario:
     requests_per_edge: int = 1
     """More, where `max_edges` do not suffice."""
     max_edges: int = 1 << 20
+    gap_s: float | None = None
+    """What a synchronous step adds on an engine that can schedule asynchronously; None: it cannot, and its steps have
+    all in them."""
     limits: HoldLimits = field(default_factory=HoldLimits)
     spec_tokens: int = 5
     credit_tokens: int = RouterLimits().credit_tokens

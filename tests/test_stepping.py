@@ -1,0 +1,152 @@
+"""Steps are asynchronous unless drafts are of use, and what was measured ends a try that does not pay."""
+
+from collections import deque
+from itertools import pairwise
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_specedge.adapter.step_loop import StepLoop
+from vllm_specedge.policy.stepping import (
+    FIRST_PAUSE,
+    JUDGED_AFTER,
+    LAST_PAUSE,
+    UNWANTED_BEFORE,
+    WANTED_BEFORE,
+    Stepping,
+)
+
+JUDGED = max(JUDGED_AFTER)
+
+
+def planned(stepping: Stepping, number: int, is_useful: bool, gain: float = 1.5) -> int:
+    """How many of so many steps were synchronous when they were planned."""
+    count = 0
+    for _ in range(number):
+        count += stepping.is_synchronous
+        stepping.planned(is_useful, gain)
+    return count
+
+
+def test_without_useful_drafts_every_step_is_asynchronous() -> None:
+    assert planned(Stepping(), 1000, is_useful=False) == 0
+
+
+def test_useful_drafts_make_the_next_steps_synchronous() -> None:
+    stepping = Stepping()
+    assert planned(stepping, 500, is_useful=True) == 500 - WANTED_BEFORE
+    assert stepping.num_switches == 1
+
+
+def test_one_useful_step_alone_changes_nothing() -> None:
+    stepping = Stepping()
+    for _ in range(100):
+        stepping.planned(True, 1.5)
+        stepping.planned(False, 1.5)
+    assert not stepping.num_switches
+
+
+def test_it_goes_back_when_nothing_is_useful_any_more() -> None:
+    stepping = Stepping()
+    planned(stepping, 20, is_useful=True)
+    assert planned(stepping, 100, is_useful=False) == UNWANTED_BEFORE
+    assert not stepping.is_synchronous
+
+
+def test_what_is_far_from_paying_is_seen_early() -> None:
+    assert planned(Stepping(), JUDGED, is_useful=True, gain=0.8) == min(JUDGED_AFTER)
+
+
+def test_where_it_has_not_paid_one_step_without_use_is_enough() -> None:
+    stepping = Stepping()
+    planned(stepping, 1 + WANTED_BEFORE, is_useful=True, gain=0.95)
+    assert planned(stepping, 10, is_useful=False, gain=0.95) == 1
+
+
+def test_a_pause_in_between_is_waited_out() -> None:
+    stepping = Stepping()
+    planned(stepping, 20, is_useful=True)
+    for _ in range(50):
+        planned(stepping, UNWANTED_BEFORE - 1, is_useful=False)
+        planned(stepping, 1, is_useful=True)
+    assert stepping.num_switches == 1
+
+
+def test_what_does_not_pay_is_tried_more_seldom_each_time() -> None:
+    stepping, tries = Stepping(), []
+    for step in range(40 * LAST_PAUSE):
+        before = stepping.num_switches
+        stepping.planned(True, 0.95)
+        if stepping.num_switches > before and stepping.is_synchronous:
+            tries.append(step)
+    pauses = [later - earlier for earlier, later in pairwise(tries)]
+    assert pauses[0] == JUDGED + FIRST_PAUSE + WANTED_BEFORE
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == JUDGED + LAST_PAUSE + WANTED_BEFORE
+
+
+def test_what_pays_again_is_not_held_against_it() -> None:
+    stepping = Stepping()
+    planned(stepping, 2000, is_useful=True, gain=0.9)
+    planned(stepping, 2000, is_useful=True, gain=1.5)
+    assert stepping.is_synchronous
+    planned(stepping, 1, is_useful=True, gain=0.9)
+    assert not stepping.is_synchronous
+    assert planned(stepping, FIRST_PAUSE + WANTED_BEFORE + 1, is_useful=True) == 1
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0.0, 4.0))))
+def test_it_becomes_synchronous_only_where_steps_in_a_row_want_it(steps: list[tuple[bool, float]]) -> None:
+    stepping, num_wanted = Stepping(), 0
+    for is_useful, gain in steps:
+        was_synchronous = stepping.is_synchronous
+        stepping.planned(is_useful, gain)
+        num_wanted = num_wanted + 1 if is_useful and not was_synchronous else 0
+        if stepping.is_synchronous and not was_synchronous:
+            assert num_wanted >= WANTED_BEFORE
+
+
+class Core:
+    """As vLLM's EngineCore, of which it says what was called, and whether the scheduler would have had requests."""
+
+    def __init__(self) -> None:
+        self.batch_queue: deque[int] = deque()
+        self.said: list[str] = []
+        self.loop: StepLoop | None = None
+
+    def step(self) -> tuple[Any, bool]:
+        assert self.loop is not None
+        assert not self.batch_queue
+        assert self.loop.is_synchronous_step
+        self.said.append("step")
+        return {}, True
+
+    def step_with_batch_queue(self) -> tuple[Any, bool]:
+        assert self.loop is not None
+        assert not self.loop.is_synchronous_step
+        if not self.loop.is_draining:
+            self.batch_queue.appendleft(0)
+            self.said.append("schedule")
+            if len(self.batch_queue) < 2:
+                return None, True
+        self.batch_queue.pop()
+        self.said.append("outcome")
+        return {}, not self.loop.is_draining
+
+
+@given(st.lists(st.booleans(), max_size=60))
+def test_a_synchronous_step_begins_when_all_before_it_are_done(wanted: list[bool]) -> None:
+    core, is_synchronous = Core(), False
+    core.loop = loop = StepLoop(core, lambda: is_synchronous)
+    for is_synchronous in wanted:
+        in_flight, num_said = len(core.batch_queue), len(core.said)
+        _, has_run = loop.step()
+        assert has_run, "vLLM would sleep a millisecond"
+        said = core.said[num_said:]
+        if not is_synchronous:
+            assert said[0] == "schedule"
+        else:
+            assert said == (["outcome"] if in_flight else ["step"])
+    assert not loop.is_draining
+    assert not loop.is_synchronous_step
