@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -11,6 +11,7 @@ help:
 	@echo "make test            every test, on a real vLLM too (half an hour once installed)"
 	@echo "make check test-fast format, lint, types and the tests of what decides: for every save (half a minute)"
 	@echo "make test-processes  real gateways, commands and draft models, without vLLM (three minutes)"
+	@echo "make test-vllm-v2    vLLM's other model runner, in Triton's interpreter (three minutes)"
 	@echo "make test-faults     what can go wrong around a server under load: a table (ten minutes)"
 	@echo "make soak            two hours of load while edges come and go: what grows, what is left behind"
 	@echo "make fuzz            a minute of coverage-guided fuzzing of each of what parses (FUZZ_S=1800: half an hour)"
@@ -44,11 +45,11 @@ demo: $(VENV)/.installed-demo
 play: $(VENV)/.installed-demo
 	@$(BIN)/python examples/play.py $(if $(MODEL),--pair $(MODEL))
 
-test: test-fast test-processes test-vllm
+test: test-fast test-processes test-vllm-v2 test-vllm
 
 # Decisions and data structures, in this process: for every save.
 test-fast: $(VENV)/.installed
-	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/processes --ignore=tests/models -n 2 --dist loadfile --durations=15
+	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/vllm_v2 --ignore=tests/processes --ignore=tests/models -n 2 --dist loadfile --durations=15
 
 # Real gateways, servers, commands and draft models, each a process or a file of weights; no vLLM.
 test-processes: $(VENV)/.installed
@@ -57,6 +58,16 @@ test-processes: $(VENV)/.installed
 # Each in turn: the servers of these tests take both cores.
 test-vllm: $(VENV)/.installed model
 	$(BIN)/pytest tests/vllm --durations=15
+
+# vLLM's V2 model runner, in this process: its kernels in Triton's interpreter, a model of some thousand numbers.
+TRITON := .cache/triton
+$(TRITON)/triton/__init__.py: $(VENV)/.installed-demo
+	@echo "  Triton, for its interpreter ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.6.0
+	@touch $@
+
+test-vllm-v2: $(VENV)/.installed $(TRITON)/triton/__init__.py
+	PYTHONPATH=$(TRITON) VLLM_LOGGING_LEVEL=ERROR $(BIN)/pytest tests/vllm_v2 -n 2 --dist loadfile --durations=10
 
 # docs/options.md, from the models of vllm_specedge/config.py.
 options: $(VENV)/.installed

@@ -1,6 +1,7 @@
 """From `edge` to what stock vLLM understands, and what cannot work, said at start-up in one sentence each."""
 
 import atexit
+import logging
 import multiprocessing
 import os
 import shutil
@@ -9,15 +10,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_specedge.adapter import hooks
 from vllm_specedge.adapter.start import ENDPOINT_VARIABLE, engine_options, new_endpoint
 from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, parse_options
 from vllm_specedge.errors import UserError
 from vllm_specedge.frontend.admission import LOAD_VARIABLE
 from vllm_specedge.gateway.startup_checks import check_start
 
+logger = logging.getLogger("vllm.specedge.config")
+
 METHOD = "edge"
+_ANY_BATCH = 1 << 20
 PROPOSER = "vllm_specedge.adapter.proposer.EdgeProposer"
 SCHEDULER = "vllm_specedge.adapter.scheduler.EdgeScheduler"
+ASYNC_SCHEDULER = "vllm_specedge.adapter.scheduler.EdgeAsyncScheduler"
+WORKER = "vllm_specedge.adapter.worker.extension.EdgeWorker"
 
 
 def parse_value(value: str, parse_json: Callable[[str], Any]) -> Any:
@@ -58,17 +65,77 @@ def rewrite(args: Any) -> bool:
     if not isinstance(config, Mapping):
         return False
     if config.get("method") != METHOD:
-        return config.get("model") == PROPOSER
+        return args.scheduler_cls in (SCHEDULER, ASYNC_SCHEDULER)
     num_tokens, ours = _split(config)
     _check_args(args, num_tokens)
     args.spec_method = None
-    args.speculative_config = {"method": "custom_class", "model": PROPOSER}
+    args.speculative_config = {}
     if args.spec_tokens is None:
         args.speculative_config["num_speculative_tokens"] = num_tokens or DEFAULT_SPEC_TOKENS
-    args.scheduler_cls = SCHEDULER
     args.additional_config = {**(args.additional_config or {}), "specedge": ours}
+    reason = why_v1(args)
+    if reason is None:
+        _use_v2(args)
+    else:
+        use_v1(args, reason)
     _prepare(parse_options(ours))
     return True
+
+
+# -- which of vLLM's model runners ---------------------------------------------------------------------------------
+
+
+def why_v1(args: Any) -> str | None:
+    """Why a server stays on the V1 model runner, as far as that can be said before vLLM has looked at everything."""
+    from vllm.triton_utils import HAS_TRITON
+
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
+        return "VLLM_USE_V2_MODEL_RUNNER is 0"
+    problems = hooks.problems(hooks.EXTENSION)
+    if problems:
+        return problems[0]
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    return "of --worker-extension-cls" if args.worker_extension_cls else None
+
+
+def is_v2(args: Any) -> bool:
+    """Whether rewritten arguments are for the V2 model runner."""
+    return bool(args.worker_extension_cls == WORKER)
+
+
+def _use_v2(args: Any) -> None:
+    """vLLM's V2 runner knows no custom proposer: a method of its own that needs no model takes us along."""
+    config = args.speculative_config
+    config |= {"method": "ngram", "prompt_lookup_min": 3, "prompt_lookup_max": 3}
+    num_tokens = args.spec_tokens or config["num_speculative_tokens"]
+    lengths = sorted({num_tokens, (num_tokens + 1) // 2, 1, 0}, reverse=True)
+    # So that whole steps are captured as CUDA graphs for each of these numbers of drafts a request, and for none.
+    if args.data_parallel_size == 1 and (args.max_num_seqs is None or args.max_num_seqs >= len(lengths)):
+        ends = [*range(1, len(lengths)), _ANY_BATCH]
+        config["num_speculative_tokens_per_batch_size"] = [
+            (start, end, length) for start, end, length in zip(range(1, len(ends) + 1), ends, lengths, strict=True)
+        ]
+    args.scheduler_cls, args.worker_extension_cls = ASYNC_SCHEDULER, WORKER
+
+
+def use_v1(args: Any, reason: str) -> None:
+    """Verify on the V1 model runner, whose drafts come from a class of ours, and synchronously. Raises UserError."""
+    if args.async_scheduling is True:
+        raise UserError(
+            f"Edge drafting needs synchronous scheduling here, because {reason}: leave --async-scheduling out."
+        )
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        raise UserError(
+            f"Edge drafting needs vLLM's V1 model runner here, because {reason}: unset VLLM_USE_V2_MODEL_RUNNER."
+        )
+    config = args.speculative_config
+    kept = {key: config[key] for key in ("num_speculative_tokens",) if key in config}
+    args.speculative_config = {"method": "custom_class", "model": PROPOSER, **kept}
+    args.scheduler_cls = SCHEDULER
+    if args.worker_extension_cls == WORKER:
+        args.worker_extension_cls = ""
+    logger.info("Edge drafting uses vLLM's V1 model runner and synchronous scheduling, because %s", reason)
 
 
 def _check_args(args: Any, num_tokens: int | None) -> None:
@@ -77,18 +144,14 @@ def _check_args(args: Any, num_tokens: int | None) -> None:
     _check_num_tokens(args.spec_tokens)
     if getattr(args, "spec_model", None):
         raise UserError("Edge drafting takes no --spec-model: each edge chooses its own with --draft.")
-    if args.scheduler_cls not in (None, SCHEDULER):
+    if args.scheduler_cls not in (None, SCHEDULER, ASYNC_SCHEDULER):
         raise UserError("Edge drafting brings its own scheduler: leave --scheduler-cls out.")
-    if args.async_scheduling is True:
-        raise UserError("Edge drafting needs synchronous scheduling: leave --async-scheduling out.")
     if args.pipeline_parallel_size > 1:
         raise UserError("Edge drafting does not work with pipeline parallelism: use --tensor-parallel-size instead.")
     if (
         args.distributed_executor_backend == "external_launcher"
     ):  # every rank would have an engine, and edges of its own
         raise UserError("Edge drafting does not work with external_launcher: leave --distributed-executor-backend out.")
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        raise UserError("Edge drafting needs vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER.")
 
 
 def _prepare(options: EdgeOptions) -> None:
@@ -111,8 +174,6 @@ def check_config(config: Any) -> None:
     model = config.model_config
     if config.speculative_config.num_speculative_tokens > MAX_SPEC_TOKENS:
         raise UserError(f"--spec-tokens must be 1 to {MAX_SPEC_TOKENS}.")
-    if config.scheduler_config.async_scheduling:
-        raise UserError("Edge drafting needs synchronous scheduling: leave --async-scheduling out.")
     if model.is_hybrid:
         raise UserError("Edge drafting does not work with hybrid (Mamba, linear-attention) models: serve without it.")
     if model.runner_type != "generate" or model.is_encoder_decoder or getattr(model, "is_diffusion", False):

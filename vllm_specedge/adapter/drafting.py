@@ -2,8 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -19,6 +19,7 @@ from vllm_specedge.adapter.parameters import Treatment, treatment
 from vllm_specedge.adapter.prediction_reader import Predictions
 from vllm_specedge.adapter.shared_driver import SharedDriver
 from vllm_specedge.adapter.start import engine_options, start_link
+from vllm_specedge.adapter.step_loop import StepLoop
 from vllm_specedge.adapter.tracing import RequestSpans, request_spans
 from vllm_specedge.engine.driver import StepDriver
 from vllm_specedge.engine.gateway_link import EngineLink
@@ -27,6 +28,7 @@ from vllm_specedge.engine.plan import RequestOutcome, Step, StepPlan
 from vllm_specedge.errors import UserError
 from vllm_specedge.policy.slo import Targets
 from vllm_specedge.policy.step_cost import StepCost
+from vllm_specedge.policy.stepping import Stepping
 from vllm_specedge.wire.codec import is_text
 from vllm_specedge.wire.request_fields import KEY
 
@@ -103,6 +105,39 @@ class Drafting:
         """The steps that are under way, and when each began."""
         self._ending: _Ending | None = None
         """The step whose outcome vLLM takes in just now."""
+        self._ended_s = 0.0
+        """When the last step ended."""
+        self._stepping = Stepping()
+        self._loop: StepLoop | None = None
+        """Of an engine whose steps may be asynchronous; None: all wait for their outcome."""
+
+    # -- how steps follow each other -------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """Decide from now on whether the engine's steps are synchronous, if it has a choice."""
+
+        def make_step(core: Any) -> Callable[[], Any]:
+            self._loop = StepLoop(core, lambda: self._stepping.is_synchronous)
+            return self._loop.step
+
+        if self._loop is None:
+            self._engine.replace_step(make_step)
+
+    @property
+    def is_draining(self) -> bool:
+        """Nothing is to be scheduled before the step that is under way has ended."""
+        return self._loop is not None and self._loop.is_draining
+
+    def stop_following(self) -> None:
+        """All steps are asynchronous from now on, where they can be."""
+        self._stepping = Stepping()
+
+    def _as_stepped(self, plan: StepPlan) -> StepPlan:
+        """What of a plan the step can do that begins now: one that is not waited for cannot verify."""
+        if self._loop is None:
+            return plan
+        self._stepping.planned(not plan.is_plain, self.driver.speedups.gain_of_waiting)
+        return replace(plan, has_gap=True) if self._loop.is_synchronous_step else plan.undrafted()
 
     # -- before a step ---------------------------------------------------------------------------------------------
 
@@ -110,7 +145,7 @@ class Drafting:
         """What the step verifies that begins now, and whom it leaves out."""
         started_s = time.monotonic()
         self.shared.unpark()
-        plan = self.shared.planned(self._plan)
+        plan = self._as_stepped(self.shared.planned(self._plan))
         self.shared.changed()
         if plan.wait_until_s is not None:
             plan = self._all_held(plan)
@@ -164,7 +199,9 @@ class Drafting:
         outcomes = ending.outcomes(num_scheduled_tokens)
         if not outcomes:
             return
-        step = Step(ending.started_s, time.monotonic())
+        # A step that was scheduled while another was computed begins when that ends.
+        step = Step(max(ending.started_s, self._ended_s), time.monotonic())
+        self._ended_s = step.ended_s
         self.shared.send(self.driver.end(ending.plan, outcomes, step))
         self._trace(outcomes, step.started_s)
         if self._load_report is not None:
@@ -253,6 +290,8 @@ class Drafting:
         if num_waiting(scheduler) or scheduler.finished_req_ids or has_connector:
             return False
         if scheduler.pause_state != PauseState.UNPAUSED or not engine.is_running():
+            return False
+        if self._loop is not None and (engine.num_in_flight or not self._stepping.is_synchronous):
             return False
         plan = self.shared.planned(self._plan)
         if plan.wait_until_s is None:

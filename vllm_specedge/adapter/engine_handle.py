@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.engine import EngineCoreRequestType
@@ -34,6 +35,18 @@ class EngineHandle:
     def wake(self) -> None:
         """Make its loop look again. Any thread may call this."""
         self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that are scheduled and whose outcome is not taken in."""
+        return len(getattr(self._core, "batch_queue", None) or ())
+
+    def replace_step(self, make_step: Callable[[Any], Callable[[], Any]]) -> bool:
+        """Have each of the engine's steps made by what `make_step` returns for it; whether the engine can."""
+        if not hasattr(self._core, "step_fn") or getattr(self._core, "batch_queue", None) is None:
+            return False
+        self._core.step_fn = make_step(self._core)
+        return True
 
     def skip_draft_poll(self) -> None:
         """Workers draft nothing here, and asking them after a step costs a round trip, for all to wait."""

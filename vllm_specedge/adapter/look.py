@@ -18,7 +18,9 @@ def look(scheduler: Any, targets: Targets, drafted: set[str] | None) -> tuple[li
     is_scarce = _is_scarce(scheduler)
     rows, prefill, context, num_others, step_limit_s = [], 0, 0, 0, inf
     for request in scheduler.running:
-        num_left = request.num_tokens - request.num_computed_tokens
+        # Tokens of a step that is under way are not known yet, and count as computed (AsyncScheduler).
+        num_in_flight = request.num_output_placeholders
+        num_left = request.num_tokens + num_in_flight - request.num_computed_tokens
         if request.status != RequestStatus.RUNNING or num_left != 1:
             prefill += num_left
             continue
@@ -28,9 +30,10 @@ def look(scheduler: Any, targets: Targets, drafted: set[str] | None) -> tuple[li
             num_others += 1
             continue
         left = min(request.max_tokens - request.num_output_tokens, scheduler.max_model_len - request.num_tokens)
+        left -= num_in_flight
         if is_scarce:
             left = min(left, 1 + -request.num_tokens % scheduler.block_size)
-        rows.append(Row(request.request_id, left - 1, request.priority))
+        rows.append(Row(request.request_id, left - 1, request.priority, num_in_flight))
     is_pressed = num_waiting(scheduler) > 0
     if is_pressed and len(scheduler.running) < scheduler.max_num_running_reqs:
         prefill += next((request.num_tokens for request in scheduler.waiting), 0)

@@ -15,7 +15,16 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from vllm_specedge.adapter.config_rewrite import METHOD, check_config, parse_value, rewrite, unreached
+from vllm_specedge.adapter.config_rewrite import (
+    METHOD,
+    SCHEDULER,
+    check_config,
+    is_v2,
+    parse_value,
+    rewrite,
+    unreached,
+    use_v1,
+)
 from vllm_specedge.adapter.request_log import hide_ours
 from vllm_specedge.errors import UserError
 
@@ -91,19 +100,30 @@ def _warn_if_unreached(config: Any) -> None:
         logger.warning("%s", sentence)
 
 
+def _finish(config: Any) -> None:
+    """What follows from the runner and the scheduling that vLLM has chosen."""
+    if not config.use_v2_model_runner:
+        from vllm_specedge.adapter.worker import verification
+
+        verification.admit()
+    elif not config.scheduler_config.async_scheduling:
+        config.scheduler_config.scheduler_cls = SCHEDULER
+
+
 def _rewriting(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         usage = kwargs.get("usage_context", args[0] if args else None)
         try:
             is_edge = rewrite(self)
             config = create_engine_config(self, *args, **kwargs)
+            if is_edge and is_v2(self) and not config.use_v2_model_runner:
+                use_v1(self, "vLLM's V2 model runner does not take this configuration")
+                config = create_engine_config(self, *args, **kwargs)
             if is_edge:
-                from vllm_specedge.adapter.worker import verification
-
                 hide_ours()
                 check_config(config)
                 _warn_if_unreached(config)
-                verification.admit()
+                _finish(config)
         except UserError as error:
             if "SERVER" in getattr(usage, "name", ""):
                 sys.exit(f"vllm-specedge: {error}")

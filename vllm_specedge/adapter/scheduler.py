@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
@@ -36,7 +37,7 @@ class EdgeScheduler(Scheduler):
         """None: this is a plain scheduler."""
         self._services: Services | None = None
         hide_ours()
-        problems = hooks.problems()
+        problems = hooks.drafting_problems(hooks.V2 if self.vllm_config.use_v2_model_runner else hooks.V1)
         if problems:
             logger.warning("Serving without edge drafts: %s", "; ".join(problems))
         else:
@@ -70,6 +71,7 @@ class EdgeScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
+        self._do(Drafting.follow)  # the engine is complete now
         self._do(lambda drafting: drafting.added(request))
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -77,6 +79,8 @@ class EdgeScheduler(Scheduler):
         return super()._free_request(request, *args, **kwargs)
 
     def has_requests(self) -> bool:
+        if self._drafting is not None and self._drafting.is_draining:
+            return False
         return super().has_requests() and not self._do(Drafting.park)
 
     def shutdown(self) -> None:
@@ -102,8 +106,24 @@ class EdgeScheduler(Scheduler):
         except Exception:
             logger.exception("Drafting failed and is off; serving goes on without it")
             self._drafting = None
+            drafting.stop_following()
             drafting.shared.stop()
             for request in self.running:
                 request.next_decode_eligible_step = 0
                 request.spec_token_ids = []
             return None
+
+
+class EdgeAsyncScheduler(EdgeScheduler, AsyncScheduler):
+    """The same for an engine that schedules a step while the one before is computed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._max_draft = self.num_spec_tokens
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        scheduler_output.num_spec_tokens_to_schedule = self._max_draft  # with fewer, workers blank the others
+        super()._update_after_schedule(scheduler_output)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            # Placeholders for drafts that workers make themselves. Here they make none.
+            self.requests[request_id].spec_token_ids = []

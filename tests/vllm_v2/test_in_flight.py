@@ -1,0 +1,87 @@
+"""What happens to requests while a step is under way: aborts, preemption, and drafting that fails."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .engines import ASYNCHRONOUS, SYNCHRONOUS, WAYS, Engine, with_edges
+from .test_same_tokens import PROMPTS, greedy, long_prompt
+
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@every_way
+def test_an_abort_leaves_the_others_as_they_are(plain: Engine, edge: Engine, way: str) -> None:
+    said = plain.tokens(PROMPTS, greedy(40))
+    edge.oracle.answers = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, said, strict=True)}
+    edge.step_as(way)
+    engine = edge.llm.llm_engine
+    for name, prompt in zip(("gone", "stays"), PROMPTS, strict=True):
+        engine.add_request(name, {"prompt_token_ids": prompt}, greedy(40))
+    got: dict[str, list[int]] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            got[output.request_id] = list(output.outputs[0].token_ids)
+        if len(got.get("gone", ())) >= 5:
+            engine.abort_request(["gone"])
+    assert got["stays"] == said[1]
+    assert len(got["gone"]) < 40
+    assert not len(edge.drafting.driver)
+
+
+@pytest.fixture(scope="module")
+def small(model: Path) -> Iterator[Engine]:
+    """With room in its cache for two of four requests."""
+    yield from with_edges(model, ASYNCHRONOUS, num_gpu_blocks_override=12)
+
+
+@every_way
+def test_preempted_requests_say_the_same(plain: Engine, small: Engine, way: str) -> None:
+    prompts = [long_prompt(seed, 40) for seed in range(4)]
+    said = plain.tokens(prompts, greedy(100))
+    small.oracle.answers = {tuple(prompt): answer for prompt, answer in zip(prompts, said, strict=True)}
+    preempted: list[Any] = []
+    scheduler = small.core.scheduler
+    preempt = scheduler._preempt_request
+    scheduler._preempt_request = lambda request, *args, **kwargs: (
+        preempted.append(request),
+        preempt(request, *args, **kwargs),
+    )
+    small.step_as(way)
+    try:
+        assert small.tokens(prompts, greedy(100)) == said
+    finally:
+        scheduler._preempt_request = preempt
+    assert preempted
+
+
+def test_an_engine_that_never_schedules_asynchronously(plain: Engine, model: Path) -> None:
+    said = plain.tokens(PROMPTS, greedy(40))
+    for engine in with_edges(model, SYNCHRONOUS):
+        assert engine.core.batch_queue is None
+        engine.oracle.answers = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, said, strict=True)}
+        assert engine.tokens(PROMPTS, greedy(40)) == said
+        assert engine.counters["accepted_tokens"] > 10
+
+
+def test_drafting_that_fails_leaves_an_asynchronous_engine(plain: Engine, model: Path) -> None:
+    said = plain.tokens(PROMPTS, greedy(40))
+    for engine in with_edges(model, ASYNCHRONOUS):
+        engine.oracle.answers = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, said, strict=True)}
+        engine.step_as("synchronous")
+        engine.drafting.driver.end = failing_after(6, engine.drafting.driver.end)
+        assert engine.tokens(PROMPTS, greedy(40)) == said
+        assert engine.drafting is None
+        assert engine.tokens(PROMPTS, greedy(40)) == said
+
+
+def failing_after(count: int, act: Callable[..., Any]) -> Callable[..., Any]:
+    calls = iter(range(count))
+
+    def failing(*args: Any) -> Any:
+        next(calls)  # StopIteration, as any fault in drafting
+        return act(*args)
+
+    return failing

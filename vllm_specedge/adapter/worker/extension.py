@@ -1,0 +1,25 @@
+"""What vLLM makes a base class of its workers, on servers whose model runner is V2."""
+
+import logging
+from typing import Any
+
+from vllm_specedge.adapter import hooks
+
+logger = logging.getLogger("vllm.specedge.worker")
+
+
+class EdgeWorker:
+    """For vLLM's `--worker-extension-cls`; `--speculative-config edge` sets it."""
+
+    model_runner: Any
+    """vLLM's."""
+
+    def init_worker_extension(self) -> None:
+        """vLLM calls this when the runner is there and its model is not loaded yet (v1/worker/worker_base.py)."""
+        problems = hooks.drafting_problems(hooks.V2)
+        if problems:  # the scheduler finds them too, and has nothing verified
+            logger.warning("This worker verifies no edge drafts: %s", "; ".join(problems))
+            return
+        from vllm_specedge.adapter.worker import placing
+
+        placing.mend(self.model_runner)
