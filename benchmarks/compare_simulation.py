@@ -18,9 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from harness.results import Column, table
 from scipy.optimize import nnls
 
 from vllm_specedge.errors import UserError
@@ -51,6 +49,10 @@ class Comparison:
     def difference(self) -> float:
         """Of the simulation from the measurement, as a part of that."""
         return self.simulated / self.measured - 1.0
+
+    @property
+    def is_far(self) -> bool:
+        return abs(self.difference) > MAX_DIFFERENCE
 
 
 def results(path: Path) -> dict[str, Any]:
@@ -120,32 +122,17 @@ def _as_measured(scenario: Scenario, values: Mapping[str, Any]) -> Scenario:
     )
 
 
-def show_comparison(scenario: Scenario, path: Path) -> int:
-    """Print a results file's cells as measured and as simulated. Returns an exit status: 1 if any is far off."""
-    compared = compare(scenario, path)
-    Console().print(comparison_table(compared))
-    return int(any(abs(each.difference) > MAX_DIFFERENCE for each in compared))
-
-
-def comparison_table(compared: Sequence[Comparison]) -> Table:
-    """Tokens per second with edges, and plain. Fits 80 columns."""
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    titles = ("re-\nquests", "RTT\nms", "\nedges", "measured\ntok/s", "simulated\ntok/s", "differ-\nence")
-    for title in (*titles, "measured\nplain", "simulated\nplain"):
-        shown.add_column(title, justify="right", no_wrap=True)
-    for each in compared:
-        shown.add_row(
-            str(each.requests),
-            f"{each.rtt_s * 1e3:g}",
-            each.edge,
-            f"{each.measured:.1f}",
-            f"{each.simulated:.1f}",
-            f"{each.difference:+.0%}",
-            f"{each.measured_plain:.1f}",
-            f"{each.simulated_plain:.1f}",
-            style="red" if abs(each.difference) > MAX_DIFFERENCE else "",
-        )
-    return shown
+COLUMNS = (
+    Column("requests", lambda each: each.requests),
+    Column("RTT ms", lambda each: each.rtt_s * 1e3, "g"),
+    Column("edges", lambda each: each.edge),
+    Column("measured tok/s", lambda each: each.measured, ".1f"),
+    Column("simulated tok/s", lambda each: each.simulated, ".1f"),
+    Column("difference", lambda each: each.difference, "+.0%"),
+    Column("measured plain", lambda each: each.measured_plain, ".1f"),
+    Column("simulated plain", lambda each: each.simulated_plain, ".1f"),
+    Column("", lambda each: "far" if each.is_far else ""),
+)
 
 
 def fitted(rows: Sequence[Sequence[float]]) -> FittedServer:
@@ -183,9 +170,11 @@ def main(
     try:
         server = fitted_server(results_file)
         base = Scenario(server=server, prompt_tokens=prompt_tokens, output_tokens=output_tokens, max_edges=max_edges)
-        sys.exit(show_comparison(base, results_file))
+        compared = compare(base, results_file)
     except UserError as error:
         sys.exit(f"compare_simulation: {error}")
+    print(table(COLUMNS, compared))
+    sys.exit(any(each.is_far for each in compared))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""What the runs of bench.py come to: ratios, costs, break-even. Pure: plain values in and out.
+"""What the runs of bench.py come to: ratios, costs, break-even. Pure: plain values in and out."""
 
-Rule: every ratio is to the runs of the compared arm for the same case in the same repeat, for machines drift.
-"""
-
-import hashlib
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+
+from harness.results import Column, table
+from harness.runs import Ratio, Run, Slot, counted, middle, ratio, share
 
 VANILLA, NGRAM, DRAFT_MODEL, WAIT, OURS = ARMS = ("vanilla", "ngram", "draft_model", "wait", "edge")
 REMOTE = (WAIT, OURS)
@@ -20,54 +18,9 @@ TITLES = {
     WAIT: "edge, waiting (the paper's)",
     OURS: "edge",
 }
+RATE = "whole_tokens_per_s"
+"""Output tokens a second as `vllm bench serve` says them, prompts included."""
 HELPS, LOSES = 1.02, 0.98
-
-
-class Case(NamedTuple):
-    """What all arms are asked alike."""
-
-    requests: int
-    """At once, all the time: as one is done the next is asked."""
-    kind: str
-    """Of prompts."""
-    temperature: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """One arm, one case, once. Times are a client's, as `vllm bench serve` measures them."""
-
-    arm: str
-    requests: int
-    kind: str
-    temperature: float
-    rtt_ms: float | None
-    """None: no edge."""
-    repeat: int
-    num_tokens: int
-    seconds: float
-    tokens_per_s: float
-    ttft_ms: dict[str, float]
-    """p50, p99."""
-    itl_ms: dict[str, float]
-    """Between two chunks: p50, p95, p99."""
-    tokens_per_step: float
-    """That a request gets from one of its decode steps."""
-    acceptance: float | None
-    """Of the draft tokens that were verified."""
-    verified_per_accepted: float | None
-    up_bytes_per_token: float
-    down_bytes_per_token: float
-    server_cpu_s_per_token: float
-    """Of worker and engine core."""
-    edge_busy: float
-    """Of one core."""
-    answers: list[str]
-    """A digest of each; none where they are sampled."""
-
-    @property
-    def case(self) -> Case:
-        return Case(self.requests, self.kind, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -82,32 +35,7 @@ class Prices:
         return tokens_per_s * 3600 / (self.server + num_edges * self.edge)
 
 
-def digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def num_different(runs: Iterable[Run]) -> int:
-    """Greedy answers that are not those of the first run of the same case and repeat."""
-    first: dict[tuple[Case, int], list[str]] = {}
-    return sum(
-        one != other
-        for run in runs
-        for one, other in zip(first.setdefault((run.case, run.repeat), run.answers), run.answers, strict=True)
-    )
-
-
-class Ratio(NamedTuple):
-    """Median and range over the repeats."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}..{self.high:.2f})"
-
-
-def cases(runs: Iterable[Run]) -> list[Case]:
+def cases(runs: Iterable[Run]) -> list[Slot]:
     return list(dict.fromkeys(run.case for run in runs))
 
 
@@ -115,26 +43,10 @@ def rtts_ms(runs: Iterable[Run]) -> list[float]:
     return sorted({run.rtt_ms for run in runs if run.rtt_ms is not None})
 
 
-def of(runs: Iterable[Run], arm: str, case: Case, rtt_ms: float | None = None) -> list[Run]:
+def of(runs: Iterable[Run], arm: str, case: Slot, rtt_ms: float | None = None) -> list[Run]:
     """All repeats of an arm; `rtt_ms` counts only for those with an edge."""
     rtt_ms = rtt_ms if arm in REMOTE else None
     return [run for run in runs if (run.arm, run.case, run.rtt_ms) == (arm, case, rtt_ms)]
-
-
-def ratio(own: Sequence[Run], others: Sequence[Run], name: str = "tokens_per_s") -> Ratio | None:
-    """Of each run to the mean of the others in its repeat; None if there are none."""
-    values = []
-    for run in own:
-        beside = [getattr(other, name) for other in others if other.repeat == run.repeat]
-        if beside:
-            values.append(getattr(run, name) / statistics.fmean(beside))
-    return Ratio(statistics.median(values), min(values), max(values)) if values else None
-
-
-def capacity(own: Sequence[Run], vanilla: Sequence[Run]) -> str:
-    """Tokens that a second of the server's time makes, times plain vLLM's: so many more users on the same server."""
-    load = ratio(own, vanilla, "server_cpu_s_per_token")
-    return f"{1 / load.median:.2f}" if load else ""
 
 
 def break_even_ms(points: Sequence[tuple[float, float]]) -> float | None:
@@ -158,78 +70,85 @@ def verdict(gain: float) -> str:
 
 # -- as text ---------------------------------------------------------------------------------------------------------
 
-HEADER = (
-    "requests",
-    "prompts",
-    "T",
-    "arm",
-    "RTT ms",
-    "tok/s",
-    "x vLLM",
-    "TTFT p50",
-    "ITL p50 / p95 / p99",
-    "tok/step",
-    "accepted",
-    "verified/acc.",
-    "B/tok up/down",
-    "CPU ms/tok",
-    "capacity",
-    "edge busy",
-    "tok/$",
+
+@dataclass(frozen=True)
+class Row:
+    """One arm's repeats of a case: medians, and the range of the ratio."""
+
+    own: list[Run]
+    vanilla: list[Run]
+    prices: Prices
+
+    @property
+    def one(self) -> Run:
+        return self.own[0]
+
+    @property
+    def is_remote(self) -> bool:
+        return self.one.arm in REMOTE
+
+    def middle(self, name: str) -> float:
+        return middle(self.own, name)
+
+    def ratio(self) -> Ratio | None:
+        return ratio(self.own, self.vanilla, RATE)
+
+    def percentiles(self, name: str, *parts: str) -> str:
+        """Medians over the repeats, in ms."""
+        return " / ".join(f"{statistics.median(getattr(run, name)[part] for run in self.own):.0f}" for part in parts)
+
+    def shares(self, name: str, whole: str) -> float | None:
+        """The median over the repeats that counted both."""
+        found = [value for run in self.own if (value := share(counted([run]), name, whole)) is not None]
+        return statistics.median(found) if found else None
+
+    def bytes_per_token(self) -> str | None:
+        up, down = (self.shares(f"{way}_bytes", "tokens") for way in ("up", "down"))
+        return f"{up:.1f} / {down:.1f}" if self.is_remote else None
+
+    def capacity(self) -> float | None:
+        """Tokens that a second of the server's time makes, times plain vLLM's: so many more users on one server."""
+        load = ratio(self.own, self.vanilla, "cpu_s_per_token")
+        return 1 / load.median if load else None
+
+    def tokens_per_dollar(self) -> float:
+        return self.prices.tokens_per_dollar(self.middle(RATE), int(self.is_remote))
+
+
+COLUMNS = (
+    Column("requests", lambda row: row.one.requests),
+    Column("prompts", lambda row: row.one.kind),
+    Column("T", lambda row: row.one.temperature, "g"),
+    Column("arm", lambda row: TITLES[row.one.arm]),
+    Column("RTT ms", lambda row: row.one.rtt_ms, "g"),
+    Column("tok/s", lambda row: row.middle(RATE), ".1f"),
+    Column("x vLLM", lambda row: row.ratio()),
+    Column("TTFT p50", lambda row: 1e3 * row.middle("first_token_p50_s"), ".0f"),
+    Column("ITL p50 / p95 / p99", lambda row: row.percentiles("gap_ms", "p50", "p95", "p99")),
+    Column("tok/step", lambda row: row.shares("committed_tokens", "steps"), ".2f"),
+    Column("accepted", lambda row: row.shares("accepted_tokens", "verified_tokens"), ".2f"),
+    Column("verified/acc.", lambda row: row.shares("verified_tokens", "accepted_tokens"), ".2f"),
+    Column("B/tok up/down", lambda row: row.bytes_per_token()),
+    Column("CPU ms/tok", lambda row: 1e3 * row.middle("cpu_s_per_token"), ".0f"),
+    Column("capacity", lambda row: row.capacity(), ".2f"),
+    Column("edge busy", lambda row: row.middle("edge_busy") if row.is_remote else None, ".0%"),
+    Column("tok/$", lambda row: row.tokens_per_dollar(), ",.0f"),
 )
 
 
-def lines(runs: Sequence[Run], prices: Prices) -> list[list[str]]:
-    found = []
-    for case in cases(runs):
-        for arm in ARMS:
-            for rtt_ms in rtts_ms(runs) if arm in REMOTE else (None,):
-                own = of(runs, arm, case, rtt_ms)
-                if own:
-                    found.append(line(own, of(runs, VANILLA, case), prices))
-    return found
-
-
-def line(own: Sequence[Run], vanilla: Sequence[Run], prices: Prices) -> list[str]:
-    """One arm's repeats as a row: medians, and the range of the ratio."""
-    one = own[0]
-    tokens_per_s = middle(own, "tokens_per_s")
-    is_remote = one.arm in REMOTE
-    itl = " / ".join(f"{statistics.median(run.itl_ms[name] for run in own):.0f}" for name in ("p50", "p95", "p99"))
-    return [
-        str(one.requests),
-        one.kind,
-        f"{one.temperature:g}",
-        TITLES[one.arm],
-        f"{one.rtt_ms:g}" if one.rtt_ms is not None else "",
-        f"{tokens_per_s:.1f}",
-        str(ratio(own, vanilla) or ""),
-        f"{statistics.median(run.ttft_ms['p50'] for run in own):.0f}",
-        itl,
-        f"{middle(own, 'tokens_per_step'):.2f}",
-        shown(own, "acceptance"),
-        shown(own, "verified_per_accepted"),
-        f"{middle(own, 'up_bytes_per_token'):.1f} / {middle(own, 'down_bytes_per_token'):.1f}" if is_remote else "",
-        f"{1e3 * middle(own, 'server_cpu_s_per_token'):.0f}",
-        capacity(own, vanilla),
-        f"{middle(own, 'edge_busy'):.0%}" if is_remote else "",
-        f"{prices.tokens_per_dollar(tokens_per_s, int(is_remote)):,.0f}",
+def rows(runs: Sequence[Run], prices: Prices) -> list[Row]:
+    places = [
+        (case, arm, rtt_ms)
+        for case in cases(runs)
+        for arm in ARMS
+        for rtt_ms in (rtts_ms(runs) if arm in REMOTE else (None,))
     ]
+    found = [Row(of(runs, arm, case, rtt_ms), of(runs, VANILLA, case), prices) for case, arm, rtt_ms in places]
+    return [row for row in found if row.own]
 
 
-def middle(runs: Sequence[Run], name: str) -> float:
-    return statistics.median(getattr(run, name) for run in runs)
-
-
-def shown(runs: Sequence[Run], name: str) -> str:
-    """Of what an arm may not have."""
-    values = [value for run in runs if (value := getattr(run, name)) is not None]
-    return f"{statistics.median(values):.2f}" if values else ""
-
-
-def table(runs: Sequence[Run], prices: Prices) -> str:
-    rows = [HEADER, ["---:"] * len(HEADER), *lines(runs, prices)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def as_table(runs: Sequence[Run], prices: Prices) -> str:
+    return table(COLUMNS, rows(runs, prices))
 
 
 def break_evens(runs: Sequence[Run]) -> list[str]:
@@ -240,7 +159,7 @@ def break_evens(runs: Sequence[Run]) -> list[str]:
             points = [
                 (rtt_ms, gain.median)
                 for rtt_ms in rtts_ms(runs)
-                if (gain := ratio(of(runs, OURS, case, rtt_ms), of(runs, other, case, rtt_ms))) is not None
+                if (gain := ratio(of(runs, OURS, case, rtt_ms), of(runs, other, case, rtt_ms), RATE)) is not None
             ]
             if points:
                 where = f"{case.requests} requests, {case.kind}, T {case.temperature:g}"
