@@ -23,7 +23,7 @@ from harness.load import QUESTIONS, chat_prompt
 from harness.replay import Accuracy, Recording
 from harness.results import CACHE, Column, Kept, markdown, output_path
 from harness.runs import Run, Slot, counted, share
-from harness.servers import Target, edge, launch, metered, stand_aside, story, waiting
+from harness.servers import Arm, Target, edge, launch, metered, stand_aside, story, waiting
 
 LOGS = results.LOGS / "ahead"
 RECORDINGS = LOGS / "recordings.json"
@@ -32,19 +32,7 @@ CREDIT_TOKENS = 32
 PASS_MS = 6.0
 RTTS_MS = (0.0, 5.0, 20.0, 80.0)
 VANILLA = "vanilla"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of serving: a server's options, and what its edge may do."""
-
-    name: str
-    title: str
-    server: str
-    config: dict[str, object] | None = None
-    """None: no speculation."""
-    max_width: int = 1
-    """Of the edge's passes; 1: no branches, 0: as the drafter can."""
+NO_BRANCHES = ("--max-width", "1")
 
 
 def all_arms(k: int) -> list[Arm]:
@@ -52,11 +40,11 @@ def all_arms(k: int) -> list[Arm]:
     ahead = edge(k, mode="auto", credit_tokens=CREDIT_TOKENS, ngram=False)
     return [
         Arm(VANILLA, VANILLA, VANILLA),
-        Arm("chain-and-wait", "chain-and-wait", "chain-and-wait", waiting(k, credit_tokens=k)),
-        Arm("run-ahead", "+ run-ahead", "run-ahead", waiting(k, credit_tokens=CREDIT_TOKENS)),
-        Arm("partial-reuse", "+ partial reuse", "auto", ahead),
-        Arm("branches", "+ branches", "auto", ahead, max_width=0),
-        Arm("ngram", "+ n-gram rung", "ngram", {**ahead, "ngram": True}, max_width=0),
+        Arm("chain-and-wait", "chain-and-wait", "chain-and-wait", waiting(k, credit_tokens=k), NO_BRANCHES),
+        Arm("run-ahead", "+ run-ahead", "run-ahead", waiting(k, credit_tokens=CREDIT_TOKENS), NO_BRANCHES),
+        Arm("partial-reuse", "+ partial reuse", "auto", ahead, NO_BRANCHES),
+        Arm("branches", "+ branches", "auto", ahead),
+        Arm("ngram", "+ n-gram rung", "ngram", {**ahead, "ngram": True}),
     ]
 
 
@@ -98,7 +86,7 @@ class Plan:
 def measure(plan: Plan, slot: Slot, target: Target, known: Sequence[Recording]) -> Run:
     """Ask all that was recorded, one request after the other."""
     arm = plan.chosen()[slot.arm]
-    options = [*plan.draft(), *flags(max_width=arm.max_width)]
+    options = [*plan.draft(), *arm.edge]
     rtt_ms = slot.rtt_ms if target.has_gateway else None
     with drafting(target.server, rtt_ms, REPLAY, options, LOGS / f"edge-{arm.name}.log") as edges:
         target.ask([known[0].prompt], WARM_UP_TOKENS)
@@ -207,7 +195,7 @@ BYTE_GOALS = {"up": 128.0, "down": 16.0}
 def goals(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """How the last arm does, if it has branches: the goals are for the whole."""
     arm = list(plan.chosen().values())[-1]
-    last = [cell for cell in cells if cell["arm"] == arm.name and arm.max_width != 1]
+    last = [cell for cell in cells if cell["arm"] == arm.name and arm.edge != NO_BRANCHES]
     for cell in last:
         goal = RATIO_GOALS.get(cell["rtt_ms"])
         if goal and not plan.is_real:

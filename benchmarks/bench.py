@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from figures import ARMS, DRAFT_MODEL, NGRAM, OURS, REMOTE, VANILLA, WAIT, Prices, as_table, break_evens
+from figures import ARMS, DRAFT_MODEL, NGRAM, OURS, REMOTE, VANILLA, WAIT, Prices, as_table, break_evens, summarise
 from harness import results
 from harness.edges import CONNECT, drafting, flags
 from harness.load import KINDS, MIXED, prompts
@@ -153,7 +153,7 @@ def measure_all(settings: Settings, slots: Sequence[Slot], kept: Kept, prices: P
         kept.measure_all(
             slots,
             lambda slot: [measure(settings, slot, targets[slot.arm])],
-            lambda runs: {"prices": asdict(prices)},
+            lambda runs: {"prices": asdict(prices), "cells": summarise(runs, prices)},
             "whole_tokens_per_s",
         )
 

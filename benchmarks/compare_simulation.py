@@ -21,9 +21,8 @@ import typer
 from harness.results import Column, table
 from scipy.optimize import nnls
 
-from vllm_specedge.errors import UserError
 from vllm_specedge.policy.step_cost import KNOTS
-from vllm_specedge.simulation.models import FittedServer, Server
+from vllm_specedge.simulation.models import FittedServer
 from vllm_specedge.simulation.report import EDGES, plain, tokens_each, with_edge
 from vllm_specedge.simulation.run import simulate
 from vllm_specedge.simulation.scenario import Scenario
@@ -53,35 +52,6 @@ class Comparison:
     @property
     def is_far(self) -> bool:
         return abs(self.difference) > MAX_DIFFERENCE
-
-
-def results(path: Path) -> dict[str, Any]:
-    """A benchmark's results file. Raises UserError."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"The results file {path} cannot be read: {error}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"The results file {path} holds no JSON object.")
-    return values
-
-
-def fitted_server(path: Path) -> Server:
-    """The server whose step times are in a results file, as `fitted` takes them."""
-    try:
-        return fitted(results(path)["server_model"]["rows"])
-    except (KeyError, TypeError, ValueError):
-        form = '{"server_model": {"rows": [[requests, tokens, seconds, 1 if drafts were verified, else 0], ...]}}'
-        raise UserError(f"The results file {path} has no step times in the form {form}.") from None
-
-
-def compare(scenario: Scenario, path: Path) -> list[Comparison]:
-    """Simulate each cell of a results file. What the file does not say is as in `scenario`."""
-    values = results(path)
-    try:
-        return [_compared(scenario, values, cell) for cell in values["cells"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"The results file {path} lacks {error} where it is needed.") from None
 
 
 def _compared(scenario: Scenario, values: Mapping[str, Any], cell: Mapping[str, Any]) -> Comparison:
@@ -168,11 +138,12 @@ def main(
 ) -> None:
     """Simulate what was measured, and print both."""
     try:
-        server = fitted_server(results_file)
+        values = json.loads(results_file.read_text())
+        server = fitted(values["server_model"]["rows"])
         base = Scenario(server=server, prompt_tokens=prompt_tokens, output_tokens=output_tokens, max_edges=max_edges)
-        compared = compare(base, results_file)
-    except UserError as error:
-        sys.exit(f"compare_simulation: {error}")
+        compared = [_compared(base, values, cell) for cell in values["cells"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"compare_simulation: {results_file} cannot be read, or is no results file of grid.py: {error!r}")
     print(table(COLUMNS, compared))
     sys.exit(any(each.is_far for each in compared))
 

@@ -12,7 +12,6 @@ machine. --slower 4 makes all that is modelled (steps, round trips, passes) four
 suffice; what the engine's Python needs between two steps stays what it is.
 """
 
-import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -129,26 +128,23 @@ def between_ms(run: Run) -> float:
 def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A cell for each arm, over all repeats so far: what is in the table, and in the file."""
     vanilla = [run for run in runs if run.arm == VANILLA]
-    cells = []
-    for arm in ARMS:
-        if own := [run for run in runs if run.arm == arm]:
-            between = spread(list(map(between_ms, own)))
-            ratio = middle(own, "tokens_per_s") / middle(vanilla, "tokens_per_s") if vanilla else None
-            cells.append(
-                {
-                    "arm": arm,
-                    "tokens_per_s": spread([run.tokens_per_s for run in own]),
-                    "ratio": ratio,
-                    "whole_tokens_per_s": middle(own, "whole_tokens_per_s"),
-                    "first_token_s": middle(own, "first_token_p50_s"),
-                    "p99_ms": middle(own, "gap_p99_ms"),
-                    "step_ms": statistics.median(map(step_ms, own)),
-                    "between_ms": between,
-                    "accepted_per_step": share(counted(own), "accepted_tokens", "steps") or 0.0,
-                    "cores_busy": statistics.median(sum(run.core_busy) for run in own),
-                }
-            )
-    return cells
+    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in ARMS}
+    return [summarise_arm(arm, own, vanilla) for arm, own in by_arm.items() if own]
+
+
+def summarise_arm(arm: str, own: Sequence[Run], vanilla: Sequence[Run]) -> dict[str, Any]:
+    return {
+        "arm": arm,
+        "tokens_per_s": spread([run.tokens_per_s for run in own]),
+        "ratio": middle(own, "tokens_per_s") / middle(vanilla, "tokens_per_s") if vanilla else None,
+        "whole_tokens_per_s": middle(own, "whole_tokens_per_s"),
+        "first_token_s": middle(own, "first_token_p50_s"),
+        "p99_ms": middle(own, "gap_p99_ms"),
+        "step_ms": middle(own, step_ms),
+        "between_ms": spread(list(map(between_ms, own))),
+        "accepted_per_step": share(counted(own), "accepted_tokens", "steps") or 0.0,
+        "cores_busy": middle(own, lambda run: sum(run.core_busy)),
+    }
 
 
 COLUMNS = (

@@ -4,9 +4,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from harness.results import Column, table
-from harness.runs import Ratio, Run, Slot, counted, middle, ratio, share
+from harness.runs import Run, Slot, counted, middle, ratio, share
 
 VANILLA, NGRAM, DRAFT_MODEL, WAIT, OURS = ARMS = ("vanilla", "ngram", "draft_model", "wait", "edge")
 REMOTE = (WAIT, OURS)
@@ -71,84 +72,75 @@ def verdict(gain: float) -> str:
 # -- as text ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
+def cell_of(own: Sequence[Run], vanilla: Sequence[Run], prices: Prices) -> dict[str, Any]:
     """One arm's repeats of a case: medians, and the range of the ratio."""
+    one, load, rate = own[0], ratio(own, vanilla, "cpu_s_per_token"), middle(own, RATE)
+    is_remote = one.arm in REMOTE
+    itl_ms = [statistics.median(run.gap_ms[part] for run in own) for part in ("p50", "p95", "p99")]
+    up, down = (shares(own, f"{way}_bytes", "tokens") for way in ("up", "down"))
+    return {
+        "requests": one.requests,
+        "prompts": one.kind,
+        "temperature": one.temperature,
+        "arm": TITLES[one.arm],
+        "rtt_ms": one.rtt_ms,
+        "tokens_per_s": rate,
+        "ratio": ratio(own, vanilla, RATE),
+        "ttft_ms": 1e3 * middle(own, "first_token_p50_s"),
+        "itl_ms": " / ".join(f"{each:.0f}" for each in itl_ms),
+        "tokens_per_step": shares(own, "committed_tokens", "steps"),
+        "acceptance": shares(own, "accepted_tokens", "verified_tokens"),
+        "verified_per_accepted": shares(own, "verified_tokens", "accepted_tokens"),
+        "bytes_per_token": f"{up:.1f} / {down:.1f}" if is_remote else None,
+        "cpu_ms_per_token": 1e3 * middle(own, "cpu_s_per_token"),
+        # Tokens that a second of the server's time makes, times plain vLLM's: so many more users on the same server.
+        "capacity": 1 / load.median if load else None,
+        "edge_busy": middle(own, "edge_busy") if is_remote else None,
+        "tokens_per_dollar": prices.tokens_per_dollar(rate, int(is_remote)),
+    }
 
-    own: list[Run]
-    vanilla: list[Run]
-    prices: Prices
 
-    @property
-    def one(self) -> Run:
-        return self.own[0]
-
-    @property
-    def is_remote(self) -> bool:
-        return self.one.arm in REMOTE
-
-    def middle(self, name: str) -> float:
-        return middle(self.own, name)
-
-    def ratio(self) -> Ratio | None:
-        return ratio(self.own, self.vanilla, RATE)
-
-    def percentiles(self, name: str, *parts: str) -> str:
-        """Medians over the repeats, in ms."""
-        return " / ".join(f"{statistics.median(getattr(run, name)[part] for run in self.own):.0f}" for part in parts)
-
-    def shares(self, name: str, whole: str) -> float | None:
-        """The median over the repeats that counted both."""
-        found = [value for run in self.own if (value := share(counted([run]), name, whole)) is not None]
-        return statistics.median(found) if found else None
-
-    def bytes_per_token(self) -> str | None:
-        up, down = (self.shares(f"{way}_bytes", "tokens") for way in ("up", "down"))
-        return f"{up:.1f} / {down:.1f}" if self.is_remote else None
-
-    def capacity(self) -> float | None:
-        """Tokens that a second of the server's time makes, times plain vLLM's: so many more users on one server."""
-        load = ratio(self.own, self.vanilla, "cpu_s_per_token")
-        return 1 / load.median if load else None
-
-    def tokens_per_dollar(self) -> float:
-        return self.prices.tokens_per_dollar(self.middle(RATE), int(self.is_remote))
+def shares(own: Sequence[Run], name: str, whole: str) -> float | None:
+    """The median over the repeats that counted both."""
+    found = [value for run in own if (value := share(counted([run]), name, whole)) is not None]
+    return statistics.median(found) if found else None
 
 
 COLUMNS = (
-    Column("requests", lambda row: row.one.requests),
-    Column("prompts", lambda row: row.one.kind),
-    Column("T", lambda row: row.one.temperature, "g"),
-    Column("arm", lambda row: TITLES[row.one.arm]),
-    Column("RTT ms", lambda row: row.one.rtt_ms, "g"),
-    Column("tok/s", lambda row: row.middle(RATE), ".1f"),
-    Column("x vLLM", lambda row: row.ratio()),
-    Column("TTFT p50", lambda row: 1e3 * row.middle("first_token_p50_s"), ".0f"),
-    Column("ITL p50 / p95 / p99", lambda row: row.percentiles("gap_ms", "p50", "p95", "p99")),
-    Column("tok/step", lambda row: row.shares("committed_tokens", "steps"), ".2f"),
-    Column("accepted", lambda row: row.shares("accepted_tokens", "verified_tokens"), ".2f"),
-    Column("verified/acc.", lambda row: row.shares("verified_tokens", "accepted_tokens"), ".2f"),
-    Column("B/tok up/down", lambda row: row.bytes_per_token()),
-    Column("CPU ms/tok", lambda row: 1e3 * row.middle("cpu_s_per_token"), ".0f"),
-    Column("capacity", lambda row: row.capacity(), ".2f"),
-    Column("edge busy", lambda row: row.middle("edge_busy") if row.is_remote else None, ".0%"),
-    Column("tok/$", lambda row: row.tokens_per_dollar(), ",.0f"),
+    Column("requests", "requests"),
+    Column("prompts", "prompts"),
+    Column("T", "temperature", "g"),
+    Column("arm", "arm"),
+    Column("RTT ms", "rtt_ms", "g"),
+    Column("tok/s", "tokens_per_s", ".1f"),
+    Column("x vLLM", "ratio"),
+    Column("TTFT p50", "ttft_ms", ".0f"),
+    Column("ITL p50 / p95 / p99", "itl_ms"),
+    Column("tok/step", "tokens_per_step", ".2f"),
+    Column("accepted", "acceptance", ".2f"),
+    Column("verified/acc.", "verified_per_accepted", ".2f"),
+    Column("B/tok up/down", "bytes_per_token"),
+    Column("CPU ms/tok", "cpu_ms_per_token", ".0f"),
+    Column("capacity", "capacity", ".2f"),
+    Column("edge busy", "edge_busy", ".0%"),
+    Column("tok/$", "tokens_per_dollar", ",.0f"),
 )
 
 
-def rows(runs: Sequence[Run], prices: Prices) -> list[Row]:
+def summarise(runs: Sequence[Run], prices: Prices) -> list[dict[str, Any]]:
+    """A cell for each arm of each case: what is in the table, and in the file."""
     places = [
         (case, arm, rtt_ms)
         for case in cases(runs)
         for arm in ARMS
         for rtt_ms in (rtts_ms(runs) if arm in REMOTE else (None,))
     ]
-    found = [Row(of(runs, arm, case, rtt_ms), of(runs, VANILLA, case), prices) for case, arm, rtt_ms in places]
-    return [row for row in found if row.own]
+    found = [(of(runs, arm, case, rtt_ms), of(runs, VANILLA, case)) for case, arm, rtt_ms in places]
+    return [cell_of(own, vanilla, prices) for own, vanilla in found if own]
 
 
 def as_table(runs: Sequence[Run], prices: Prices) -> str:
-    return table(COLUMNS, rows(runs, prices))
+    return table(COLUMNS, summarise(runs, prices))
 
 
 def break_evens(runs: Sequence[Run]) -> list[str]:

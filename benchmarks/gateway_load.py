@@ -22,35 +22,32 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import SplitResult, urlsplit
 
-import numpy as np
 import psutil
-import trustme
 import typer
 import uvloop
-from certificates import write_certificate
 from harness import results
 from harness.edges import REPLAY, drafting, flags
+from harness.gateways import VOCAB_SIZE, gateway, percentiles_ms, tls
 from harness.light_edge import AUTHORITY, LightEdge
 from harness.results import Column, table
-from harness.servers import edge, free_ports, launch, stand_aside, story
-from stack import BIN, SERVER_CORE, Process, edge_client, start
+from harness.servers import edge, launch, stand_aside, story
+from stack import SERVER_CORE, edge_client
 
 from edge_client.gateway_link import Gateway, Link
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.wire.codec import Frame
-from vllm_specedge.wire.engine_frames import EngineHello, EngineOpen
+from vllm_specedge.wire.engine_frames import EngineOpen
 from vllm_specedge.wire.frames import PROTOCOL_VERSION, Commit, Hello, Open, Propose, Welcome
 
 LOGS = results.LOGS / "gateway"
-VOCAB_SIZE = 1 << 22
 PROMPT = (1, 2, 3, 4)
 DRAFT = (5, 6, 7, 8)
 DEADLINE_S = 60.0
@@ -64,28 +61,6 @@ NUM_PROPOSALS, PROPOSALS_PER_S = 300, 25
 PARKED_S, ANSWER_S, ANSWER_TOKENS = 8.0, 1.0, 16
 
 app = typer.Typer(add_completion=False)
-
-
-@contextmanager
-def gateway(directory: Path, *arguments: str) -> Iterator[tuple[Process, str, EngineLink]]:
-    """A real gateway, where it listens (host and port), and an engine's end of the link that it has welcomed."""
-    endpoint, listen = f"ipc://{directory}/engines", f"127.0.0.1:{free_ports(1)[0]}"
-    command = [str(BIN / "vllm-specedge"), "gateway", "--engines", endpoint, "--listen", listen, *arguments]
-    process, is_welcome = start(command, directory / "gateway.log"), threading.Event()
-    engine = EngineLink(endpoint, EngineHello(PROTOCOL_VERSION, "bench", "", VOCAB_SIZE), is_welcome.set, lambda: ())
-    engine.start()
-    try:
-        if not is_welcome.wait(DEADLINE_S):
-            raise process.fail("the gateway does not welcome an engine")
-        yield process, listen, engine
-    finally:
-        engine.stop()
-        process.stop()
-
-
-def percentiles_ms(seconds: Sequence[float]) -> tuple[float, float]:
-    p50, p99 = np.percentile(seconds, (50, 99))
-    return 1e3 * float(p50), 1e3 * float(p99)
 
 
 # -- many edges' frames ----------------------------------------------------------------------------------------------
@@ -267,15 +242,6 @@ def messages(
             stand_aside()
             url = urlsplit(f"{'http' if plain else 'https'}://{listen}")
             uvloop.run(measure(Bench(engine, running, url, context), edges, idle, rate, seconds, together))
-
-
-def tls(directory: Path) -> tuple[list[str], ssl.SSLContext]:
-    """A gateway's options for TLS, and what a client needs that trusts it."""
-    authority = trustme.CA()
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    context.set_alpn_protocols(["h2"])
-    return write_certificate(directory, authority, AUTHORITY), context
 
 
 # -- one edge and its engine -----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import verdicts
 from harness import results
 from harness.edges import REPLAY, drafting, flags
 from harness.load import CHAT, Answer, prompts
@@ -25,27 +26,7 @@ from harness.replay import Accuracy, Recording
 from harness.results import Kept, output_path
 from harness.runs import Run, Slot, differences, timed
 from harness.servers import Target, edge, launch, metered, stand_aside, story
-from verdicts import (
-    DEAD,
-    EDGES,
-    GOOD,
-    NGRAM,
-    OURS,
-    POOR,
-    STALLING,
-    VANILLA,
-    Cell,
-    Limits,
-    all_cells,
-    cell_of,
-    fleet,
-    is_kept,
-    noise,
-    report,
-    schedule,
-    server_model,
-)
-from verdicts import results as results_of
+from verdicts import DEAD, EDGES, GOOD, NGRAM, OURS, POOR, STALLING, VANILLA, Cell, Limits, cell_of, fleet
 
 from vllm_specedge.policy.step_cost import KNOTS
 
@@ -137,10 +118,10 @@ def measure_all(settings: Settings, slots: Sequence[Slot], kept: Kept, limits: L
             return {
                 "limits": asdict(limits),
                 "edges": {"accuracy": {kind: asdict(each) for kind, each in ACCURACY.items()}, "stalls": STALLS},
-                "cells": results_of(runs, limits),
-                "vanilla_against_itself": [asdict(one) for one in noise(runs)],
+                "cells": verdicts.results(runs, limits),
+                "vanilla_against_itself": [asdict(one) for one in verdicts.noise(runs)],
                 "prompt_tokens": prompt_tokens,
-                "server_model": server_model(runs, settings.k, prompt_tokens),
+                "server_model": verdicts.server_model(runs, settings.k, prompt_tokens),
             }
 
         kept.measure_all(slots, lambda slot: [measure(settings, slot, targets[slot.arm], recordings)], figures)
@@ -173,12 +154,12 @@ def main(
     sizes, rtts_ms = (QUICK_REQUESTS, QUICK_RTTS_MS) if quick else (REQUESTS, RTTS_MS)
     settings, limits = Settings(mode, k, tokens, pass_ms, seed), Limits(min_ratio, max_p99_ratio)
     kept = Kept.load(output_path("never-slower.json", output, quick), asdict(settings), resume)
-    cells = all_cells(requests or sizes, rtt or rtts_ms, edges)
-    if slots := schedule(cells, repeats or (1 if quick else REPEATS), kept.done):
+    cells = verdicts.all_cells(requests or sizes, rtt or rtts_ms, edges)
+    if slots := verdicts.schedule(cells, repeats or (1 if quick else REPEATS), kept.done):
         measure_all(settings, slots, kept, limits)
-    print(report(kept.runs, limits))
+    print(verdicts.report(kept.runs, limits))
     results.console.print(f"All runs are in {kept.path}")
-    sys.exit(not is_kept(kept.runs, limits))
+    sys.exit(not verdicts.is_kept(kept.runs, limits))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from harness import results
 from harness.edges import CONNECT, Edges, drafting, flags
 from harness.results import Kept, output_path
 from harness.runs import Run, Slot, timed
-from harness.servers import Target, edge, launch, metered, stand_aside, story, waiting
+from harness.servers import Arm, Target, edge, launch, metered, stand_aside, story, waiting
 from pair_figures import PLAIN, as_split, as_table, summarise
 from pairs import CACHE, PAIRS, Pair, PairError, prepare
 from questions import QUESTIONS
@@ -29,17 +29,6 @@ from questions import QUESTIONS
 LOGS = results.LOGS / "pair"
 WAITING, AHEAD = "waiting", "ahead"
 WARM_UP_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way of serving: a server's options, and its edge's."""
-
-    name: str
-    server: str
-    config: dict[str, object] | None = None
-    """None: plain vLLM."""
-    edge: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,13 +66,14 @@ class Plan:
 
 def arms_of(names: Sequence[str], uplinks: Sequence[float], k: int | None) -> tuple[Arm, ...]:
     """`uplinks`: bytes a token that an edge drafting ahead may send; none: as by default. `k` likewise."""
-    found = [Arm(PLAIN, PLAIN)]
+    found = [Arm(PLAIN, PLAIN, PLAIN)]
     if WAITING in names:
-        found.append(Arm(WAITING, WAITING, waiting(k, credit_tokens=k or 5), ("--max-width", "1")))
+        found.append(Arm(WAITING, WAITING, WAITING, waiting(k, credit_tokens=k or 5), ("--max-width", "1")))
     if AHEAD in names and not uplinks:
-        found.append(Arm(AHEAD, AHEAD, edge(k)))
+        found.append(Arm(AHEAD, AHEAD, AHEAD, edge(k)))
     for uplink in uplinks if AHEAD in names else ():
-        found.append(Arm(f"{AHEAD}, {uplink:g} bytes", AHEAD, edge(k), ("--uplink-bytes-per-token", f"{uplink:g}")))
+        name = f"{AHEAD}, {uplink:g} bytes"
+        found.append(Arm(name, name, AHEAD, edge(k), ("--uplink-bytes-per-token", f"{uplink:g}")))
     return tuple(found)
 
 

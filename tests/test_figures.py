@@ -14,10 +14,10 @@ from benchmarks.figures import (
     VANILLA,
     WAIT,
     Prices,
-    Row,
     as_table,
     break_even_ms,
     break_evens,
+    cell_of,
     of,
     verdict,
 )
@@ -111,5 +111,5 @@ def test_digests_tell_answers_apart() -> None:
 def test_capacity_is_what_a_second_of_the_server_makes() -> None:
     vanilla = [run(VANILLA, 10.0)]
     own = [replace(run(OURS, 10.0, 20.0), cpu_s={"worker": 7.5, "engine_core": 2.5})]
-    assert Row(own, vanilla, PRICES).capacity() == pytest.approx(2.0)
-    assert Row(own, [], PRICES).capacity() is None
+    assert cell_of(own, vanilla, PRICES)["capacity"] == pytest.approx(2.0)
+    assert cell_of(own, [], PRICES)["capacity"] is None

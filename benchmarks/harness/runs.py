@@ -252,8 +252,9 @@ def ratio(
     return spread([getattr(run, name) / near for run in own if (near := beside(run, others, name, which))])
 
 
-def middle(runs: Iterable[Run], name: str) -> float:
-    return statistics.median(getattr(run, name) for run in runs)
+def middle(runs: Iterable[Run], of: str | Callable[[Run], float]) -> float:
+    """The median of an attribute, or of what is computed from a run."""
+    return statistics.median(getattr(run, of) if isinstance(of, str) else of(run) for run in runs)
 
 
 def counted(runs: Iterable[Run]) -> Counter[str]:

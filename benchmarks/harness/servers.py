@@ -113,6 +113,18 @@ def waiting(k: int | None, **options: object) -> dict[str, object]:
     return edge(k, mode="wait", hold_limit_ms=WAIT_LIMIT_MS, ngram=False, **options)
 
 
+@dataclass(frozen=True)
+class Arm:
+    """One way of serving: a server by its name, which arms may share, and options of its edge."""
+
+    name: str
+    title: str
+    server: str
+    config: dict[str, object] | None = None
+    """None: no speculation."""
+    edge: tuple[str, ...] = ()
+
+
 def launch(
     configs: Mapping[str, Mapping[str, object] | None],
     logs: Path,
