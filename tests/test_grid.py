@@ -310,6 +310,13 @@ def test_runs_go_through_a_file_that_is_gone_on_with_only_by_the_same_settings(t
         Kept.load(path, {**settings, "k": 4}, is_resumed=True)
 
 
+def test_a_file_of_runs_with_other_fields_is_not_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"settings": {"k": 5}, "sessions": [], "runs": [{"arm": VANILLA, "ttft_ms": 5}]}))
+    with pytest.raises(BadParameter, match="before runs had these fields"):
+        Kept.load(path, {"k": 5}, is_resumed=True)
+
+
 def test_each_run_is_in_the_file_as_soon_as_it_is_made(tmp_path: Path) -> None:
     kept = Kept(tmp_path / "runs.json", {}, [{}], [])
     slots = [run(VANILLA).slot, run().slot]

@@ -68,7 +68,12 @@ class Kept:
         values = json.loads(path.read_text())
         if values.get("settings") != said:
             raise typer.BadParameter(f"{path} has other settings ({values.get('settings')}): choose another --output")
-        return cls(path, said, values["sessions"], [run_of(run) for run in values["runs"]])
+        try:
+            return cls(path, said, values["sessions"], [run_of(run) for run in values["runs"]])
+        except (KeyError, TypeError):
+            raise typer.BadParameter(
+                f"{path} was written before runs had these fields: choose another --output"
+            ) from None
 
     @property
     def done(self) -> set[Slot]:
