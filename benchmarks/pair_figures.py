@@ -54,10 +54,17 @@ def of_kind(kind: str, runs: Iterable[Run]) -> list[Run]:
 
 
 def _joined(runs: Sequence[Run]) -> Run:
-    names = ("num_tokens", "seconds", "decode_tokens", "decode_seconds")
-    place = {"arm": runs[0].arm, "repeat": runs[0].repeat, "temperature": runs[0].temperature}
-    sums = {name: sum(getattr(run, name) for run in runs) for name in names}
-    return Run(**place, **sums, counters=dict(counted(runs)), kind=ALL)
+    return Run(
+        arm=runs[0].arm,
+        kind=ALL,
+        temperature=runs[0].temperature,
+        repeat=runs[0].repeat,
+        num_tokens=sum(run.num_tokens for run in runs),
+        seconds=sum(run.seconds for run in runs),
+        decode_tokens=sum(run.decode_tokens for run in runs),
+        decode_seconds=sum(run.decode_seconds for run in runs),
+        counters=dict(counted(runs)),
+    )
 
 
 def _times(own: Sequence[Run], plain: Sequence[Run]) -> Ratio:

@@ -9,6 +9,8 @@ from harness.runs import Run, Slot, middle
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Point = tuple[float, Slot, float | None]
+"""Where on the x axis, and which case and round trip that is."""
 COLOURS = dict(zip(ARMS, ("#555555", "#b07aa1", "#e15759", "#f1a340", "#1f77b4"), strict=True))
 VALUES = {RATE: "output tokens/s", "gap_p99_ms": "p99 inter-token latency, ms"}
 """What is drawn side by side."""
@@ -20,7 +22,7 @@ def draw(runs: Sequence[Run], path: Path) -> list[Path]:
     rtts = rtts_ms(runs)
     made = []
     if mixed and len(rtts) > 1:
-        points = [(rtt_ms, mixed[0], rtt_ms) for rtt_ms in rtts]
+        points: list[Point] = [(rtt_ms, mixed[0], rtt_ms) for rtt_ms in rtts]
         labels = "round trip, ms", f"{mixed[0].requests} request(s)"
         made.append(_figure(path.with_name(f"{path.stem}-rtt.svg"), runs, points, *labels))
     if len(mixed) > 1:
@@ -30,15 +32,16 @@ def draw(runs: Sequence[Run], path: Path) -> list[Path]:
     return made
 
 
-def _figure(
-    path: Path, runs: Sequence[Run], points: Sequence[tuple[float, Slot, float | None]], label: str, title: str
-) -> Path:
-    """`points`: where on the x axis, and which case and round trip that is."""
+def _figure(path: Path, runs: Sequence[Run], points: Sequence[Point], label: str, title: str) -> Path:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     both = figure.subplots(1, 2)
     for axes, (value, name) in zip(both, VALUES.items(), strict=True):
         for arm in ARMS:
-            _line(axes, arm, [(x, middle(own, value)) for x, *place in points if (own := of(runs, arm, *place))])
+            _line(
+                axes,
+                arm,
+                [(x, middle(own, value)) for x, case, rtt_ms in points if (own := of(runs, arm, case, rtt_ms))],
+            )
         axes.set(xlabel=label, ylabel=name)
         axes.set_ylim(bottom=0)
     both[0].set_title(title, size=10)
@@ -50,5 +53,5 @@ def _figure(
 def _line(axes: Axes, arm: str, points: Sequence[tuple[float, float]]) -> None:
     """Dashed without an edge."""
     if points:
-        style = {"marker": "o" if arm in REMOTE else "", "linestyle": "-" if arm in REMOTE else "--"}
-        axes.plot(*zip(*points, strict=True), color=COLOURS[arm], label=TITLES[arm], **style)
+        style = "o-" if arm in REMOTE else "--"
+        axes.plot(*zip(*points, strict=True), style, color=COLOURS[arm], label=TITLES[arm])
