@@ -58,7 +58,7 @@ SATURATING = (40, 60, 80, 100)
 """Rates of an edge at which the gateway's bound is looked for."""
 FULL = 0.95
 NUM_PROPOSALS, PROPOSALS_PER_S = 300, 25
-PARKED_S, ANSWER_S, ANSWER_TOKENS = 8.0, 1.0, 16
+PARKED_S, ANSWER_S, ANSWER_TOKENS = 8.0, 1.0, 24
 
 app = typer.Typer(add_completion=False)
 
@@ -294,13 +294,13 @@ def start_up_s(name: str, config: Mapping[str, object] | None) -> float:
 
 
 def parked() -> dict[str, float]:
-    """One request, always held for an edge that takes a second to answer, and is never right."""
+    """One request, always held for an edge that takes a second for each token that it drafts."""
     recordings = LOGS / "recordings.json"
     with ExitStack() as stack:
         config = edge(1, mode="wait", hold_limit_ms=5000)
         target = launch({"parked": config}, LOGS, stack, max_seqs=128, kv_bytes=2 << 30)["parked"]
         [known] = target.record(["Wait for it"], ANSWER_TOKENS, recordings)
-        options = flags(recordings=recordings, first=0, second=0, pass_ms=1e3 * ANSWER_S)
+        options = flags(recordings=recordings, first=1, pass_ms=1e3 * ANSWER_S, max_width=1)
         with drafting(target.server, 0.0, REPLAY, options, LOGS / "slow.log"):
             asking = threading.Thread(target=target.ask, args=([known.prompt], ANSWER_TOKENS))
             asking.start()
