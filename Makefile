@@ -100,7 +100,7 @@ fuzz: $(VENV)/.installed
 	done
 
 bench-overhead: $(VENV)/.installed model
-	PYTHONPATH=examples $(BIN)/python benchmarks/overhead.py
+	PYTHONPATH=examples $(BIN)/python benchmarks/gateway_load.py overhead $(ARGS)
 
 bench-ahead: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/$(if $(findstring --pair,$(ARGS)),real_pair,ahead).py $(ARGS)
@@ -118,13 +118,13 @@ bench-timeline: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/timeline.py $(ARGS)
 
 bench-messages: $(VENV)/.installed
-	PYTHONPATH=examples $(BIN)/python benchmarks/messages.py $(ARGS)
+	PYTHONPATH=examples $(BIN)/python benchmarks/gateway_load.py messages $(ARGS)
 
 bench-micro: $(VENV)/.installed
-	$(BIN)/python benchmarks/micro.py
+	$(BIN)/python benchmarks/micro.py pieces $(ARGS)
 
 bench-deciding: $(VENV)/.installed
-	$(BIN)/python benchmarks/deciding.py
+	$(BIN)/python benchmarks/micro.py deciding $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache

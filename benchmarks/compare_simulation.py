@@ -18,14 +18,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from harness.results import Column, table
 from scipy.optimize import nnls
 
-from vllm_specedge.errors import UserError
 from vllm_specedge.policy.step_cost import KNOTS
-from vllm_specedge.simulation.models import FittedServer, Server
+from vllm_specedge.simulation.models import FittedServer
 from vllm_specedge.simulation.report import EDGES, plain, tokens_each, with_edge
 from vllm_specedge.simulation.run import simulate
 from vllm_specedge.simulation.scenario import Scenario
@@ -52,34 +49,9 @@ class Comparison:
         """Of the simulation from the measurement, as a part of that."""
         return self.simulated / self.measured - 1.0
 
-
-def results(path: Path) -> dict[str, Any]:
-    """A benchmark's results file. Raises UserError."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"The results file {path} cannot be read: {error}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"The results file {path} holds no JSON object.")
-    return values
-
-
-def fitted_server(path: Path) -> Server:
-    """The server whose step times are in a results file, as `fitted` takes them."""
-    try:
-        return fitted(results(path)["server_model"]["rows"])
-    except (KeyError, TypeError, ValueError):
-        form = '{"server_model": {"rows": [[requests, tokens, seconds, 1 if drafts were verified, else 0], ...]}}'
-        raise UserError(f"The results file {path} has no step times in the form {form}.") from None
-
-
-def compare(scenario: Scenario, path: Path) -> list[Comparison]:
-    """Simulate each cell of a results file. What the file does not say is as in `scenario`."""
-    values = results(path)
-    try:
-        return [_compared(scenario, values, cell) for cell in values["cells"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"The results file {path} lacks {error} where it is needed.") from None
+    @property
+    def is_far(self) -> bool:
+        return abs(self.difference) > MAX_DIFFERENCE
 
 
 def _compared(scenario: Scenario, values: Mapping[str, Any], cell: Mapping[str, Any]) -> Comparison:
@@ -120,32 +92,17 @@ def _as_measured(scenario: Scenario, values: Mapping[str, Any]) -> Scenario:
     )
 
 
-def show_comparison(scenario: Scenario, path: Path) -> int:
-    """Print a results file's cells as measured and as simulated. Returns an exit status: 1 if any is far off."""
-    compared = compare(scenario, path)
-    Console().print(comparison_table(compared))
-    return int(any(abs(each.difference) > MAX_DIFFERENCE for each in compared))
-
-
-def comparison_table(compared: Sequence[Comparison]) -> Table:
-    """Tokens per second with edges, and plain. Fits 80 columns."""
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    titles = ("re-\nquests", "RTT\nms", "\nedges", "measured\ntok/s", "simulated\ntok/s", "differ-\nence")
-    for title in (*titles, "measured\nplain", "simulated\nplain"):
-        shown.add_column(title, justify="right", no_wrap=True)
-    for each in compared:
-        shown.add_row(
-            str(each.requests),
-            f"{each.rtt_s * 1e3:g}",
-            each.edge,
-            f"{each.measured:.1f}",
-            f"{each.simulated:.1f}",
-            f"{each.difference:+.0%}",
-            f"{each.measured_plain:.1f}",
-            f"{each.simulated_plain:.1f}",
-            style="red" if abs(each.difference) > MAX_DIFFERENCE else "",
-        )
-    return shown
+COLUMNS = (
+    Column("requests", lambda each: each.requests),
+    Column("RTT ms", lambda each: each.rtt_s * 1e3, "g"),
+    Column("edges", lambda each: each.edge),
+    Column("measured tok/s", lambda each: each.measured, ".1f"),
+    Column("simulated tok/s", lambda each: each.simulated, ".1f"),
+    Column("difference", lambda each: each.difference, "+.0%"),
+    Column("measured plain", lambda each: each.measured_plain, ".1f"),
+    Column("simulated plain", lambda each: each.simulated_plain, ".1f"),
+    Column("", lambda each: "far" if each.is_far else ""),
+)
 
 
 def fitted(rows: Sequence[Sequence[float]]) -> FittedServer:
@@ -181,11 +138,14 @@ def main(
 ) -> None:
     """Simulate what was measured, and print both."""
     try:
-        server = fitted_server(results_file)
+        values = json.loads(results_file.read_text())
+        server = fitted(values["server_model"]["rows"])
         base = Scenario(server=server, prompt_tokens=prompt_tokens, output_tokens=output_tokens, max_edges=max_edges)
-        sys.exit(show_comparison(base, results_file))
-    except UserError as error:
-        sys.exit(f"compare_simulation: {error}")
+        compared = [_compared(base, values, cell) for cell in values["cells"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"compare_simulation: {results_file} cannot be read, or is no results file of grid.py: {error!r}")
+    print(table(COLUMNS, compared))
+    sys.exit(any(each.is_far for each in compared))
 
 
 if __name__ == "__main__":

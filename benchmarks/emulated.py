@@ -12,42 +12,35 @@ machine. --slower 4 makes all that is modelled (steps, round trips, passes) four
 suffice; what the engine's Python needs between two steps stays what it is.
 """
 
-import asyncio
-import json
-import statistics
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx2 as httpx
 import psutil
 import typer
 from emulation import SERVER_VARIABLE, SLOWER_VARIABLE, target
-from harness.edges import Edges, check
-from harness.relay import Relay
-from harness.replay import REPLAY, Recording, write_recordings
-from harness.results import CACHE, RESULTS, circumstances, console
-from harness.servers import Target, core_shares, launch_all, usage
-from harness.streams import Answer, ask_all, decoding, duration_s
-from stack import MODEL_NAME, StackError, start, wait_for
-from verdicts import bin_of, pooled, quantiles_ms
+from harness import results
+from harness.edges import NICE, REPLAY, drafting, flags
+from harness.load import Answer
+from harness.replay import Recording, write_recordings
+from harness.results import Column, Kept, output_path, table
+from harness.runs import Ratio, Run, Slot, counted, differences, middle, share, spread, timed
+from harness.servers import Target, edge, launch, metered, story
 
 from vllm_specedge.simulation.models import SERVERS
 
-LOGS = CACHE / "bench" / "emulated"
-KV_BYTES = 2 << 30
+LOGS = results.LOGS / "emulated"
+RECORDINGS = LOGS / "recordings.json"
 STEP_TOKENS = 8192
 VANILLA, OURS, BUDGET = ARMS = ("vanilla", "edges", "edges, never held")
 MODES = {OURS: "auto", BUDGET: "budget"}
 MAX_OVERHEAD = 1.25
 """Of vanilla's, what the engine may need between two steps with an edge for each request."""
 WARM_UP_TOKENS = 24
-NICE = 19
-"""Of edges, relay and load: they stand for other machines, and get what the server leaves of this one."""
 
 
 @dataclass(frozen=True)
@@ -77,164 +70,112 @@ class Load:
         return made
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of one server, times in seconds."""
-
-    arm: str
-    repeat: int
-    tokens_per_s: float
-    """While all decode."""
-    whole_tokens_per_s: float
-    first_token_s: float
-    gap_ms: dict[str, float]
-    step_ms: float
-    """As modelled, on average."""
-    between_ms: float
-    """From the end of a step to the start of the next, on average."""
-    num_steps: int
-    cpu_s: dict[str, float]
-    core_busy: list[float]
-    seconds: float
-    counters: dict[str, int]
-    up_bytes: int
-    down_bytes: int
-    num_wrong: int
-    """Answers with a token that is not the pseudo model's."""
+def configs(load: Load) -> dict[str, dict[str, object] | None]:
+    """Each server's --speculative-config."""
+    ours = {arm: edge(load.k, mode=mode, ngram=False, max_edges=max(256, load.edges)) for arm, mode in MODES.items()}
+    return {VANILLA: None, **ours}
 
 
-def launch(load: Load, stack: ExitStack) -> dict[str, Target]:
+def launch_emulated(load: Load, stack: ExitStack) -> dict[str, Target]:
     env = {SERVER_VARIABLE: load.server, SLOWER_VARIABLE: str(load.slower)}
     env |= {"PYTHONPATH": str(Path(__file__).parent), "VLLM_SERVER_DEV_MODE": "1"}
-    arguments = ["--worker-cls", "emulated_worker.EmulatedWorker", "--max-model-len", "2048"]
-    arguments += ["--max-num-seqs", str(load.requests), "--max-num-batched-tokens", str(STEP_TOKENS)]
-    arguments += ["--kv-cache-memory-bytes", str(KV_BYTES)]
-
-    def speculation(arm: str, gateway_port: int) -> dict[str, object] | None:
-        if arm not in MODES:
-            return None
-        config = {"method": "edge", "num_speculative_tokens": load.k, "listen": f"127.0.0.1:{gateway_port}"}
-        return config | {"mode": MODES[arm], "ngram": False, "max_edges": max(256, load.edges)}
-
-    return launch_all(ARMS, speculation, arguments, LOGS, stack, env)
+    arguments = ["--worker-cls", "emulated_worker.EmulatedWorker", "--max-num-batched-tokens", str(STEP_TOKENS)]
+    return launch(configs(load), LOGS, stack, *arguments, max_seqs=load.requests, kv_bytes=2 << 30, env=env)
 
 
-@contextmanager
-def edges(load: Load, at: Target, recordings: Path) -> Iterator[Edges | None]:
-    """One for each request, all in one process, behind a relay that delays."""
-    if not at.has_gateway:
-        yield None
-        return
-    with Relay(at.server.gateway_port, load.slower * load.rtt_ms / 1000) as relay:
-        command = [sys.executable, str(REPLAY), relay.url]
-        command += ["--recordings", str(recordings), "--first", str(load.first), "--second", str(load.second)]
-        command += ["--pass-ms", str(load.slower * load.pass_ms), "--edges", str(load.edges)]
-        command += ["--max-requests", str(-(-load.requests // load.edges))]
-        process = start(command, LOGS / "edges.log")
-        psutil.Process(process.popen.pid).nice(NICE)
-        try:
-            wait_for(process, f"{at.server.gateway_url}/healthz", "edges", load.edges)
-            yield Edges(process, relay)
-            check(process)
-        finally:
-            process.stop()
-    at.wait_for_no_edge()
-
-
-def emulation(at: Target) -> Counter[str]:
+def emulation(at: Target) -> dict[str, float]:
     """What the worker counted so far."""
     response = httpx.post(f"{at.server.url}/collective_rpc", json={"method": "emulation"}, trust_env=False)
     response.raise_for_status()
-    return Counter(response.json()["results"][0])
+    counts: dict[str, float] = response.json()["results"][0]
+    return counts
 
 
-def ask(at: Target, recordings: Sequence[Recording], num_tokens: int) -> list[Answer]:
-    at.num_asked += len(recordings) * num_tokens
-    try:
-        return asyncio.run(ask_all(at.server.url, MODEL_NAME, [each.prompt for each in recordings], num_tokens))
-    except (httpx.HTTPError, RuntimeError) as error:
-        raise at.server.process.fail(f"asking failed: {error!r}") from error
-
-
-def measure(load: Load, arm: str, repeat: int, at: Target) -> Run:
+def measure(load: Load, slot: Slot, at: Target) -> Run:
     """The requests of each repeat are others, so that no cache knows their prompts."""
-    recordings = load.recordings((1 + repeat) * load.requests)
-    path = LOGS / "recordings.json"
-    write_recordings(path, recordings)
-    with edges(load, at, path) as drafting:
-        ask(at, recordings, WARM_UP_TOKENS)
-        counted, emulated, before = at.counters(), emulation(at), usage(at, drafting)
-        answers = ask(at, recordings, load.tokens)
-        after = usage(at, drafting)
-        emulated = {name: value - emulated[name] for name, value in emulation(at).items()}
-        counters = at.counters()
-        counters.subtract(counted)
-    decode_tokens, decode_s = decoding(answers)
-    gaps = pooled(Counter(bin_of(gap.seconds) for gap in answer.gaps()) for answer in answers)
-    return Run(
-        arm=arm,
-        repeat=repeat,
-        tokens_per_s=decode_tokens / decode_s,
-        whole_tokens_per_s=sum(len(answer.tokens) for answer in answers) / duration_s(answers),
-        first_token_s=statistics.median(answer.first_token_s for answer in answers),
-        gap_ms=quantiles_ms(gaps),
-        step_ms=1e3 * emulated["modelled_s"] / emulated["num_steps"],
-        between_ms=1e3 * emulated["between_s"] / emulated["num_between"],
-        num_steps=int(emulated["num_steps"]),
-        cpu_s={name: round(after.cpu_s[name] - before.cpu_s.get(name, 0.0), 2) for name in after.cpu_s},
-        core_busy=core_shares(before, after, lambda name: name not in ("idle", "iowait")),
-        seconds=duration_s(answers),
-        counters=dict(counters),
-        up_bytes=after.traffic.up_bytes - before.traffic.up_bytes,
-        down_bytes=after.traffic.down_bytes - before.traffic.down_bytes,
-        num_wrong=sum(known.answer != answer.tokens for known, answer in zip(recordings, answers, strict=True)),
-    )
+    known = load.recordings((1 + slot.repeat) * load.requests)
+    write_recordings(RECORDINGS, known)
+    prompts = [recording.prompt for recording in known]
+    options = flags(recordings=RECORDINGS, first=load.first, second=load.second, edges=load.edges)
+    options += flags(pass_ms=load.slower * load.pass_ms, max_requests=-(-load.requests // load.edges))
+    rtt_ms = load.slower * load.rtt_ms if at.has_gateway else None
+    with drafting(at.server, rtt_ms, REPLAY, options, LOGS / "edges.log", load.edges, is_pinned=False) as edges:
+        at.ask(prompts, WARM_UP_TOKENS)
+        before = emulation(at)
+
+        def ask() -> tuple[list[Answer], dict[str, float]]:
+            return at.ask(prompts, load.tokens), emulation(at)
+
+        (answers, after), used = metered(at, edges, ask)
+    worker = {name: value - before[name] for name, value in after.items()}
+    wrong = differences(known, answers)
+    return Run(**asdict(slot), **timed(answers), **used, worker=worker, differences=wrong)
 
 
 # -- what it comes to ------------------------------------------------------------------------------------------------
 
 
-HEADER = ("arm", "tok/s", "x vanilla", "p99 gap ms", "step ms", "between steps ms", "accepted a step", "cores busy")
+def step_ms(run: Run) -> float:
+    """As modelled, on average."""
+    return 1e3 * run.worker["modelled_s"] / run.worker["num_steps"]
 
 
-def middle(runs: Sequence[Run], arm: str, name: str) -> float:
-    return statistics.median(getattr(run, name) for run in runs if run.arm == arm)
+def between_ms(run: Run) -> float:
+    """From the end of a step to the start of the next, on average."""
+    return 1e3 * run.worker["between_s"] / run.worker["num_between"]
 
 
-def spread(runs: Sequence[Run], arm: str, name: str) -> str:
-    values = [getattr(run, name) for run in runs if run.arm == arm]
-    return f"{statistics.median(values):.1f} ({min(values):.1f}..{max(values):.1f})"
+def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A cell for each arm, over all repeats so far: what is in the table, and in the file."""
+    vanilla = [run for run in runs if run.arm == VANILLA]
+    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in ARMS}
+    return [summarise_arm(arm, own, vanilla) for arm, own in by_arm.items() if own]
+
+
+def summarise_arm(arm: str, own: Sequence[Run], vanilla: Sequence[Run]) -> dict[str, Any]:
+    return {
+        "arm": arm,
+        "tokens_per_s": spread([run.tokens_per_s for run in own]),
+        "ratio": middle(own, "tokens_per_s") / middle(vanilla, "tokens_per_s") if vanilla else None,
+        "whole_tokens_per_s": middle(own, "whole_tokens_per_s"),
+        "first_token_s": middle(own, "first_token_p50_s"),
+        "p99_ms": middle(own, "gap_p99_ms"),
+        "step_ms": middle(own, step_ms),
+        "between_ms": spread(list(map(between_ms, own))),
+        "accepted_per_step": share(counted(own), "accepted_tokens", "steps") or 0.0,
+        "cores_busy": middle(own, lambda run: sum(run.core_busy)),
+    }
+
+
+COLUMNS = (
+    Column("arm", "arm"),
+    Column("tok/s", lambda cell: in_tenths(cell["tokens_per_s"])),
+    Column("x vanilla", "ratio", ".2f"),
+    Column("p99 gap ms", "p99_ms", ".1f"),
+    Column("step ms", "step_ms", ".1f"),
+    Column("between steps ms", lambda cell: in_tenths(cell["between_ms"])),
+    Column("accepted a step", "accepted_per_step", ".2f"),
+    Column("cores busy", "cores_busy", ".2f"),
+)
+
+
+def in_tenths(ratio: Ratio) -> str:
+    return f"{ratio.median:.1f} ({ratio.low:.1f}..{ratio.high:.1f})"
 
 
 def report(load: Load, runs: Sequence[Run]) -> bool:
     """Print a line an arm; returns whether every token was right. More overhead than aimed at is said, and no error."""
-    print(f"| {' | '.join(HEADER)} |\n| --- |{' ---: |' * (len(HEADER) - 1)}")
-    for arm in ARMS:
-        own = [run for run in runs if run.arm == arm]
-        counted = sum((Counter(run.counters) for run in own), Counter[str]())
-        accepted = counted["accepted_tokens"] / counted["steps"] if counted["steps"] else 0.0
-        cells = [
-            arm,
-            spread(runs, arm, "tokens_per_s"),
-            f"{middle(runs, arm, 'tokens_per_s') / middle(runs, VANILLA, 'tokens_per_s'):.2f}",
-            f"{statistics.median(run.gap_ms['p99'] for run in own):.1f}",
-            f"{middle(runs, arm, 'step_ms'):.1f}",
-            spread(runs, arm, "between_ms"),
-            f"{accepted:.2f}",
-            f"{statistics.median(sum(run.core_busy) for run in own):.2f}",
-        ]
-        print(f"| {' | '.join(cells)} |")
-    step_ms = middle(runs, VANILLA, "step_ms") / load.slower
+    cells = {cell["arm"]: cell for cell in summarise(runs)}
+    print(table(COLUMNS, cells.values()))
     for arm in (VANILLA, BUDGET):
-        between_ms = middle(runs, arm, "between_ms")
-        print(f"{arm}: {between_ms:.1f} ms between two steps, {between_ms / step_ms:.0%} of a step at full speed")
-    ratio = middle(runs, BUDGET, "between_ms") / middle(runs, VANILLA, "between_ms")
-    num_verified = sum(run.counters.get("verified_tokens", 0) for run in runs if run.arm == BUDGET)
+        part = cells[arm]["between_ms"].median / (cells[VANILLA]["step_ms"] / load.slower)
+        print(f"{arm}: {cells[arm]['between_ms'].median:.1f} ms between two steps, {part:.0%} of a step at full speed")
+    ratio = cells[BUDGET]["between_ms"].median / cells[VANILLA]["between_ms"].median
     verdict = "ok" if ratio <= MAX_OVERHEAD else f"over the {MAX_OVERHEAD:g} aimed at"
-    if not num_verified:
+    if not counted(run for run in runs if run.arm == BUDGET)["verified_tokens"]:
         verdict = "says little: nothing was verified, so this is what edges cost that are only told of tokens"
     print(f"\nBetween two steps, with {load.edges} edges: {ratio:.2f} of vanilla's own overhead ({verdict}).")
-    num_wrong = sum(run.num_wrong for run in runs)
+    num_wrong = sum(len(run.differences) for run in runs)
     print(f"{num_wrong} of {len(runs) * load.requests} answers have a token that is not the pseudo model's.")
     return num_wrong == 0
 
@@ -255,26 +196,21 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/emulated-SERVER.json.")] = None,
 ) -> None:
     """Server, gateway, wire and edges at an accelerator's speed."""
-    load = Load(
-        server, requests, num_edges or requests, rtt_ms, prompt_tokens, tokens, k, pass_ms, first, second, slower
-    )
-    runs: list[Run] = []
-    where = circumstances()
-    try:
-        with ExitStack() as stack:
-            with console.status("Starting three servers (minutes) ..."):
-                targets = launch(load, stack)
-            psutil.Process().nice(NICE)
-            for repeat in range(repeats):
-                for arm in ARMS if repeat % 2 == 0 else reversed(ARMS):
-                    runs.append(measure(load, arm, repeat, targets[arm]))
-                    console.print(f"{arm}, repeat {repeat + 1}: {runs[-1].tokens_per_s:.0f} tok/s", markup=False)
-    except StackError as error:
-        sys.exit(f"emulated: {error}")
-    path = output or RESULTS / f"emulated-{server}.json"
-    path.write_text(json.dumps({**where, "load": asdict(load), "runs": [asdict(run) for run in runs]}, indent=1) + "\n")
-    if not report(load, runs):
-        sys.exit(1)
+    num_edges = num_edges or requests
+    load = Load(server, requests, num_edges, rtt_ms, prompt_tokens, tokens, k, pass_ms, first, second, slower)
+    kept = Kept.load(output_path(f"emulated-{server}.json", output), asdict(load), is_resumed=False)
+    slots = [
+        Slot(arm=arm, requests=requests, repeat=repeat)
+        for repeat in range(repeats)
+        for arm in (ARMS if repeat % 2 == 0 else reversed(ARMS))
+    ]
+    with story("emulated") as stack:
+        targets = launch_emulated(load, stack)
+        psutil.Process().nice(NICE)
+        kept.measure_all(
+            slots, lambda slot: [measure(load, slot, targets[slot.arm])], lambda runs: {"cells": summarise(runs)}
+        )
+    sys.exit(not report(load, kept.runs))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""What the runs of bench.py come to: ratios, costs, break-even. Pure: plain values in and out.
+"""What the runs of bench.py come to: ratios, costs, break-even. Pure: plain values in and out."""
 
-Rule: every ratio is to the runs of the compared arm for the same case in the same repeat, for machines drift.
-"""
-
-import hashlib
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
+
+from harness.results import Column, table
+from harness.runs import Run, Slot, counted, middle, ratio, share
 
 VANILLA, NGRAM, DRAFT_MODEL, WAIT, OURS = ARMS = ("vanilla", "ngram", "draft_model", "wait", "edge")
 REMOTE = (WAIT, OURS)
@@ -20,54 +19,9 @@ TITLES = {
     WAIT: "edge, waiting (the paper's)",
     OURS: "edge",
 }
+RATE = "whole_tokens_per_s"
+"""Output tokens a second as `vllm bench serve` says them, prompts included."""
 HELPS, LOSES = 1.02, 0.98
-
-
-class Case(NamedTuple):
-    """What all arms are asked alike."""
-
-    requests: int
-    """At once, all the time: as one is done the next is asked."""
-    kind: str
-    """Of prompts."""
-    temperature: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """One arm, one case, once. Times are a client's, as `vllm bench serve` measures them."""
-
-    arm: str
-    requests: int
-    kind: str
-    temperature: float
-    rtt_ms: float | None
-    """None: no edge."""
-    repeat: int
-    num_tokens: int
-    seconds: float
-    tokens_per_s: float
-    ttft_ms: dict[str, float]
-    """p50, p99."""
-    itl_ms: dict[str, float]
-    """Between two chunks: p50, p95, p99."""
-    tokens_per_step: float
-    """That a request gets from one of its decode steps."""
-    acceptance: float | None
-    """Of the draft tokens that were verified."""
-    verified_per_accepted: float | None
-    up_bytes_per_token: float
-    down_bytes_per_token: float
-    server_cpu_s_per_token: float
-    """Of worker and engine core."""
-    edge_busy: float
-    """Of one core."""
-    answers: list[str]
-    """A digest of each; none where they are sampled."""
-
-    @property
-    def case(self) -> Case:
-        return Case(self.requests, self.kind, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -82,32 +36,7 @@ class Prices:
         return tokens_per_s * 3600 / (self.server + num_edges * self.edge)
 
 
-def digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def num_different(runs: Iterable[Run]) -> int:
-    """Greedy answers that are not those of the first run of the same case and repeat."""
-    first: dict[tuple[Case, int], list[str]] = {}
-    return sum(
-        one != other
-        for run in runs
-        for one, other in zip(first.setdefault((run.case, run.repeat), run.answers), run.answers, strict=True)
-    )
-
-
-class Ratio(NamedTuple):
-    """Median and range over the repeats."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}..{self.high:.2f})"
-
-
-def cases(runs: Iterable[Run]) -> list[Case]:
+def cases(runs: Iterable[Run]) -> list[Slot]:
     return list(dict.fromkeys(run.case for run in runs))
 
 
@@ -115,26 +44,10 @@ def rtts_ms(runs: Iterable[Run]) -> list[float]:
     return sorted({run.rtt_ms for run in runs if run.rtt_ms is not None})
 
 
-def of(runs: Iterable[Run], arm: str, case: Case, rtt_ms: float | None = None) -> list[Run]:
+def of(runs: Iterable[Run], arm: str, case: Slot, rtt_ms: float | None = None) -> list[Run]:
     """All repeats of an arm; `rtt_ms` counts only for those with an edge."""
     rtt_ms = rtt_ms if arm in REMOTE else None
     return [run for run in runs if (run.arm, run.case, run.rtt_ms) == (arm, case, rtt_ms)]
-
-
-def ratio(own: Sequence[Run], others: Sequence[Run], name: str = "tokens_per_s") -> Ratio | None:
-    """Of each run to the mean of the others in its repeat; None if there are none."""
-    values = []
-    for run in own:
-        beside = [getattr(other, name) for other in others if other.repeat == run.repeat]
-        if beside:
-            values.append(getattr(run, name) / statistics.fmean(beside))
-    return Ratio(statistics.median(values), min(values), max(values)) if values else None
-
-
-def capacity(own: Sequence[Run], vanilla: Sequence[Run]) -> str:
-    """Tokens that a second of the server's time makes, times plain vLLM's: so many more users on the same server."""
-    load = ratio(own, vanilla, "server_cpu_s_per_token")
-    return f"{1 / load.median:.2f}" if load else ""
 
 
 def break_even_ms(points: Sequence[tuple[float, float]]) -> float | None:
@@ -158,78 +71,76 @@ def verdict(gain: float) -> str:
 
 # -- as text ---------------------------------------------------------------------------------------------------------
 
-HEADER = (
-    "requests",
-    "prompts",
-    "T",
-    "arm",
-    "RTT ms",
-    "tok/s",
-    "x vLLM",
-    "TTFT p50",
-    "ITL p50 / p95 / p99",
-    "tok/step",
-    "accepted",
-    "verified/acc.",
-    "B/tok up/down",
-    "CPU ms/tok",
-    "capacity",
-    "edge busy",
-    "tok/$",
+
+def cell_of(own: Sequence[Run], vanilla: Sequence[Run], prices: Prices) -> dict[str, Any]:
+    """One arm's repeats of a case: medians, and the range of the ratio."""
+    one, load, rate = own[0], ratio(own, vanilla, "cpu_s_per_token"), middle(own, RATE)
+    is_remote = one.arm in REMOTE
+    itl_ms = [statistics.median(run.gap_ms[part] for run in own) for part in ("p50", "p95", "p99")]
+    up, down = (shares(own, f"{way}_bytes", "tokens") for way in ("up", "down"))
+    return {
+        "requests": one.requests,
+        "prompts": one.kind,
+        "temperature": one.temperature,
+        "arm": TITLES[one.arm],
+        "rtt_ms": one.rtt_ms,
+        "tokens_per_s": rate,
+        "ratio": ratio(own, vanilla, RATE),
+        "ttft_ms": 1e3 * middle(own, "first_token_p50_s"),
+        "itl_ms": " / ".join(f"{each:.0f}" for each in itl_ms),
+        "tokens_per_step": shares(own, "committed_tokens", "steps"),
+        "acceptance": shares(own, "accepted_tokens", "verified_tokens"),
+        "verified_per_accepted": shares(own, "verified_tokens", "accepted_tokens"),
+        "bytes_per_token": f"{up:.1f} / {down:.1f}" if is_remote else None,
+        "cpu_ms_per_token": 1e3 * middle(own, "cpu_s_per_token"),
+        # Tokens that a second of the server's time makes, times plain vLLM's: so many more users on the same server.
+        "capacity": 1 / load.median if load else None,
+        "edge_busy": middle(own, "edge_busy") if is_remote else None,
+        "tokens_per_dollar": prices.tokens_per_dollar(rate, int(is_remote)),
+    }
+
+
+def shares(own: Sequence[Run], name: str, whole: str) -> float | None:
+    """The median over the repeats that counted both."""
+    found = [value for run in own if (value := share(counted([run]), name, whole)) is not None]
+    return statistics.median(found) if found else None
+
+
+COLUMNS = (
+    Column("requests", "requests"),
+    Column("prompts", "prompts"),
+    Column("T", "temperature", "g"),
+    Column("arm", "arm"),
+    Column("RTT ms", "rtt_ms", "g"),
+    Column("tok/s", "tokens_per_s", ".1f"),
+    Column("x vLLM", "ratio"),
+    Column("TTFT p50", "ttft_ms", ".0f"),
+    Column("ITL p50 / p95 / p99", "itl_ms"),
+    Column("tok/step", "tokens_per_step", ".2f"),
+    Column("accepted", "acceptance", ".2f"),
+    Column("verified/acc.", "verified_per_accepted", ".2f"),
+    Column("B/tok up/down", "bytes_per_token"),
+    Column("CPU ms/tok", "cpu_ms_per_token", ".0f"),
+    Column("capacity", "capacity", ".2f"),
+    Column("edge busy", "edge_busy", ".0%"),
+    Column("tok/$", "tokens_per_dollar", ",.0f"),
 )
 
 
-def lines(runs: Sequence[Run], prices: Prices) -> list[list[str]]:
-    found = []
-    for case in cases(runs):
-        for arm in ARMS:
-            for rtt_ms in rtts_ms(runs) if arm in REMOTE else (None,):
-                own = of(runs, arm, case, rtt_ms)
-                if own:
-                    found.append(line(own, of(runs, VANILLA, case), prices))
-    return found
-
-
-def line(own: Sequence[Run], vanilla: Sequence[Run], prices: Prices) -> list[str]:
-    """One arm's repeats as a row: medians, and the range of the ratio."""
-    one = own[0]
-    tokens_per_s = middle(own, "tokens_per_s")
-    is_remote = one.arm in REMOTE
-    itl = " / ".join(f"{statistics.median(run.itl_ms[name] for run in own):.0f}" for name in ("p50", "p95", "p99"))
-    return [
-        str(one.requests),
-        one.kind,
-        f"{one.temperature:g}",
-        TITLES[one.arm],
-        f"{one.rtt_ms:g}" if one.rtt_ms is not None else "",
-        f"{tokens_per_s:.1f}",
-        str(ratio(own, vanilla) or ""),
-        f"{statistics.median(run.ttft_ms['p50'] for run in own):.0f}",
-        itl,
-        f"{middle(own, 'tokens_per_step'):.2f}",
-        shown(own, "acceptance"),
-        shown(own, "verified_per_accepted"),
-        f"{middle(own, 'up_bytes_per_token'):.1f} / {middle(own, 'down_bytes_per_token'):.1f}" if is_remote else "",
-        f"{1e3 * middle(own, 'server_cpu_s_per_token'):.0f}",
-        capacity(own, vanilla),
-        f"{middle(own, 'edge_busy'):.0%}" if is_remote else "",
-        f"{prices.tokens_per_dollar(tokens_per_s, int(is_remote)):,.0f}",
+def summarise(runs: Sequence[Run], prices: Prices) -> list[dict[str, Any]]:
+    """A cell for each arm of each case: what is in the table, and in the file."""
+    places = [
+        (case, arm, rtt_ms)
+        for case in cases(runs)
+        for arm in ARMS
+        for rtt_ms in (rtts_ms(runs) if arm in REMOTE else (None,))
     ]
+    found = [(of(runs, arm, case, rtt_ms), of(runs, VANILLA, case)) for case, arm, rtt_ms in places]
+    return [cell_of(own, vanilla, prices) for own, vanilla in found if own]
 
 
-def middle(runs: Sequence[Run], name: str) -> float:
-    return statistics.median(getattr(run, name) for run in runs)
-
-
-def shown(runs: Sequence[Run], name: str) -> str:
-    """Of what an arm may not have."""
-    values = [value for run in runs if (value := getattr(run, name)) is not None]
-    return f"{statistics.median(values):.2f}" if values else ""
-
-
-def table(runs: Sequence[Run], prices: Prices) -> str:
-    rows = [HEADER, ["---:"] * len(HEADER), *lines(runs, prices)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def as_table(runs: Sequence[Run], prices: Prices) -> str:
+    return table(COLUMNS, summarise(runs, prices))
 
 
 def break_evens(runs: Sequence[Run]) -> list[str]:
@@ -240,7 +151,7 @@ def break_evens(runs: Sequence[Run]) -> list[str]:
             points = [
                 (rtt_ms, gain.median)
                 for rtt_ms in rtts_ms(runs)
-                if (gain := ratio(of(runs, OURS, case, rtt_ms), of(runs, other, case, rtt_ms))) is not None
+                if (gain := ratio(of(runs, OURS, case, rtt_ms), of(runs, other, case, rtt_ms), RATE)) is not None
             ]
             if points:
                 where = f"{case.requests} requests, {case.kind}, T {case.temperature:g}"

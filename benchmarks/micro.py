@@ -1,26 +1,32 @@
-"""`make bench-micro`: what each piece of the hot paths takes, in microseconds a call. No vLLM, no model, no network.
+"""What the hot paths cost, in microseconds, without vLLM, model or network.
 
-    python benchmarks/micro.py [--rounds 15]
+    python benchmarks/micro.py pieces [--rounds 15]
+    python benchmarks/micro.py deciding [--requests 1 --requests 256]
 
-Each piece is called until a round has lasted long enough; printed are the median over the rounds and their range. The
-policy and the engine's hooks at many requests: `make bench-deciding`. The whole way between processes: `make
-bench-overhead`.
+`pieces` (`make bench-micro`): each piece is called until a round has lasted long enough; printed are the median over
+the rounds and their range. `deciding` (`make bench-deciding`): what the policy costs the engine at many requests, a
+running request a step. The whole way between processes: `make bench-overhead`.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from random import Random
 from typing import Annotated
 
 import typer
+from harness.results import Column, table
 
 from vllm_specedge.engine.driver import StepDriver
-from vllm_specedge.engine.plan import RequestOutcome, Step, StepPlan
+from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
 from vllm_specedge.engine.proposal_tree import ProposalTree
 from vllm_specedge.gateway.known import ROLES, RouterLimits
 from vllm_specedge.gateway.router import Router
-from vllm_specedge.policy.situation import HoldLimits
+from vllm_specedge.policy.situation import HoldLimits, Load
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.codec import Frame, FrameReader, encode
 from vllm_specedge.wire.engine_frames import Assign, Edges, EngineHello, EngineOpen, EngineWelcome
@@ -32,6 +38,14 @@ CHANCE = Random(0)
 DRAFT = tuple(CHANCE.randrange(VOCAB_SIZE) for _ in range(1 + K))
 BRANCHED = Propose(7, 1000, (*DRAFT, *(CHANCE.randrange(VOCAB_SIZE) for _ in range(9))), (1, 3, 2, 3, 4, 3))
 COMMIT = Commit(7, 1000, DRAFT[:2])
+PROFILE = {1: 0.022, 64: 0.023, 128: 0.026, 256: 0.03, 1024: 0.11}
+"""Seconds of a step by its tokens, as of a 14B model on an accelerator."""
+ACCEPTANCE, PROPOSED = 0.75, 0.7
+STEP_S = 0.03
+
+app = typer.Typer(add_completion=False)
+
+# -- pieces ----------------------------------------------------------------------------------------------------------
 
 
 def encoding(frame: Frame) -> Callable[[], object]:
@@ -116,23 +130,21 @@ PIECES: dict[str, Callable[[], Callable[[], object]]] = {
 
 def timed_us(act: Callable[[], object], rounds: int) -> list[float]:
     """Microseconds a call, a number a round."""
-    count, took_s = 1, 0.0
-    while took_s < ROUND_S:
-        count = max(2 * count, 1)
-        started_s = time.perf_counter()
-        for _ in range(count):
-            act()
-        took_s = time.perf_counter() - started_s
-    found = []
-    for _ in range(rounds):
-        started_s = time.perf_counter()
-        for _ in range(count):
-            act()
-        found.append((time.perf_counter() - started_s) / count * 1e6)
-    return found
+    count = 1
+    while round_s(act, count) < ROUND_S:
+        count *= 2
+    return [1e6 * round_s(act, count) / count for _ in range(rounds)]
 
 
-def main(rounds: Annotated[int, typer.Option(help="Of each piece.", min=1)] = 15) -> None:
+def round_s(act: Callable[[], object], count: int) -> float:
+    started_s = time.perf_counter()
+    for _ in range(count):
+        act()
+    return time.perf_counter() - started_s
+
+
+@app.command()
+def pieces(rounds: Annotated[int, typer.Option(help="Of each piece.", min=1)] = 15) -> None:
     """What each piece of the hot paths takes."""
     print("| piece | us a call | range |\n| --- | ---: | ---: |")
     for name, make in PIECES.items():
@@ -140,5 +152,116 @@ def main(rounds: Annotated[int, typer.Option(help="Of each piece.", min=1)] = 15
         print(f"| {name} | {statistics.median(found):.1f} | {min(found):.1f}..{max(found):.1f} |", flush=True)
 
 
+# -- deciding --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Engine:
+    """Requests that all have edges, get drafts and verify them, as fast as the shipping driver goes."""
+
+    num_requests: int
+    context: int
+    chance: Random = field(default_factory=lambda: Random(0))
+    seconds: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    now_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.driver = StepDriver(VOCAB_SIZE, K, HoldLimits(), StepCost(PROFILE))
+        self.driver.receive(Edges(64), 0.0)
+        self.tokens = {f"r{number}": self.some(self.context) for number in range(self.num_requests)}
+        for number, (id_, tokens) in enumerate(self.tokens.items()):
+            self.driver.open(id_, tokens, "")
+            self.driver.receive(Assign(number, 1 + number % 64), 0.0)
+
+    def some(self, count: int) -> list[int]:
+        return [self.chance.randrange(VOCAB_SIZE) for _ in range(count)]
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        started_s = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - started_s  # type: ignore[assignment]
+        self.calls[what] += 1
+
+    def propose(self) -> None:
+        for number, tokens in enumerate(self.tokens.values()):
+            if self.chance.random() < PROPOSED:
+                frame = Propose(number, len(tokens) - 1, (tokens[-1], *self.some(K)))
+                with self.timed("proposal"):
+                    self.driver.receive(frame, self.now_s)
+
+    def plan(self) -> StepPlan:
+        rows = [Row(id_, 100) for id_ in self.tokens]
+        with self.timed("deciding"):
+            plan = self.driver.begin(rows, self.now_s, Load(context=self.num_requests * self.context))
+            self.driver.start(plan)
+        return plan
+
+    def step(self) -> None:
+        self.propose()
+        plan = self.plan()
+        with self.timed("learning"):
+            self.driver.learn()
+        started_s, self.now_s = self.now_s, self.now_s + STEP_S
+        outcomes = []
+        for id_, tokens in self.tokens.items():
+            if id_ not in plan.holds:
+                draft = plan.drafts.get(id_, [])
+                wrong = (at for at in range(len(draft)) if self.chance.random() >= ACCEPTANCE)
+                tokens += [*draft[: next(wrong, len(draft))], *self.some(1)]
+                outcomes.append(RequestOutcome(id_, 1 + len(draft), len(draft)))
+        with self.timed("ending"):
+            self.driver.end(plan, outcomes, Step(started_s, self.now_s))
+
+    def each_us(self, what: str) -> float:
+        return 1e6 * self.seconds[what] / self.calls[what]
+
+    def allocated_bytes(self) -> int:
+        """The most that planning one step holds at once."""
+        self.propose()
+        tracemalloc.start()
+        self.plan()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+
+COLUMNS = (
+    Column("requests", "requests"),
+    Column("context", "context"),
+    Column("deciding, us a request a step", "deciding", ".1f"),
+    Column("a proposal, us", "proposal", ".1f"),
+    Column("ending a step, us a request", "ending", ".1f"),
+    Column("learning, us a request a step", "learning", ".1f"),
+    Column("allocated, kB", "allocated", ".0f"),
+)
+
+
+def measured(requests: int, context: int, steps: int) -> dict[str, float]:
+    """A row of the table."""
+    engine = Engine(requests, context)
+    for _ in range(steps):
+        engine.step()
+    times = {what: engine.each_us(what) / requests for what in ("deciding", "ending", "learning")}
+    sizes = {"requests": requests, "context": context, "allocated": engine.allocated_bytes() / 1000}
+    return {**times, "proposal": engine.each_us("proposal"), **sizes}
+
+
+@app.command()
+def deciding(
+    requests: Annotated[list[int], typer.Option(help="Running requests.")] = [1, 16, 64, 256],  # noqa: B006
+    contexts: Annotated[list[int], typer.Option(help="Tokens of each.")] = [500, 8000],  # noqa: B006
+    steps: Annotated[int, typer.Option(help="Measured.")] = 60,
+) -> None:
+    """What the policy costs the engine, a running request a step.
+
+    Seven of ten requests get a new draft each step. `deciding` is planning a step (goal: 15 microseconds a request a
+    step at 256 requests); taking in a proposal, and ending a step, which commits and publishes, are shown too.
+    `allocated` is the most that planning held at once, which must not grow with the context.
+    """
+    print(table(COLUMNS, [measured(number, context, steps) for number in requests for context in contexts]))
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

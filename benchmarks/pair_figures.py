@@ -1,160 +1,118 @@
-"""What `make bench-ahead ARGS="--pair ..."` computes from its runs (benchmarks/real_pair.py)."""
+"""What `make bench-ahead ARGS="--pair ..."` computes from its runs (benchmarks/real_pair.py). Pure."""
 
 import statistics
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
+from harness.results import Column, table
+from harness.runs import Ratio, Run, counted, middle, num_different, of_same_repeat, ratio, spread
 from questions import QUESTIONS
 
 PLAIN = "plain"
 ALL = "all"
+"""Instead of a kind of question: the tokens of all kinds."""
 
 
-@dataclass(frozen=True)
-class Said:
-    """One answer: its kind, its tokens, and those that came after the first chunk, with the seconds they took."""
-
-    kind: str
-    tokens: tuple[int, ...]
-    num_timed: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """One arm, once."""
-
-    arm: str
-    rtt_ms: float
-    temperature: float
-    repeat: int
-    answers: list[Said]
-    counters: dict[str, dict[str, int]] = field(default_factory=dict)
-    """The engine's, by kind of question; none of plain vLLM."""
-    up_bytes: int = 0
-    down_bytes: int = 0
-
-    def tokens_per_s(self, kind: str) -> float:
-        """0 where no answer of the kind had a second chunk."""
-        chosen = [answer for answer in self.answers if kind in (answer.kind, ALL)]
-        seconds = sum(answer.seconds for answer in chosen)
-        return sum(answer.num_timed for answer in chosen) / seconds if seconds else 0.0
-
-
-def run_of(read: dict[str, Any]) -> Run:
-    """A run as JSON gives it."""
-    said = [Said(**{**answer, "tokens": tuple(answer["tokens"])}) for answer in read["answers"]]
-    return Run(**{**read, "answers": said})
-
-
-@dataclass(frozen=True)
-class Figures:
-    """One kind of question (`all`: the tokens of all kinds) in one cell, over all repeats."""
-
-    times: tuple[float, float, float]
-    """Plain vLLM's tokens a second: median, least, most."""
-    tokens_per_s: float
-    acceptance: float
-    verified_per_step: float
-    tokens_per_step: float
-    step_times: float
-    """How many times as long as plain vLLM's a step takes, holding included: `tokens_per_step` over it is `times`."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One arm at one RTT and temperature."""
-
-    arm: str
-    rtt_ms: float
-    temperature: float
-    by_kind: dict[str, Figures]
-    mean: tuple[float, float, float]
-    """The kinds' mean of times plain vLLM: median, least, most."""
-    up_bytes_per_token: float
-    parted: int
-    """Greedy answers that are not plain vLLM's, token by token, over all repeats."""
-
-
-def summarise(runs: Sequence[Run]) -> list[Cell]:
-    plain = {(run.repeat, run.temperature): run for run in runs if run.arm == PLAIN}
-    keys = dict.fromkeys((run.temperature, run.rtt_ms, run.arm) for run in runs if run.arm != PLAIN)
+def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A cell for each arm at each RTT and temperature, over all repeats: what is in the tables, and in the file."""
+    places = {(run.temperature, run.arm, run.rtt_ms or 0.0): None for run in runs if run.arm != PLAIN}
     return [
-        _cell([run for run in runs if (run.temperature, run.rtt_ms, run.arm) == key], plain)
-        for key in sorted(keys, key=lambda key: (key[0], key[2], key[1]))
+        _cell(
+            [run for run in runs if (run.temperature, run.arm, run.rtt_ms or 0.0) == place],
+            [run for run in runs if (run.arm, run.temperature) == (PLAIN, place[0])],
+        )
+        for place in sorted(places)
     ]
 
 
-def _cell(runs: Sequence[Run], plain: dict[tuple[int, float], Run]) -> Cell:
-    pairs = [(run, plain[run.repeat, run.temperature]) for run in runs]
-    num_tokens = sum(len(answer.tokens) for run in runs for answer in run.answers)
-    first = runs[0]
-    return Cell(
-        first.arm,
-        first.rtt_ms,
-        first.temperature,
-        {kind: _figures(kind, pairs) for kind in (*QUESTIONS, ALL)},
-        _spread([statistics.mean(_times(kind, *pair) for kind in QUESTIONS) for pair in pairs]),
-        sum(run.up_bytes for run in runs) / num_tokens,
-        0 if first.temperature else sum(_num_parted(run, base) for run, base in pairs),
+def _cell(own: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
+    total = counted(own)
+    by_kind = {kind: (of_kind(kind, own), of_kind(kind, plain)) for kind in (*QUESTIONS, ALL)}
+    # The kinds' mean, of each repeat by itself.
+    times = [[_times([run], by_kind[kind][1]).median for run in by_kind[kind][0]] for kind in QUESTIONS]
+    return {
+        "arm": own[0].arm,
+        "rtt_ms": own[0].rtt_ms,
+        "temperature": own[0].temperature,
+        "by_kind": {kind: _figures(*both) for kind, both in by_kind.items()},
+        "mean": spread(list(map(statistics.mean, zip(*times, strict=True)))),
+        "up_bytes_per_token": total["up_bytes"] / total["tokens"],
+        # Greedy answers that are not plain vLLM's, token by token.
+        "parted": sum(num_different([*of_same_repeat(run, of_kind(run.kind, plain)), run]) for run in own),
+    }
+
+
+def of_kind(kind: str, runs: Iterable[Run]) -> list[Run]:
+    """Of one kind of question; with ALL, those of all kinds as one run, each repeat by itself."""
+    if kind != ALL:
+        return [run for run in runs if run.kind == kind]
+    repeats: dict[int, list[Run]] = {}
+    for run in runs:
+        repeats.setdefault(run.repeat, []).append(run)
+    return [_joined(each) for each in repeats.values()]
+
+
+def _joined(runs: Sequence[Run]) -> Run:
+    return Run(
+        arm=runs[0].arm,
+        kind=ALL,
+        temperature=runs[0].temperature,
+        repeat=runs[0].repeat,
+        num_tokens=sum(run.num_tokens for run in runs),
+        seconds=sum(run.seconds for run in runs),
+        decode_tokens=sum(run.decode_tokens for run in runs),
+        decode_seconds=sum(run.decode_seconds for run in runs),
+        counters=dict(counted(runs)),
     )
 
 
-def _figures(kind: str, pairs: Sequence[tuple[Run, Run]]) -> Figures:
-    times = _spread([_times(kind, *pair) for pair in pairs])
-    counted: Counter[str] = Counter()
-    for run, _ in pairs:
-        for name, counters in run.counters.items():
-            counted.update(counters if kind in (name, ALL) else {})
-    num_steps = max(counted["steps"], 1)
-    tokens_per_step = counted["committed_tokens"] / num_steps
-    return Figures(
-        times,
-        statistics.median(run.tokens_per_s(kind) for run, _ in pairs),
-        counted["accepted_tokens"] / max(counted["verified_tokens"], 1),
-        counted["verified_tokens"] / num_steps,
-        tokens_per_step,
-        tokens_per_step / times[0],
-    )
+def _times(own: Sequence[Run], plain: Sequence[Run]) -> Ratio:
+    """Times plain vLLM's tokens a second of the same repeat."""
+    return ratio(own, plain) or Ratio(0.0, 0.0, 0.0)
 
 
-def _times(kind: str, run: Run, base: Run) -> float:
-    return run.tokens_per_s(kind) / base.tokens_per_s(kind)
+def _figures(own: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
+    """`step_times`: how many times as long as plain vLLM's a step takes, holding included; `tokens_per_step` over it is
+    `times`."""
+    times, counts = _times(own, plain), counted(own)
+    num_steps = max(counts["steps"], 1)
+    tokens_per_step = counts["committed_tokens"] / num_steps
+    return {
+        "times": times,
+        "tokens_per_s": middle(own, "tokens_per_s"),
+        "acceptance": counts["accepted_tokens"] / max(counts["verified_tokens"], 1),
+        "verified_per_step": counts["verified_tokens"] / num_steps,
+        "tokens_per_step": tokens_per_step,
+        "step_times": tokens_per_step / times.median if times.median else 0.0,
+    }
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
-    return statistics.median(values), min(values), max(values)
+PLACE = (Column("T", "temperature", "g"), Column("arm", "arm"), Column("RTT ms", "rtt_ms", "g"))
 
 
-def _num_parted(run: Run, base: Run) -> int:
-    return sum(one.tokens != other.tokens for one, other in zip(run.answers, base.answers, strict=True))
-
-
-def as_table(cells: Sequence[Cell]) -> str:
+def as_table(cells: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [
-        f"| T | arm | RTT ms | {' | '.join(QUESTIONS)} | mean | accepted | tokens a step | bytes up a token | parted |",
-        "|---|---|---|" + "---|" * (len(QUESTIONS) + 5),
-    ]
-    for cell in cells:
-        spreads = [*(cell.by_kind[kind].times for kind in QUESTIONS), cell.mean]
-        times = [f"{middle:.2f} ({least:.2f}..{most:.2f})" for middle, least, most in spreads]
-        every = cell.by_kind[ALL]
-        rest = [f"{every.acceptance:.0%}", f"{every.tokens_per_step:.2f}", f"{cell.up_bytes_per_token:.0f}"]
-        row = [f"{cell.temperature:g}", cell.arm, f"{cell.rtt_ms:g}", *times, *rest, str(cell.parted)]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+    columns = (
+        *PLACE,
+        *(Column(kind, lambda cell, kind=kind: cell["by_kind"][kind]["times"]) for kind in QUESTIONS),
+        Column("mean", "mean"),
+        Column("accepted", lambda cell: cell["by_kind"][ALL]["acceptance"], ".0%"),
+        Column("tokens a step", lambda cell: cell["by_kind"][ALL]["tokens_per_step"], ".2f"),
+        Column("bytes up a token", "up_bytes_per_token", ".0f"),
+        Column("parted", "parted"),
+    )
+    return table(columns, cells)
 
 
-def as_split(cells: Sequence[Cell]) -> str:
+def as_split(cells: Sequence[dict[str, Any]]) -> str:
     """Where each ratio comes from, as Markdown: tokens a step, over how much longer a step takes."""
-    lines = ["| T | arm | RTT ms | kind | verified a step | accepted | tokens a step | step times |", "|---" * 8 + "|"]
-    for cell, kind in product(cells, QUESTIONS):
-        seen = cell.by_kind[kind]
-        values = [f"{seen.verified_per_step:.2f}", f"{seen.acceptance:.0%}", f"{seen.tokens_per_step:.2f}"]
-        row = [f"{cell.temperature:g}", cell.arm, f"{cell.rtt_ms:g}", kind, *values, f"{seen.step_times:.2f}"]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+    columns = (
+        *PLACE,
+        Column("kind", "kind"),
+        Column("verified a step", "verified_per_step", ".2f"),
+        Column("accepted", "acceptance", ".0%"),
+        Column("tokens a step", "tokens_per_step", ".2f"),
+        Column("step times", "step_times", ".2f"),
+    )
+    return table(columns, [{**cell, "kind": kind, **cell["by_kind"][kind]} for cell, kind in product(cells, QUESTIONS)])

@@ -8,32 +8,27 @@ times are of the machine's monotonic clock. Writes benchmarks/results/timeline.j
 time both were at work.
 """
 
-import asyncio
 import json
 import os
-import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import typer
-from harness.prompts import MIXED, prompts
-from harness.relay import Relay
-from harness.replay import REPLAY, Recording, write_recordings
-from harness.results import CACHE, RESULTS, circumstances
-from harness.servers import free_ports
-from harness.streams import Answer, ask_all, decoding
+from harness import results
+from harness.edges import REPLAY, drafting, flags
+from harness.load import MIXED, Answer, decoding, prompts
+from harness.results import circumstances, output_path
+from harness.runs import differences
+from harness.servers import edge, launch, stand_aside, story
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from spans import DRAFTING, PLAIN, SERVER, VERIFYING, Span, covered_s, overlap_s, passes, steps, window
-from stack import EDGE_CORE, MODEL_NAME, Process, StackError, start, vllm_server, wait_for
 from traced_worker import TRACE_VARIABLE
 
-LOGS = CACHE / "bench" / "timeline"
+LOGS = results.LOGS / "timeline"
 WARM_UP_TOKENS = 24
 SHOWN_S = 1.0
 COLOURS = {PLAIN: "#bbbbbb", VERIFYING: "#1f77b4", DRAFTING: "#f1a340"}
@@ -77,43 +72,27 @@ class Settings:
     k: int
 
 
-def edges(settings: Settings, url: str, recordings: Path, trace: Path) -> Process:
-    """One for each request."""
-    command = [sys.executable, str(REPLAY), url, "--recordings", str(recordings)]
-    command += ["--first", str(settings.first), "--pass-ms", str(settings.pass_ms), "--max-requests", "1"]
-    command += ["--edges", str(settings.requests), "--trace", str(trace)]
-    return start(command, LOGS / "edges.log", core=EDGE_CORE)
-
-
 def measure(settings: Settings, scratch: Path) -> tuple[list[Span], list[Answer]]:
     """Ask once plainly, which is recorded, and again with edges; raises StackError if the answers differ."""
-    port, gateway_port = free_ports(2)
-    config = {"method": "edge", "num_speculative_tokens": settings.k, "listen": f"127.0.0.1:{gateway_port}"}
-    arguments = ["--max-model-len", "2048", "--max-num-seqs", "16", "--worker-cls", "traced_worker.TracedWorker"]
-    arguments += ["--speculative-config", json.dumps({**config, "ngram": False})]
     step_trace, pass_trace, known = scratch / "steps.jsonl", scratch / "passes.jsonl", scratch / "recordings.json"
-    os.environ[TRACE_VARIABLE] = str(step_trace)
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {TRACE_VARIABLE: str(step_trace), "PYTHONPATH": os.pathsep.join(paths)}
+    options = flags(recordings=known, first=settings.first, pass_ms=settings.pass_ms, max_requests=1)
+    options += flags(edges=settings.requests, trace=pass_trace)
     asked = prompts(MIXED, settings.requests)
-    model = CACHE / MODEL_NAME
-    with vllm_server(model, LOGS / "server.log", port, *arguments, gateway_port=gateway_port) as server:
-        psutil.Process().cpu_affinity([EDGE_CORE])
-        plain = asyncio.run(ask_all(server.url, MODEL_NAME, asked, settings.tokens))
-        write_recordings(known, [Recording(answer.prompt, answer.tokens) for answer in plain])
-        with Relay(gateway_port, settings.rtt_ms / 1000) as relay:
-            drafting = edges(settings, relay.url, known, pass_trace)
-            try:
-                wait_for(drafting, f"{server.gateway_url}/healthz", "edges", settings.requests)
-                asyncio.run(ask_all(server.url, MODEL_NAME, asked, WARM_UP_TOKENS))
-                answers = asyncio.run(ask_all(server.url, MODEL_NAME, asked, settings.tokens))
-            finally:
-                drafting.stop()
-        if [answer.tokens for answer in answers] != [answer.tokens for answer in plain]:
-            raise server.process.fail("answers with edges differ from those without")
-    read = (list(map(json.loads, trace.read_text().splitlines())) for trace in (step_trace, pass_trace))
-    step_lines, pass_lines = read
+    with story("timeline") as stack:
+        worker = ("--worker-cls", "traced_worker.TracedWorker")
+        configs = {"server": edge(settings.k, ngram=False)}
+        target = launch(configs, LOGS, stack, *worker, max_seqs=16, kv_bytes=2 << 30, env=env)["server"]
+        stand_aside()
+        plain = target.record(asked, settings.tokens, known)
+        log = LOGS / "edges.log"
+        with drafting(target.server, settings.rtt_ms, REPLAY, options, log, settings.requests):
+            target.ask(asked, WARM_UP_TOKENS)
+            answers = target.ask(asked, settings.tokens)
+        if differences(plain, answers):
+            raise target.server.process.fail("answers with edges differ from those without")
+    step_lines, pass_lines = ([json.loads(line) for line in file.open()] for file in (step_trace, pass_trace))
     return [*steps(step_lines), *passes(pass_lines)], answers
 
 
@@ -124,16 +103,12 @@ def main(
     first: Annotated[float, typer.Option(help="How often the draft is right.")] = 0.75,
     pass_ms: Annotated[float, typer.Option(help="Of an edge's forward pass.")] = 6.0,
     k: Annotated[int, typer.Option(help="Draft tokens verified for a request at most.", min=1)] = 5,
+    output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/timeline.json.")] = None,
 ) -> None:
     """One second of a real run: while the server verifies, the edges draft."""
     settings = Settings(requests, rtt, tokens, first, pass_ms, k)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    LOGS.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            spans, answers = measure(settings, Path(scratch))
-    except StackError as error:
-        sys.exit(f"timeline: {error}")
+    with tempfile.TemporaryDirectory() as scratch:
+        spans, answers = measure(settings, Path(scratch))
     first_s = max(answer.chunks[0].at_s for answer in answers)
     num_tokens, took_s = decoding(answers)
     shown = window(spans, first_s + max(0.0, (took_s - SHOWN_S) / 2), SHOWN_S)
@@ -145,7 +120,7 @@ def main(
         "edges_drafting": covered_s(drafting) / SHOWN_S,
         "both": overlap_s(verifying, drafting) / SHOWN_S,
     }
-    path = RESULTS / "timeline.json"
+    path = output_path("timeline.json", output)
     saved = {"settings": asdict(settings), **circumstances(), "figures": figures, "spans": list(map(asdict, shown))}
     path.write_text(json.dumps(saved, indent=1) + "\n")
     title = f"{requests} requests, {requests} edges {rtt:g} ms away: both at work {figures['both']:.0%} of the time"

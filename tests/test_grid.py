@@ -1,15 +1,22 @@
-"""What `make bench-never-slower` measures in which order and what it comes to: benchmarks/verdicts.py, streams.py."""
+"""What `make bench-never-slower` measures in which order and what it comes to: benchmarks/verdicts.py, harness/load.py,
+harness/runs.py, harness/results.py."""
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
+from harness.load import Answer, Chunk, Gap, decoding, duration_s
+from harness.replay import Recording
+from harness.results import Kept
+from harness.runs import Run, Slot, bin_of, differences, num_different, quantile_ms, run_of, timed
+from typer import BadParameter
 
-from benchmarks.harness.streams import Answer, Chunk, Gap, decoding, duration_s
 from benchmarks.verdicts import (
+    COLUMNS,
     DEAD,
     EDGES,
     GOOD,
@@ -20,25 +27,20 @@ from benchmarks.verdicts import (
     VANILLA,
     Cell,
     Fleet,
-    Learned,
     Limits,
-    Run,
-    Slot,
     all_cells,
-    as_json,
-    bin_of,
+    cell_of,
     fleet,
     interleave,
+    is_kept,
     nearest,
     noise,
-    quantile_ms,
     quiet_line,
+    report,
     result_of,
     results,
-    run_of,
     schedule,
     server_model,
-    table,
 )
 from vllm_specedge.policy.step_cost import KNOTS
 
@@ -55,7 +57,7 @@ def run(
     session: int = 0,
     counters: dict[str, int] | None = None,
     differences: list[list[int]] | None = None,
-    learned: Learned | None = None,
+    learned: dict[str, object] | None = None,
 ) -> Run:
     gaps = {bin_of(gap_s): 100}
     return Run(
@@ -91,7 +93,7 @@ def run(
 def verdict(*runs: Run, limits: Limits = LIMITS) -> str:
     result = result_of(CELL, runs, limits)
     assert result is not None
-    return result.verdict
+    return str(result["verdict"])
 
 
 # -- the order -------------------------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ def distances(slots: Sequence[Slot], at: int, arm: str) -> list[int]:
 
 @pytest.mark.parametrize("num_own", range(1, 12))
 def test_each_of_ours_is_at_most_two_runs_away_from_both_others_and_between_two_of_vanilla(num_own: int) -> None:
-    own = [Slot(OURS, 4, Cell(4, float(number), GOOD)) for number in range(num_own)]
+    own = [Slot(arm=OURS, **Cell(4, float(number), GOOD)._asdict()) for number in range(num_own)]
     slots = list(interleave(own, 4))
     assert [slot for slot in slots if slot.arm == OURS] == own
     for at, slot in enumerate(slots):
@@ -125,7 +127,7 @@ def test_each_of_ours_is_at_most_two_runs_away_from_both_others_and_between_two_
 def test_all_runs_are_made_once_for_one_number_of_requests_after_the_other() -> None:
     cells = all_cells([1, 8], [0.0, 20.0], [GOOD, POOR, HALF])
     slots = schedule(cells, 3)
-    own = [(slot.cell, slot.repeat) for slot in slots if slot.arm == OURS]
+    own = [(cell_of(slot), slot.repeat) for slot in slots if slot.arm == OURS]
     assert Counter(own) == Counter((cell, repeat) for cell in cells for repeat in range(3))
     assert [slot.requests for slot in slots] == sorted(slot.requests for slot in slots)
     first, second = ([cell for cell, at in own if at == repeat and cell and cell.requests == 8] for repeat in (0, 1))
@@ -134,10 +136,10 @@ def test_all_runs_are_made_once_for_one_number_of_requests_after_the_other() -> 
 
 def test_what_is_done_is_not_done_again() -> None:
     cells = all_cells([1, 8], [20.0], [GOOD, POOR])
-    done = {(cell, 0) for cell in cells} | {(cell, 1) for cell in cells if cell.requests == 1}
+    done = {Slot(arm=OURS, **cell._asdict(), repeat=at) for cell in cells for at in range(2) if at == 0 or cell[0] == 1}
     slots = schedule(cells, 2, done)
     assert {slot.requests for slot in slots} == {8}
-    assert [(slot.cell, slot.repeat) for slot in slots if slot.cell] == [(cells[3], 1), (cells[2], 1)]
+    assert [(cell_of(slot), slot.repeat) for slot in slots if cell_of(slot)] == [(cells[3], 1), (cells[2], 1)]
     assert schedule(cells, 1, done) == []
 
 
@@ -232,13 +234,14 @@ def test_ratios_are_to_the_mean_of_the_neighbours_and_the_verdict_is_by_the_medi
     ]
     result = result_of(CELL, runs, LIMITS)
     assert result is not None
-    assert (result.ratio, result.ratio_min, result.ratio_max) == pytest.approx((1.0, 0.8, 120 / 110))
-    assert (result.ngram_ratio, result.ngram_ratio_min, result.ngram_ratio_max) == pytest.approx((1.25, 1.1, 1.5))
-    assert (result.tokens_per_s, result.vanilla_tokens_per_s, result.ngram_tokens_per_s) == pytest.approx(
-        (100, 110, 80)
-    )
-    assert result.cpu_s_per_token_ratio == pytest.approx(cpu_by_hand(runs))
-    assert (result.repeats, result.verdict) == (3, "ok")
+    said = {name: result[name] for name in ("ratio", "ratio_min", "ratio_max")}
+    assert said == pytest.approx({"ratio": 1.0, "ratio_min": 0.8, "ratio_max": 120 / 110})
+    said = [result[name] for name in ("ngram_ratio", "ngram_ratio_min", "ngram_ratio_max")]
+    assert said == pytest.approx([1.25, 1.1, 1.5])
+    said = [result[name] for name in ("tokens_per_s", "vanilla_tokens_per_s", "ngram_tokens_per_s")]
+    assert said == pytest.approx([100, 110, 80])
+    assert result["cpu_s_per_token_ratio"] == pytest.approx(cpu_by_hand(runs))
+    assert (result["repeats"], result["verdict"]) == (3, "ok")
 
 
 def cpu_by_hand(runs: Sequence[Run]) -> float:
@@ -295,26 +298,117 @@ def test_what_others_used_is_seen() -> None:
     assert "more than 0.15 in 1 of 2 runs" in quiet_line([run(), replace(run(), core_busy=[0.9, 0.2])])
 
 
-def test_runs_go_through_json() -> None:
-    known = run(counters={"steps": 3}, differences=[[1, 2]])
-    assert run_of(json.loads(json.dumps(asdict(known)))) == known
+def test_runs_go_through_a_file_that_is_gone_on_with_only_by_the_same_settings(tmp_path: Path) -> None:
+    path, settings = tmp_path / "runs.json", {"k": 5, "rtts_ms": (0.0, 20.0)}
+    known = [run(counters={"steps": 3}, differences=[[1, 2]]), run(VANILLA, 1)]
+    Kept(path, settings, [{"date": "today"}], known).save({"cells": []})
+    again = Kept.load(path, settings, is_resumed=True)
+    assert (again.runs, again.sessions) == (known, [{"date": "today"}])
+    assert again.done == {known[0].slot, known[1].slot}
+    assert Kept.load(path, settings, is_resumed=False).runs == []
+    with pytest.raises(BadParameter, match="another --output"):
+        Kept.load(path, {**settings, "k": 4}, is_resumed=True)
+
+
+def test_a_file_of_runs_with_other_fields_is_not_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"settings": {"k": 5}, "sessions": [], "runs": [{"arm": VANILLA, "ttft_ms": 5}]}))
+    with pytest.raises(BadParameter, match="before runs had these fields"):
+        Kept.load(path, {"k": 5}, is_resumed=True)
+
+
+def test_each_run_is_in_the_file_as_soon_as_it_is_made(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "runs.json", {}, [{}], [])
+    slots = [run(VANILLA).slot, run().slot]
+
+    def measure(slot: Slot) -> Iterator[Run]:
+        assert len(kept.runs) == slots.index(slot)
+        yield run(slot.arm)
+
+    kept.measure_all(slots, measure, lambda runs: {"count": len(runs)})
+    values = json.loads(kept.path.read_text())
+    assert (values["count"], len(values["sessions"])) == (2, 2)
+    assert [(each["arm"], each["session"], each["number"]) for each in values["runs"]] == [
+        (VANILLA, 1, 0),
+        (OURS, 1, 1),
+    ]
+
+
+def test_old_results_files_are_read_and_come_to_what_they_say() -> None:
+    values = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "never-slower.json").read_text())
+    found = results([run_of(each) for each in values["runs"]], Limits(**values["limits"]))
+    assert found == [pytest.approx(cell) for cell in without_lists(values["cells"], found)]
+
+
+def without_lists(cells: list[dict[str, object]], found: list[dict[str, object]]) -> list[dict[str, object]]:
+    """pytest.approx compares no lists within what it compares, so those are compared here."""
+    for cell, other in zip(cells, found, strict=True):
+        for name in ("core_busy", "failures"):
+            assert other.pop(name) == cell.pop(name)
+    return cells
 
 
 def test_the_table_has_a_line_for_each_result() -> None:
-    found = results([run(VANILLA, 0), run(OURS, 1, 96)], LIMITS)
-    lines = table(found).splitlines()
-    assert len({text.count("|") for text in lines}) == 1
+    runs = [run(VANILLA, 0), run(OURS, 1, 96)]
+    lines = report(runs, LIMITS).splitlines()[:3]
+    assert {text.count("|") for text in lines} == {len(COLUMNS) + 1}
     assert "| 0.96 (0.96..0.96) | - |" in lines[2]
     assert lines[2].endswith("| FAIL (vs vanilla) |")
-    assert as_json(found[0])["verdict"] == "FAIL (vs vanilla)"
+    assert not is_kept(runs, LIMITS)
+    assert is_kept([run(VANILLA, 0), run(OURS, 1)], LIMITS)
+
+
+# -- what a run comes to ---------------------------------------------------------------------------------------------
+
+
+def answer(sent_s: float, *chunks: tuple[float, int]) -> Answer:
+    tokens = tuple(range(sum(num_tokens for _, num_tokens in chunks)))
+    return Answer(sent_s, (9,), tokens, [Chunk(*chunk) for chunk in chunks])
+
+
+def test_batches_are_timed_one_by_one_and_add_up() -> None:
+    together = answer(1.0, (2.0, 1), (4.0, 2)), answer(1.5, (2.5, 1), (3.5, 1))
+    alone = answer(10.0, (11.0, 1), (11.5, 3))
+    figures = timed(together, [alone])
+    assert (figures["num_tokens"], figures["seconds"]) == (9, pytest.approx(3.0 + 1.5))
+    assert (figures["decode_tokens"], figures["decode_seconds"]) == (1 + 3, pytest.approx(1.0 + 0.5))
+    assert figures["first_token_s"] == pytest.approx({"p50": 1.0, "p99": 1.0, "max": 1.0})
+    assert sum(figures["gaps"].values()) == 3
+    assert figures["gap_ms"]["p99"] == pytest.approx(2000, rel=0.006)
+    assert figures["token_gap_ms"]["p99"] == pytest.approx(1000, rel=0.006)
+    assert figures["tokens_per_chunk"] == pytest.approx(9 / 6)
+
+
+def test_a_whole_answer_is_one_chunk() -> None:
+    whole = Answer(sent_s=1.0)
+    whole.take(json.dumps({"choices": [{"token_ids": [1, 2, 3], "prompt_token_ids": [7]}]}), 2.0)
+    assert whole.recording == Recording((7,), (1, 2, 3))
+    assert whole.chunks == [Chunk(2.0, 3)]
+    assert timed([whole])["decode_seconds"] == 0.0
+
+
+def test_differences_are_where_an_answer_parts_from_what_is_recorded() -> None:
+    known = [Recording((1,), (5, 6, 7))] * 3
+    answers = [Answer(0.0, (1,), tokens) for tokens in ((5, 6, 7), (5, 6), (5, 9, 7))]
+    assert differences(known, answers) == [[2, 1]]
+
+
+def test_answers_are_compared_with_the_first_of_their_case_and_repeat() -> None:
+    first, other = (replace(run(arm), answers=["a", "b"]) for arm in (VANILLA, NGRAM))
+    again = replace(run(), answers=["a", "b"], repeat=1)
+    assert num_different([first, other, again]) == 0
+    assert num_different([first, replace(other, answers=["a", "c"]), replace(again, answers=["x", "y"])]) == 1
+    sampled = [replace(each, temperature=0.7) for each in (first, replace(other, answers=["a", "c"]))]
+    assert num_different(sampled) == 0
 
 
 # -- the server for the simulator ------------------------------------------------------------------------------------
 
 
-def learned(token_s: float, verifying_s: float = 0.0) -> Learned:
+def learned(token_s: float, verifying_s: float = 0.0) -> dict[str, object]:
     """Steps of 50 ms and so much for each token, 1 ms a request and for each 1,024 tokens of context."""
-    return Learned([0.05 + token_s * size for size in KNOTS], 0.001, 0.001, verifying_s)
+    curve_s = [0.05 + token_s * size for size in KNOTS]
+    return {"curve_s": curve_s, "request_s": 0.001, "context_s": 0.001, "verifying_s": verifying_s}
 
 
 def test_the_model_has_what_vanilla_s_clients_saw_and_what_our_engine_learned() -> None:

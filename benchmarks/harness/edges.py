@@ -1,15 +1,22 @@
-"""Edges that draft while servers are asked."""
+"""Edges that draft while servers are asked: one process of them, behind a relay that adds delay."""
 
 import json
 import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from stack import Process
+from stack import BIN, EDGE_CORE, POLL_S, STOP_LIMIT_S, Process, Server, start, wait_for
 
 from harness.relay import Relay
-from harness.results import console
+
+CONNECT = (str(BIN / "edge-client"), "connect")
+REPLAY = (sys.executable, str(Path(__file__).with_name("replay.py")))
+NICE = 19
 
 
 @dataclass(frozen=True)
@@ -23,22 +30,68 @@ class Edges:
         times = psutil.Process(self.process.popen.pid).cpu_times()
         return float(times.user + times.system)
 
-    def signal(self, number: signal.Signals) -> None:
-        self.process.popen.send_signal(number)
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """They do nothing meanwhile, while their connections stay open."""
+        self.process.popen.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.popen.send_signal(signal.SIGCONT)  # so that they can end
+
+    def totals(self, is_dead: bool = False) -> dict[str, int]:
+        """What ended edges say of themselves. Whatever else is a warning and is shown; the dead have many."""
+        *warnings, last = self.process.log.read_text().splitlines() or [""]
+        try:
+            totals: dict[str, int] = json.loads(last)
+        except ValueError:
+            totals, warnings = {}, [*warnings, last]
+        for text in warnings if not is_dead else ():
+            print(f"{self.process.log.name}: {text}", file=sys.stderr)
+        return totals
 
 
-def check(process: Process) -> None:
-    if process.popen.poll() is not None:
-        raise process.fail("the edge ended by itself")
+def flags(**values: object) -> list[str]:
+    """Options of a command line: `pass_ms=6` is --pass-ms 6."""
+    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def edge_totals(log: Path, is_dead: bool = False) -> dict[str, int]:
-    """What edges say of themselves when they end. Whatever else is a warning and is shown; the dead have many."""
-    *warnings, last = log.read_text().splitlines() or [""]
-    try:
-        totals: dict[str, int] = json.loads(last)
-    except ValueError:
-        totals, warnings = {}, [*warnings, last]
-    for text in warnings if not is_dead else ():
-        console.print(f"{log.name}: {text}", markup=False)
-    return totals
+@contextmanager
+def drafting(
+    server: Server,
+    rtt_ms: float | None,
+    command: Sequence[str],
+    options: Sequence[str],
+    log: Path,
+    num_edges: int = 1,
+    is_pinned: bool = True,
+) -> Iterator[Edges | None]:
+    """Edges that the gateway has admitted through a relay of their own; None without a round trip to add.
+
+    `command` is CONNECT or REPLAY. Those that are not pinned run where the server leaves room. Raises StackError if
+    they do not come, do not go, or end by themselves.
+    """
+    if rtt_ms is None:
+        yield None
+        return
+    with Relay(server.gateway_port, rtt_ms / 1000) as relay:
+        core = EDGE_CORE if is_pinned else None
+        process = start([*command, relay.url, *options], log, {"HF_HUB_OFFLINE": "1"}, core)
+        if not is_pinned:
+            psutil.Process(process.popen.pid).nice(NICE)
+        try:
+            wait_for(process, f"{server.gateway_url}/healthz", "edges", num_edges)
+            yield Edges(process, relay)
+            if process.popen.poll() is not None:
+                raise process.fail("the edge ended by itself")
+        finally:
+            process.stop()
+    wait_for_no_edge(server)
+
+
+def wait_for_no_edge(server: Server) -> None:
+    for _ in range(int(STOP_LIMIT_S / POLL_S)):
+        if not server.metrics()["specedge_edges"]:
+            return
+        time.sleep(POLL_S)
+    raise server.process.fail("the last edge is still connected")

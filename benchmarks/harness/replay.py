@@ -16,27 +16,25 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Annotated, NamedTuple, TextIO
+from typing import Annotated, NamedTuple
 
 import typer
 
 from edge_client.client import EdgeClient
-from edge_client.drafters import Candidate, Drafter, DrafterOptions, DraftSequence
+from edge_client.drafters import Candidate, Drafter, DrafterOptions
 from edge_client.drafters.choose import load_drafter
+from edge_client.drafters.entries import Entries
 from edge_client.gateway_link import Gateway
 
 SMOLLM2_VOCAB_SIZE = 49152
 WAIT_S = 30.0
 MAX_DRAWN = 1 << 13
 """Draws that a drafter remembers: false pasts come again while they are drafted, true ones with every run."""
-
-REPLAY = Path(__file__)
-"""The command that runs such edges."""
 
 
 class Recording(NamedTuple):
@@ -83,48 +81,6 @@ class Stalls:
         return at_s if at_s < self._start_s else self._start_s + self._stall_s
 
 
-class TracedDrafter:
-    """A drafter that also writes down each pass: one line of JSON, with times of the monotonic clock."""
-
-    def __init__(self, drafter: Drafter, edge: int, trace: TextIO) -> None:
-        self.fingerprint = drafter.fingerprint
-        self.max_context_tokens = drafter.max_context_tokens
-        self.max_width = drafter.max_width
-        self.description = drafter.description
-        self._drafter = drafter
-        self._edge = edge
-        self._trace = trace
-
-    def open(self) -> "TracedSequence":
-        return TracedSequence(self._drafter.open(), self.traced)
-
-    @contextmanager
-    def traced(self, num_rows: int) -> Iterator[None]:
-        start_s = time.monotonic()
-        yield
-        line = {"edge": self._edge, "start_s": start_s, "end_s": time.monotonic(), "rows": num_rows}
-        self._trace.write(json.dumps(line) + "\n")
-
-
-class TracedSequence:
-    """A context of one."""
-
-    def __init__(self, sequence: DraftSequence, traced: Callable[[int], AbstractContextManager[None]]) -> None:
-        self._sequence = sequence
-        self._traced = traced
-
-    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
-        self._sequence.keep(length, moved)
-
-    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
-        with self._traced(len(tokens)):
-            return self._sequence.append(tokens, width)
-
-    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
-        with self._traced(len(tokens)):
-            return self._sequence.branch(tokens, parents, width)
-
-
 class ReplayDrafter:
     """Knows what the target says to the recorded prompts; has nothing to say to others, or past an answer's end."""
 
@@ -139,8 +95,10 @@ class ReplayDrafter:
         max_width: int = 8,
         vocab_size: int = SMOLLM2_VOCAB_SIZE,
         stalls: Stalls | None = None,
+        trace: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
-        """Every forward pass takes `pass_s` seconds, however many rows it has; longer while it stalls."""
+        """Every forward pass takes `pass_s` seconds, however many rows it has; longer while it stalls. `trace` is told
+        of each, with times of the monotonic clock."""
         self.max_width = max_width
         self.description = f"replay, {accuracy.first:.0%} right, {1000 * pass_s:.1f} ms a token"
         self._recordings = sorted(recordings, key=lambda recording: -len(recording.prompt))
@@ -148,6 +106,7 @@ class ReplayDrafter:
         self._pass_s = pass_s
         self._vocab_size = vocab_size
         self._stalls = stalls
+        self._trace = trace
         self._longest = max((len(recording.prompt) for recording in recordings), default=0)
         # What a pass costs beside its sleep counts, since many edges share a core: nothing is computed twice.
         self._recording = lru_cache(MAX_DRAWN)(self._find)
@@ -157,13 +116,16 @@ class ReplayDrafter:
         return ReplaySequence(self)
 
     @contextmanager
-    def forward_pass(self) -> Iterator[None]:
+    def forward_pass(self, num_rows: int) -> Iterator[None]:
         """Takes the time of a pass, of which what is done inside is part."""
-        until_s = time.monotonic() + self._pass_s
+        start_s = time.monotonic()
+        until_s = start_s + self._pass_s
         yield
         if self._stalls is not None:
             until_s = self._stalls.over_s(max(until_s, time.monotonic()))
         time.sleep(max(0.0, until_s - time.monotonic()))
+        if self._trace is not None:
+            self._trace({"start_s": start_s, "end_s": time.monotonic(), "rows": num_rows})
 
     def candidates(self, chain: tuple[int, ...], width: int) -> list[Candidate]:
         """What the draft model says may follow these tokens, most probable first."""
@@ -199,14 +161,12 @@ class ReplayDrafter:
 
 
 class ReplaySequence:
-    """One request's entries: a token and the entry before it, each."""
+    """One request's entries: a token each."""
 
     def __init__(self, drafter: ReplayDrafter) -> None:
         self._drafter = drafter
         self._tokens: list[int] = []
-        self._parents: list[int] = []
-        self._num_trunk = 0
-        """So many first entries are a chain."""
+        self._entries = Entries()
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -214,45 +174,28 @@ class ReplaySequence:
     def chain(self, entry: int) -> tuple[int, ...]:
         """The tokens from the first one to this entry's; none for entry -1."""
         tokens = []
-        while entry >= self._num_trunk:
+        while entry >= self._entries.trunk:
             tokens.append(self._tokens[entry])
-            entry = self._parents[entry]
+            entry = self._entries.parent(entry)
         return (*self._tokens[: entry + 1], *reversed(tokens))
 
     def keep(self, length: int, moved: Sequence[int] = ()) -> None:
-        is_there = length <= len(self) and all(length <= entry < len(self) for entry in moved)
-        if not is_there or list(moved) != sorted(set(moved)):
-            raise ValueError(f"cannot keep {length} entries and {list(moved)} of {len(self)}")
-        numbers = {old: length + index for index, old in enumerate(moved)}
-        parents = [self._parents[old] for old in moved]
-        self._parents[length:] = [parent if parent < length else numbers[parent] for parent in parents]
+        self._entries.keep(length, moved)
         self._tokens[length:] = [self._tokens[old] for old in moved]
-        self._num_trunk = min(self._num_trunk, length)
-        self._extend_trunk()
-
-    def _extend_trunk(self) -> None:
-        while self._num_trunk < len(self) and self._parents[self._num_trunk] == self._num_trunk - 1:
-            self._num_trunk += 1
 
     def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
-        with self._drafter.forward_pass():
-            if self._num_trunk != len(self):
-                raise ValueError("a chain is appended to a chain only")
-            self._parents += range(len(self) - 1, len(self) + len(tokens) - 1)
+        with self._drafter.forward_pass(len(tokens)):
+            self._entries.append(len(tokens))
             self._tokens += tokens
-            self._extend_trunk()
             return self._drafter.candidates(self.chain(len(self) - 1), width)
 
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
-        with self._drafter.forward_pass():
-            num_before = len(self)
-            if not 1 <= len(tokens) <= self._drafter.max_width:
+        with self._drafter.forward_pass(len(tokens)):
+            if not 1 <= len(tokens) == len(parents) <= self._drafter.max_width:
                 raise ValueError(f"{len(tokens)} rows in one pass, of at most {self._drafter.max_width}")
-            if len(parents) != len(tokens) or not all(0 <= parent < num_before for parent in parents):
-                raise ValueError(f"{len(tokens)} tokens behind {list(parents)}, of {num_before} entries")
+            num_before = len(self)
+            self._entries.branch(parents)
             self._tokens += tokens
-            self._parents += parents
-            self._extend_trunk()
             return [self._drafter.candidates(self.chain(entry), width) for entry in range(num_before, len(self))]
 
 
@@ -289,21 +232,18 @@ def main(
     max_requests: Annotated[int, typer.Option(help="Requests that each edge takes at once.", min=1)] = 8,
     stall_s: Annotated[float, typer.Option(help="Each edge stands still for so long; 0: never.", min=0)] = 0.0,
     stall_every_s: Annotated[float, typer.Option(help="On average, from one stall's start to the next's.")] = 5.0,
-    trace: Annotated[Path | None, typer.Option(help="Add a line of JSON a pass to this file.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Add a line of JSON a replayed pass to this file.")] = None,
 ) -> None:
     """Connect to a gateway and draft for it until SIGTERM."""
-    traced = trace.open("a", buffering=1) if trace is not None else None
+    file = trace.open("a", buffering=1) if trace is not None else None
 
     def drafter(number: int) -> Drafter:
-        own = untraced(number)
-        return TracedDrafter(own, number, traced) if traced is not None else own
-
-    def untraced(number: int) -> Drafter:
         if recordings is None:
             return load_drafter(DrafterOptions(draft_model, device="cpu", threads=1))
         stalls = Stalls(stall_s, stall_every_s, seed + number, time.monotonic()) if stall_s else None
-        accuracy = Accuracy(first, second, seed)
-        return ReplayDrafter(read_recordings(recordings), accuracy, pass_ms / 1000, stalls=stalls)
+        write = (lambda line: file.write(json.dumps({"edge": number, **line}) + "\n")) if file else None
+        known, accuracy = read_recordings(recordings), Accuracy(first, second, seed)
+        return ReplayDrafter(known, accuracy, pass_ms / 1000, stalls=stalls, trace=write)
 
     gateway = Gateway(url, token_file.read_text().strip() if token_file else "", ca_file)
     clients = [

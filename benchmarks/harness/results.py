@@ -5,22 +5,30 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from harness.runs import Run, Slot, run_of
+
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
+LOGS = CACHE / "bench"
 RESULTS = ROOT / "benchmarks" / "results"
 
 console = Console(stderr=True, highlight=False)
+
+
+def output_path(name: str, output: Path | None, is_quick: bool = False) -> Path:
+    return (output or (LOGS / f"quick-{name}" if is_quick else RESULTS / name)).absolute()
 
 
 def circumstances() -> dict[str, object]:
@@ -41,19 +49,87 @@ def circumstances() -> dict[str, object]:
     }
 
 
-def save_runs(path: Path, head: Mapping[str, object], runs: Sequence[Any]) -> None:
-    """Write all to a file, whole or not at all; a run, which is a dataclass, is a line."""
-    lines = ",\n".join("  " + json.dumps(asdict(run)) for run in runs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(head, indent=1).removesuffix("\n}") + f',\n "runs": [\n{lines}\n ]\n}}\n')
-    unfinished.replace(path)
+@dataclass
+class Kept:
+    """All runs so far, of this session of the servers and of those before; and their file."""
+
+    path: Path
+    settings: dict[str, Any]
+    """What runs that are compared have in common."""
+    sessions: list[dict[str, object]]
+    runs: list[Run]
+
+    @classmethod
+    def load(cls, path: Path, settings: Mapping[str, Any], is_resumed: bool) -> "Kept":
+        """What earlier sessions left, if it is gone on with. Refuses what was measured otherwise."""
+        said = json.loads(json.dumps(settings))
+        if not is_resumed or not path.exists():
+            return cls(path, said, [], [])
+        values = json.loads(path.read_text())
+        if values.get("settings") != said:
+            raise typer.BadParameter(f"{path} has other settings ({values.get('settings')}): choose another --output")
+        try:
+            return cls(path, said, values["sessions"], [run_of(run) for run in values["runs"]])
+        except (KeyError, TypeError):
+            raise typer.BadParameter(
+                f"{path} was written before runs had these fields: choose another --output"
+            ) from None
+
+    @property
+    def done(self) -> set[Slot]:
+        return {run.slot for run in self.runs}
+
+    def save(self, figures: Mapping[str, object]) -> None:
+        """Write all, whole or not at all; a run is a line."""
+        head = {"settings": self.settings, **figures, "sessions": self.sessions}
+        lines = ",\n".join("  " + json.dumps(asdict(run)) for run in self.runs)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(head, indent=1).removesuffix("\n}") + f',\n "runs": [\n{lines}\n ]\n}}\n')
+        unfinished.replace(self.path)
+
+    def measure_all(
+        self,
+        slots: Sequence[Slot],
+        measure: Callable[[Slot], Iterable[Run]],
+        figures: Callable[[Sequence[Run]], Mapping[str, object]],
+        rate: str = "tokens_per_s",
+    ) -> None:
+        """Make all runs, in a session of their own; each is in the file as soon as it is done. `rate`: what is said."""
+        self.sessions.append(circumstances())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, auto_refresh=False) as progress:  # no thread draws while we measure
+            task = progress.add_task("measuring", total=len(slots))
+            for number, slot in enumerate(slots):
+                progress.update(task, description=slot.title, refresh=True)
+                for run in measure(slot):
+                    self.runs.append(replace(run, session=len(self.sessions) - 1, number=number))
+                    parted = f", NOT IDENTICAL at {run.differences}" if run.differences else ""
+                    said = f"{run.title}: {getattr(run, rate):.1f} tok/s in {run.seconds:.1f} s{parted}"
+                    progress.console.print(said, markup=False)
+                self.save(figures(self.runs))
+                progress.advance(task)
 
 
-def progress_bar() -> Progress:
-    """Without a thread that draws while we measure."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, auto_refresh=False)
+# -- as text ---------------------------------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """Of a table."""
+
+    title: str
+    value: str | Callable[[Any], object]
+    """Of what a row is about, or its name there; None is shown as a dash."""
+    form: str = ""
+
+
+def table(columns: Sequence[Column], rows: Iterable[Any]) -> str:
+    return markdown([each.title for each in columns], [[_shown(each, row) for each in columns] for row in rows])
+
+
+def _shown(column: Column, row: Any) -> str:
+    value = row[column.value] if isinstance(column.value, str) else column.value(row)
+    return "-" if value is None else format(value, column.form)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,65 +1,68 @@
-"""Servers to ask, what they are asked, and what they use meanwhile."""
+"""Servers to ask, and what they and their edges use meanwhile."""
 
+import asyncio
 import json
+import signal
 import socket
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx2 as httpx
 import psutil
-from stack import LARGE_PAGES, MODEL_NAME, POLL_S, STOP_LIMIT_S, Server, StackError, start_server, wait_for
+from stack import EDGE_CORE, LARGE_PAGES, MODEL_NAME, Server, StackError, start_server, wait_for
 
 from harness.edges import Edges
+from harness.load import Answer, ask_all
 from harness.relay import Traffic
-from harness.replay import Recording
-from harness.results import CACHE
+from harness.replay import Recording, write_recordings
+from harness.results import CACHE, console
 
-REQUEST_LIMIT_S = 600.0
-QUESTIONS = (
-    "Write a short story about an old lighthouse and a grey cat.",
-    "Explain in detail to a ten-year-old why the sky is blue.",
-    "How do I make a simple vegetable soup? Give me all the steps.",
-    "Write an e-mail to my landlord: the heating has been broken since Monday.",
-    "What is the difference between weather and climate? Give examples.",
-    "Give me ten tips for a job interview and explain each of them.",
-    "Describe the history of the bicycle, from its first days until now.",
-    "Plan a weekend trip to the mountains for a family of four.",
-)
-"""Their answers are longer than what is asked of them, so that --tokens is all text."""
-
-
-def prompt_of(question: str) -> str:
-    """As the model's own chat template puts it, about 40 tokens."""
-    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    turns = (("system", system), ("user", question))
-    return "".join(f"<|im_start|>{who}\n{text}<|im_end|>\n" for who, text in turns) + "<|im_start|>assistant\n"
+T = TypeVar("T")
+WAIT_LIMIT_MS = 1000
+"""Where the server always waits, for longer than any answer takes; elsewhere the limit is the default."""
+SETTLE_S = 0.1
+IDLE = ("idle", "iowait")
 
 
 @dataclass
 class Target:
-    """A server to ask, one request at a time."""
+    """A server to ask."""
 
     server: Server
     has_gateway: bool
-    http: httpx.Client = field(default_factory=lambda: httpx.Client(trust_env=False, timeout=REQUEST_LIMIT_S))
     num_asked: int = 0
     """Tokens that it was asked for so far."""
 
-    def ask(self, prompt: str | Sequence[int], num_tokens: int) -> tuple[Recording, float]:
-        """One greedy answer, and the seconds that the whole request took."""
-        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
-        body |= {"ignore_eos": True, "return_token_ids": True}
-        started_s = time.monotonic()
-        response = self.http.post(f"{self.server.url}/v1/completions", json=body)
-        took_s = time.monotonic() - started_s
-        response.raise_for_status()
-        choice = response.json()["choices"][0]
-        self.num_asked += num_tokens
-        return Recording(tuple(choice["prompt_token_ids"]), tuple(choice["token_ids"])), took_s
+    def ask(self, prompts: Sequence[str | Sequence[int]], num_tokens: int, is_streamed: bool = True) -> list[Answer]:
+        """Greedy answers to all prompts at once."""
+        body = {"max_tokens": num_tokens, "temperature": 0, "stream": is_streamed, "ignore_eos": True}
+        return self._ask("completions", [{**body, "prompt": prompt} for prompt in prompts])
+
+    def chat(self, question: str, num_tokens: int, **body: object) -> Answer:
+        """The streamed answer to a question, of at most so many tokens."""
+        body |= {"messages": [{"role": "user", "content": question}], "max_tokens": num_tokens, "stream": True}
+        return self._ask("chat/completions", [body])[0]
+
+    def _ask(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
+        named = [{**body, "model": self.server.model} for body in bodies]
+        try:
+            answers = asyncio.run(ask_all(f"{self.server.url}/v1/{endpoint}", named))
+        except (httpx.HTTPError, RuntimeError) as error:
+            raise self.server.process.fail(f"asking failed: {error!r}") from error
+        self.num_asked += sum(len(answer.tokens) for answer in answers)
+        return answers
+
+    def record(self, prompts: Sequence[str], num_tokens: int, path: Path) -> list[Recording]:
+        """What it says to these prompts, for edges that know it."""
+        recordings = [answer.recording for answer in self.ask(prompts, num_tokens)]
+        write_recordings(path, recordings)
+        return recordings
 
     def counters(self) -> Counter[str]:
         """The engine's, with all that was asked so far in them; they come once a second."""
@@ -68,12 +71,90 @@ class Target:
         values = self.server.engine_counters({"committed_tokens": self.num_asked})
         return Counter({name: int(value) for name, value in values.items()})
 
-    def wait_for_no_edge(self) -> None:
-        for _ in range(int(STOP_LIMIT_S / POLL_S)):
-            if not self.server.metrics()["specedge_edges"]:
-                return
-            time.sleep(POLL_S)
-        raise self.server.process.fail("the last edge is still connected")
+    def cpu_s(self) -> Counter[str]:
+        """CPU seconds so far, by process."""
+        front_end = psutil.Process(self.server.process.popen.pid)
+        used: Counter[str] = Counter()
+        for process in (front_end, *front_end.children(recursive=True)):
+            try:
+                text, times = " ".join(process.cmdline()), process.cpu_times()
+            except psutil.Error:
+                continue
+            role = next((role for mark, role in ROLES.items() if mark in text), "front_end")
+            used[role] += times.user + times.system
+        return used
+
+
+ROLES = {"VLLM::Worker": "worker", "VLLM::EngineCore": "engine_core", "vllm_specedge.cli gateway": "gateway"}
+"""A server's processes by what is in their command lines; the first one is the front end."""
+
+
+# -- starting them ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def story(name: str) -> Iterator[ExitStack]:
+    """A benchmark. What is started within is stopped at its end, of SIGTERM too; what does not start ends it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with ExitStack() as stack:
+            yield stack
+    except StackError as error:
+        sys.exit(f"{name}: {error}")
+
+
+def edge(k: int | None, **options: object) -> dict[str, object]:
+    """The --speculative-config of a server with edges; k is the most draft tokens that a step verifies."""
+    return {"method": "edge", **({} if k is None else {"num_speculative_tokens": k}), **options}
+
+
+def waiting(k: int | None, **options: object) -> dict[str, object]:
+    """The same in the paper's way: the server always waits for the draft."""
+    return edge(k, mode="wait", hold_limit_ms=WAIT_LIMIT_MS, ngram=False, **options)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of serving: a server by its name, which arms may share, and options of its edge."""
+
+    name: str
+    title: str
+    server: str
+    config: dict[str, object] | None = None
+    """None: no speculation."""
+    edge: tuple[str, ...] = ()
+
+
+def launch(
+    configs: Mapping[str, Mapping[str, object] | None],
+    logs: Path,
+    stack: ExitStack,
+    *arguments: str,
+    max_seqs: int,
+    kv_bytes: int,
+    env: Mapping[str, str] | None = None,
+    model: Path = CACHE / MODEL_NAME,
+    dtype: str = "float32",
+) -> dict[str, Target]:
+    """Start a server for each --speculative-config (None: plain vLLM), all at once; returns when all are healthy."""
+    targets, ports = {}, free_ports(2 * len(configs))
+    with console.status(f"Starting {len(configs)} servers (minutes) ..."):
+        for name, config in configs.items():
+            port, gateway_port = ports.pop(), ports.pop()
+            own = [*arguments, "--max-model-len", "2048", "--max-num-seqs", str(max_seqs)]
+            own += ["--kv-cache-memory-bytes", str(kv_bytes)]
+            has_gateway = config is not None and config["method"] == "edge"
+            if config is not None:
+                listen = {"listen": f"127.0.0.1:{gateway_port}"} if has_gateway else {}
+                own += ["--speculative-config", json.dumps({**config, **listen})]
+            log = logs / f"{name.replace(', ', '-').replace(' ', '-')}.log"
+            shared = {**LARGE_PAGES, **(env or {})}
+            server = start_server(model, log, port, *own, gateway_port=gateway_port, env=shared, dtype=dtype)
+            stack.callback(server.process.stop)
+            targets[name] = Target(server, has_gateway)
+        for target in targets.values():
+            wait_for_start(target.server, len(targets))
+    return targets
 
 
 def free_ports(count: int) -> list[int]:
@@ -81,35 +162,6 @@ def free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [item.getsockname()[1] for item in sockets]
-
-
-def launch_all(
-    names: Sequence[str],
-    speculation: Callable[[str, int], dict[str, object] | None],
-    arguments: Sequence[str],
-    logs: Path,
-    stack: ExitStack,
-    env: dict[str, str] | None = None,
-    model: Path = CACHE / MODEL_NAME,
-    dtype: str = "float32",
-) -> dict[str, Target]:
-    """Start a server for each name, all at once; returns them when all are healthy.
-
-    `speculation`: the --speculative-config of a server, with the port of its gateway.
-    """
-    targets, ports, shared = {}, free_ports(2 * len(names)), {**LARGE_PAGES, **(env or {})}
-    for name in names:
-        port, gateway_port = ports.pop(), ports.pop()
-        config = speculation(name, gateway_port)
-        own = ["--speculative-config", json.dumps(config)] if config is not None else []
-        log = logs / f"{name.replace(', ', '-').replace(' ', '-')}.log"
-        server = start_server(model, log, port, *arguments, *own, gateway_port=gateway_port, env=shared, dtype=dtype)
-        stack.callback(server.process.stop)
-        targets[name] = Target(server, has_gateway=config is not None and config["method"] == "edge")
-        stack.callback(targets[name].http.close)
-    for target in targets.values():
-        wait_for_start(target.server, len(targets))
-    return targets
 
 
 def wait_for_start(server: Server, num_servers: int) -> None:
@@ -123,52 +175,48 @@ def wait_for_start(server: Server, num_servers: int) -> None:
                 raise
 
 
+def stand_aside() -> None:
+    """From now on the relay and the asking never stop the model's core. Servers that are started later share this."""
+    psutil.Process().cpu_affinity([EDGE_CORE])
+
+
 # -- what a run uses -------------------------------------------------------------------------------------------------
 
-ROLES = {"VLLM::Worker": "worker", "VLLM::EngineCore": "engine_core", "vllm_specedge.cli gateway": "gateway"}
-"""A server's processes by what is in their command lines; the first one is the front end."""
+
+def metered(target: Target, edges: Edges | None, act: Callable[[], T]) -> tuple[T, dict[str, Any]]:
+    """Do something with a server and its edges; returns what comes of it, and what it used, by a Run's names."""
+    counted, sent = target.counters(), _traffic(edges)
+    cpu_before, cores_before = _cpu_s(target, edges), psutil.cpu_times(percpu=True)
+    done = act()
+    cpu_after, cores_after = _cpu_s(target, edges), psutil.cpu_times(percpu=True)
+    time.sleep(SETTLE_S + (edges.relay.rtt_s if edges else 0.0))  # what is on its way is part of it
+    counters, came = target.counters(), _traffic(edges)
+    counters.subtract(counted)
+    return done, {
+        "cpu_s": {name: round(after - cpu_before.get(name, 0.0), 2) for name, after in cpu_after.items()},
+        "core_busy": _core_shares(cores_before, cores_after, lambda name: name not in IDLE),
+        "core_steal": _core_shares(cores_before, cores_after, lambda name: name == "steal"),
+        "counters": dict(counters),
+        "up_bytes": came.up_bytes - sent.up_bytes,
+        "down_bytes": came.down_bytes - sent.down_bytes,
+    }
 
 
-def server_cpu_s(target: Target) -> Counter[str]:
-    """CPU seconds so far, by process."""
-    front_end = psutil.Process(target.server.process.popen.pid)
-    used: Counter[str] = Counter()
-    for process in (front_end, *front_end.children(recursive=True)):
-        try:
-            text, times = " ".join(process.cmdline()), process.cpu_times()
-        except psutil.Error:
-            continue
-        role = next((role for mark, role in ROLES.items() if mark in text), "front_end")
-        used[role] += times.user + times.system
-    return used
+def _traffic(edges: Edges | None) -> Traffic:
+    return edges.relay.traffic if edges else Traffic(0, 0)
 
 
-def own_cpu_s() -> float:
-    times = psutil.Process().cpu_times()
-    return float(times.user + times.system)
+def _cpu_s(target: Target, edges: Edges | None) -> dict[str, float]:
+    own = psutil.Process().cpu_times()
+    return {**target.cpu_s(), "load": own.user + own.system, "edges": edges.cpu_s() if edges else 0.0}
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What was used until a moment; what a run used is the difference of two."""
-
-    cpu_s: dict[str, float]
-    cores: list[dict[str, float]]
-    """Seconds that each core spent in each of its states."""
-    traffic: Traffic
-
-
-def usage(target: Target, edges: Edges | None) -> Usage:
-    cpu_s = {**server_cpu_s(target), "load": own_cpu_s(), "edges": edges.cpu_s() if edges else 0.0}
-    cores = [core._asdict() for core in psutil.cpu_times(percpu=True)]
-    return Usage(cpu_s, cores, edges.relay.traffic if edges else Traffic(0, 0))
-
-
-def core_shares(before: Usage, after: Usage, is_counted: Callable[[str], bool]) -> list[float]:
+def _core_shares(before: Sequence[Any], after: Sequence[Any], is_counted: Callable[[str], bool]) -> list[float]:
     """By core: the part of the time between that was spent in states such as these."""
     shares = []
-    for one, other in zip(before.cores, after.cores, strict=True):
-        spent = {name: other[name] - one[name] for name in one if not name.startswith("guest")}  # in user as well
+    for one, other in zip(before, after, strict=True):
+        names = [name for name in one._fields if not name.startswith("guest")]  # in user as well
+        spent = {name: getattr(other, name) - getattr(one, name) for name in names}
         counted = sum(seconds for name, seconds in spent.items() if is_counted(name))
         shares.append(round(counted / max(sum(spent.values()), 1e-9), 3))
     return shares
