@@ -28,6 +28,7 @@ def running(id_: str, num_tokens: int, num_computed: int | None = None, max_toke
         "num_tokens": num_tokens,
         "num_computed_tokens": num_tokens - 1 if num_computed is None else num_computed,
         "num_output_tokens": 10,
+        "num_output_placeholders": 0,
         "max_tokens": max_tokens,
         "priority": 0,
         "status": RequestStatus.RUNNING,
@@ -102,3 +103,10 @@ def test_where_the_cache_is_nearly_full_a_draft_takes_no_block_more(
     scheduler.running = [running("full", 3 * BLOCK_SIZE), running("new", 3 * BLOCK_SIZE + 1)]
     rows, _ = look(scheduler, TARGETS, None)
     assert [row.limit for row in rows] == ([0, BLOCK_SIZE - 1] if is_scarce else [89, 89])
+
+
+def test_tokens_that_a_step_under_way_decides_leave_so_much_less_room(scheduler: Any) -> None:
+    scheduler.running = [running("asynchronous", 50, 50, max_tokens=20, num_output_placeholders=1)]
+    [row], load = look(scheduler, TARGETS, None)
+    assert (row.num_in_flight, row.limit) == (1, 20 - 10 - 1 - 1)
+    assert not load.prefill

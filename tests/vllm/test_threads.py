@@ -118,7 +118,7 @@ def test_what_fails_in_the_link_s_thread_is_raised_to_the_scheduler_s_and_nowher
 def test_what_fails_ends_drafting_and_raises_nowhere(shared: SharedDriver) -> None:
     scheduler: Any = object.__new__(EdgeScheduler)
     held = SimpleNamespace(next_decode_eligible_step=9, spec_token_ids=[1])
-    scheduler._drafting, scheduler.running = SimpleNamespace(shared=shared), [held]
+    scheduler._drafting, scheduler.running = SimpleNamespace(shared=shared, stop=shared.stop), [held]
     assert scheduler._do(lambda drafting: 7) == 7
     assert scheduler._do(lambda drafting: 1 / 0) is None
     assert scheduler._drafting is None

@@ -128,9 +128,10 @@ class Drafting:
         """Nothing is to be scheduled before the step that is under way has ended."""
         return self._loop is not None and self._loop.is_draining
 
-    def stop_following(self) -> None:
-        """All steps are asynchronous from now on, where they can be."""
+    def stop(self) -> None:
+        """Nothing is drafted from now on, and all steps are asynchronous where they can be."""
         self._stepping = Stepping()
+        self.shared.stop()
 
     def _as_stepped(self, plan: StepPlan) -> StepPlan:
         """What of a plan the step can do that begins now: one that is not waited for cannot verify."""

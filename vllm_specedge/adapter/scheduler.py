@@ -106,8 +106,7 @@ class EdgeScheduler(Scheduler):
         except Exception:
             logger.exception("Drafting failed and is off; serving goes on without it")
             self._drafting = None
-            drafting.stop_following()
-            drafting.shared.stop()
+            drafting.stop()
             for request in self.running:
                 request.next_decode_eligible_step = 0
                 request.spec_token_ids = []
