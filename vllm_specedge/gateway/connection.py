@@ -44,9 +44,9 @@ class Connection:
     token: TokenRecord | None
     """What it came with; None where the gateway asks for none."""
     connected_s: float
-    heard_s: float
-    may_send_frames: TokenBucket
-    may_send_bytes: TokenBucket
+    heard_s: float = field(init=False)
+    may_send_frames: TokenBucket = field(init=False)
+    may_send_bytes: TokenBucket = field(init=False)
     session: Session = field(default_factory=lambda: Session(Role.GATEWAY))
     outbox: deque[bytes] = field(default_factory=deque)
     queued_bytes: int = 0
@@ -56,6 +56,11 @@ class Connection:
     uplink: "asyncio.Task[object] | None" = None
     closed_s: float | None = None
     rtt_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.heard_s = self.connected_s
+        self.may_send_frames = TokenBucket(MAX_FRAMES_PER_S, self.connected_s)
+        self.may_send_bytes = TokenBucket(MAX_BYTES_PER_S, self.connected_s)
 
     @property
     def is_open(self) -> bool:
@@ -82,9 +87,3 @@ class Connection:
             num_bytes += len(frames[-1])
         self.queued_bytes -= num_bytes
         return b"".join(frames)
-
-
-def new_connection(number: int, key: str, token: TokenRecord | None, now_s: float) -> Connection:
-    """A connection of which nothing was heard yet."""
-    buckets = TokenBucket(MAX_FRAMES_PER_S, now_s), TokenBucket(MAX_BYTES_PER_S, now_s)
-    return Connection(number, key, token, now_s, now_s, *buckets)

@@ -13,13 +13,7 @@ from pathlib import Path
 
 from vllm_specedge.config import GatewayOptions
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
-from vllm_specedge.gateway.connection import (
-    MAX_BYTES_PER_S,
-    MAX_FRAMES_PER_S,
-    MAX_QUEUED_BYTES,
-    Connection,
-    new_connection,
-)
+from vllm_specedge.gateway.connection import MAX_BYTES_PER_S, MAX_FRAMES_PER_S, MAX_QUEUED_BYTES, Connection
 from vllm_specedge.gateway.credentials import TokenFile, TokenRecord
 from vllm_specedge.gateway.effects import Effect
 from vllm_specedge.gateway.refused import Refused
@@ -95,7 +89,7 @@ class Connections:
             if num_open >= token.max_edges:
                 self._router.counters["turned_away"] += 1
                 raise Refused(429, f"This token has its {token.max_edges} connections.")
-        connection = new_connection(self._next_id, secrets.token_urlsafe(16), token, time.monotonic())
+        connection = Connection(self._next_id, secrets.token_urlsafe(16), token, time.monotonic())
         self._next_id += 1
         self._connections[connection.id] = self._by_key[connection.key] = connection
         connection.send(Greet(connection.key, PROTOCOL_VERSION))

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from vllm_specedge.config import GatewayOptions
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.gateway.connections import Connections
-from vllm_specedge.gateway.effects import Effect, Reported, Stepped, ToEdge, ToEngine
+from vllm_specedge.gateway.effects import Effect, RequestReport, ToEdge, ToEngine
 from vllm_specedge.gateway.engine_socket import EngineSocket
 from vllm_specedge.gateway.known import RouterLimits
 from vllm_specedge.gateway.metrics import RequestHistograms, RouterCollector
@@ -19,7 +19,7 @@ from vllm_specedge.gateway.router import Router
 from vllm_specedge.gateway.status import Overview
 from vllm_specedge.gateway.vocabulary_store import VocabularyStore
 from vllm_specedge.wire.codec import Frame, FrameReader, encode
-from vllm_specedge.wire.engine_frames import EngineHello, VocabularyPart
+from vllm_specedge.wire.engine_frames import EngineHello, Groups, VocabularyPart
 from vllm_specedge.wire.frames import Ping
 from vllm_specedge.wire.telemetry import groups_of
 
@@ -146,10 +146,10 @@ class Gateway:
                 self._engines.send(effect.engine, encode(effect.frame))
             case ToEdge():
                 self.edges.deliver(effect.edge, effect.frame)
-            case Reported():
-                self._histograms.observe(effect.report)
-            case Stepped():
-                self._overview.steps(groups_of(effect.groups, time.monotonic()))
+            case RequestReport():
+                self._histograms.observe(effect)
+            case Groups():
+                self._overview.steps(groups_of(effect, time.monotonic()))
 
     def _watch(self, now_s: float) -> None:
         self.edges.watch(now_s)

@@ -1,7 +1,7 @@
 """What engine and gateway say to each other beside what edges hear (docs/protocol.md, appendix)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +115,8 @@ class EngineOpen:
     num_tokens: int
     max_draft: int
     session: str
+
+
+FromEngine: TypeAlias = EngineHello | EngineOpen | Stats | Report | StepTimes | Groups | VocabularyPart
+ToEngine: TypeAlias = EngineWelcome | Edges | Assign | WantVocabulary
+"""What an engine says, and hears, beside frames that edges have too."""

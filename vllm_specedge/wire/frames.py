@@ -6,7 +6,7 @@ How frames become bytes is in `codec`; what engine and gateway say to each other
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 PROTOCOL_VERSION = 1
 MEDIA_TYPE = "application/vnd.specedge.frames"
@@ -163,6 +163,10 @@ class Bye:
     CODE: ClassVar[int] = 10
     code: int
     text: str
+
+
+EdgeFrame: TypeAlias = Greet | Hello | Welcome | Open | Commit | Close | Propose | Ping | Pong | Bye
+"""All that an edge and its gateway say."""
 
 
 def bye(code: int, text: str) -> Bye:
