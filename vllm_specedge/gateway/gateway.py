@@ -18,7 +18,7 @@ from vllm_specedge.gateway.metrics import RequestHistograms, RouterCollector
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.gateway.status import Overview
 from vllm_specedge.gateway.vocabulary_store import VocabularyStore
-from vllm_specedge.wire.codec import Frame, FrameReader, encode
+from vllm_specedge.wire.codec import FrameReader, encode
 from vllm_specedge.wire.engine_frames import EngineHello, Groups, VocabularyPart
 from vllm_specedge.wire.frames import Ping
 from vllm_specedge.wire.telemetry import groups_of
@@ -100,17 +100,14 @@ class Gateway:
         self._engine_heard_s[engine] = time.monotonic()
         try:
             for frame in FrameReader().feed(data):
-                self._from_engine(engine, frame)
+                self._carry_out(self.router.from_engine(engine, frame))
+                if isinstance(frame, EngineHello | Ping | VocabularyPart):
+                    self._learn_vocabulary(engine, frame)
         except RemoteProtocolError as error:
             self._carry_out(self.router.engine_left(engine))
             logger.warning("An engine was dropped: %s", error)
         except Exception:  # noqa: BLE001 - the outermost edge of this message
             self.edges.failed("A message of an engine's failed")
-
-    def _from_engine(self, engine: bytes, frame: Frame) -> None:
-        self._carry_out(self.router.from_engine(engine, frame))
-        if isinstance(frame, EngineHello | Ping | VocabularyPart):
-            self._learn_vocabulary(engine, frame)
 
     def _learn_vocabulary(self, engine: bytes, frame: EngineHello | Ping | VocabularyPart) -> None:
         known = self.router.engines.get(engine)
