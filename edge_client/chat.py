@@ -18,6 +18,7 @@ import httpx2 as httpx
 from rich.console import Console
 from rich.text import Text
 
+from edge_client.client import EdgeClient
 from edge_client.naming import NOBODY
 from edge_client.ways import client_for, trusted
 from vllm_specedge.errors import UserError
@@ -293,9 +294,12 @@ async def read_line(console: Console) -> str | None:
     return await line
 
 
-async def chat_beside(chat: Chat, questions: Sequence[str], drafting: "asyncio.Task[None]") -> None:
+async def chat_beside(chat: Chat, questions: Sequence[str], client: EdgeClient, wait_s: float) -> None:
     """Answer these questions, or those that are typed, while an edge drafts. Raises UserError, also the edge's."""
-    asking = asyncio.create_task(_ask_all(chat, questions))
+    connected = asyncio.Event()
+    client.on_change = lambda: connected.set() if client.state == "connected" else None
+    drafting = asyncio.create_task(client.run(wait_s))
+    asking = asyncio.create_task(_ask_all(chat, questions, connected))
     done, _ = await asyncio.wait({asking, drafting}, return_when=asyncio.FIRST_COMPLETED)
     for task in (asking, drafting):
         task.cancel()
@@ -305,7 +309,8 @@ async def chat_beside(chat: Chat, questions: Sequence[str], drafting: "asyncio.T
         task.result()
 
 
-async def _ask_all(chat: Chat, questions: Sequence[str]) -> None:
+async def _ask_all(chat: Chat, questions: Sequence[str], connected: asyncio.Event) -> None:
+    await connected.wait()
     await chat.server.find_model()
     if not questions:
         await chat.run()

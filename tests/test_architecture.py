@@ -56,7 +56,7 @@ ROOMS: dict[str, set[str]] = {
     "vllm_specedge.cli": LEAVES | {OPTION_FLAGS, WIRE, POLICY, CONFIG, ENGINE, GATEWAY, ADAPTER, SIMULATION},
     DRAFTERS: LEAVES | {WIRE},
     DRAFTING: LEAVES | {WIRE, DRAFTERS},
-    "edge_client": LEAVES | {WIRE, DRAFTERS, DRAFTING, "edge_client.forecast"},
+    "edge_client": LEAVES | {WIRE, OPTION_FLAGS, DRAFTERS, DRAFTING, "edge_client.forecast"},
     # It asks the simulation whether this machine would help.
     "edge_client.forecast": LEAVES | {SIMULATION},
 }

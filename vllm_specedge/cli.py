@@ -35,9 +35,9 @@ TokensFile = Annotated[Path, typer.Option(help="The gateway's tokens file.")]
 
 
 @app.command()
-@with_flags(GatewayOptions)
+@with_flags
 def gateway(
-    values: dict[str, object],
+    given: GatewayOptions,
     engines: Annotated[str, typer.Option(help="Where vLLM engines dial in.")] = "tcp://127.0.0.1:8101",
     log_format: Annotated[
         LogFormat, typer.Option(envvar=LOG_FORMAT_VARIABLE, help="Lines of text, or of one JSON object each.")
@@ -50,7 +50,7 @@ def gateway(
 
     from vllm_specedge.gateway.server import serve  # noqa: PLC0415 - nor do they need a web server
 
-    options = parse_as(GatewayOptions, values)
+    options = parse_as(GatewayOptions, vars(given))
     try:
         check_endpoint(engines, options.insecure)
     except ValueError as error:
