@@ -56,7 +56,7 @@ Rows = Annotated[int, typer.Option(help="Texts written side by side.")]
 Part = Annotated[int, typer.Option(help="A number of its own for each process that runs beside others.")]
 Name = Annotated[str, typer.Option(help="Of the training state's file: one for each variant.")]
 
-TRAINED = ("taught-*.safetensors",)
+TRAINED = "taught-*.safetensors"
 PROMPTS_A_FILE = 200
 ANSWERS_A_FILE = 128
 PASSAGE_FILES = 40
@@ -228,7 +228,7 @@ def teach(
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(target)
     sources = [*(answers or []), *sorted((work / "answers").glob("*.jsonl"))]
-    model = _whole(target)
+    model = Draft(target, list(range(read_config(target)["num_hidden_layers"])), POSITIONS)  # the target, whole
     with _bar("answers") as bar:
         for source in bar.track(sources, description="teach"):
             batches = batches_by_length(_pairs(tokenizer, source), TEACH_BATCH)
@@ -237,11 +237,6 @@ def teach(
                 if not path.exists():
                     group = batches[at : at + BATCHES_A_FILE]
                     write_shard(path, [item for batch in group for item in teach_batch(model, batch)])
-
-
-def _whole(target: Path) -> Draft:
-    """The target itself, every layer of it."""
-    return Draft(target, list(range(read_config(target)["num_hidden_layers"])), POSITIONS)
 
 
 def _pairs(tokenizer: PreTrainedTokenizerBase, source: Path) -> list[Pair]:
@@ -298,7 +293,7 @@ def _kept(target: Path, work: Path, rows: int, stops: set[int]) -> torch.Tensor:
     """The head's kept ids: chosen once, when training first starts, and then fixed."""
     path = work / f"kept-{rows}.pt"
     if not path.exists():
-        items = [item for pattern in TRAINED for item in read_shards(sorted((work / "data").glob(pattern)))]
+        items = read_shards(sorted((work / "data").glob(TRAINED)))
         torch.save(choose_kept(items, load_llama(target, keep=[]).head, rows, sorted(stops)), path)
     kept: torch.Tensor = torch.load(path, weights_only=True)
     return kept

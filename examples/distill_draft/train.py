@@ -44,8 +44,8 @@ class Training:
 class Feed:
     """Batches of the answers least used so far, of like lengths; new files are noticed while training runs."""
 
-    def __init__(self, directory: Path, patterns: Sequence[str], batch: int, seed: int = 0) -> None:
-        self._directory, self._patterns, self._batch = directory, patterns, batch
+    def __init__(self, directory: Path, pattern: str, batch: int, seed: int = 0) -> None:
+        self._directory, self._pattern, self._batch = directory, pattern, batch
         self._items: dict[str, list[Taught]] = {}
         self.uses: dict[str, list[int]] = {}
         self._rng = random.Random(seed)
@@ -54,7 +54,7 @@ class Feed:
 
     def rescan(self) -> None:
         """Read files that have come since."""
-        for path in sorted(path for pattern in self._patterns for path in self._directory.glob(pattern)):
+        for path in sorted(self._directory.glob(self._pattern)):
             if path.name not in self._items:
                 self._items[path.name] = list(read_shard(path))
                 self.uses.setdefault(path.name, [0] * len(self._items[path.name]))
