@@ -19,17 +19,17 @@ from rich.console import Console
 from edge_client import settings
 from edge_client.client import EdgeClient
 from edge_client.drafters import DrafterOptions
-from edge_client.drafters.own_vocabulary import own_vocabulary
+from edge_client.drafters.choose import own_vocabulary
 from edge_client.drafting.pacing import UPLINK_BYTES_PER_TOKEN, Pace
 from edge_client.gateway_link import Gateway
 from edge_client.temperature import Cooler
 from edge_client.terminal import begin, outlived, run, say
 from edge_client.ways import checked_server_url
-from vllm_specedge import __version__
+from vllm_specedge import option_flags
 from vllm_specedge.errors import UserError
-from vllm_specedge.option_flags import with_flags
+from vllm_specedge.option_flags import command_line, with_flags
 
-app = typer.Typer(help="Draft tokens for a vLLM server.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = command_line("Draft tokens for a vLLM server.")
 
 logger = logging.getLogger("edge_client")
 
@@ -292,17 +292,6 @@ def doctor(
     raise typer.Exit(0 if found.is_good else 1)
 
 
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
-    pass
-
-
 def _take_any_letter() -> None:
     """Any text is read and written, whatever a terminal can show: a letter that cannot be is a ?."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -312,14 +301,9 @@ def _take_any_letter() -> None:
 
 
 def main() -> NoReturn:
-    """The console script: a user's fault is one sentence and status 2."""
+    """The console script."""
     _take_any_letter()
-    try:
-        app()
-    except UserError as error:
-        print(f"edge-client: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
-    sys.exit(0)
+    option_flags.run(app, "edge-client")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edge_client.drafters import Drafter, DrafterOptions, DraftSequence
-from edge_client.drafters.choose import fetched, load_drafter
-from edge_client.drafters.own_vocabulary import own_vocabulary
+from edge_client.drafters.choose import fetched, load_drafter, own_vocabulary
 from edge_client.drafting.jobs import run_pass
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import Speculation

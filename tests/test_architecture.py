@@ -52,7 +52,7 @@ ROOMS: dict[str, set[str]] = {
     SIMULATION: LEAVES | {WIRE, POLICY, ENGINE, GATEWAY, DRAFTERS, DRAFTING},
     "vllm_specedge.admission": {FRONTEND},
     "vllm_specedge.prediction_front": {FRONTEND},
-    OPTION_FLAGS: set(),
+    OPTION_FLAGS: LEAVES,
     "vllm_specedge.cli": LEAVES | {OPTION_FLAGS, WIRE, POLICY, CONFIG, ENGINE, GATEWAY, ADAPTER, SIMULATION},
     DRAFTERS: LEAVES | {WIRE},
     DRAFTING: LEAVES | {WIRE, DRAFTERS},

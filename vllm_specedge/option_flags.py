@@ -1,12 +1,16 @@
-"""Options of a model or a dataclass as flags of a command, and as a table: the class is their only source."""
+"""What command lines share: options of a model or a dataclass as flags, and as a table; versions and users' faults."""
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
+
+from vllm_specedge import __version__
+from vllm_specedge.errors import USER_ERROR_STATUS, UserError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -60,3 +64,30 @@ def as_table(model: "type[BaseModel]") -> str:
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
         rows.append(f"| `{name}` | {shown} | {meaning} |")
     return "\n".join(rows) + "\n"
+
+
+def command_line(about: str) -> typer.Typer:
+    """A command line with a --version."""
+    app = typer.Typer(help=about, no_args_is_help=True, pretty_exceptions_enable=False)
+    app.callback()(_versioned)
+    return app
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _versioned(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
+
+
+def run(app: typer.Typer, name: str) -> NoReturn:
+    """Run what the command line says, and end: a user's fault is one sentence and USER_ERROR_STATUS."""
+    try:
+        app()
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(USER_ERROR_STATUS)
+    sys.exit(0)

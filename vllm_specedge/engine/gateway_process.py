@@ -8,12 +8,11 @@ import time
 
 from vllm_specedge.backoff import MAX_PAUSE_S, Backoff
 from vllm_specedge.config import GatewayOptions
+from vllm_specedge.errors import USER_ERROR_STATUS
 
 logger = logging.getLogger("vllm_specedge.engine.gateway_process")
 
 _GRACE_S = 3.0
-USER_ERROR_STATUS = 2
-"""The gateway's exit status when an operator must change something: starting it again would not help."""
 
 
 class GatewayProcess(threading.Thread):
