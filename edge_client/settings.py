@@ -51,7 +51,11 @@ def options_of(
     for table, content in tables.items():
         named = _named(content, names[table], table, file)
         chosen |= named if table == command else {}
-    return {name: _at_home(value) for name, value in chosen.items() if name in names[command]}
+    return {
+        name: str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+        for name, value in chosen.items()
+        if name in names[command]
+    }
 
 
 def _named(values: Mapping[str, Any], known: Collection[str], table: str, file: Path) -> dict[str, Any]:
@@ -65,10 +69,6 @@ def _named(values: Mapping[str, Any], known: Collection[str], table: str, file: 
         if name not in known:
             raise UserError(f"In {where}, there is no option {name}: see edge-client {table or 'COMMAND'} --help.")
     return named
-
-
-def _at_home(value: Any) -> Any:
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 MEANT: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "true or false"}

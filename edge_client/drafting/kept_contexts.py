@@ -2,17 +2,18 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 MIN_SHARED_TOKENS = 16
 """A context that shares fewer is not worth going on from."""
 
 
+@dataclass(slots=True)
 class KeptContexts:
     """The tokens whose entries drafters' sequences still begin with, of the requests that ended last."""
 
-    def __init__(self, max_kept: int) -> None:
-        self._max_kept = max_kept
-        self._tokens: OrderedDict[int, list[int]] = OrderedDict()
+    max_kept: int
+    _tokens: OrderedDict[int, list[int]] = field(default_factory=OrderedDict)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -22,10 +23,10 @@ class KeptContexts:
 
     def keep(self, number: int, tokens: list[int]) -> None:
         """A request ended; one that is short is not kept, and the oldest makes room."""
-        if not self._max_kept or len(tokens) < MIN_SHARED_TOKENS:
+        if not self.max_kept or len(tokens) < MIN_SHARED_TOKENS:
             return
         self._tokens[number] = tokens
-        if len(self._tokens) > self._max_kept:
+        if len(self._tokens) > self.max_kept:
             self._tokens.popitem(last=False)
 
     def forget(self, number: int) -> None:

@@ -241,7 +241,10 @@ class StepDriver:
         self._speedup.committed(request, len(decided), ended_s)
         source, is_refused = plan.verdict(outcome.request_id)
         num_ahead, draft = tree.num_ahead, tree.chain(max(len(decided), num_verified + 1))
-        predicted = self._walk(request, decided) if request.prediction is not None else ()
+        predicted: Sequence[int] = ()
+        if request.prediction is not None:  # what had been predicted instead
+            predicted = request.prediction.draft(max(self._max_draft, len(decided)))
+            request.prediction.advance(decided)
         done = tree.advance(decided)
         lesson = Lesson(
             request,
@@ -267,10 +270,3 @@ class StepDriver:
         request.suggestion, request.held_since_s = (), None
         self._suggested.discard(outcome.request_id)
         return self._ledger.publish(request, ended_s)
-
-    def _walk(self, request: DraftedRequest, decided: Sequence[int]) -> Sequence[int]:
-        """An answer with a prediction has grown; what had been predicted instead."""
-        assert request.prediction is not None
-        predicted = request.prediction.draft(max(self._max_draft, len(decided)))
-        request.prediction.advance(decided)
-        return predicted

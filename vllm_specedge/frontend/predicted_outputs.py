@@ -137,11 +137,10 @@ class Answer:
         *events, self._rest = (self._rest + data).split(b"\n\n")
         if not has_more:
             events, self._rest = [*events, self._rest], b""
-        return b"\n\n".join([*[await self._event(event) for event in events], b""] if has_more else events)
-
-    async def _event(self, event: bytes) -> bytes:
-        name, colon, data = event.partition(b": ")
-        return name + colon + await self._with_usage(data) if name == b"data" else event
+        for index, event in enumerate(events):
+            if event.startswith(b"data: "):
+                events[index] = b"data: " + await self._with_usage(event.removeprefix(b"data: "))
+        return b"\n\n".join([*events, b""] if has_more else events)
 
     async def _with_usage(self, data: bytes) -> bytes:
         """One JSON object: an answer, or an event of one."""

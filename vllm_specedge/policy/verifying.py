@@ -58,7 +58,8 @@ def _best(tokens: Sequence[_Token], situation: Situation) -> int:
         longest_s = situation.longest_s(plain, step_s) - waited_s
         number = _scan(tokens[:best], growth_s, size, step_s, waited_s, longest_s, stretch_s)
         if not number and load.probe is Probe.VERIFY:
-            number = _fitting(growth_s[: _num_probed(num_rows)], min(longest_s, stretch_s) - step_s)
+            most_s = min(longest_s, stretch_s) - step_s
+            number = sum(1 for _ in takewhile(most_s.__ge__, growth_s[: _num_probed(num_rows)]))
         if number in (0, best) or step_s + growth_s[number - 1] <= situation.longest_s(rows, step_s) - waited_s:
             return number
         best = number
@@ -67,11 +68,6 @@ def _best(tokens: Sequence[_Token], situation: Situation) -> int:
 
 def _num_probed(num_rows: int) -> int:
     return max(1, num_rows // PROBE_PART)
-
-
-def _fitting(growth_s: Sequence[float], most_s: float) -> int:
-    """How many of the first tokens make the step longer by no more."""
-    return sum(1 for _ in takewhile(lambda growth: growth <= most_s, growth_s))
 
 
 def _scan(

@@ -24,13 +24,16 @@ class SimulatedDraft:
         self._acceptance, self._branch = model.acceptance, model.branch
         missed = 1.0 - model.acceptance
         self._claims = (model.acceptance, missed * model.branch, missed * (1.0 - model.branch) * 0.3)
-        """Of its candidates; it has others beside."""
+        """How probable it says that its candidates are."""
 
     def open(self) -> DraftSequence:
         return _SimulatedSequence(self)
 
     def candidates(self, key: int, drafting: int, position: int, width: int) -> list[Candidate]:
-        """Behind a context that the target would have written; the keys are the request's."""
+        """What may follow; the keys are the request's. Behind a context that the target would not have written, at
+        position 0, what is said is of no use."""
+        if not position:
+            return [Candidate(i, self._claims[i]) for i in range(width)]
         vocab_size, right = self.target.vocab_size, self.target.token(key, position)
         other = right + 1
         if chance(drafting, 2 * position) < self._acceptance:
@@ -40,10 +43,6 @@ class SimulatedDraft:
         else:
             tokens = (other, right + 2, right + 3)
         return [Candidate(tokens[i] % vocab_size, self._claims[i]) for i in range(width)]
-
-    def off_track(self, width: int) -> list[Candidate]:
-        """Behind any other context: what is said there is of no use."""
-        return [Candidate(i, self._claims[i]) for i in range(width)]
 
 
 class _SimulatedSequence(DraftSequence):
@@ -81,8 +80,6 @@ class _SimulatedSequence(DraftSequence):
         return entry + 1 if entry >= 0 and self._draft.target.token(self._key, entry + 1) == token else -1
 
     def _said(self, entry: int, width: int) -> list[Candidate]:
-        if entry < 0:
-            return self._draft.off_track(width)
         return self._draft.candidates(self._key, self._drafting, entry + 1, width)
 
 
