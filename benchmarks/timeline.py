@@ -30,7 +30,7 @@ from harness.streams import Answer, ask_all, decoding
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from spans import DRAFTING, PLAIN, SERVER, VERIFYING, Span, covered_s, overlap_s, passes, steps, window
-from stack import EDGE_CORE, MODEL_NAME, Process, StackError, start, vllm_server, wait_for
+from stack import EDGE_CORE, MODEL_NAME, Process, StackError, answering, start, start_server, wait_for
 from traced_worker import TRACE_VARIABLE
 
 LOGS = CACHE / "bench" / "timeline"
@@ -98,7 +98,8 @@ def measure(settings: Settings, scratch: Path) -> tuple[list[Span], list[Answer]
     )
     asked = prompts(MIXED, settings.requests)
     model = CACHE / MODEL_NAME
-    with vllm_server(model, LOGS / "server.log", port, *arguments, gateway_port=gateway_port) as server:
+    running = start_server(model, LOGS / "server.log", port, *arguments, gateway_port=gateway_port)
+    with answering(running) as server:
         psutil.Process().cpu_affinity([EDGE_CORE])
         plain = asyncio.run(ask_all(server.url, MODEL_NAME, asked, settings.tokens))
         write_recordings(known, [Recording(answer.prompt, answer.tokens) for answer in plain])

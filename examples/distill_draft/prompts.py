@@ -214,7 +214,6 @@ Chat = list[dict[str, str]]
 
 
 def user(text: str) -> Chat:
-    """A chat of one user message."""
     return [{"role": "user", "content": text}]
 
 

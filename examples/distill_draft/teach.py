@@ -22,7 +22,6 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 @torch.inference_mode()
 def teach_batch(target: Draft, pairs: Sequence[Pair]) -> list[Taught]:
-    """One pass over a batch of answers, right-padded."""
     tokens, mask = right_padded(pairs)
     with fast_numbers():
         states = target(tokens)[mask].half()
