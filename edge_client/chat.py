@@ -86,7 +86,6 @@ class Answer:
     text: str = ""
     num_tokens: int = 0
     num_accepted: int = 0
-    """Tokens that were drafts."""
     num_chunks: int = 0
     first_s: float = 0.0
     took_s: float = 0.0
@@ -203,8 +202,6 @@ def as_text(said: object) -> str:
 
 @dataclass
 class Chat:
-    """What was said, and how it went."""
-
     server: Server
     session: Callable[[], str]
     """The edge's at the moment; empty while it is not connected."""
@@ -214,7 +211,6 @@ class Chat:
     is_helped: bool = True
 
     async def run(self) -> None:
-        """Until the end of the input, or /quit."""
         self.console.print(Text("accepted drafts", DRAFTED), Text("the target's own", OWN), sep=" | ")
         self.console.print(HELP, style="dim")
         while True:
@@ -227,7 +223,6 @@ class Chat:
                 self.console.print(str(error), style="red")
 
     async def say(self, line: str) -> None:
-        """A question, or what changes how it is answered."""
         line = as_text(line)
         if line in ("/alone", "/with"):
             self.is_helped = line == "/with"

@@ -53,17 +53,14 @@ class DraftTree:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        """Committed."""
         self.root = Node(-1, -1, None, 1.0, 1.0)
         self.num_prefix = 0
         """The drafter's first so many entries are the first committed tokens."""
         self._path: list[int] = []
         """The entries of the committed tokens that follow, ascending."""
         self._num_entries = 0
-        """How many the drafter holds in all."""
 
     def __len__(self) -> int:
-        """Draft tokens in the tree."""
         return sum(1 for _ in self.root.below())
 
     @property

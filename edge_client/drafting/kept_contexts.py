@@ -30,7 +30,6 @@ class KeptContexts:
             self._tokens.popitem(last=False)
 
     def forget(self, number: int) -> None:
-        """Nothing goes on from that one."""
         self._tokens.pop(number, None)
 
     def clear(self) -> None:
@@ -49,7 +48,6 @@ class KeptContexts:
 
 
 def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens are the same."""
     return next(
         (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
     )

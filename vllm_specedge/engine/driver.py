@@ -159,7 +159,6 @@ class StepDriver:
         )
 
     def start(self, plan: StepPlan) -> None:
-        """A plan is carried out: a step begins with it or, where it says so, all wait."""
         self._ledger.begin_step()
         if plan.wait_until_s is None:
             has_drafts = any(choice.draft for choice in plan.choices.values())
@@ -172,7 +171,6 @@ class StepDriver:
         self._learning.learn()
 
     def end(self, plan: StepPlan, outcomes: Sequence[RequestOutcome], step: Step) -> list[Frame]:
-        """A step is done that was started with `plan`."""
         self.learn()
         if step.ended_s > step.started_s:
             self._note_step(plan, outcomes, step)

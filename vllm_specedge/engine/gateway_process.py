@@ -54,7 +54,6 @@ class GatewayProcess(threading.Thread):
             self._process.stdin.close()
 
     def stop(self) -> None:
-        """End the gateway, gently at first."""
         self._stopped.set()
         self._process.terminate()
         try:

@@ -45,11 +45,9 @@ class Learning:
         self._lessons: list[Lesson] = []
 
     def note(self, lesson: Lesson) -> None:
-        """Keep a lesson for `learn`."""
         self._lessons.append(lesson)
 
     def learn(self) -> None:
-        """Count what was committed, and learn from it."""
         for lesson in self._lessons:
             self._count(lesson)
             if lesson.num_verified and lesson.source is Source.EDGE:

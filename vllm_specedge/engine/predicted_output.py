@@ -37,7 +37,6 @@ class Prediction:
         return len(self._tokens)
 
     def advance(self, decided: Sequence[int]) -> None:
-        """The answer grew by these tokens."""
         for token in decided:
             self._last.append(token)
             is_predicted = not self._is_lost and self._at < len(self._tokens) and self._tokens[self._at] == token

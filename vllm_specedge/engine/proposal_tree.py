@@ -136,7 +136,6 @@ class ProposalTree:
         return Insertion(fate, num_new, num_done - num_new, late, len(tokens) - num_done)
 
     def advance(self, tokens: Sequence[int]) -> Advance:
-        """The request grew by `tokens`."""
         num_before, num_held, node = self.num_nodes, 0, self._root
         for token in tokens:
             child = node.children.pop(token, None)

@@ -70,7 +70,6 @@ class DraftedRequest:
     num_prompt: int
     tree: ProposalTree
     totals: Counter[str]
-    """The engine's counters."""
     acceptances: Acceptances
     edge: Assignment | None = None
     num_published: int | None = None

@@ -72,7 +72,6 @@ class Connection:
         return self.token.roles if self.token is not None else frozenset(ROLES)
 
     def send(self, frame: Frame) -> None:
-        """Queue a frame for it."""
         data = self.session.send(frame)
         self.outbox.append(data)
         self.queued_bytes += len(data)

@@ -185,7 +185,6 @@ class Connections:
         self._carry_out(self._router.edge_left(connection.id))
 
     def forget(self, connection: Connection) -> None:
-        """Its downlink is over."""
         self._close(connection, None)
         for task in (connection.downlink, connection.uplink):
             # Either would wait for ever for a peer that does not even read its Bye.

@@ -60,7 +60,6 @@ class Gateway:
         self._engines = EngineSocket(engine_endpoint, self._heard)
 
     def serve_engines(self) -> None:
-        """Take in what engines say from now on."""
         self._engines.start()
 
     async def watch(self) -> None:
@@ -73,7 +72,6 @@ class Gateway:
                 self.edges.failed("Watching the connections failed")
 
     def close(self) -> None:
-        """No engine is heard any more."""
         self._engines.close()
 
     def view(self, is_from_here: bool) -> dict[str, object]:
@@ -96,7 +94,6 @@ class Gateway:
     # -- what is heard, and what follows ---------------------------------------------------------------------------
 
     def _heard(self, engine: bytes, data: bytes) -> None:
-        """One message of an engine's."""
         self._engine_heard_s[engine] = time.monotonic()
         try:
             for frame in FrameReader().feed(data):

@@ -89,7 +89,6 @@ class Router:
     # -- engines ---------------------------------------------------------------------------------------------------
 
     def from_engine(self, engine: bytes, frame: Frame) -> list[Effect]:
-        """Take in one frame of an engine's."""
         if isinstance(frame, EngineHello):
             return self._engine_hello(engine, frame)
         known = self.engines.get(engine)
@@ -229,7 +228,6 @@ class Router:
         return [*effects, *self._tell_edges()]
 
     def from_edge(self, edge: int, frame: Frame) -> list[Effect]:
-        """Take in one frame of a live edge's."""
         info = self.edges[edge]
         match frame:
             case Propose():

@@ -30,7 +30,6 @@ RENEWAL_S = 2.0
 
 
 def make_app(gateway: Gateway) -> ASGIApp:
-    """All that the gateway answers."""
     framework = pages(gateway)
     streams = {("GET", "/edge/v1/down"): downlink, ("POST", "/edge/v1/up"): uplink}
 

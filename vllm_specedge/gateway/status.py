@@ -42,7 +42,6 @@ class Overview:
         self._edge_rates: dict[int, float] = {}
 
     def steps(self, groups: Iterable[Group]) -> None:
-        """An engine has done these."""
         self._groups.extend(groups)
 
     def sample(self, router: Router, now_s: float) -> None:

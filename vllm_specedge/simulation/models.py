@@ -117,7 +117,6 @@ class FittedServer:
     knots: Sequence[int]
     """Tokens; one at least."""
     seconds: Sequence[float]
-    """At each knot."""
     slope_s: float
     """Of the last line, which goes on."""
     request_s: float

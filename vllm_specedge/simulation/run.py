@@ -41,7 +41,6 @@ _JITTER, _LENGTHS, _FAULTS = range(DRAFTING + 1, DRAFTING + 4)
 
 
 def simulate(scenario: Scenario) -> Outcome:
-    """Run a scenario to its end."""
     return Simulation(scenario).run()
 
 
@@ -50,7 +49,6 @@ class Client:
     """Asks, reads the answer, and asks again."""
 
     made: int = 0
-    """Tokens that it got."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +58,6 @@ class Served:
     id_: str
     number: int
     key: int
-    """The target's, of this number."""
     client: Client
     tokens: list[int]
     end: int
@@ -130,7 +127,6 @@ class Simulation:
         return self._outcome()
 
     def ended(self, request: Served) -> None:
-        """A request has all its tokens."""
         self._idle.append(request.client)
         if not self.scenario.is_in_step or len(self._idle) == self.scenario.requests:
             idle, self._idle = self._idle, []

@@ -29,7 +29,6 @@ CHUNK = 256
 
 
 def _float_matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
-    """x -> x @ weight.T + bias in float32."""
     held = weight.contiguous()
     return lambda x: functional.linear(x, held, bias)
 
@@ -117,7 +116,6 @@ class FastLlama:
         return torch.cat([query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)])
 
     def open(self) -> "FastSequence":
-        """A new, empty context."""
         return FastSequence(self)
 
     def candidates(self, hidden: Tensor, width: int) -> list[list[Candidate]]:

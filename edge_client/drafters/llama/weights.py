@@ -117,12 +117,10 @@ class _Files:
         return tensor
 
     def stacked(self, names: Sequence[str]) -> Tensor:
-        """Several tensors, one below the other."""
         return torch.cat([self[name] for name in names])
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The checkpoint's config.json as it stands."""
     config: dict[str, Any] = json.loads((directory / "config.json").read_text())
     return config
 
