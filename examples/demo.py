@@ -213,11 +213,7 @@ def parted(ones: Sequence[Answer], others: Sequence[Answer]) -> list[int]:
 
 
 def row(
-    kind: str,
-    plain: Sequence[Answer],
-    edge: Sequence[Answer],
-    before: dict[str, float],
-    after: dict[str, float],
+    kind: str, plain: Sequence[Answer], edge: Sequence[Answer], before: dict[str, float], after: dict[str, float]
 ) -> Row:
     """`before` and `after`: the engine's counters around the answers with an edge."""
     counted = {name: value - before[name] for name, value in after.items()}

@@ -51,11 +51,7 @@ class Process:
 
 
 def start(
-    command: list[str],
-    log: Path,
-    env: dict[str, str] | None = None,
-    core: int | None = None,
-    cwd: Path | None = None,
+    command: list[str], log: Path, env: dict[str, str] | None = None, core: int | None = None, cwd: Path | None = None
 ) -> Process:
     log.parent.mkdir(parents=True, exist_ok=True)
     both = {**os.environ, **(env or {})}

@@ -29,12 +29,11 @@ import torch
 import typer
 from ask import instructions, listed, usable
 from draft_model import Draft
-from kept import choose_kept
 from prompts import HELD_QUESTIONS, Chat, held_out_chats, is_held, training_chats, user
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from shards import Pair, loop_start, read_shards, write_shard
-from teach import batches_by_length, common_prefix, teach_batch
+from teach import batches_by_length, choose_kept, common_prefix, teach_batch
 from train import Feed, Trainer, Training
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from write import Asked, Writer, Written

@@ -24,73 +24,49 @@ I have ten minutes before a meeting on {t}. What do I need to know?|Write a prod
 Make a study plan for learning about {t} in one week.|Is it true that {t} changed the world? Argue both sides.|
 Write a diary entry of someone who loves {t}.""")
 
-HELD_QUESTIONS = (
-    "Explain to a ten-year-old why the sky is blue.",
-    "Give me five tips for a job interview.",
-    "What is the difference between weather and climate?",
-    "Write an e-mail to my landlord: the heating has been broken since Monday.",
-    "Write a short story about an old lighthouse and a grey cat.",
-    "How do I make a simple vegetable soup?",
-    "Explain in detail to a ten-year-old why the sky is blue.",
-    "How do I make a simple vegetable soup? Give me all the steps.",
-    "What is the difference between weather and climate? Give examples.",
-    "Give me ten tips for a job interview and explain each of them.",
-    "Describe the history of the bicycle, from its first days until now.",
-    "Plan a weekend trip to the mountains for a family of four.",
-    "I have rice, two eggs and a tomato. What can I cook?",
-    "Give me the recipe of a chocolate cake without eggs.",
-    "How long do I have to cook potatoes?",
-    "My landlord wants to raise the rent by 20 percent. What can I do?",
-    "Draft a letter of complaint to an airline that lost my suitcase.",
-    "I want to return a pair of headphones that do not work. Write the message to the shop for the refund.",
-    "Write a cover letter for a position as a nurse in a small hospital.",
-    "I have an interview as a waiter tomorrow. Which questions will they ask?",
-    "Write a letter of resignation. I leave on the first of March.",
-    "Tell me a riddle and then its solution.",
-    "Write a limerick about a man from Leeds.",
-    "Tell my daughter a bedtime story with a dragon who is afraid of fire.",
-    "Write a toast for my sister's wedding.",
-    "Write an apology to a colleague whose birthday I forgot.",
-    "My neighbour plays loud music at night. How should I talk to him?",
-    "How do I get a red wine stain out of a white shirt?",
-    "Three days in Rome: what should I see, day by day?",
-    "What should I pack for a week at the sea with two small children?",
-    "Will it rain more often when the climate gets warmer?",
-    "Why do leaves turn red and yellow?",
-    "Why is the sea salty?",
-    "My plant has brown leaves. What am I doing wrong?",
-    "How do I change a flat tyre of my bicycle?",
-    "A train ticket costs 12 dollars and children pay half. What do two adults and three children pay?",
-    "If I sleep at 23:30 and get up at 6:15, how long did I sleep?",
-    "Convert 68 degrees Fahrenheit to Celsius and show how.",
-    "What is 15 percent of 240?",
-    "Write a Python function that returns the n-th row of Pascal's triangle.",
-    "Write a Bash script that renames all .jpeg files in a folder to .jpg.",
-    "My Python program says 'IndexError: list index out of range'. What does that mean?",
-    "Write a SQL query that finds the three customers who spent most.",
-    "Explain what this line does: sorted(words, key=len, reverse=True)",
-    "Put these words into alphabetical order: pear, apple, fig, cherry, banana.",
-    "Say this more politely: Send me the report now.",
-    "Correct this sentence: She don't like going to the dentist because he hurt.",
-    "Summarize in two sentences: The town library will close for six weeks in July because the roof must be repaired. "
-    "Books can be returned at the school next door. The reading group meets in the town hall instead.",
-    "Which of these is not a fruit: apple, carrot, plum? Say why.",
-    "Give me a name for a bakery that opens at four in the morning.",
-    "Write a sign that asks guests of a hotel to be quiet after ten.",
-    "I can't sleep. What could help?",
-    "How can I make friends in a new town?",
-    "My son doesn't want to do his homework. What would you do?",
-    "Should I lease or buy a car?",
-    "What do I say to someone whose dog has died?",
-    "Who are you and what can you do?",
-    "Good morning! How are you today?",
-    "Tell me something that I probably don't know.",
-    "Write a horoscope for Leo for this week.",
-    "Describe the smell of a forest after rain.",
-    "Schreibe einen kurzen Brief an meine Oma.",
-    "¿Cuáles son las ventajas de vivir en una ciudad pequeña?",
-    "Quelle est la capitale de l'Australie, et pourquoi pas Sydney ?",
-)
+HELD_QUESTIONS = split_bars("""Explain to a ten-year-old why the sky is blue.|Give me five tips for a job interview.|
+What is the difference between weather and climate?|
+Write an e-mail to my landlord: the heating has been broken since Monday.|
+Write a short story about an old lighthouse and a grey cat.|How do I make a simple vegetable soup?|
+Explain in detail to a ten-year-old why the sky is blue.|How do I make a simple vegetable soup? Give me all the steps.|
+What is the difference between weather and climate? Give examples.|
+Give me ten tips for a job interview and explain each of them.|
+Describe the history of the bicycle, from its first days until now.|
+Plan a weekend trip to the mountains for a family of four.|I have rice, two eggs and a tomato. What can I cook?|
+Give me the recipe of a chocolate cake without eggs.|How long do I have to cook potatoes?|
+My landlord wants to raise the rent by 20 percent. What can I do?|
+Draft a letter of complaint to an airline that lost my suitcase.|
+I want to return a pair of headphones that do not work. Write the message to the shop for the refund.|
+Write a cover letter for a position as a nurse in a small hospital.|
+I have an interview as a waiter tomorrow. Which questions will they ask?|
+Write a letter of resignation. I leave on the first of March.|Tell me a riddle and then its solution.|
+Write a limerick about a man from Leeds.|Tell my daughter a bedtime story with a dragon who is afraid of fire.|
+Write a toast for my sister's wedding.|Write an apology to a colleague whose birthday I forgot.|
+My neighbour plays loud music at night. How should I talk to him?|How do I get a red wine stain out of a white shirt?|
+Three days in Rome: what should I see, day by day?|What should I pack for a week at the sea with two small children?|
+Will it rain more often when the climate gets warmer?|Why do leaves turn red and yellow?|Why is the sea salty?|
+My plant has brown leaves. What am I doing wrong?|How do I change a flat tyre of my bicycle?|
+A train ticket costs 12 dollars and children pay half. What do two adults and three children pay?|
+If I sleep at 23:30 and get up at 6:15, how long did I sleep?|Convert 68 degrees Fahrenheit to Celsius and show how.|
+What is 15 percent of 240?|Write a Python function that returns the n-th row of Pascal's triangle.|
+Write a Bash script that renames all .jpeg files in a folder to .jpg.|
+My Python program says 'IndexError: list index out of range'. What does that mean?|
+Write a SQL query that finds the three customers who spent most.|
+Explain what this line does: sorted(words, key=len, reverse=True)|
+Put these words into alphabetical order: pear, apple, fig, cherry, banana.|
+Say this more politely: Send me the report now.|
+Correct this sentence: She don't like going to the dentist because he hurt.|
+Summarize in two sentences: The town library will close for six weeks in July because the roof must
+ be repaired. Books can be returned at the school next door. The reading group meets in the town hall instead.|
+Which of these is not a fruit: apple, carrot, plum? Say why.|
+Give me a name for a bakery that opens at four in the morning.|
+Write a sign that asks guests of a hotel to be quiet after ten.|I can't sleep. What could help?|
+How can I make friends in a new town?|My son doesn't want to do his homework. What would you do?|
+Should I lease or buy a car?|What do I say to someone whose dog has died?|Who are you and what can you do?|
+Good morning! How are you today?|Tell me something that I probably don't know.|
+Write a horoscope for Leo for this week.|Describe the smell of a forest after rain.|
+Schreibe einen kurzen Brief an meine Oma.|¿Cuáles son las ventajas de vivir en una ciudad pequeña?|
+Quelle est la capitale de l'Australie, et pourquoi pas Sydney ?""")
 """Ordinary questions, among them those of `make demo` and of benchmarks/ahead.py."""
 
 HELD_KINDS = (
