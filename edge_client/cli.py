@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import platform
+import stat
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -75,8 +76,9 @@ def _configure(context: typer.Context, file: Path | None) -> Path | None:
     values = settings.options_of(command, settings.read(chosen), names, chosen)
     for name, value in values.items():
         settings.kind_of(kinds[command][name]).check(name, value, chosen)
-        if name in settings.SECRETS.values() and os.name == "posix" and Path(value).exists():
-            settings.check_secret(name, Path(value), Path(value).stat().st_mode, chosen)
+        is_secret = name in settings.SECRETS.values() and os.name == "posix" and Path(value).exists()
+        if is_secret and Path(value).stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            raise UserError(f"In {chosen}, {name} is {value}, which others may read: chmod 600 {value}.")
     if TOKEN_VARIABLE in os.environ:  # the environment comes before the file
         values.pop("token_file", None)
     context.default_map = values
@@ -92,8 +94,7 @@ Config = Annotated[
     ),
 ]
 Draft = Annotated[
-    str,
-    typer.Option(help="Draft model: a directory, GGUF file, OWNER/NAME, hf:OWNER/NAME/FILE.gguf, or 'ngram'."),
+    str, typer.Option(help="Draft model: a directory, GGUF file, OWNER/NAME, hf:OWNER/NAME/FILE.gguf, or 'ngram'.")
 ]
 Role = Annotated[str, typer.Option(help="pool: for any request; private: only for those that name this edge.")]
 MaxRequests = Annotated[int, typer.Option(help="Draft for so many requests at once.", min=1, max=4096)]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import httpx2 as httpx
 from rich import box
@@ -76,10 +77,9 @@ class PassTimes:
     rows: int
 
 
-@dataclass(slots=True)
-class Reached:
-    model: str = ""
-    rtts_s: list[float] = field(default_factory=list)
+class Reached(NamedTuple):
+    model: str
+    rtts_s: list[float]
 
 
 @dataclass(slots=True)
@@ -267,15 +267,15 @@ async def _get(gateway: Gateway, path: str) -> httpx.Response:
 
 async def _reach(asked: Asked, fingerprint: str) -> Reached:
     """Connect as an edge that takes no requests, measure some round trips and leave. Raises LinkError or UserError."""
-    reached, is_done = Reached(), asyncio.Event()
+    models, rtts_s, is_done = list[str](), list[float](), asyncio.Event()
 
     def on_frame(frame: Frame) -> None:
         if isinstance(frame, Welcome):
-            reached.model = frame.model
+            models.append(frame.model)
 
     def on_pong(rtt_s: float) -> None:
-        reached.rtts_s.append(rtt_s)
-        if len(reached.rtts_s) < NUM_PINGS:
+        rtts_s.append(rtt_s)
+        if len(rtts_s) < NUM_PINGS:
             link.ping()
         else:
             is_done.set()
@@ -295,7 +295,7 @@ async def _reach(asked: Asked, fingerprint: str) -> Reached:
         for task in (running, waiting):
             task.cancel()
         await asyncio.gather(running, waiting, return_exceptions=True)
-    return reached
+    return Reached(models[0], rtts_s)
 
 
 async def _ask_metrics(asked: Asked, found: Diagnosis) -> Knowledge | None:

@@ -3,7 +3,6 @@
 Pure but for `read`. What the values mean is the command line's to say; here is which of them a command gets.
 """
 
-import stat
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -107,9 +106,3 @@ def kind_of(annotation: Any) -> Kind:
     base = next(each for each in get_args(type_) if each is not NoneType) if is_union else type_
     is_list = get_origin(base) is list
     return Kind(get_args(base)[0] if is_list else base, is_list, *(bounds[0] if bounds else ()))
-
-
-def check_secret(name: str, secret: Path, mode: int, file: Path) -> None:
-    """Raises UserError where others than its owner may read a file that holds a secret."""
-    if mode & (stat.S_IRGRP | stat.S_IROTH):
-        raise UserError(f"In {file}, {name} is {secret}, which others may read: chmod 600 {secret}.")

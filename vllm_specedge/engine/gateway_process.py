@@ -66,16 +66,8 @@ class GatewayProcess(threading.Thread):
 
 def gateway_command(options: GatewayOptions, engine_endpoint: str) -> list[str]:
     """How to start a gateway with these options. No secret is among them: tokens and keys are named by file."""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "vllm_specedge.cli",
-        "gateway",
-        "--engines",
-        engine_endpoint,
-        "--ends-with-stdin",
-    ]
+    command = [sys.executable, "-P", "-m", "vllm_specedge.cli", "gateway"]
+    command += ["--engines", engine_endpoint, "--ends-with-stdin"]
     for name, value in options.model_dump(exclude_defaults=True).items():
         flag = f"--{name.replace('_', '-')}"
         command += [flag] if value is True else [flag, str(value)]

@@ -33,11 +33,7 @@ class RequestLedger:
     """The live requests of one engine, as its gateway knows them."""
 
     def __init__(
-        self,
-        vocab_size: int,
-        max_draft: int,
-        counters: Counter[str],
-        acceptance_of: Callable[[EdgeRecord], Acceptance],
+        self, vocab_size: int, max_draft: int, counters: Counter[str], acceptance_of: Callable[[EdgeRecord], Acceptance]
     ) -> None:
         """`acceptance_of`: what is expected of an edge's drafts for a request that it has just got."""
         self.num_edges = 0

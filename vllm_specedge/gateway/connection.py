@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm_specedge.gateway.credentials import TokenRecord
@@ -16,6 +17,15 @@ MAX_FRAMES_PER_S = 2000
 """An edge that sends more is closed: 32 requests at 30 steps a second need half of it."""
 MAX_BYTES_PER_S = 1 << 20
 """The same: a proposal has some 40 bytes."""
+
+
+@dataclass(eq=False)
+class Refused(Exception):
+    """A request over HTTP is turned away: answered with this status, and a sentence for whoever asked."""
+
+    status: int
+    text: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class TokenBucket:

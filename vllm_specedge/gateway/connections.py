@@ -13,10 +13,9 @@ from pathlib import Path
 
 from vllm_specedge.config import GatewayOptions
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
-from vllm_specedge.gateway.connection import MAX_BYTES_PER_S, MAX_FRAMES_PER_S, MAX_QUEUED_BYTES, Connection
+from vllm_specedge.gateway.connection import MAX_BYTES_PER_S, MAX_FRAMES_PER_S, MAX_QUEUED_BYTES, Connection, Refused
 from vllm_specedge.gateway.credentials import TokenFile, TokenRecord
 from vllm_specedge.gateway.effects import Effect
-from vllm_specedge.gateway.refused import Refused
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, Greet, Hello, Ping, Pong, bye

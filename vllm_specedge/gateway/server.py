@@ -15,10 +15,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_specedge.config import GatewayOptions, split_address
 from vllm_specedge.errors import UserError
+from vllm_specedge.gateway.connection import Refused
 from vllm_specedge.gateway.connections import MAX_HANDSHAKE_S, MAX_UNFINISHED_CONNECTIONS, STOP_S
 from vllm_specedge.gateway.gateway import Gateway
 from vllm_specedge.gateway.pages import pages, refusal
-from vllm_specedge.gateway.refused import Refused
 from vllm_specedge.gateway.startup_checks import allow_files, check_certificate, check_start
 from vllm_specedge.gateway.streams import downlink, uplink
 

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 
 from starlette.types import Receive, Scope, Send
 
+from vllm_specedge.gateway.connection import Refused
 from vllm_specedge.gateway.connections import Connections
-from vllm_specedge.gateway.refused import Refused
 from vllm_specedge.wire.frames import MEDIA_TYPE
 
 AS_IT_COMES = ((b"cache-control", b"no-store, no-transform"), (b"x-accel-buffering", b"no"))

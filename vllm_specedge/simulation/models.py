@@ -145,8 +145,6 @@ def in_server_gain(server: Server, requests: int, spec_tokens: int, acceptance: 
 
 # -- faults of edges -----------------------------------------------------------------------------------------------
 
-FAULTS = ("", "stalling", "dead")
-
 
 @dataclass(slots=True)
 class Faults:
