@@ -11,13 +11,13 @@ from vllm_specedge.policy.ngram_budget import NgramBudget
 
 
 class Lesson(NamedTuple):
-    """What a commit was."""
+    """One commit of a request, and what was known and expected when it came."""
 
     request: DraftedRequest
     record: EdgeRecord | None
-    """Its edge's, then."""
+    """The record of the edge that the request had."""
     acceptance: Acceptance
-    """Its edge's drafts', then."""
+    """How right that edge's drafts for it are thought to be."""
     draft: Sequence[int]
     """What the trunk held, as far as it can teach."""
     decided: Sequence[int]
@@ -27,7 +27,7 @@ class Lesson(NamedTuple):
     suggestion: Sequence[int]
     predicted: Sequence[int]
     num_ahead: int
-    """Tokens of the trunk before."""
+    """Tokens of the trunk before the commit."""
     done: Advance
     is_saved: bool
     """There is a draft for what follows."""

@@ -16,7 +16,7 @@ CHUNK_BYTES = 64 << 10
 MAX_FRAMES_PER_S = 2000
 """An edge that sends more is closed: 32 requests at 30 steps a second need half of it."""
 MAX_BYTES_PER_S = 1 << 20
-"""The same: a proposal has some 40 bytes."""
+"""An edge that sends more is closed, too: a proposal has some 40 bytes."""
 
 
 @dataclass(eq=False)

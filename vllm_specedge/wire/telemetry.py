@@ -29,10 +29,7 @@ REQUEST_COUNTERS = (
     ("ahead_tokens", "Draft tokens in the trunk when a step began, summed over steps."),
 )
 """What an engine reports of one request, in this order."""
-VERIFIED, ACCEPTED = (
-    next(index for index, (name, _) in enumerate(REQUEST_COUNTERS) if name == wanted)
-    for wanted in ("verified_tokens", "accepted_tokens")
-)
+VERIFIED, ACCEPTED = map([name for name, _ in REQUEST_COUNTERS].index, ("verified_tokens", "accepted_tokens"))
 """Where these are among them."""
 
 ENGINE_COUNTERS = (
