@@ -4,6 +4,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vllm_specedge.wire.frames import num_equal
+
 MIN_SHARED_TOKENS = 16
 """A context that shares fewer is not worth going on from."""
 
@@ -38,16 +40,10 @@ class KeptContexts:
 
     def take(self, tokens: Sequence[int]) -> tuple[int, int] | None:
         """The one that shares most with a new context, which is not kept any longer, and how many tokens that is."""
-        shared = {number: _num_shared(kept, tokens) for number, kept in self._tokens.items()}
+        shared = {number: num_equal(kept, tokens) for number, kept in self._tokens.items()}
         source = max(shared, key=lambda number: shared[number], default=None)
         if source is None or shared[source] < MIN_SHARED_TOKENS:
             return None
         del self._tokens[source]
         # At least one token is run, for what follows it.
         return source, min(shared[source], len(tokens) - 1)
-
-
-def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
-    return next(
-        (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
-    )

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vllm_specedge.engine.proposal_tree import Advance
-from vllm_specedge.engine.requests import DraftedRequest, Source, num_equal
+from vllm_specedge.engine.requests import DraftedRequest, Source
 from vllm_specedge.policy.acceptance import Acceptance
 from vllm_specedge.policy.edge_record import EdgeRecord
 from vllm_specedge.policy.ngram_budget import NgramBudget
+from vllm_specedge.wire.frames import num_equal
 
 
 class Lesson(NamedTuple):

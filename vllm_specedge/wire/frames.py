@@ -179,3 +179,9 @@ def commits(request: int, base: int, tokens: Sequence[int]) -> Iterator[Commit]:
     """A run of tokens of any length as Commits that each fit a frame."""
     for start in range(0, len(tokens), MAX_TOKENS_PER_FRAME):
         yield Commit(request, base + start, tuple(tokens[start : start + MAX_TOKENS_PER_FRAME]))
+
+
+def num_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens of two runs are the same."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(one), len(other)))
