@@ -18,6 +18,7 @@ import httpx2 as httpx
 from rich.console import Console
 from rich.text import Text
 
+from edge_client.client import EdgeClient
 from edge_client.naming import NOBODY
 from edge_client.ways import client_for, trusted
 from vllm_specedge.errors import UserError
@@ -85,7 +86,6 @@ class Answer:
     text: str = ""
     num_tokens: int = 0
     num_accepted: int = 0
-    """Tokens that were drafts."""
     num_chunks: int = 0
     first_s: float = 0.0
     took_s: float = 0.0
@@ -202,8 +202,6 @@ def as_text(said: object) -> str:
 
 @dataclass
 class Chat:
-    """What was said, and how it went."""
-
     server: Server
     session: Callable[[], str]
     """The edge's at the moment; empty while it is not connected."""
@@ -213,7 +211,6 @@ class Chat:
     is_helped: bool = True
 
     async def run(self) -> None:
-        """Until the end of the input, or /quit."""
         self.console.print(Text("accepted drafts", DRAFTED), Text("the target's own", OWN), sep=" | ")
         self.console.print(HELP, style="dim")
         while True:
@@ -226,7 +223,6 @@ class Chat:
                 self.console.print(str(error), style="red")
 
     async def say(self, line: str) -> None:
-        """A question, or what changes how it is answered."""
         line = as_text(line)
         if line in ("/alone", "/with"):
             self.is_helped = line == "/with"
@@ -293,9 +289,12 @@ async def read_line(console: Console) -> str | None:
     return await line
 
 
-async def chat_beside(chat: Chat, questions: Sequence[str], drafting: "asyncio.Task[None]") -> None:
+async def chat_beside(chat: Chat, questions: Sequence[str], client: EdgeClient, wait_s: float) -> None:
     """Answer these questions, or those that are typed, while an edge drafts. Raises UserError, also the edge's."""
-    asking = asyncio.create_task(_ask_all(chat, questions))
+    connected = asyncio.Event()
+    client.on_change = lambda: connected.set() if client.state == "connected" else None
+    drafting = asyncio.create_task(client.run(wait_s))
+    asking = asyncio.create_task(_ask_all(chat, questions, connected))
     done, _ = await asyncio.wait({asking, drafting}, return_when=asyncio.FIRST_COMPLETED)
     for task in (asking, drafting):
         task.cancel()
@@ -305,7 +304,8 @@ async def chat_beside(chat: Chat, questions: Sequence[str], drafting: "asyncio.T
         task.result()
 
 
-async def _ask_all(chat: Chat, questions: Sequence[str]) -> None:
+async def _ask_all(chat: Chat, questions: Sequence[str], connected: asyncio.Event) -> None:
+    await connected.wait()
     await chat.server.find_model()
     if not questions:
         await chat.run()

@@ -6,8 +6,10 @@ import io
 import logging
 import os
 import platform
+import stat
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn, get_type_hints
@@ -18,16 +20,17 @@ from rich.console import Console
 from edge_client import settings
 from edge_client.client import EdgeClient
 from edge_client.drafters import DrafterOptions
-from edge_client.drafters.own_vocabulary import own_vocabulary
+from edge_client.drafters.choose import own_vocabulary
 from edge_client.drafting.pacing import UPLINK_BYTES_PER_TOKEN, Pace
 from edge_client.gateway_link import Gateway
 from edge_client.temperature import Cooler
 from edge_client.terminal import begin, outlived, run, say
 from edge_client.ways import checked_server_url
-from vllm_specedge import __version__
+from vllm_specedge import option_flags
 from vllm_specedge.errors import UserError
+from vllm_specedge.option_flags import command_line, with_flags
 
-app = typer.Typer(help="Draft tokens for a vLLM server.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = command_line("Draft tokens for a vLLM server.")
 
 logger = logging.getLogger("edge_client")
 
@@ -73,8 +76,9 @@ def _configure(context: typer.Context, file: Path | None) -> Path | None:
     values = settings.options_of(command, settings.read(chosen), names, chosen)
     for name, value in values.items():
         settings.kind_of(kinds[command][name]).check(name, value, chosen)
-        if name in settings.SECRETS.values() and os.name == "posix" and Path(value).exists():
-            settings.check_secret(name, Path(value), Path(value).stat().st_mode, chosen)
+        is_secret = name in settings.SECRETS.values() and os.name == "posix" and Path(value).exists()
+        if is_secret and Path(value).stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            raise UserError(f"In {chosen}, {name} is {value}, which others may read: chmod 600 {value}.")
     if TOKEN_VARIABLE in os.environ:  # the environment comes before the file
         values.pop("token_file", None)
     context.default_map = values
@@ -89,117 +93,137 @@ Config = Annotated[
         is_eager=True,
     ),
 ]
-Url = Annotated[str, typer.Argument(help="The gateway, such as https://gpu.example.org:8100.")]
 Draft = Annotated[
-    str,
-    typer.Option(help="Draft model: a directory, GGUF file, OWNER/NAME, hf:OWNER/NAME/FILE.gguf, or 'ngram'."),
+    str, typer.Option(help="Draft model: a directory, GGUF file, OWNER/NAME, hf:OWNER/NAME/FILE.gguf, or 'ngram'.")
 ]
-OwnTokenFile = Annotated[Path | None, typer.Option(help=f"File with your token; or set {TOKEN_VARIABLE}.")]
-CaFile = Annotated[str, typer.Option(help="Trust this certificate authority (PEM), for --server too.")]
-CertFile = Annotated[str, typer.Option(help="Your certificate and its key (PEM), if the gateway asks.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Send the token without TLS, beyond this machine.")]
-NoProxy = Annotated[bool, typer.Option("--no-proxy", help="Do without the proxy that the environment names.")]
 Role = Annotated[str, typer.Option(help="pool: for any request; private: only for those that name this edge.")]
-Name = Annotated[str, typer.Option(help="What the operator sees.")]
-Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
-Threads = Annotated[
-    int, typer.Option(help="CPU threads for the draft model; 0: one for each core that this process may use.")
-]
-DraftVocab = Annotated[int | None, typer.Option(help="Draft with the N most frequent tokens only; 0: with all.", min=0)]
-DraftVocabFile = Annotated[
-    Path | None, typer.Option(help="Token ids by frequency; default: draft_vocab.json beside the model.")
-]
 MaxRequests = Annotated[int, typer.Option(help="Draft for so many requests at once.", min=1, max=4096)]
 MaxWidth = Annotated[
     int, typer.Option(help="Draft tokens of one pass at most; 1: no branches, 0: as the model can.", min=0)
 ]
-MaxTokensPerS = Annotated[float, typer.Option(help="Draft no faster, on battery say; 0: as fast as it goes.", min=0.0)]
 MaxTemperature = Annotated[
     float, typer.Option(help="Draft less of the time while the machine's hottest sensor is above; 0: no cap.", min=0.0)
 ]
-UplinkBytes = Annotated[float, typer.Option(help="Send no more for each token that is generated, on average.", min=8.0)]
-ServerUrl = Annotated[str, typer.Option(help="The server's OpenAI endpoint, such as https://gpu.example.org/v1.")]
-ApiKeyFile = Annotated[Path | None, typer.Option(help="File with the key that the server asks for.")]
 Wait = Annotated[float, typer.Option(help="Keep trying for so many seconds if the gateway is not there yet.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
 
 
+@dataclass(frozen=True)
+class ToGateway:
+    """How a gateway is reached, and what this edge shows there."""
+
+    url: Annotated[str, typer.Argument(help="The gateway, such as https://gpu.example.org:8100.")]
+    token_file: Annotated[Path | None, typer.Option(help=f"File with your token; or set {TOKEN_VARIABLE}.")] = None
+    ca_file: Annotated[str, typer.Option(help="Trust this certificate authority (PEM), for --server too.")] = ""
+    cert_file: Annotated[str, typer.Option(help="Your certificate and its key (PEM), if the gateway asks.")] = ""
+    insecure: Annotated[bool, typer.Option("--insecure", help="Send the token without TLS, beyond this machine.")] = (
+        False
+    )
+    no_proxy: Annotated[bool, typer.Option("--no-proxy", help="Do without the proxy that the environment names.")] = (
+        False
+    )
+    name: Annotated[str, typer.Option(help="What the operator sees.")] = THIS_MACHINE
+    config: Config = None
+
+    def gateway(self) -> Gateway:
+        """The gateway. What cannot be used of it is said before a model is loaded: raises UserError."""
+        token = _token(self.token_file)
+        gateway = Gateway(self.url, token, self.ca_file, self.insecure, self.cert_file, not self.no_proxy)
+        gateway.client()
+        return gateway
+
+
+@dataclass(frozen=True)
+class DraftWith:
+    """How a draft model is run."""
+
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto"
+    threads: Annotated[
+        int, typer.Option(help="CPU threads for the draft model; 0: one for each core that this process may use.")
+    ] = 0
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="Draft with the N most frequent tokens only; 0: with all.", min=0)
+    ] = None
+    draft_vocab_file: Annotated[
+        Path | None, typer.Option(help="Token ids by frequency; default: draft_vocab.json beside the model.")
+    ] = None
+
+    def options(self, draft: str) -> DrafterOptions:
+        """The same with the name of the draft."""
+        return DrafterOptions(draft, self.device, self.threads, self.draft_vocab, self.draft_vocab_file)
+
+
+@dataclass(frozen=True)
+class ToServer:
+    """An OpenAI endpoint to be asked."""
+
+    server: Annotated[str, typer.Option(help="The server's OpenAI endpoint, such as https://gpu.example.org/v1.")]
+    api_key_file: Annotated[Path | None, typer.Option(help="File with the key that the server asks for.")] = None
+
+    @property
+    def key(self) -> str:
+        """What the endpoint asks for; empty: nothing. Raises UserError."""
+        return _read(self.api_key_file, "key") if self.api_key_file is not None else ""
+
+
 @app.command()
+@with_flags
 def connect(
-    url: Url,
+    to: ToGateway,
     draft: Draft,
-    token_file: OwnTokenFile = None,
-    ca_file: CaFile = "",
-    cert_file: CertFile = "",
-    insecure: Insecure = False,
-    no_proxy: NoProxy = False,
+    draft_with: DraftWith,
     role: Role = "pool",
-    name: Name = THIS_MACHINE,
-    device: Device = "auto",
-    threads: Threads = 0,
-    draft_vocab: DraftVocab = None,
-    draft_vocab_file: DraftVocabFile = None,
     max_requests: MaxRequests = 8,
     max_width: MaxWidth = 0,
-    max_tokens_per_s: MaxTokensPerS = 0.0,
+    max_tokens_per_s: Annotated[
+        float, typer.Option(help="Draft no faster, on battery say; 0: as fast as it goes.", min=0.0)
+    ] = 0.0,
     max_temperature_c: MaxTemperature = 0.0,
-    uplink_bytes_per_token: UplinkBytes = UPLINK_BYTES_PER_TOKEN,
+    uplink_bytes_per_token: Annotated[
+        float, typer.Option(help="Send no more for each token that is generated, on average.", min=8.0)
+    ] = UPLINK_BYTES_PER_TOKEN,
     wait: Wait = 0.0,
     quiet: Quiet = False,
-    config: Config = None,
 ) -> None:
     """Connect to a gateway and draft for it until Ctrl-C."""
-    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
-    options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
-    cooler = Cooler(max_temperature_c)
+    gateway, options, cooler = to.gateway(), draft_with.options(draft), Cooler(max_temperature_c)
     pace = Pace(uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
     console, drafter = begin(options, quiet)
-    client = EdgeClient(gateway, drafter, _shown(name), role, max_requests, max_width, pace)
+    client = EdgeClient(gateway, drafter, _shown(to.name), role, max_requests, max_width, pace)
     client.own_vocabulary = partial(own_vocabulary, options)
     asyncio.run(run(client, client.run(wait), console, quiet, cooler))
 
 
 @app.command()
+@with_flags
 def serve(
-    url: Url,
-    server: ServerUrl,
+    to: ToGateway,
+    to_server: ToServer,
+    draft_with: DraftWith,
     draft: Draft = "ngram",
     host: Annotated[str, typer.Option(help="Where this machine's programs find it.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The same.", min=1, max=65535)] = 11435,
-    api_key_file: ApiKeyFile = None,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Pages of this origin may use it, beside this machine's; again.")
     ] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Programs may call it by this name, beside its own; * is any; again.")
     ] = None,
-    token_file: OwnTokenFile = None,
-    ca_file: CaFile = "",
-    cert_file: CertFile = "",
-    insecure: Insecure = False,
-    no_proxy: NoProxy = False,
-    name: Name = THIS_MACHINE,
-    device: Device = "auto",
-    threads: Threads = 0,
-    draft_vocab: DraftVocab = None,
-    draft_vocab_file: DraftVocabFile = None,
     max_requests: MaxRequests = 8,
     max_temperature_c: MaxTemperature = 0.0,
     wait: Wait = 0.0,
     quiet: Quiet = False,
-    config: Config = None,
 ) -> None:
     """An OpenAI endpoint on this machine: passes on to the server, and drafts for its own requests only."""
-    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
-    key = _read(api_key_file, "key") if api_key_file is not None else ""
+    gateway, server, key = to.gateway(), to_server.server, to_server.key
     from edge_client import serve as endpoint  # noqa: PLC0415 - `connect` needs no web server
 
-    client_of_server = partial(endpoint.server_client, checked_server_url(server), not no_proxy, ca_file)
+    client_of_server = partial(endpoint.server_client, checked_server_url(server), not to.no_proxy, to.ca_file)
     client_of_server()  # what cannot be used is said before a model is loaded
     with endpoint.listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
-        options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
+        options = draft_with.options(draft)
         console, drafter = begin(options, quiet)
-        client = EdgeClient(gateway, drafter, _shown(name), "private", max_requests)
+        client = EdgeClient(gateway, drafter, _shown(to.name), "private", max_requests)
         client.own_vocabulary = partial(own_vocabulary, options)
         is_opened, names = endpoint.names_here(listener)
         hosts = [host, *names, *(allow_host or ())]
@@ -213,84 +237,52 @@ def serve(
 
 
 @app.command()
+@with_flags
 def chat(
-    url: Url,
-    server: ServerUrl,
+    to: ToGateway,
+    to_server: ToServer,
+    draft_with: DraftWith,
     draft: Draft = "ngram",
     model: Annotated[str, typer.Option(help="Of those that the server has; default: its first.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 512,
     temperature: Annotated[float | None, typer.Option(help="Default: as the server likes.", min=0, max=2)] = None,
     ask: Annotated[list[str] | None, typer.Option(help="Ask this instead of reading from the terminal; again.")] = None,
-    api_key_file: ApiKeyFile = None,
-    token_file: OwnTokenFile = None,
-    ca_file: CaFile = "",
-    cert_file: CertFile = "",
-    insecure: Insecure = False,
-    no_proxy: NoProxy = False,
-    name: Name = THIS_MACHINE,
-    device: Device = "auto",
-    threads: Threads = 0,
-    draft_vocab: DraftVocab = None,
-    draft_vocab_file: DraftVocabFile = None,
     wait: Wait = 0.0,
-    config: Config = None,
 ) -> None:
     """A chat that shows which tokens were accepted drafts, and how fast they come."""
     from edge_client.chat import Chat, Server, chat_beside  # noqa: PLC0415 - `connect` has no use for it
 
-    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
-    key = _read(api_key_file, "key") if api_key_file is not None else ""
-    asked = Server(checked_server_url(server), key, model, max_tokens, temperature, ca_file, not no_proxy)
-    options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
+    gateway, options, url = to.gateway(), draft_with.options(draft), checked_server_url(to_server.server)
+    asked = Server(url, to_server.key, model, max_tokens, temperature, to.ca_file, not to.no_proxy)
     _, drafter = begin(options, quiet=False)
-    client = EdgeClient(gateway, drafter, _shown(name), "private")
+    client = EdgeClient(gateway, drafter, _shown(to.name), "private")
     client.own_vocabulary = partial(own_vocabulary, options)
     talk = Chat(asked, client.open_session, Console(highlight=False))
-
-    async def run() -> None:
-        connected = asyncio.Event()
-        client.on_change = lambda: connected.set() if client.state == "connected" else None
-        drafting = asyncio.create_task(client.run(wait))
-        connecting = asyncio.create_task(connected.wait())
-        await asyncio.wait({drafting, connecting}, return_when=asyncio.FIRST_COMPLETED)
-        connecting.cancel()
-        await chat_beside(talk, ask or (), drafting)
-
     with suppress(KeyboardInterrupt):
-        asyncio.run(run())
+        asyncio.run(chat_beside(talk, ask or (), client, wait))
     sys.stdout.flush()
     os._exit(0)  # a thread may still wait for a line, and Python would wait for it
 
 
 @app.command()
+@with_flags
 def doctor(
-    url: Url,
+    to: ToGateway,
+    draft_with: DraftWith,
     draft: Draft = "ngram",
-    token_file: OwnTokenFile = None,
-    ca_file: CaFile = "",
-    cert_file: CertFile = "",
-    insecure: Insecure = False,
-    no_proxy: NoProxy = False,
     role: Role = "pool",
-    name: Name = THIS_MACHINE,
-    device: Device = "auto",
-    threads: Threads = 0,
-    draft_vocab: DraftVocab = None,
-    draft_vocab_file: DraftVocabFile = None,
     max_width: MaxWidth = 0,
     acceptance: Annotated[
         float | None,
         typer.Option(help="How often a draft token is right; default: as the server has seen.", min=0, max=1),
     ] = None,
     spec_tokens: Annotated[int, typer.Option(help="The server's --spec-tokens.", min=1, max=64)] = 5,
-    config: Config = None,
 ) -> None:
     """Check this machine, its draft and the gateway, and say whether it would help. Ends with 0 if so, else with 1."""
     from edge_client import doctor as examination  # noqa: PLC0415 - the other commands need no simulator
 
-    gateway = _checked(Gateway(url, _token(token_file), ca_file, insecure, cert_file, not no_proxy))
-    options = DrafterOptions(draft, device, threads, draft_vocab, draft_vocab_file)
-    asked = examination.Asked(gateway, options, role, _shown(name), max_width, spec_tokens, acceptance)
+    options = draft_with.options(draft)
+    asked = examination.Asked(to.gateway(), options, role, _shown(to.name), max_width, spec_tokens, acceptance)
     errors, console = Console(stderr=True), Console(highlight=False)
     if errors.is_terminal:
         errors.print("Measuring; this takes some seconds ...")
@@ -301,42 +293,18 @@ def doctor(
     raise typer.Exit(0 if found.is_good else 1)
 
 
-def _checked(gateway: Gateway) -> Gateway:
-    """The same. What cannot be used of it is said before a model is loaded: raises UserError."""
-    gateway.client()
-    return gateway
-
-
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
-    pass
-
-
 def _take_any_letter() -> None:
     """Any text is read and written, whatever a terminal can show: a letter that cannot be is a ?."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            is_ascii = (
-                codecs.lookup(stream.encoding).name == "ascii"
-            )  # a locale that says nothing, as Python itself does
+            is_ascii = codecs.lookup(stream.encoding).name == "ascii"  # a locale that says nothing, as Python does
             stream.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
 
 
 def main() -> NoReturn:
-    """The console script: a user's fault is one sentence and status 2."""
+    """The console script."""
     _take_any_letter()
-    try:
-        app()
-    except UserError as error:
-        print(f"edge-client: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
-    sys.exit(0)
+    option_flags.run(app, "edge-client")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,9 @@ class EdgeClient:
             logger.warning("Connection lost: %s", error)
             self._change("reconnecting")
         except asyncio.CancelledError:
-            await self._say_bye(linking)
+            if self.model:
+                self._link.close()
+                await asyncio.wait({linking}, timeout=BYE_S)
             raise
         finally:
             self.totals.append(self.speculation.stats)
@@ -155,11 +157,6 @@ class EdgeClient:
             linking.cancel()
             await asyncio.gather(drafting, linking, return_exceptions=True)
         return time.monotonic() - started_s
-
-    async def _say_bye(self, linking: "asyncio.Task[None]") -> None:
-        if self.model:
-            self._link.close()
-            await asyncio.wait({linking}, timeout=BYE_S)
 
     def _on_frame(self, frame: Frame) -> None:
         if isinstance(frame, Welcome):

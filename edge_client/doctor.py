@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import httpx2 as httpx
 from rich import box
@@ -13,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edge_client.drafters import Drafter, DrafterOptions, DraftSequence
-from edge_client.drafters.choose import fetched, load_drafter
-from edge_client.drafters.own_vocabulary import own_vocabulary
+from edge_client.drafters.choose import fetched, load_drafter, own_vocabulary
 from edge_client.drafting.jobs import run_pass
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import Speculation
@@ -57,8 +57,6 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What to look at."""
-
     gateway: Gateway
     options: DrafterOptions
     role: str
@@ -79,21 +77,22 @@ class PassTimes:
     rows: int
 
 
-@dataclass(slots=True)
-class Reached:
-    """An admission, and what it showed."""
-
-    model: str = ""
-    rtts_s: list[float] = field(default_factory=list)
+class Reached(NamedTuple):
+    model: str
+    rtts_s: list[float]
 
 
 @dataclass(slots=True)
 class Diagnosis:
-    """What was found."""
-
     checks: list[Check] = field(default_factory=list)
     speeds: list[Speeds] = field(default_factory=list)
     verdict: str = ""
+
+    def good(self, name: str, text: str) -> None:
+        self.checks.append(Check(name, True, text))
+
+    def bad(self, name: str, text: str) -> None:
+        self.checks.append(Check(name, False, text))
 
     @property
     def is_good(self) -> bool:
@@ -131,23 +130,20 @@ def _look_at_draft(asked: Asked, found: Diagnosis) -> tuple[Drafter | None, Pass
         started_s = time.monotonic()
         drafter = load_drafter(fetched(asked.options, is_quiet=False), chosen.append)
     except UserError as error:
-        found.checks.append(Check("draft model", False, str(error)))
+        found.bad("draft model", str(error))
         return None, None
     took_s = time.monotonic() - started_s
-    found.checks.append(Check("device", True, " ".join(chosen)))
-    found.checks.append(Check("draft model", True, f"{drafter.description}; loaded in {took_s:.1f} s"))
+    found.good("device", " ".join(chosen))
+    found.good("draft model", f"{drafter.description}; loaded in {took_s:.1f} s")
     try:
         times = time_passes(drafter, time.perf_counter)
         num_tokens = rehearse(drafter, time.perf_counter)
     except Exception as error:  # noqa: BLE001 - whatever a model's code does: it cannot draft, which is what is asked
-        text = f"A forward pass fails ({error!s:.120}): choose another draft or --device cpu."
-        found.checks.append(Check("forward pass", False, text))
+        found.bad("forward pass", f"A forward pass fails ({error!s:.120}): choose another draft or --device cpu.")
         return drafter, None
     wide = f", {1e3 * times.wide_s:.1f} ms of {times.rows}" if times.rows > 1 else " (it has no wider ones)"
-    found.checks.append(
-        Check("forward pass", True, f"{1e3 * times.one_s:.1f} ms of 1 row{wide}, median of {NUM_PASSES}")
-    )
-    found.checks.append(Check("whole request", True, f"{num_tokens} tokens, with branches and rollbacks"))
+    found.good("forward pass", f"{1e3 * times.one_s:.1f} ms of 1 row{wide}, median of {NUM_PASSES}")
+    found.good("whole request", f"{num_tokens} tokens, with branches and rollbacks")
     return drafter, times
 
 
@@ -214,36 +210,35 @@ async def _look_at_gateway(asked: Asked, drafter: Drafter | None, found: Diagnos
         answer = await _get(asked.gateway, "/healthz")
     except LinkError as error:
         todo = "start the server with --speculative-config edge, or mend the URL"
-        text = f"{asked.gateway.url} does not answer ({error}): {todo}."
-        found.checks.append(Check("gateway", False, text))
+        found.bad("gateway", f"{asked.gateway.url} does not answer ({error}): {todo}.")
         return None
-    found.checks.append(Check("gateway", True, f"{asked.gateway.url} answers"))
+    found.good("gateway", f"{asked.gateway.url} answers")
     if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-        found.checks.append(Check("server", False, "No vLLM server is connected to this gateway: start one."))
+        found.bad("server", "No vLLM server is connected to this gateway: start one.")
         return None
     try:
         # Without a vocabulary first: what is refused then is the token, the role or the protocol's version.
         reached = await _reach(asked, "")
     except (LinkError, UserError) as error:
-        found.checks.append(Check("admission", False, _sentence(error)))
+        found.bad("admission", _sentence(error))
         return None
     rtt_ms = 1e3 * statistics.median(reached.rtts_s)
     token = "the token is accepted" if asked.gateway.token else "no token is needed"
-    found.checks.append(Check("admission", True, f"{token}; it serves {reached.model}"))
-    found.checks.append(Check("round trip", True, f"{rtt_ms:.1f} ms, median of {len(reached.rtts_s)}"))
+    found.good("admission", f"{token}; it serves {reached.model}")
+    found.good("round trip", f"{rtt_ms:.1f} ms, median of {len(reached.rtts_s)}")
     if drafter is None:
         return reached
     if not drafter.fingerprint:
-        found.checks.append(Check("vocabulary", True, "prompt lookup takes any"))
+        found.good("vocabulary", "prompt lookup takes any")
         return reached
     try:
         await _reach(asked, drafter.fingerprint)
     except OtherVocabularyError as refusal:
         return await _fit(refusal, asked, found, reached)
     except (LinkError, UserError) as error:
-        found.checks.append(Check("vocabulary", False, _sentence(error)))
+        found.bad("vocabulary", _sentence(error))
         return None
-    found.checks.append(Check("vocabulary", True, SAME_VOCABULARY))
+    found.good("vocabulary", SAME_VOCABULARY)
     return reached
 
 
@@ -251,9 +246,9 @@ async def _fit(refusal: OtherVocabularyError, asked: Asked, found: Diagnosis, re
     try:
         fit = await fitted(refusal, asked.gateway, lambda: own_vocabulary(asked.options))
     except UserError as error:
-        found.checks.append(Check("vocabulary", False, str(error)))
+        found.bad("vocabulary", str(error))
         return None
-    found.checks.append(Check("vocabulary", True, str(fit.mismatch) if fit.mismatch.found else SAME_VOCABULARY))
+    found.good("vocabulary", str(fit.mismatch) if fit.mismatch.found else SAME_VOCABULARY)
     return reached
 
 
@@ -272,15 +267,15 @@ async def _get(gateway: Gateway, path: str) -> httpx.Response:
 
 async def _reach(asked: Asked, fingerprint: str) -> Reached:
     """Connect as an edge that takes no requests, measure some round trips and leave. Raises LinkError or UserError."""
-    reached, is_done = Reached(), asyncio.Event()
+    models, rtts_s, is_done = list[str](), list[float](), asyncio.Event()
 
     def on_frame(frame: Frame) -> None:
         if isinstance(frame, Welcome):
-            reached.model = frame.model
+            models.append(frame.model)
 
     def on_pong(rtt_s: float) -> None:
-        reached.rtts_s.append(rtt_s)
-        if len(reached.rtts_s) < NUM_PINGS:
+        rtts_s.append(rtt_s)
+        if len(rtts_s) < NUM_PINGS:
             link.ping()
         else:
             is_done.set()
@@ -300,7 +295,7 @@ async def _reach(asked: Asked, fingerprint: str) -> Reached:
         for task in (running, waiting):
             task.cancel()
         await asyncio.gather(running, waiting, return_exceptions=True)
-    return reached
+    return Reached(models[0], rtts_s)
 
 
 async def _ask_metrics(asked: Asked, found: Diagnosis) -> Knowledge | None:
@@ -308,13 +303,12 @@ async def _ask_metrics(asked: Asked, found: Diagnosis) -> Knowledge | None:
     with suppress(LinkError, ValueError):
         known = knowledge((await _get(asked.gateway, "/metrics")).text)
     if known is None or known.server is None:
-        text = "The server has not said yet what its steps take: send it a request, and try again."
-        found.checks.append(Check("server", False, text))
+        found.bad("server", "The server has not said yet what its steps take: send it a request, and try again.")
         return None
     step_ms = 1e3 * known.server.step_s(1, 1)
     verifying_ms = 1e3 * known.server.step_s(1, 1 + asked.spec_tokens, is_verifying=True)
     text = f"a step takes {step_ms:.1f} ms, one that verifies {asked.spec_tokens} tokens {verifying_ms:.1f} ms"
-    found.checks.append(Check("server", True, text))
+    found.good("server", text)
     return known
 
 
@@ -325,7 +319,7 @@ def _acceptance(asked: Asked, known: Knowledge, found: Diagnosis) -> float:
         acceptance, source = known.acceptance, "of the edges that this server had until now"
     else:
         acceptance, source = ASSUMED_ACCEPTANCE, "assumed: --acceptance says otherwise"
-    found.checks.append(Check("acceptance", True, f"{acceptance:.2f}, {source}"))
+    found.good("acceptance", f"{acceptance:.2f}, {source}")
     return acceptance
 
 

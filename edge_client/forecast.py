@@ -116,12 +116,8 @@ def forecast(measured: Measured, loads: Iterable[int] = LOADS) -> list[Speeds]:
     scenario = Scenario(
         server=measured.server, rtt_s=measured.rtt_s, edge=edge, max_edges=1, spec_tokens=measured.spec_tokens
     )
-    return [_speeds(scenario, requests) for requests in loads]
-
-
-def _speeds(scenario: Scenario, requests: int) -> Speeds:
-    loaded = replace(scenario, requests=requests, tokens=TOKENS // requests)
-    return Speeds(requests, plain(loaded).tokens_per_s, simulate(loaded).tokens_per_s)
+    loaded = [replace(scenario, requests=requests, tokens=TOKENS // requests) for requests in loads]
+    return [Speeds(each.requests, plain(each).tokens_per_s, simulate(each).tokens_per_s) for each in loaded]
 
 
 def would_help(speeds: Sequence[Speeds]) -> bool:

@@ -3,7 +3,6 @@
 Pure but for `read`. What the values mean is the command line's to say; here is which of them a command gets.
 """
 
-import stat
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -51,7 +50,11 @@ def options_of(
     for table, content in tables.items():
         named = _named(content, names[table], table, file)
         chosen |= named if table == command else {}
-    return {name: _at_home(value) for name, value in chosen.items() if name in names[command]}
+    return {
+        name: str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+        for name, value in chosen.items()
+        if name in names[command]
+    }
 
 
 def _named(values: Mapping[str, Any], known: Collection[str], table: str, file: Path) -> dict[str, Any]:
@@ -65,10 +68,6 @@ def _named(values: Mapping[str, Any], known: Collection[str], table: str, file: 
         if name not in known:
             raise UserError(f"In {where}, there is no option {name}: see edge-client {table or 'COMMAND'} --help.")
     return named
-
-
-def _at_home(value: Any) -> Any:
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 MEANT: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "true or false"}
@@ -107,9 +106,3 @@ def kind_of(annotation: Any) -> Kind:
     base = next(each for each in get_args(type_) if each is not NoneType) if is_union else type_
     is_list = get_origin(base) is list
     return Kind(get_args(base)[0] if is_list else base, is_list, *(bounds[0] if bounds else ()))
-
-
-def check_secret(name: str, secret: Path, mode: int, file: Path) -> None:
-    """Raises UserError where others than its owner may read a file that holds a secret."""
-    if mode & (stat.S_IRGRP | stat.S_IROTH):
-        raise UserError(f"In {file}, {name} is {secret}, which others may read: chmod 600 {secret}.")

@@ -5,9 +5,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import nullcontext, suppress
-from functools import partial
 
 from rich.console import Console
 from rich.live import Live
@@ -65,8 +64,7 @@ async def run(
             loop.add_signal_handler(number, running.cancel)
     beside = [asyncio.create_task(cooler.run(client.pace))]
     if not quiet:
-        heat = partial(_heat, client, cooler)
-        beside.append(asyncio.create_task(_show(client, console, heat)))
+        beside.append(asyncio.create_task(_show(client, console, cooler)))
     try:
         with suppress(asyncio.CancelledError):
             await running
@@ -78,11 +76,7 @@ async def run(
             say(console, summary(client))
 
 
-def _heat(client: EdgeClient, cooler: Cooler) -> str:
-    return heat(cooler.temperature_c, cooler.cap_c, client.pace.share)
-
-
-async def _show(client: EdgeClient, console: Console, heat: Callable[[], str]) -> None:
+async def _show(client: EdgeClient, console: Console, cooler: Cooler) -> None:
     """A panel that changes in place on a terminal; a line now and then elsewhere."""
     rate = AcceptedRate(time.monotonic())
     client.on_change = lambda: _announce(client, console)
@@ -93,7 +87,8 @@ async def _show(client: EdgeClient, console: Console, heat: Callable[[], str]) -
     with Live(panel(client, 0.0), console=console, refresh_per_second=1 / STATUS_S) as live:
         while True:
             await asyncio.sleep(STATUS_S)
-            live.update(panel(client, rate(client, time.monotonic()), heat()))
+            warmth = heat(cooler.temperature_c, cooler.cap_c, client.pace.share)
+            live.update(panel(client, rate(client, time.monotonic()), warmth))
 
 
 def _announce(client: EdgeClient, console: Console) -> None:

@@ -23,7 +23,7 @@ from demo_screen import Answer, Row, Screen, first_difference, table, tokens_per
 from openai import OpenAI
 from pairs import AUTO, CACHE, QWEN, SMOLLM2, Choice, PairError, console, prepare_fitting
 from questions import QUESTIONS
-from stack import LARGE_PAGES, Server, StackError, edge_client, vllm_server
+from stack import LARGE_PAGES, Server, StackError, answering, edge_client, start_server
 from tokenizers import Tokenizer
 
 MAX_TOKENS = 80
@@ -140,8 +140,8 @@ class Demo:
         options = (*SERVER_OPTIONS, *arguments)
         with ExitStack() as stack:
             with self.clock("servers"), console.status("Starting vllm serve (up to a minute) ..."):
-                running = vllm_server(directory, CACHE / log, PORT, *options, dtype=self.choice.dtype, env=LARGE_PAGES)
-                server = stack.enter_context(running)
+                running = start_server(directory, CACHE / log, PORT, *options, dtype=self.choice.dtype, env=LARGE_PAGES)
+                server = stack.enter_context(answering(running))
             yield server
             with self.clock("servers"), console.status("Stopping it ..."):
                 stack.close()
@@ -213,11 +213,7 @@ def parted(ones: Sequence[Answer], others: Sequence[Answer]) -> list[int]:
 
 
 def row(
-    kind: str,
-    plain: Sequence[Answer],
-    edge: Sequence[Answer],
-    before: dict[str, float],
-    after: dict[str, float],
+    kind: str, plain: Sequence[Answer], edge: Sequence[Answer], before: dict[str, float], after: dict[str, float]
 ) -> Row:
     """`before` and `after`: the engine's counters around the answers with an edge."""
     counted = {name: value - before[name] for name, value in after.items()}

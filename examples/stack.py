@@ -30,8 +30,6 @@ class StackError(Exception):
 
 @dataclass(frozen=True)
 class Process:
-    """A running process and its log."""
-
     popen: "subprocess.Popen[bytes]"
     log: Path
 
@@ -53,13 +51,8 @@ class Process:
 
 
 def start(
-    command: list[str],
-    log: Path,
-    env: dict[str, str] | None = None,
-    core: int | None = None,
-    cwd: Path | None = None,
+    command: list[str], log: Path, env: dict[str, str] | None = None, core: int | None = None, cwd: Path | None = None
 ) -> Process:
-    """Start a process, on one core if asked to."""
     log.parent.mkdir(parents=True, exist_ok=True)
     both = {**os.environ, **(env or {})}
     with log.open("wb") as file:
@@ -105,7 +98,6 @@ class Server:
         return f"http://127.0.0.1:{self.gateway_port}"
 
     def metrics(self) -> dict[str, float]:
-        """The gateway's metrics by name, labels and all."""
         text = httpx.get(f"{self.gateway_url}/metrics", trust_env=False, timeout=STOP_LIMIT_S).text
         lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
         return {name.removesuffix("_total"): float(value) for name, _, value in lines}
@@ -147,17 +139,8 @@ def start_server(
 
 
 @contextmanager
-def vllm_server(
-    model: Path,
-    log: Path,
-    port: int,
-    *arguments: str,
-    gateway_port: int = 8100,
-    env: dict[str, str] | None = None,
-    dtype: str = "float32",
-) -> Iterator[Server]:
-    """A server that answers."""
-    server = start_server(model, log, port, *arguments, gateway_port=gateway_port, env=env, dtype=dtype)
+def answering(server: Server) -> Iterator[Server]:
+    """The server, once it answers; it is stopped in the end."""
     try:
         wait_for(server.process, f"{server.url}/health")
         yield server

@@ -14,10 +14,10 @@ import httpx2 as httpx
 import pytest
 from fastapi import FastAPI, Request, Response
 from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 
 from vllm_specedge.frontend import admission
 from vllm_specedge.frontend.admission import DEFAULT_CLASS, LOAD_VARIABLE, STALE_S, AdmissionMiddleware, LoadFile
-from vllm_specedge.frontend.request_body import answer_json
 
 DEADLINE_S = 20.0
 BODY = {"model": "m", "prompt": "hello"}
@@ -75,7 +75,7 @@ def running(number: int) -> Iterator[Front]:
         await receive()
         started.release()
         assert await asyncio.to_thread(ended.wait, DEADLINE_S)
-        await answer_json(send, 200, {})
+        await JSONResponse({}, 200)(scope, receive, send)
 
     front = Front(slow)
     threads = [threading.Thread(target=front.ask) for _ in range(number)]
@@ -92,13 +92,13 @@ def running(number: int) -> Iterator[Front]:
 
 async def stranger(scope: Any, receive: Any, send: Any) -> None:
     """Refuses whoever asks, as vLLM's front does without a key: it looks at no body."""
-    await answer_json(send, 401, {"error": "Unauthorized"})
+    await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
 
 
 async def no_model(scope: Any, receive: Any, send: Any) -> None:
     """Reads what is asked and answers by itself: the engine hears nothing."""
     await receive()
-    await answer_json(send, 404, {"error": "no such model"})
+    await JSONResponse({"error": "no such model"}, 404)(scope, receive, send)
 
 
 async def broken(scope: Any, receive: Any, send: Any) -> None:

@@ -52,11 +52,11 @@ ROOMS: dict[str, set[str]] = {
     SIMULATION: LEAVES | {WIRE, POLICY, ENGINE, GATEWAY, DRAFTERS, DRAFTING},
     "vllm_specedge.admission": {FRONTEND},
     "vllm_specedge.prediction_front": {FRONTEND},
-    OPTION_FLAGS: set(),
+    OPTION_FLAGS: LEAVES,
     "vllm_specedge.cli": LEAVES | {OPTION_FLAGS, WIRE, POLICY, CONFIG, ENGINE, GATEWAY, ADAPTER, SIMULATION},
     DRAFTERS: LEAVES | {WIRE},
     DRAFTING: LEAVES | {WIRE, DRAFTERS},
-    "edge_client": LEAVES | {WIRE, DRAFTERS, DRAFTING, "edge_client.forecast"},
+    "edge_client": LEAVES | {WIRE, OPTION_FLAGS, DRAFTERS, DRAFTING, "edge_client.forecast"},
     # It asks the simulation whether this machine would help.
     "edge_client.forecast": LEAVES | {SIMULATION},
 }

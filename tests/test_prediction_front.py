@@ -8,10 +8,9 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from vllm_specedge.frontend.predicted_outputs import PredictionMiddleware
-from vllm_specedge.frontend.request_body import answer_json
 from vllm_specedge.wire.request_fields import KEY, prediction_text, take_prediction
 
 FORETOLD = "the quick brown fox"
@@ -181,7 +180,7 @@ def test_the_body_of_a_stranger_is_not_even_read() -> None:
     """vLLM's own middleware, which looks at the key, comes after this one."""
 
     async def stranger(scope: Any, receive: Any, send: Any) -> None:
-        await answer_json(send, 401, {"error": "Unauthorized"})
+        await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
 
     async def receive() -> Any:
         raise AssertionError

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.helpers import fitting, refused
 from vllm_specedge.errors import ByeCode
-from vllm_specedge.gateway.effects import Effect, Reported, RequestReport, Stepped, ToEdge, ToEngine
+from vllm_specedge.gateway.effects import Effect, RequestReport, ToEdge, ToEngine
 from vllm_specedge.gateway.known import MAX_UNREAD_TOKENS, PRIVATE, ROLES, RouterLimits
 from vllm_specedge.gateway.prefix_memory import MAX_EXTRA_LOAD, PrefixMemory
 from vllm_specedge.gateway.router import MAX_GAPS, MAX_REPORT_VALUES, MAX_REPORTS, Router
@@ -148,7 +148,7 @@ def test_the_counters_of_the_requests_that_closed_last_are_kept_by_engine() -> N
     for number, engine in enumerate((ENGINE, b"other", ENGINE)):
         router.from_engine(engine, EngineOpen(number, 1, 5, ""))
         [reported] = router.from_engine(engine, Report(number, (number, 7)))
-        assert reported == Reported(RequestReport(number % 2, (number, 7)))
+        assert reported == RequestReport(number % 2, (number, 7))
         router.from_engine(engine, Close(number, CloseReason.FINISHED))
     assert list(router.reports) == [RequestReport(0, (0, 7)), RequestReport(1, (1, 7)), RequestReport(0, (2, 7))]
     router.from_engine(ENGINE, ENGINE_HELLO)
@@ -167,8 +167,8 @@ def test_a_request_counts_once_and_only_if_it_is_known() -> None:
 
 def test_what_an_engine_says_of_its_steps_is_shown_if_it_has_said_hello() -> None:
     router, groups = Router(RouterLimits()), Groups((1, 2, 3, 4, 5))
-    assert Stepped(groups) not in router.from_engine(ENGINE, groups)
-    assert ready_router().from_engine(ENGINE, groups) == [Stepped(groups)]
+    assert groups not in router.from_engine(ENGINE, groups)
+    assert ready_router().from_engine(ENGINE, groups) == [groups]
 
 
 def test_reports_are_bounded_in_number_and_length() -> None:

@@ -94,7 +94,7 @@ def test_whatever_engines_send_it_holds_no_more_than_it_may() -> None:
     for number in range(MAX_VOCABULARIES):
         assert store.ask(b"%d" % number, f"{number}") is not None
     assert store.ask(b"one more", "one more") is None
-    held = sum(len(arriving.packed) for arriving in store._arriving.values())
+    held = sum(len(reader.packed) for _, reader in store._arriving.values())
     assert held + sum(map(len, store.packed.values())) <= MAX_VOCABULARIES * MAX_PACKED_BYTES
 
 

@@ -13,18 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_specedge import __version__
 from vllm_specedge.config import EdgeOptions, GatewayOptions, check_endpoint, parse_as
-from vllm_specedge.engine.gateway_process import USER_ERROR_STATUS
 from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.credentials import TokenFile, expiry_s
 from vllm_specedge.gateway.log_format import LogFormat, begin_logging
-from vllm_specedge.option_flags import as_table, with_flags
+from vllm_specedge.option_flags import as_table, command_line, run, with_flags
 from vllm_specedge.policy.situation import HoldLimits
 
-app = typer.Typer(
-    help="Edge-drafted speculative decoding for vLLM.", no_args_is_help=True, pretty_exceptions_enable=False
-)
+app = command_line("Edge-drafted speculative decoding for vLLM.")
 token_app = typer.Typer(help="Who may connect as an edge.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
 
@@ -35,9 +31,9 @@ TokensFile = Annotated[Path, typer.Option(help="The gateway's tokens file.")]
 
 
 @app.command()
-@with_flags(GatewayOptions)
+@with_flags
 def gateway(
-    values: dict[str, object],
+    given: GatewayOptions,
     engines: Annotated[str, typer.Option(help="Where vLLM engines dial in.")] = "tcp://127.0.0.1:8101",
     log_format: Annotated[
         LogFormat, typer.Option(envvar=LOG_FORMAT_VARIABLE, help="Lines of text, or of one JSON object each.")
@@ -50,7 +46,7 @@ def gateway(
 
     from vllm_specedge.gateway.server import serve  # noqa: PLC0415 - nor do they need a web server
 
-    options = parse_as(GatewayOptions, values)
+    options = parse_as(GatewayOptions, vars(given))
     try:
         check_endpoint(engines, options.insecure)
     except ValueError as error:
@@ -206,25 +202,9 @@ def revoke(name: str, tokens_file: TokensFile = DEFAULT_TOKENS_FILE) -> None:
     TokenFile(tokens_file).revoke(name)
 
 
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
-    pass
-
-
 def main() -> NoReturn:
-    """The console script: a user's fault is one sentence and status 2."""
-    try:
-        app()
-    except UserError as error:
-        print(f"vllm-specedge: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(USER_ERROR_STATUS)
-    sys.exit(0)
+    """The console script."""
+    run(app, "vllm-specedge")
 
 
 if __name__ == "__main__":

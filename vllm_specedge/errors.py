@@ -2,6 +2,9 @@
 
 from enum import IntEnum
 
+USER_ERROR_STATUS = 2
+"""A command's exit status where its user must change something: trying again would not help."""
+
 
 class ByeCode(IntEnum):
     """Why a connection ends. Below 10 the edge may come back; from 10 on a retry cannot help (docs/protocol.md)."""

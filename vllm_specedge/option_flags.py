@@ -1,48 +1,61 @@
-"""Options of a pydantic model as flags of a command, and as a table: the model is their only source."""
+"""What command lines share: options of a model or a dataclass as flags, and as a table; versions and users' faults."""
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+
+from vllm_specedge import __version__
+from vllm_specedge.errors import USER_ERROR_STATUS, UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
 
-def with_flags(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the model's fields as flags. It gets their values, by name, as its first argument, unchecked."""
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command flags for the fields of its parameters that are dataclasses or models: it gets these unchecked."""
+    own = inspect.signature(command).parameters.values()
+    groups = {name: hint for name, hint in get_type_hints(command).items() if _fields(hint)}
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(command).parameters.values())[1:]
+    def called(**values: Any) -> None:
+        for name, group in groups.items():
+            made = {each.name: values.pop(each.name) for each in _fields(group)}
+            values[name] = getattr(group, "model_construct", group)(**made)
+        command(**values)
 
-        def called(**values: Any) -> None:
-            named = {name: values.pop(name) for name in model.model_fields}
-            command(named, **values)
-
-        parameters = [_parameter(name, field) for name, field in model.model_fields.items()]
-        by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
-        called.__signature__ = inspect.Signature([*by_name, *parameters])  # type: ignore[attr-defined]
-        called.__annotations__ = {each.name: each.annotation for each in (*by_name, *parameters)}
-        called.__name__, called.__doc__ = command.__name__, command.__doc__
-        return called
-
-    return decorate
+    parameters = [flag for each in own for flag in (_fields(groups[each.name]) if each.name in groups else [each])]
+    by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    called.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]
+    called.__annotations__ = {each.name: each.annotation for each in by_name}
+    called.__name__, called.__doc__ = command.__name__, command.__doc__
+    return called
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _fields(group: Any) -> list[inspect.Parameter]:
+    """Those of a dataclass, annotated as typer has it, or of a model; nothing of any other type."""
+    if is_dataclass(group):
+        return list(inspect.signature(group).parameters.values())  # type: ignore[arg-type]
+    return [_parameter(name, field) for name, field in getattr(group, "model_fields", {}).items()]
+
+
+def _parameter(name: str, field: "FieldInfo") -> inspect.Parameter:
     flags = [f"--{name.replace('_', '-')}"] if field.annotation is bool else []
     annotation: Any = Annotated.__class_getitem__((field.annotation, typer.Option(*flags, help=_sentence(field))))  # type: ignore[attr-defined]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
 
 
-def _sentence(field: FieldInfo) -> str:
+def _sentence(field: "FieldInfo") -> str:
     """The first one of what is said of it."""
     first, dot, _ = " ".join((field.description or "").split()).partition(". ")
     return f"{first}{dot.strip()}"
 
 
-def as_table(model: type[BaseModel]) -> str:
+def as_table(model: "type[BaseModel]") -> str:
     """Options, defaults and meanings, in Markdown."""
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for name, field in model.model_fields.items():
@@ -51,3 +64,30 @@ def as_table(model: type[BaseModel]) -> str:
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
         rows.append(f"| `{name}` | {shown} | {meaning} |")
     return "\n".join(rows) + "\n"
+
+
+def command_line(about: str) -> typer.Typer:
+    """A command line with a --version."""
+    app = typer.Typer(help=about, no_args_is_help=True, pretty_exceptions_enable=False)
+    app.callback()(_versioned)
+    return app
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _versioned(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
+
+
+def run(app: typer.Typer, name: str) -> NoReturn:
+    """Run what the command line says, and end: a user's fault is one sentence and USER_ERROR_STATUS."""
+    try:
+        app()
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(USER_ERROR_STATUS)
+    sys.exit(0)

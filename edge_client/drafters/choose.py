@@ -75,3 +75,20 @@ def _load_model(options: DrafterOptions, say: Say) -> Drafter:
         return LlamaDrafter(Path(name), kept, fingerprint)
     say(f"Drafting on {device} ({why}), with transformers.")
     return load_hf_drafter(name, device, kept, fingerprint)
+
+
+def own_vocabulary(options: DrafterOptions) -> dict[str, int]:
+    """A draft's own tokens and their ids; none for prompt lookup. Raises UserError, and ImportError as loading would.
+
+    A drafter holds its fingerprint and no more: 150,000 tokens take 20 MB, and drafting has no use for them.
+    """
+    if options.draft == "ngram":
+        return {}
+    draft = fetched(options, is_quiet=True).draft
+    if draft.lower().endswith(GGUF_SUFFIX):
+        from edge_client.drafters.gguf import gguf_vocabulary  # noqa: PLC0415 - loads llama.cpp
+
+        return gguf_vocabulary(Path(draft))
+    from edge_client.drafters.hf import tokenizer_vocabulary  # noqa: PLC0415 - loads torch
+
+    return tokenizer_vocabulary(draft)

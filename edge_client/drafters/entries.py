@@ -67,7 +67,6 @@ class Entries:
         return any(old != new for old, new in numbers.items())
 
     def position(self, entry: int) -> int:
-        """An entry's position in the text."""
         return entry if entry < self.trunk else self._tree[entry - self.trunk].position
 
     def seen(self, entry: int) -> list[bool]:

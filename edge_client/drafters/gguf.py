@@ -46,34 +46,34 @@ def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
 class GgufSequence:
     """One request's context: some lanes of its drafter's cache."""
 
-    def __init__(self, model: "GgufModel") -> None:
-        self._model = model
-        self._lanes = Lanes(model.free_lanes)
+    def __init__(self, drafter: "GgufDrafter") -> None:
+        self._drafter = drafter
+        self._lanes = Lanes(drafter.free_lanes)
 
     def __del__(self) -> None:
         # In whatever thread drops it: the cells are given back by the one that drafts.
-        self._model.abandoned.append(self._lanes)
+        self._drafter.abandoned.append(self._lanes)
 
     def keep(self, length: int, moved: Sequence[int] = ()) -> None:
-        self._model.cut(self._lanes.keep(length, moved))
+        self._drafter.cut(self._lanes.keep(length, moved))
 
     def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
-        self._model.reclaim()
-        self._model.check_room(len(self._lanes) + len(tokens), len(tokens))
+        self._drafter.reclaim()
+        self._drafter.check_room(len(self._lanes) + len(tokens), len(tokens))
         lane, start, _ = self._lanes.append(len(tokens))
         for done in range(0, len(tokens), BATCH_TOKENS):
             piece = tokens[done : done + BATCH_TOKENS]
             rows = [Row(lane, start + done + i, None) for i in range(len(piece))]
             is_last = done + len(piece) == len(tokens)
-            self._model.run(piece, rows, [len(piece) - 1] if is_last else [])
-        return self._model.candidates([len(rows) - 1], width)[0]
+            self._drafter.run(piece, rows, [len(piece) - 1] if is_last else [])
+        return self._drafter.candidates([len(rows) - 1], width)[0]
 
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
-        self._model.reclaim()
+        self._drafter.reclaim()
         rows = self._lanes.branch(parents)
-        self._model.check_room(max(row.position for row in rows) + 1, len(tokens))
-        self._model.run(tokens, rows, range(len(rows)))
-        return self._model.candidates(range(len(rows)), width)
+        self._drafter.check_room(max(row.position for row in rows) + 1, len(tokens))
+        self._drafter.run(tokens, rows, range(len(rows)))
+        return self._drafter.candidates(range(len(rows)), width)
 
 
 def _open_model(file: Path, **options: object) -> Any:
@@ -106,12 +106,17 @@ def gguf_vocabulary(file: Path) -> dict[str, int]:
         llama_cpp.llama_model_free(model)
 
 
-class GgufModel:
-    """The weights, the cache and llama.cpp's handles on them. Used from one thread, but for `abandoned`."""
+class GgufDrafter:
+    """A GGUF file, on llama.cpp's accelerator or the CPU: the weights, the cache and llama.cpp's handles on them.
 
-    def __init__(self, file: Path, is_offloaded: bool, threads: int) -> None:
+    Used from one thread, but for `abandoned`.
+    """
+
+    max_width = MAX_WIDTH
+
+    def __init__(self, file: Path, device: str, threads: int) -> None:
         """Raises UserError."""
-        self._model = _open_model(file, n_gpu_layers=ALL_LAYERS if is_offloaded else 0)
+        self._model = _open_model(file, n_gpu_layers=ALL_LAYERS if device != "cpu" else 0)
         if llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model):
             raise _unusable(file, "its states cannot be rolled back")
         if llama_cpp.llama_model_has_encoder(self._model):
@@ -119,17 +124,23 @@ class GgufModel:
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(vocab))
         self.fingerprint = vocabulary_fingerprint(_tokens(vocab))
-        self.context_tokens = min(int(llama_cpp.llama_model_n_ctx_train(self._model)), MAX_CONTEXT_TOKENS)
+        self.max_context_tokens = min(int(llama_cpp.llama_model_n_ctx_train(self._model)), MAX_CONTEXT_TOKENS)
         self._context = self._make_context(file, threads)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
         self.free_lanes = list(range(NUM_LANES))
         self.abandoned: deque[Lanes] = deque()
         """Lanes of contexts that nobody has any more."""
+        text = ctypes.create_string_buffer(128)
+        llama_cpp.llama_model_desc(self._model, text, len(text))
+        self.description = f"{file.name} on {device}, llama.cpp, {text.value.decode('utf-8', 'replace')}"
+
+    def open(self) -> GgufSequence:
+        return GgufSequence(self)
 
     def _make_context(self, file: Path, threads: int) -> Any:
         options = llama_cpp.llama_context_default_params()
-        options.n_ctx = NUM_CONTEXTS * self.context_tokens
+        options.n_ctx = NUM_CONTEXTS * self.max_context_tokens
         options.n_batch = options.n_ubatch = BATCH_TOKENS
         options.n_seq_max = NUM_LANES
         options.kv_unified = True  # lanes share cells
@@ -141,19 +152,12 @@ class GgufModel:
             raise _unusable(file, _errors[-1] if _errors else "there is no room for its cache")
         return context
 
-    @property
-    def description(self) -> str:
-        """The kind of model, its size and the format of its weights, as llama.cpp says it."""
-        text = ctypes.create_string_buffer(128)
-        llama_cpp.llama_model_desc(self._model, text, len(text))
-        return text.value.decode("utf-8", "replace")
-
     def check_room(self, end: int, num_tokens: int) -> None:
         """Raises ValueError where a context would become longer than may be, or nothing is to be run."""
         if not num_tokens:
             raise ValueError("a context grows by one token at least")
-        if end > self.context_tokens:
-            raise ValueError(f"{end} tokens do not fit a context of {self.context_tokens}")
+        if end > self.max_context_tokens:
+            raise ValueError(f"{end} tokens do not fit a context of {self.max_context_tokens}")
 
     def reclaim(self) -> None:
         """Give back the lanes and cells of contexts that were dropped."""
@@ -180,13 +184,9 @@ class GgufModel:
             raise RuntimeError(f"llama.cpp failed (status {status})")
 
     def candidates(self, rows: Sequence[int], width: int) -> list[list[Candidate]]:
-        """The `width` most probable next tokens by each of these rows of the last pass."""
-        return [_best(self._logits(row), width) for row in rows]
-
-    def _logits(self, row: int) -> NDArray[np.float32]:
-        """[vocabulary], overwritten by the next pass."""
-        pointer = llama_cpp.llama_get_logits_ith(self._context, row)
-        return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,))
+        """The `width` most probable next tokens by each of these rows of the last pass, whose logits it overwrites."""
+        pointers = (llama_cpp.llama_get_logits_ith(self._context, row) for row in rows)
+        return [_best(np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)), width) for pointer in pointers]
 
 
 def _best(logits: NDArray[np.float32], width: int) -> list[Candidate]:
@@ -200,22 +200,6 @@ def _best(logits: NDArray[np.float32], width: int) -> list[Candidate]:
 
 def _unusable(file: Path, reason: str) -> UserError:
     return UserError(f"{file} cannot be drafted with ({reason:.160}): name another GGUF file, or draft with 'ngram'.")
-
-
-class GgufDrafter:
-    """A GGUF file, on llama.cpp's accelerator or the CPU."""
-
-    max_width = MAX_WIDTH
-
-    def __init__(self, file: Path, device: str, threads: int) -> None:
-        """Raises UserError."""
-        self._model = GgufModel(file, device != "cpu", threads)
-        self.fingerprint = self._model.fingerprint
-        self.max_context_tokens = self._model.context_tokens
-        self.description = f"{file.name} on {device}, llama.cpp, {self._model.description}"
-
-    def open(self) -> GgufSequence:
-        return GgufSequence(self._model)
 
 
 def devices_of_llama_cpp() -> list[str]:

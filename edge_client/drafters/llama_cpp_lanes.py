@@ -97,7 +97,6 @@ class Lanes:
 
     @property
     def held(self) -> list[int]:
-        """The lanes in use."""
         return list(self._of_leaf.values())
 
     def _through(self, entry: int) -> int:

@@ -11,6 +11,7 @@ Rule 4: which entries the drafter holds is known here and nowhere else (edge_cli
 from collections.abc import Callable, Iterator, Sequence
 
 from edge_client.drafters import Candidate
+from vllm_specedge.wire.frames import Propose
 
 
 class Node:
@@ -52,23 +53,20 @@ class DraftTree:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        """Committed."""
         self.root = Node(-1, -1, None, 1.0, 1.0)
-        self._num_prefix = 0
+        self.num_prefix = 0
         """The drafter's first so many entries are the first committed tokens."""
         self._path: list[int] = []
         """The entries of the committed tokens that follow, ascending."""
         self._num_entries = 0
-        """How many the drafter holds in all."""
 
     def __len__(self) -> int:
-        """Draft tokens in the tree."""
         return sum(1 for _ in self.root.below())
 
     @property
     def num_entered(self) -> int:
         """So many of the first committed tokens the drafter holds."""
-        return self._num_prefix + len(self._path)
+        return self.num_prefix + len(self._path)
 
     @property
     def is_caught_up(self) -> bool:
@@ -122,11 +120,7 @@ class DraftTree:
 
     def adopt(self, num_entries: int) -> None:
         """The drafter's cache is another request's, whose first `num_entries` tokens are the same."""
-        self._num_prefix = self._num_entries = num_entries
-
-    @property
-    def num_prefix(self) -> int:
-        return self._num_prefix
+        self.num_prefix = self._num_entries = num_entries
 
     def compact(self) -> tuple[int, tuple[int, ...]]:
         """What the drafter is to keep before the next pass: its first so many entries, and those of them behind.
@@ -135,31 +129,31 @@ class DraftTree:
         """
         nodes = sorted((node for node in self.root.below() if node.entry is not None), key=lambda node: node.entry or 0)
         live = [*self._path, *(node.entry for node in nodes if node.entry is not None)]
-        length = self._num_prefix
+        length = self.num_prefix
         num_in_place = 0
         while num_in_place < len(live) and live[num_in_place] == length + num_in_place:
             num_in_place += 1
-        self._num_prefix += len(self._path)
+        self.num_prefix += len(self._path)
         self._path = []
         for index, node in enumerate(nodes):
-            node.entry = self._num_prefix + index
+            node.entry = self.num_prefix + index
         if self.is_caught_up and self.tokens:
-            self.root.entry = self._num_prefix - 1
+            self.root.entry = self.num_prefix - 1
         self._num_entries = length + len(live)
         return length + num_in_place, tuple(live[num_in_place:])
 
     def enter_committed(self, limit: int) -> list[int]:
         """The next committed tokens that the drafter lacks, at most `limit`; they count as held."""
-        tokens = self.tokens[self._num_prefix : self._num_prefix + limit]
-        self._num_prefix += len(tokens)
-        self._num_entries = self._num_prefix
+        tokens = self.tokens[self.num_prefix : self.num_prefix + limit]
+        self.num_prefix += len(tokens)
+        self._num_entries = self.num_prefix
         if self.is_caught_up:
-            self.root.entry = self._num_prefix - 1
+            self.root.entry = self.num_prefix - 1
         return tokens
 
     def enter(self, nodes: Sequence[Node]) -> list[int]:
         """These nodes are about to be run: their parents' entries, or none where all entries are one chain."""
-        is_chain = len(nodes) == 1 and self._is_chain_to(nodes[0])
+        is_chain = len(nodes) == 1 and nodes[0].position == self._num_entries
         parents = (
             [] if is_chain else [node.parent.entry for node in nodes if node.parent and node.parent.entry is not None]
         )
@@ -168,5 +162,30 @@ class DraftTree:
             self._num_entries += 1
         return parents
 
-    def _is_chain_to(self, node: Node) -> bool:
-        return self._num_entries == node.position
+
+def new_branches(trunk: list[Node], is_of_use: Callable[[Node], bool]) -> list[list[Node]]:
+    """The paths that leave the trunk, each from its fork on, with something in it that was not sent.
+
+    A second candidate alone is of no use: when the target says it, it is committed already.
+    """
+    paths = []
+    for first in (other for node in trunk if node.parent for other in node.parent.children[1:]):
+        path = [node for node in (first, *first.chain()) if is_of_use(node)]
+        if len(path) > 1 and not path[-1].is_sent:
+            paths.append(path)
+    return paths
+
+
+def proposal(number: int, before: Node, trunk: list[Node], branches: list[list[Node]]) -> Propose:
+    """One frame with the new part of a trunk, which follows the node `before`, and these branches. Marks them as sent.
+
+    It starts with the token that the new part follows: so it shows whether the past that it was drafted for has come
+    true.
+    """
+    run = [before, *trunk]
+    end = run[-1].position + 1
+    new = [*run, *(node for branch in branches for node in branch)]
+    forks = [number for branch in branches for number in (end - branch[0].position, len(branch))]
+    for node in new:
+        node.is_sent = True
+    return Propose(number, run[0].position, tuple(node.token for node in new), tuple(forks))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edge_client.drafters import Candidate, DraftSequence
 
@@ -39,21 +39,21 @@ def run_pass(sequence: DraftSequence, job: Job) -> list[list[Candidate]]:
     return said
 
 
+@dataclass(slots=True)
 class Sequences:
     """The contexts that a drafter holds, by request."""
 
-    def __init__(self, open_sequence: Callable[[], DraftSequence], needs: Callable[[int], bool]) -> None:
-        """`needs`: whether a job of that request, or one that starts from it, may still come (`Speculation.needs`)."""
-        self._open = open_sequence
-        self._needs = needs
-        self.by_request: dict[int, DraftSequence] = {}
+    open: Callable[[], DraftSequence]
+    needs: Callable[[int], bool]
+    """Whether a job of that request, or one that starts from it, may still come (`Speculation.needs`)."""
+    by_request: dict[int, DraftSequence] = field(default_factory=dict)
 
     def of(self, job: Job) -> DraftSequence:
         """The context that a job goes on from. Those that nothing goes on from any more are dropped."""
         if job.source is not None:
             self.by_request[job.request] = self.by_request.pop(job.source)
-        for number in [number for number in self.by_request if not self._needs(number)]:
+        for number in [number for number in self.by_request if not self.needs(number)]:
             del self.by_request[number]
         if job.request not in self.by_request:
-            self.by_request[job.request] = self._open()
+            self.by_request[job.request] = self.open()
         return self.by_request[job.request]

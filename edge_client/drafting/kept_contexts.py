@@ -2,17 +2,20 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vllm_specedge.wire.frames import num_equal
 
 MIN_SHARED_TOKENS = 16
 """A context that shares fewer is not worth going on from."""
 
 
+@dataclass(slots=True)
 class KeptContexts:
     """The tokens whose entries drafters' sequences still begin with, of the requests that ended last."""
 
-    def __init__(self, max_kept: int) -> None:
-        self._max_kept = max_kept
-        self._tokens: OrderedDict[int, list[int]] = OrderedDict()
+    max_kept: int
+    _tokens: OrderedDict[int, list[int]] = field(default_factory=OrderedDict)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -22,14 +25,13 @@ class KeptContexts:
 
     def keep(self, number: int, tokens: list[int]) -> None:
         """A request ended; one that is short is not kept, and the oldest makes room."""
-        if not self._max_kept or len(tokens) < MIN_SHARED_TOKENS:
+        if not self.max_kept or len(tokens) < MIN_SHARED_TOKENS:
             return
         self._tokens[number] = tokens
-        if len(self._tokens) > self._max_kept:
+        if len(self._tokens) > self.max_kept:
             self._tokens.popitem(last=False)
 
     def forget(self, number: int) -> None:
-        """Nothing goes on from that one."""
         self._tokens.pop(number, None)
 
     def clear(self) -> None:
@@ -38,17 +40,10 @@ class KeptContexts:
 
     def take(self, tokens: Sequence[int]) -> tuple[int, int] | None:
         """The one that shares most with a new context, which is not kept any longer, and how many tokens that is."""
-        shared = {number: _num_shared(kept, tokens) for number, kept in self._tokens.items()}
+        shared = {number: num_equal(kept, tokens) for number, kept in self._tokens.items()}
         source = max(shared, key=lambda number: shared[number], default=None)
         if source is None or shared[source] < MIN_SHARED_TOKENS:
             return None
         del self._tokens[source]
         # At least one token is run, for what follows it.
         return source, min(shared[source], len(tokens) - 1)
-
-
-def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens are the same."""
-    return next(
-        (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
-    )

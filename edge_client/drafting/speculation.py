@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from edge_client.drafters import Candidate
-from edge_client.drafting.draft_tree import DraftTree, Node
+from edge_client.drafting.draft_tree import DraftTree, Node, new_branches, proposal
 from edge_client.drafting.jobs import Job
 from edge_client.drafting.kept_contexts import KeptContexts
 from edge_client.drafting.pacing import Pace
-from edge_client.drafting.proposing import new_branches, proposal
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.frames import MAX_UINT32, Close, CloseReason, Commit, Open, Propose
 
@@ -211,18 +210,15 @@ class Speculation:
 
     def next_job(self) -> Job | None:
         """The next forward pass, for the request that needs it most; None when there is nothing to draft."""
-        best: tuple[float, int] | None = None
-        chosen: tuple[int, _Request, list[Node]] | None = None
-        for number, request in self._requests.items():
-            nodes = self._runnable(request)
-            if nodes is None:
-                continue
-            rank = (-nodes[0].survival if nodes else -1.0, request.turn)
-            if best is None or rank < best:
-                best, chosen = rank, (number, request, nodes)
-        if chosen is None:
+        runnable = [
+            (-nodes[0].survival if nodes else -1.0, request.turn, number, nodes)
+            for number, request in self._requests.items()
+            if (nodes := self._runnable(request)) is not None
+        ]
+        if not runnable:
             return None
-        number, request, nodes = chosen
+        *_, number, nodes = min(runnable, key=lambda each: each[:2])
+        request = self._requests[number]
         self._turn += 1
         request.turn = self._turn
         return self._job(number, request, nodes)
@@ -295,7 +291,10 @@ class Speculation:
         trunk = [node for node in tree.root.chain() if self._is_of_use(node, limit)]
         is_over = request.running is None and self._runnable(request) is None
         if not trunk:
-            return self._pass(number, request) if is_over and tree.root.is_expanded else []
+            if not is_over or not tree.root.is_expanded or request.has_passed:
+                return []
+            request.has_passed = True
+            return [Propose(number, len(tree.tokens), ())]
         num_sent = next((i for i, node in enumerate(trunk) if not node.is_sent), len(trunk))
         branches = new_branches(trunk, lambda node: self._is_of_use(node, limit))
         new = sum(node.survival for node in trunk[num_sent:])
@@ -326,9 +325,3 @@ class Speculation:
 
     def _is_of_use(self, node: Node, limit: int) -> bool:
         return node.survival >= self.pace.floor and node.position <= limit
-
-    def _pass(self, number: int, request: _Request) -> list[Frame]:
-        if request.has_passed:
-            return []
-        request.has_passed = True
-        return [Propose(number, len(request.tree.tokens), ())]

@@ -15,7 +15,7 @@ from prompts import TOPICS, split_bars
 SHORTEST, LONGEST = 8, 1200
 """Characters of a prompt."""
 
-KINDS = """questions about facts|requests to explain a concept|requests for step-by-step instructions|
+KINDS = split_bars("""questions about facts|requests to explain a concept|requests for step-by-step instructions|
 requests for advice on a personal problem|requests for an e-mail or a letter|requests to write a story or a scene|
 requests to write a poem or a song|requests for a list of ideas|requests for Python code|
 questions about an error in a program, with the code|requests for code in JavaScript, SQL, C or Bash|
@@ -29,13 +29,15 @@ requests for a description of a product or a place|requests for names, titles or
 requests to define a word and use it in a sentence|questions about health or food|questions about work and money|
 questions about history and culture|questions about science and nature|questions about technology and computers|
 requests for a dialogue|requests for a speech, a review or an article|questions that follow an earlier answer|
-commands of a few words, without politeness|questions with a longer background told first"""
+commands of a few words, without politeness|questions with a longer background told first""")
 
-PERSONAS = """a child of ten|a student|a teacher|a nurse|an engineer|a shop owner|a retired person|a parent|a traveller|
-a programmer|a manager|a writer|a farmer|an artist|someone learning English|a scientist|a gardener|someone in a hurry"""
+PERSONAS = split_bars("""a child of ten|a student|a teacher|a nurse|an engineer|a shop owner|a retired person|a parent|
+a traveller|a programmer|a manager|a writer|a farmer|an artist|someone learning English|a scientist|a gardener|
+someone in a hurry""")
 
-STYLES = """Plain and short|Polite and detailed|Casual, with a typing mistake or two|Formal|One or two sentences each|
-Of very different lengths|In simple English|With details such as names, numbers and places"""
+STYLES = split_bars("""Plain and short|Polite and detailed|Casual, with a typing mistake or two|Formal|
+One or two sentences each|Of very different lengths|In simple English|
+With details such as names, numbers and places""")
 
 LANGUAGES = ("English",) * 8 + ("Spanish", "French", "German", "Italian")
 
@@ -45,12 +47,11 @@ _NUMBERED = re.compile(r"^\s*\**\d+[.):]\**\s+", re.MULTILINE)
 def instructions(seed: int) -> Iterator[str]:
     """What to tell a model that is to write prompts, six at a time; endless."""
     rng = random.Random(seed)
-    kinds, personas, styles, topics = map(split_bars, (KINDS, PERSONAS, STYLES, TOPICS))
     while True:
-        first, second, third = rng.sample(topics, 3)
+        first, second, third = rng.sample(TOPICS, 3)
         yield (
-            f"Write six different messages that {rng.choice(personas)} could send to an AI assistant. All of them are "
-            f"{rng.choice(kinds)}. Topics: {first}, {second}, {third}, and others. {rng.choice(styles)}. "
+            f"Write six different messages that {rng.choice(PERSONAS)} could send to an AI assistant. All of them are "
+            f"{rng.choice(KINDS)}. Topics: {first}, {second}, {third}, and others. {rng.choice(STYLES)}. "
             f"Language: {rng.choice(LANGUAGES)}. Number them 1 to 6. Write only the complete messages, no answers."
         )
 

@@ -29,12 +29,11 @@ import torch
 import typer
 from ask import instructions, listed, usable
 from draft_model import Draft
-from kept import choose_kept
 from prompts import HELD_QUESTIONS, Chat, held_out_chats, is_held, training_chats, user
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from shards import Pair, loop_start, read_shards, write_shard
-from teach import batches_by_length, common_prefix, teach_batch
+from teach import batches_by_length, choose_kept, common_prefix, teach_batch
 from train import Feed, Trainer, Training
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from write import Asked, Writer, Written
@@ -56,7 +55,7 @@ Rows = Annotated[int, typer.Option(help="Texts written side by side.")]
 Part = Annotated[int, typer.Option(help="A number of its own for each process that runs beside others.")]
 Name = Annotated[str, typer.Option(help="Of the training state's file: one for each variant.")]
 
-TRAINED = ("taught-*.safetensors",)
+TRAINED = "taught-*.safetensors"
 PROMPTS_A_FILE = 200
 ANSWERS_A_FILE = 128
 PASSAGE_FILES = 40
@@ -89,7 +88,6 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _stops(target: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The token ids that end an answer."""
     path = target / "generation_config.json"
     ends = json.loads(path.read_text()).get("eos_token_id", []) if path.exists() else []
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -104,7 +102,6 @@ def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _read_lines(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The JSON lines of several files, packed or not."""
     contents = [gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for path in paths]
     return [json.loads(line) for content in contents for line in content.splitlines()]
 
@@ -228,7 +225,7 @@ def teach(
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(target)
     sources = [*(answers or []), *sorted((work / "answers").glob("*.jsonl"))]
-    model = _whole(target)
+    model = Draft(target, list(range(read_config(target)["num_hidden_layers"])), POSITIONS)  # the target, whole
     with _bar("answers") as bar:
         for source in bar.track(sources, description="teach"):
             batches = batches_by_length(_pairs(tokenizer, source), TEACH_BATCH)
@@ -237,11 +234,6 @@ def teach(
                 if not path.exists():
                     group = batches[at : at + BATCHES_A_FILE]
                     write_shard(path, [item for batch in group for item in teach_batch(model, batch)])
-
-
-def _whole(target: Path) -> Draft:
-    """The target itself, every layer of it."""
-    return Draft(target, list(range(read_config(target)["num_hidden_layers"])), POSITIONS)
 
 
 def _pairs(tokenizer: PreTrainedTokenizerBase, source: Path) -> list[Pair]:
@@ -285,7 +277,6 @@ def hold(
 
 
 def _held(work: Path) -> dict[str, list[Pair]]:
-    """The held-out answers by file."""
     paths = [work / f"{name}.jsonl" for name in ("ordinary", "ordinary-sampled", "heldout")]
     return {
         path.stem: [Pair(line["prompt_ids"], line["answer_ids"]) for line in _read_lines([path])]
@@ -298,7 +289,7 @@ def _kept(target: Path, work: Path, rows: int, stops: set[int]) -> torch.Tensor:
     """The head's kept ids: chosen once, when training first starts, and then fixed."""
     path = work / f"kept-{rows}.pt"
     if not path.exists():
-        items = [item for pattern in TRAINED for item in read_shards(sorted((work / "data").glob(pattern)))]
+        items = read_shards(sorted((work / "data").glob(TRAINED)))
         torch.save(choose_kept(items, load_llama(target, keep=[]).head, rows, sorted(stops)), path)
     kept: torch.Tensor = torch.load(path, weights_only=True)
     return kept

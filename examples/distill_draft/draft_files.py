@@ -25,11 +25,6 @@ KEPT = FILE_NAME
 MATRICES = ("qkv", "out", "gate_up", "down")
 
 
-def is_draft(directory: Path) -> bool:
-    """Whether a directory holds a draft's blocks rather than a whole checkpoint."""
-    return read_config(directory).get("format") == FORMAT
-
-
 def save_draft(
     directory: Path, layers: list[Layer], norm: Tensor, kept: list[int], target_config: dict[str, Any]
 ) -> None:

@@ -61,7 +61,7 @@ class Draft(nn.Module):
         super().__init__()
         source = load_llama(target_dir, keep=layers)
         shape = source.shape
-        if not shape.is_plain_llama:
+        if shape.has_qkv_bias or shape.has_qk_norm:
             raise ValueError(f"{target_dir} has biases or norms of its heads, which a draft made here would lack")
         self.shape = shape
         self.blocks = nn.ModuleList(Block(layer, shape.heads, shape.kv_heads, shape.eps) for layer in source.layers)

@@ -10,102 +10,63 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
-HELD_TOPICS = (
-    "chess",
-    "bridges",
-    "hurricanes",
-    "Egypt",
-    "yoga",
-    "passwords",
-    "theatre",
-    "jewelry",
-    "trains",
-    "volcanoes",
-    "public speaking",
-    "coffee",
-    "Mars",
-    "budgeting",
-    "vaccines",
-    "recursion",
-    "rainforests",
-)
 
-HELD_TEMPLATES = (
-    "What surprised scientists or historians most about {t}?",
-    "I have ten minutes before a meeting on {t}. What do I need to know?",
-    "Write a product review that mentions {t}.",
-    "Make a study plan for learning about {t} in one week.",
-    "Is it true that {t} changed the world? Argue both sides.",
-    "Write a diary entry of someone who loves {t}.",
-)
+def split_bars(text: str) -> list[str]:
+    """A bar-separated list, whatever its line breaks."""
+    return [part.strip() for part in text.replace("\n", "").split("|")]
 
-HELD_QUESTIONS = (
-    "Explain to a ten-year-old why the sky is blue.",
-    "Give me five tips for a job interview.",
-    "What is the difference between weather and climate?",
-    "Write an e-mail to my landlord: the heating has been broken since Monday.",
-    "Write a short story about an old lighthouse and a grey cat.",
-    "How do I make a simple vegetable soup?",
-    "Explain in detail to a ten-year-old why the sky is blue.",
-    "How do I make a simple vegetable soup? Give me all the steps.",
-    "What is the difference between weather and climate? Give examples.",
-    "Give me ten tips for a job interview and explain each of them.",
-    "Describe the history of the bicycle, from its first days until now.",
-    "Plan a weekend trip to the mountains for a family of four.",
-    "I have rice, two eggs and a tomato. What can I cook?",
-    "Give me the recipe of a chocolate cake without eggs.",
-    "How long do I have to cook potatoes?",
-    "My landlord wants to raise the rent by 20 percent. What can I do?",
-    "Draft a letter of complaint to an airline that lost my suitcase.",
-    "I want to return a pair of headphones that do not work. Write the message to the shop for the refund.",
-    "Write a cover letter for a position as a nurse in a small hospital.",
-    "I have an interview as a waiter tomorrow. Which questions will they ask?",
-    "Write a letter of resignation. I leave on the first of March.",
-    "Tell me a riddle and then its solution.",
-    "Write a limerick about a man from Leeds.",
-    "Tell my daughter a bedtime story with a dragon who is afraid of fire.",
-    "Write a toast for my sister's wedding.",
-    "Write an apology to a colleague whose birthday I forgot.",
-    "My neighbour plays loud music at night. How should I talk to him?",
-    "How do I get a red wine stain out of a white shirt?",
-    "Three days in Rome: what should I see, day by day?",
-    "What should I pack for a week at the sea with two small children?",
-    "Will it rain more often when the climate gets warmer?",
-    "Why do leaves turn red and yellow?",
-    "Why is the sea salty?",
-    "My plant has brown leaves. What am I doing wrong?",
-    "How do I change a flat tyre of my bicycle?",
-    "A train ticket costs 12 dollars and children pay half. What do two adults and three children pay?",
-    "If I sleep at 23:30 and get up at 6:15, how long did I sleep?",
-    "Convert 68 degrees Fahrenheit to Celsius and show how.",
-    "What is 15 percent of 240?",
-    "Write a Python function that returns the n-th row of Pascal's triangle.",
-    "Write a Bash script that renames all .jpeg files in a folder to .jpg.",
-    "My Python program says 'IndexError: list index out of range'. What does that mean?",
-    "Write a SQL query that finds the three customers who spent most.",
-    "Explain what this line does: sorted(words, key=len, reverse=True)",
-    "Put these words into alphabetical order: pear, apple, fig, cherry, banana.",
-    "Say this more politely: Send me the report now.",
-    "Correct this sentence: She don't like going to the dentist because he hurt.",
-    "Summarize in two sentences: The town library will close for six weeks in July because the roof must be repaired. "
-    "Books can be returned at the school next door. The reading group meets in the town hall instead.",
-    "Which of these is not a fruit: apple, carrot, plum? Say why.",
-    "Give me a name for a bakery that opens at four in the morning.",
-    "Write a sign that asks guests of a hotel to be quiet after ten.",
-    "I can't sleep. What could help?",
-    "How can I make friends in a new town?",
-    "My son doesn't want to do his homework. What would you do?",
-    "Should I lease or buy a car?",
-    "What do I say to someone whose dog has died?",
-    "Who are you and what can you do?",
-    "Good morning! How are you today?",
-    "Tell me something that I probably don't know.",
-    "Write a horoscope for Leo for this week.",
-    "Describe the smell of a forest after rain.",
-    "Schreibe einen kurzen Brief an meine Oma.",
-    "¿Cuáles son las ventajas de vivir en una ciudad pequeña?",
-    "Quelle est la capitale de l'Australie, et pourquoi pas Sydney ?",
-)
+
+HELD_TOPICS = split_bars("""chess|bridges|hurricanes|Egypt|yoga|passwords|theatre|jewelry|trains|volcanoes|
+public speaking|coffee|Mars|budgeting|vaccines|recursion|rainforests""")
+
+HELD_TEMPLATES = split_bars("""What surprised scientists or historians most about {t}?|
+I have ten minutes before a meeting on {t}. What do I need to know?|Write a product review that mentions {t}.|
+Make a study plan for learning about {t} in one week.|Is it true that {t} changed the world? Argue both sides.|
+Write a diary entry of someone who loves {t}.""")
+
+HELD_QUESTIONS = split_bars("""Explain to a ten-year-old why the sky is blue.|Give me five tips for a job interview.|
+What is the difference between weather and climate?|
+Write an e-mail to my landlord: the heating has been broken since Monday.|
+Write a short story about an old lighthouse and a grey cat.|How do I make a simple vegetable soup?|
+Explain in detail to a ten-year-old why the sky is blue.|How do I make a simple vegetable soup? Give me all the steps.|
+What is the difference between weather and climate? Give examples.|
+Give me ten tips for a job interview and explain each of them.|
+Describe the history of the bicycle, from its first days until now.|
+Plan a weekend trip to the mountains for a family of four.|I have rice, two eggs and a tomato. What can I cook?|
+Give me the recipe of a chocolate cake without eggs.|How long do I have to cook potatoes?|
+My landlord wants to raise the rent by 20 percent. What can I do?|
+Draft a letter of complaint to an airline that lost my suitcase.|
+I want to return a pair of headphones that do not work. Write the message to the shop for the refund.|
+Write a cover letter for a position as a nurse in a small hospital.|
+I have an interview as a waiter tomorrow. Which questions will they ask?|
+Write a letter of resignation. I leave on the first of March.|Tell me a riddle and then its solution.|
+Write a limerick about a man from Leeds.|Tell my daughter a bedtime story with a dragon who is afraid of fire.|
+Write a toast for my sister's wedding.|Write an apology to a colleague whose birthday I forgot.|
+My neighbour plays loud music at night. How should I talk to him?|How do I get a red wine stain out of a white shirt?|
+Three days in Rome: what should I see, day by day?|What should I pack for a week at the sea with two small children?|
+Will it rain more often when the climate gets warmer?|Why do leaves turn red and yellow?|Why is the sea salty?|
+My plant has brown leaves. What am I doing wrong?|How do I change a flat tyre of my bicycle?|
+A train ticket costs 12 dollars and children pay half. What do two adults and three children pay?|
+If I sleep at 23:30 and get up at 6:15, how long did I sleep?|Convert 68 degrees Fahrenheit to Celsius and show how.|
+What is 15 percent of 240?|Write a Python function that returns the n-th row of Pascal's triangle.|
+Write a Bash script that renames all .jpeg files in a folder to .jpg.|
+My Python program says 'IndexError: list index out of range'. What does that mean?|
+Write a SQL query that finds the three customers who spent most.|
+Explain what this line does: sorted(words, key=len, reverse=True)|
+Put these words into alphabetical order: pear, apple, fig, cherry, banana.|
+Say this more politely: Send me the report now.|
+Correct this sentence: She don't like going to the dentist because he hurt.|
+Summarize in two sentences: The town library will close for six weeks in July because the roof must
+ be repaired. Books can be returned at the school next door. The reading group meets in the town hall instead.|
+Which of these is not a fruit: apple, carrot, plum? Say why.|
+Give me a name for a bakery that opens at four in the morning.|
+Write a sign that asks guests of a hotel to be quiet after ten.|I can't sleep. What could help?|
+How can I make friends in a new town?|My son doesn't want to do his homework. What would you do?|
+Should I lease or buy a car?|What do I say to someone whose dog has died?|Who are you and what can you do?|
+Good morning! How are you today?|Tell me something that I probably don't know.|
+Write a horoscope for Leo for this week.|Describe the smell of a forest after rain.|
+Schreibe einen kurzen Brief an meine Oma.|¿Cuáles son las ventajas de vivir en una ciudad pequeña?|
+Quelle est la capitale de l'Australie, et pourquoi pas Sydney ?""")
 """Ordinary questions, among them those of `make demo` and of benchmarks/ahead.py."""
 
 HELD_KINDS = (
@@ -118,7 +79,7 @@ HELD_KINDS = (
 )
 """Words of the kinds of question above: what contains one is not trained on."""
 
-TOPICS = """gardening|the French Revolution|oceans|web development|statistics|meditation|email etiquette|
+TOPICS = split_bars("""gardening|the French Revolution|oceans|web development|statistics|meditation|email etiquette|
 sorting algorithms|electric cars|poetry|mathematics|the human heart|black holes|the solar system|cats|chemistry|
 time management|probability|baking bread|job interviews|dogs|the immune system|the stock market|machine learning|
 space travel|nutrition|photosynthesis|renewable energy|climate change|running a marathon|learning languages|
@@ -166,95 +127,40 @@ handwriting|translation|sign language|Latin|French|Chinese characters|the alphab
 newspapers|advertising|branding|e-commerce|startups|venture capital|stock options|cryptocurrency|
 artificial intelligence|chatbots|self-driving cars|smart homes|wearable devices|virtual reality|augmented reality|
 biotechnology|cloning|stem cells|organ donation|medical ethics|animal testing|zoos|circuses|amusement parks|picnics|
-barbecues|road trips|hotels|airports|visas|packing a suitcase|jet lag|tourism|backpacking"""
+barbecues|road trips|hotels|airports|visas|packing a suitcase|jet lag|tourism|backpacking""")
 
-TEMPLATES = (
-    "Write a poem about {t}.",
-    "Write an email to a friend about {t}.",
-    "What are the pros and cons of {t}?",
-    "Give me five tips about {t}.",
-    "Summarize the key facts about {t}.",
-    "Write a dialogue between two people about {t}.",
-    "Write a short story about {t}.",
-    "Write a blog post introduction about {t}.",
-    "Write Python code related to {t}.",
-    "Answer a student's question about {t}.",
-    "How would you teach {t} to a child?",
-    "List common mistakes people make with {t}.",
-    "What is the history of {t}?",
-    "Why does {t} matter?",
-    "Explain {t} to a beginner.",
-    "Describe {t} in three sentences.",
-    "Compare {t} with something similar.",
-    "Why is {t} important?",
-    "What is {t}?",
-    "Explain {t}.",
-    "Tell me about {t}.",
-    "Explain {t} in simple terms.",
-    "How does {t} work?",
-    "Tell me a fun fact about {t}.",
-    "Give me three examples of {t}.",
-    "Write a paragraph about {t}.",
-    "Write a haiku about {t}.",
-    "Write a letter to the mayor about {t}.",
-    "Write a formal email to my manager about {t}.",
-    "Write a joke about {t}.",
-    "Write a quiz with five questions about {t}.",
-    "Write a product description for something to do with {t}.",
-    "Write a tweet about {t}.",
-    "Write a speech about {t}.",
-    "Write a news article about {t}.",
-    "Write a song about {t}.",
-    "Write an essay about {t}.",
-    "Write the opening of a novel about {t}.",
-    "Write a recipe inspired by {t}.",
-    "Write a scene of a play about {t}.",
-    "Write a thank-you note that mentions {t}.",
-    "Create a lesson plan about {t}.",
-    "Create a to-do list for {t}.",
-    "Make a table of facts about {t}.",
-    "List ten words related to {t}.",
-    "List the steps to get started with {t}.",
-    "How do I get better at {t}?",
-    "How can I learn more about {t}?",
-    "What should I know before I start with {t}?",
-    "What are the main types of {t}?",
-    "What are the benefits of {t}?",
-    "What are the risks of {t}?",
-    "What is the future of {t}?",
-    "Who is famous for {t}?",
-    "When did people first talk about {t}?",
-    "Where can I find good information about {t}?",
-    "What do experts say about {t}?",
-    "What is the difference between {t} and {u}?",
-    "How are {t} and {u} related?",
-    "Write a story in which {t} and {u} meet.",
-    "Which is more important, {t} or {u}? Explain why.",
-    "I am worried about {t}. What should I do?",
-    "My friend loves {t}. What gift should I buy?",
-    "I have a presentation on {t} tomorrow. Help me outline it.",
-    "Can you help me understand {t}?",
-    "I don't understand {t}. Can you explain it step by step?",
-    "Pretend you are an expert on {t} and introduce yourself.",
-    "Write a Python function that has to do with {t}.",
-    "Write a Python class for {t}.",
-    "Write a JavaScript function about {t}.",
-    "Write an SQL table definition for data about {t}.",
-    "Write an HTML page about {t}.",
-    "Write a Python script that prints information about {t}.",
-    "Suggest a title for a book about {t}.",
-    "Suggest three names for a company that works on {t}.",
-    "Give me a short definition of {t}.",
-    "Give a balanced opinion on {t}.",
-    "Give advice to a beginner in {t}.",
-    "Hi! I'd like to talk about {t}.",
-    "{t}",
-    "Some questions about {t}, with answers, please.",
-    "What would happen without {t}?",
-    "Translate this sentence about {t} into plain English and expand on it: {t} is complex.",
-)
+TEMPLATES = split_bars("""Write a poem about {t}.|Write an email to a friend about {t}.|
+What are the pros and cons of {t}?|Give me five tips about {t}.|Summarize the key facts about {t}.|
+Write a dialogue between two people about {t}.|Write a short story about {t}.|
+Write a blog post introduction about {t}.|Write Python code related to {t}.|Answer a student's question about {t}.|
+How would you teach {t} to a child?|List common mistakes people make with {t}.|What is the history of {t}?|
+Why does {t} matter?|Explain {t} to a beginner.|Describe {t} in three sentences.|Compare {t} with something similar.|
+Why is {t} important?|What is {t}?|Explain {t}.|Tell me about {t}.|Explain {t} in simple terms.|How does {t} work?|
+Tell me a fun fact about {t}.|Give me three examples of {t}.|Write a paragraph about {t}.|Write a haiku about {t}.|
+Write a letter to the mayor about {t}.|Write a formal email to my manager about {t}.|Write a joke about {t}.|
+Write a quiz with five questions about {t}.|Write a product description for something to do with {t}.|
+Write a tweet about {t}.|Write a speech about {t}.|Write a news article about {t}.|Write a song about {t}.|
+Write an essay about {t}.|Write the opening of a novel about {t}.|Write a recipe inspired by {t}.|
+Write a scene of a play about {t}.|Write a thank-you note that mentions {t}.|Create a lesson plan about {t}.|
+Create a to-do list for {t}.|Make a table of facts about {t}.|List ten words related to {t}.|
+List the steps to get started with {t}.|How do I get better at {t}?|How can I learn more about {t}?|
+What should I know before I start with {t}?|What are the main types of {t}?|What are the benefits of {t}?|
+What are the risks of {t}?|What is the future of {t}?|Who is famous for {t}?|When did people first talk about {t}?|
+Where can I find good information about {t}?|What do experts say about {t}?|
+What is the difference between {t} and {u}?|How are {t} and {u} related?|Write a story in which {t} and {u} meet.|
+Which is more important, {t} or {u}? Explain why.|I am worried about {t}. What should I do?|
+My friend loves {t}. What gift should I buy?|I have a presentation on {t} tomorrow. Help me outline it.|
+Can you help me understand {t}?|I don't understand {t}. Can you explain it step by step?|
+Pretend you are an expert on {t} and introduce yourself.|Write a Python function that has to do with {t}.|
+Write a Python class for {t}.|Write a JavaScript function about {t}.|
+Write an SQL table definition for data about {t}.|Write an HTML page about {t}.|
+Write a Python script that prints information about {t}.|Suggest a title for a book about {t}.|
+Suggest three names for a company that works on {t}.|Give me a short definition of {t}.|
+Give a balanced opinion on {t}.|Give advice to a beginner in {t}.|Hi! I'd like to talk about {t}.|{t}|
+Some questions about {t}, with answers, please.|What would happen without {t}?|
+Translate this sentence about {t} into plain English and expand on it: {t} is complex.""")
 
-CODE_TASKS = """reverses a string|checks whether a number is prime|computes the factorial of a number|
+CODE_TASKS = split_bars("""reverses a string|checks whether a number is prime|computes the factorial of a number|
 sorts a list of numbers|finds the largest number in a list|counts the words in a text|reads a CSV file|
 removes duplicates from a list|merges two dictionaries|checks whether a word is a palindrome|
 computes the Fibonacci sequence|converts Celsius to Fahrenheit|finds the greatest common divisor|
@@ -264,71 +170,39 @@ transposes a matrix|implements binary search|implements a stack|implements a que
 implements quicksort|computes the area of a circle|finds the second largest element|
 checks whether two strings are anagrams|capitalizes each word|counts the frequency of characters|
 converts a decimal number to binary|computes the sum of the digits of a number|finds the missing number in a list|
-rotates a list|splits a list into chunks|computes compound interest|simulates rolling dice"""
+rotates a list|splits a list into chunks|computes compound interest|simulates rolling dice""")
 
-CODE_TEMPLATES = (
-    "Write a Python function that {t}.",
-    "Write a JavaScript function that {t}.",
-    "Write a program in C that {t}.",
-    "How do I write code that {t}?",
-    "Show me a Python example that {t}, and explain it.",
-    "Write a unit test for a function that {t}.",
-)
+CODE_TEMPLATES = split_bars("""Write a Python function that {t}.|Write a JavaScript function that {t}.|
+Write a program in C that {t}.|How do I write code that {t}?|Show me a Python example that {t}, and explain it.|
+Write a unit test for a function that {t}.""")
 
-PASSAGE_TEMPLATES = (
-    "Summarize the following text: {p}",
-    "Summarize this in one sentence: {p}",
-    "Rewrite this to be more formal: {p}",
-    "Rewrite this more simply: {p}",
-    "Correct the grammar in this text: {p}",
-    "Give this text a title: {p}",
-    "What are the key points of this text? {p}",
-    "Continue this text: {p}",
-    "Turn this into a list of bullet points: {p}",
-    "Write a reply to this message: {p}",
-    "Is the following correct? {p}",
-    "Make this shorter: {p}",
-)
+PASSAGE_TEMPLATES = split_bars("""Summarize the following text: {p}|Summarize this in one sentence: {p}|
+Rewrite this to be more formal: {p}|Rewrite this more simply: {p}|Correct the grammar in this text: {p}|
+Give this text a title: {p}|What are the key points of this text? {p}|Continue this text: {p}|
+Turn this into a list of bullet points: {p}|Write a reply to this message: {p}|Is the following correct? {p}|
+Make this shorter: {p}""")
 
-FOLLOW_UPS = (
-    "Can you give an example?",
-    "Can you explain that in more detail?",
-    "Why?",
-    "Thanks! Tell me more.",
-    "Summarize that, please.",
-    "Make it shorter.",
-    "I don't understand. Can you say it differently?",
-    "What else should I know?",
-    "Are you sure?",
-    "Rewrite it for a child.",
-    "Turn that into a list.",
-    "What should I do next?",
-)
+FOLLOW_UPS = split_bars("""Can you give an example?|Can you explain that in more detail?|Why?|Thanks! Tell me more.|
+Summarize that, please.|Make it shorter.|I don't understand. Can you say it differently?|What else should I know?|
+Are you sure?|Rewrite it for a child.|Turn that into a list.|What should I do next?""")
 
 Chat = list[dict[str, str]]
 
 
-def split_bars(text: str) -> list[str]:
-    """A bar-separated list, whatever its line breaks."""
-    return [part.strip() for part in text.replace("\n", "").split("|")]
-
-
 def user(text: str) -> Chat:
-    """A chat of one user message."""
     return [{"role": "user", "content": text}]
 
 
 def training_chats(seed: int, passages: Sequence[tuple[str, str]]) -> Iterator[Chat]:
     """An endless shuffled stream of chats; `passages` are (question, answer) pairs the target gave earlier."""
     rng = random.Random(seed)
-    topics, tasks = split_bars(TOPICS), split_bars(CODE_TASKS)
     while True:
         dice = rng.random()
         if dice < 0.72 or not passages:
-            topic, other = rng.sample(topics, 2)
+            topic, other = rng.sample(TOPICS, 2)
             yield user(rng.choice(TEMPLATES).format(t=topic, u=other))
         elif dice < 0.80:
-            yield user(rng.choice(CODE_TEMPLATES).format(t=rng.choice(tasks)))
+            yield user(rng.choice(CODE_TEMPLATES).format(t=rng.choice(CODE_TASKS)))
         elif dice < 0.90:
             words = rng.choice(passages)[1].split()
             yield user(rng.choice(PASSAGE_TEMPLATES).format(p=" ".join(words[: rng.randint(25, 70)])))

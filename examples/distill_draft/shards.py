@@ -21,8 +21,6 @@ LOOP_REPEATS = 3
 
 @dataclass
 class Pair:
-    """A prompt with the target's answer."""
-
     prompt: list[int]
     answer: list[int]
 
@@ -72,7 +70,6 @@ def write_shard(path: Path, items: Sequence[Taught]) -> None:
 
 
 def read_shard(path: Path) -> Iterator[Taught]:
-    """The taught answers of one file."""
     with safe_open(str(path), framework="pt") as file:
         tokens = file.get_tensor("tokens").tolist()
         prompts, answers = file.get_tensor("prompts").tolist(), file.get_tensor("answers").tolist()
@@ -96,5 +93,4 @@ def right_padded(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
 
 
 def read_shards(paths: Iterable[Path]) -> list[Taught]:
-    """All the taught answers of several files."""
     return [item for path in paths for item in read_shard(path)]

@@ -1,4 +1,4 @@
-"""Giving the target's last hidden states to answers that were written by vLLM."""
+"""The target's last hidden states, given to answers that vLLM wrote, and the rows of its head that a draft keeps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from draft_model import Draft, fast_numbers
 from shards import Pair, Taught, right_padded
+from torch import Tensor
+
+SAMPLE = 24_000
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -22,7 +25,6 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 @torch.inference_mode()
 def teach_batch(target: Draft, pairs: Sequence[Pair]) -> list[Taught]:
-    """One pass over a batch of answers, right-padded."""
     tokens, mask = right_padded(pairs)
     with fast_numbers():
         states = target(tokens)[mask].half()
@@ -36,3 +38,24 @@ def batches_by_length(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
     batches = [ordered[at : at + size] for at in range(0, len(ordered), size)]
     random.Random(0).shuffle(batches)
     return batches
+
+
+@torch.inference_mode()
+def choose_kept(items: Sequence[Taught], head: Tensor, count: int, always: Sequence[int]) -> Tensor:
+    """The `count` most frequent token ids, most frequent first.
+
+    Counts of a few hundred thousand tokens run out before the rarer ids that are worth keeping, so what the target
+    thought it might have said (its probabilities at a sample of positions) is added to what it said.
+    """
+    scores = torch.zeros(len(head))
+    for item in items:
+        tokens = torch.tensor(item.answer)
+        scores.index_add_(0, tokens, torch.ones(len(tokens)))
+    states = torch.cat([item.states for item in items])
+    picked = states[torch.randperm(len(states), generator=torch.Generator().manual_seed(0))[:SAMPLE]].float()
+    expected = torch.zeros(len(head))
+    for chunk in torch.split(picked, 256):
+        expected += (chunk @ head.T).softmax(-1).sum(0)
+    scores += expected * (len(states) / len(picked))
+    scores[list(always)] = float("inf")
+    return scores.topk(count).indices

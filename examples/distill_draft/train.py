@@ -28,8 +28,6 @@ RESCAN_EVERY = 20
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast to train."""
-
     tokens: int = 1_500_000
     rate: float = 1.5e-3
     warmup: int = 25
@@ -44,8 +42,8 @@ class Training:
 class Feed:
     """Batches of the answers least used so far, of like lengths; new files are noticed while training runs."""
 
-    def __init__(self, directory: Path, patterns: Sequence[str], batch: int, seed: int = 0) -> None:
-        self._directory, self._patterns, self._batch = directory, patterns, batch
+    def __init__(self, directory: Path, pattern: str, batch: int, seed: int = 0) -> None:
+        self._directory, self._pattern, self._batch = directory, pattern, batch
         self._items: dict[str, list[Taught]] = {}
         self.uses: dict[str, list[int]] = {}
         self._rng = random.Random(seed)
@@ -53,8 +51,7 @@ class Feed:
         self.rescan()
 
     def rescan(self) -> None:
-        """Read files that have come since."""
-        for path in sorted(path for pattern in self._patterns for path in self._directory.glob(pattern)):
+        for path in sorted(self._directory.glob(self._pattern)):
             if path.name not in self._items:
                 self._items[path.name] = list(read_shard(path))
                 self.uses.setdefault(path.name, [0] * len(self._items[path.name]))
@@ -65,7 +62,6 @@ class Feed:
         return sum(len(item.answer) for items in self._items.values() for item in items)
 
     def next(self) -> list[Taught]:
-        """One batch."""
         if not self._queue:
             self._fill()
         return self._queue.pop()
@@ -180,7 +176,6 @@ class Trainer:
         return min(1.0, (self.step + 1) / self.training.warmup, left / self.training.descent)
 
     def _learn(self, items: Sequence[Taught]) -> None:
-        """One step on one batch."""
         tokens, mask = right_padded(items)
         taught = torch.cat([item.states for item in items]).float()
         with fast_numbers():

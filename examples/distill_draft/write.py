@@ -26,8 +26,6 @@ class Asked:
 
 @dataclass(frozen=True)
 class Written:
-    """An answer to what was asked."""
-
     asked: Asked
     answer: list[int]
 
@@ -80,7 +78,6 @@ class Writer:
                     yield Written(live.pop(name), answer)
 
     def _add(self, name: str, asked: Asked) -> None:
-        """Hand one prompt to the engine."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(

@@ -107,14 +107,14 @@ def test_a_context_has_an_end(drafter: GgufDrafter) -> None:
 def test_contexts_that_are_dropped_give_back_what_they_had(drafter: GgufDrafter) -> None:
     gc.collect()
     drafter.open().append(TEXT[:2], 1)
-    num_free = len(drafter._model.free_lanes)
+    num_free = len(drafter.free_lanes)
     for _ in range(2 * gguf.NUM_LANES):
         sequence = drafter.open()
         sequence.append(TEXT[:2], 1)
         sequence.branch([5, 6], [0, 0], 1)
     del sequence
     drafter.open().append(TEXT[:2], 1)
-    assert len(drafter._model.free_lanes) == num_free
+    assert len(drafter.free_lanes) == num_free
 
 
 def test_a_full_cache_is_said_and_what_is_dropped_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:

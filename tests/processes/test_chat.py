@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from stack import BIN
+from starlette.types import Receive, Send
 
 from edge_client.chat import Chunk, Colours, chunk_of
 from edge_client.cli import _shown
@@ -16,7 +17,6 @@ from tests.processes.gateways import Running
 from tests.processes.test_serve import Toy, served
 from tests.processes.test_settings import edge_client
 from vllm_specedge.errors import UserError
-from vllm_specedge.frontend.request_body import Receive, Send
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 

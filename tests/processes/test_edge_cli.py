@@ -11,6 +11,7 @@ import httpx2 as httpx
 import pytest
 from rich.console import Console
 from stack import BIN, start
+from starlette.types import Receive, Send
 
 from edge_client import terminal
 from edge_client.client import DraftModelError, EdgeClient
@@ -22,7 +23,6 @@ from tests.processes.gateways import free_port, running_gateway, wait_for_port
 from tests.processes.test_serve import DEADLINE_S, Toy, ask_raw, served
 from tests.processes.test_settings import edge_client
 from vllm_specedge.errors import UserError
-from vllm_specedge.frontend.request_body import Receive, Send
 
 
 class FullDisk(io.StringIO):

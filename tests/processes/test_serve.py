@@ -13,11 +13,11 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import uvicorn
+from starlette.types import Receive, Send
 
 from edge_client.naming import NOBODY, is_own_name, own_location, path_below, with_session
 from edge_client.serve import make_app, names_here
 from tests.helpers import in_thread
-from vllm_specedge.frontend.request_body import Receive, Send
 from vllm_specedge.wire.request_fields import KEY
 
 DEADLINE_S = 20.0

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from stack import vllm_server
+from stack import answering, start_server
 
 from edge_client.drafters import DrafterOptions
 from edge_client.drafters.choose import load_drafter
@@ -73,7 +73,7 @@ def test_vllm_s_own_draft_model_method_takes_it(plain: Target, tmp_path: Path) -
     expected = questions(plain)
     config = json.dumps({"method": "draft_model", "model": str(DRAFT), "num_speculative_tokens": 3})
     arguments = ("--max-model-len", "2048", "--speculative-config", config)
-    with vllm_server(MODEL, tmp_path / "server.log", PORT, *arguments) as server:
+    with answering(start_server(MODEL, tmp_path / "server.log", PORT, *arguments)) as server:
         target = Target(server)
         try:
             assert_same(expected, target.greedy_all([list(answer.prompt_ids) for answer in expected]))

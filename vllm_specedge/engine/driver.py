@@ -159,7 +159,6 @@ class StepDriver:
         )
 
     def start(self, plan: StepPlan) -> None:
-        """A plan is carried out: a step begins with it or, where it says so, all wait."""
         self._ledger.begin_step()
         if plan.wait_until_s is None:
             has_drafts = any(choice.draft for choice in plan.choices.values())
@@ -172,7 +171,6 @@ class StepDriver:
         self._learning.learn()
 
     def end(self, plan: StepPlan, outcomes: Sequence[RequestOutcome], step: Step) -> list[Frame]:
-        """A step is done that was started with `plan`."""
         self.learn()
         if step.ended_s > step.started_s:
             self._note_step(plan, outcomes, step)
@@ -242,7 +240,10 @@ class StepDriver:
         self.speedups.committed(request, len(decided), ended_s)
         source, is_refused = plan.verdict(outcome.request_id)
         num_ahead, draft = tree.num_ahead, tree.chain(max(len(decided), num_verified + 1))
-        predicted = self._walk(request, decided) if request.prediction is not None else ()
+        predicted: Sequence[int] = ()
+        if request.prediction is not None:  # what had been predicted instead
+            predicted = request.prediction.draft(max(self._max_draft, len(decided)))
+            request.prediction.advance(decided)
         done = tree.advance(decided)
         lesson = Lesson(
             request,
@@ -268,10 +269,3 @@ class StepDriver:
         request.suggestion, request.held_since_s = (), None
         self._suggested.discard(outcome.request_id)
         return self._ledger.publish(request, ended_s)
-
-    def _walk(self, request: DraftedRequest, decided: Sequence[int]) -> Sequence[int]:
-        """An answer with a prediction has grown; what had been predicted instead."""
-        assert request.prediction is not None
-        predicted = request.prediction.draft(max(self._max_draft, len(decided)))
-        request.prediction.advance(decided)
-        return predicted

@@ -105,7 +105,6 @@ class EngineLink(threading.Thread):
         return self.is_alive() and self._order(_Order.WAKE_AT, struct.pack("d", at_s))
 
     def stop(self) -> None:
-        """End the thread; again is harmless."""
         if self._remote.closed:
             return
         self._order(_Order.STOP, b"")

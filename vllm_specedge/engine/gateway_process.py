@@ -8,12 +8,11 @@ import time
 
 from vllm_specedge.backoff import MAX_PAUSE_S, Backoff
 from vllm_specedge.config import GatewayOptions
+from vllm_specedge.errors import USER_ERROR_STATUS
 
 logger = logging.getLogger("vllm_specedge.engine.gateway_process")
 
 _GRACE_S = 3.0
-USER_ERROR_STATUS = 2
-"""The gateway's exit status when an operator must change something: starting it again would not help."""
 
 
 class GatewayProcess(threading.Thread):
@@ -55,7 +54,6 @@ class GatewayProcess(threading.Thread):
             self._process.stdin.close()
 
     def stop(self) -> None:
-        """End the gateway, gently at first."""
         self._stopped.set()
         self._process.terminate()
         try:
@@ -68,16 +66,8 @@ class GatewayProcess(threading.Thread):
 
 def gateway_command(options: GatewayOptions, engine_endpoint: str) -> list[str]:
     """How to start a gateway with these options. No secret is among them: tokens and keys are named by file."""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "vllm_specedge.cli",
-        "gateway",
-        "--engines",
-        engine_endpoint,
-        "--ends-with-stdin",
-    ]
+    command = [sys.executable, "-P", "-m", "vllm_specedge.cli", "gateway"]
+    command += ["--engines", engine_endpoint, "--ends-with-stdin"]
     for name, value in options.model_dump(exclude_defaults=True).items():
         flag = f"--{name.replace('_', '-')}"
         command += [flag] if value is True else [flag, str(value)]

@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vllm_specedge.engine.proposal_tree import Advance
-from vllm_specedge.engine.requests import DraftedRequest, Source, num_equal
+from vllm_specedge.engine.requests import DraftedRequest, Source
 from vllm_specedge.policy.acceptance import Acceptance
 from vllm_specedge.policy.edge_record import EdgeRecord
 from vllm_specedge.policy.ngram_budget import NgramBudget
+from vllm_specedge.wire.frames import num_equal
 
 
 class Lesson(NamedTuple):
-    """What a commit was."""
+    """One commit of a request, and what was known and expected when it came."""
 
     request: DraftedRequest
     record: EdgeRecord | None
-    """Its edge's, then."""
+    """The record of the edge that the request had."""
     acceptance: Acceptance
-    """Its edge's drafts', then."""
+    """How right that edge's drafts for it are thought to be."""
     draft: Sequence[int]
     """What the trunk held, as far as it can teach."""
     decided: Sequence[int]
@@ -27,7 +28,7 @@ class Lesson(NamedTuple):
     suggestion: Sequence[int]
     predicted: Sequence[int]
     num_ahead: int
-    """Tokens of the trunk before."""
+    """Tokens of the trunk before the commit."""
     done: Advance
     is_saved: bool
     """There is a draft for what follows."""
@@ -45,11 +46,9 @@ class Learning:
         self._lessons: list[Lesson] = []
 
     def note(self, lesson: Lesson) -> None:
-        """Keep a lesson for `learn`."""
         self._lessons.append(lesson)
 
     def learn(self) -> None:
-        """Count what was committed, and learn from it."""
         for lesson in self._lessons:
             self._count(lesson)
             if lesson.num_verified and lesson.source is Source.EDGE:

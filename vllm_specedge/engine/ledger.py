@@ -33,11 +33,7 @@ class RequestLedger:
     """The live requests of one engine, as its gateway knows them."""
 
     def __init__(
-        self,
-        vocab_size: int,
-        max_draft: int,
-        counters: Counter[str],
-        acceptance_of: Callable[[EdgeRecord], Acceptance],
+        self, vocab_size: int, max_draft: int, counters: Counter[str], acceptance_of: Callable[[EdgeRecord], Acceptance]
     ) -> None:
         """`acceptance_of`: what is expected of an edge's drafts for a request that it has just got."""
         self.num_edges = 0
@@ -63,7 +59,6 @@ class RequestLedger:
     # -- from the gateway ------------------------------------------------------------------------------------------
 
     def receive(self, frame: Frame, now_s: float) -> list[Frame]:
-        """Take in one frame of the gateway's; returns what to send back."""
         match frame:
             case Propose():
                 self._propose(frame, now_s)
@@ -139,7 +134,6 @@ class RequestLedger:
     # -- to the gateway --------------------------------------------------------------------------------------------
 
     def open(self, request_id: str, tokens: Sequence[int], session: str) -> list[Frame]:
-        """A request was added; `tokens` is a live view of all its token ids, prompt first."""
         number = self._next_number
         self._next_number = (number + 1) & MAX_UINT32
         tree, acceptances = ProposalTree(len(tokens)), self.acceptances.of_request()
@@ -182,7 +176,6 @@ class RequestLedger:
         return list(commits(request.number, base, request.tokens[base:length]))
 
     def close(self, request_id: str) -> list[Frame]:
-        """A request finished or was aborted."""
         request = self._requests.pop(request_id, None)
         if request is None:
             return []

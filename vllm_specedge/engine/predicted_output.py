@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
 
+from vllm_specedge.wire.frames import num_equal
+
 MAX_COMMON = 8
 """So many last tokens are compared."""
 MAX_PLACES = 16
@@ -37,7 +39,6 @@ class Prediction:
         return len(self._tokens)
 
     def advance(self, decided: Sequence[int]) -> None:
-        """The answer grew by these tokens."""
         for token in decided:
             self._last.append(token)
             is_predicted = not self._is_lost and self._at < len(self._tokens) and self._tokens[self._at] == token
@@ -80,6 +81,4 @@ class Prediction:
 
     def _num_common(self, end: int, last: Sequence[int]) -> int:
         """How many tokens before `end` are those said last."""
-        past = self._tokens[max(0, end - len(last)) : end]
-        pairs = zip(reversed(past), reversed(last), strict=False)
-        return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(past), len(last)))
+        return num_equal(self._tokens[max(0, end - len(last)) : end][::-1], last[::-1])

@@ -108,12 +108,10 @@ class ProposalTree:
         if any(committed[base + i] != tokens[i] for i in range(late)):
             return Insertion(Fate.MISMATCH, discarded=len(tokens))
         depth, tokens = base + late - self.length, tokens[late:]
-        if depth > len(self._trunk_tokens) or not (late or is_branch or self._is_on_trunk(depth, tokens)):
+        is_chained = late or is_branch or self._trunk_tokens[depth : depth + 1] == list(tokens[:1]) != []
+        if depth > len(self._trunk_tokens) or not is_chained:
             return Insertion(Fate.GAP, discarded=len(tokens))
         return self._attach(depth, tokens, is_branch, late)
-
-    def _is_on_trunk(self, depth: int, tokens: Sequence[int]) -> bool:
-        return depth < len(self._trunk_tokens) and len(tokens) > 0 and tokens[0] == self._trunk_tokens[depth]
 
     def _attach(self, depth: int, tokens: Sequence[int], is_branch: bool, late: int) -> Insertion:
         trunk = self._trunk[: depth + 1]
@@ -138,7 +136,6 @@ class ProposalTree:
         return Insertion(fate, num_new, num_done - num_new, late, len(tokens) - num_done)
 
     def advance(self, tokens: Sequence[int]) -> Advance:
-        """The request grew by `tokens`."""
         num_before, num_held, node = self.num_nodes, 0, self._root
         for token in tokens:
             child = node.children.pop(token, None)
@@ -155,15 +152,11 @@ class ProposalTree:
         if is_on_trunk:
             self._trunk, self._trunk_tokens = self._trunk[len(tokens) :], self._trunk_tokens[len(tokens) :]
         if not (is_on_trunk and self._trunk_tokens):
-            self._follow_branch()
+            self._trunk, self._trunk_tokens = [self._root], []  # the trunk is what was proposed first behind the root
+            self._lengthen()
         return Advance(
             num_held, num_before - self.num_nodes - num_held, is_on_trunk, not is_on_trunk and bool(node.children)
         )
-
-    def _follow_branch(self) -> None:
-        """The trunk is what was proposed first behind the root."""
-        self._trunk, self._trunk_tokens = [self._root], []
-        self._lengthen()
 
     def _lengthen(self) -> None:
         """A branch that leaves the trunk at its end goes on with it: what follows that is no gap."""

@@ -2,19 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 MAX_GROUPS = 256
 """Steps of a request that are told one by one, its first ones; of the others there are totals only."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
+class _Group(NamedTuple):
+    """A step, in the names of a trace's attributes."""
+
     ended_ms: int
     """After the request began."""
     took_ms: float
-    verified: int
-    accepted: int
-    is_held: bool
+    verified_tokens: int
+    accepted_tokens: int
+    held: bool
     """The request was held for a draft before this step."""
 
 
@@ -54,15 +56,10 @@ class RequestSpan:
 
     def attributes(self) -> Mapping[str, object]:
         """As OpenTelemetry takes them: totals, and a list of each quantity with one value a step."""
-        groups = self._groups
         return {
             "specedge.steps": self._steps,
             "specedge.verified_tokens": self._verified,
             "specedge.accepted_tokens": self._accepted,
             "specedge.held_steps": self._held,
-            "specedge.group.ended_ms": [group.ended_ms for group in groups],
-            "specedge.group.took_ms": [group.took_ms for group in groups],
-            "specedge.group.verified_tokens": [group.verified for group in groups],
-            "specedge.group.accepted_tokens": [group.accepted for group in groups],
-            "specedge.group.held": [group.is_held for group in groups],
+            **{f"specedge.group.{name}": [getattr(each, name) for each in self._groups] for name in _Group._fields},
         }

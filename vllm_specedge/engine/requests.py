@@ -70,7 +70,6 @@ class DraftedRequest:
     num_prompt: int
     tree: ProposalTree
     totals: Counter[str]
-    """The engine's counters."""
     acceptances: Acceptances
     edge: Assignment | None = None
     num_published: int | None = None
@@ -100,9 +99,3 @@ class DraftedRequest:
     def speedup(self) -> float:
         """How fast its tokens come of late, over how fast they would come without drafts."""
         return self.gained_s / self.spent_s if self.spent_s > 0.0 else 1.0
-
-
-def num_equal(draft: Sequence[int], decided: Sequence[int]) -> int:
-    """How many first tokens of a draft are right."""
-    pairs = zip(draft, decided, strict=False)
-    return next((i for i, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(draft), len(decided)))

@@ -74,7 +74,6 @@ class Speedup:
             self._counters["plain_decode_us"] = int(self._plain_s * 1e6)
 
     def committed(self, request: DraftedRequest, num_tokens: int, ended_s: float) -> None:
-        """The step decided this many tokens of a request."""
         if self._plain_step_s and request.committed_s:
             plain_s = num_tokens * self._plain_step_s / self._num_rows
             self._all.gained_s += plain_s

@@ -17,7 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_specedge.frontend.request_body import App, Receive, Refusal, Scope, Send, pass_on
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from vllm_specedge.frontend.request_body import pass_on
 
 LOAD_VARIABLE = "SPECEDGE_LOAD"
 """The directory of the engines' load files; set by the front end when there are targets, inherited by its engines."""
@@ -106,7 +109,7 @@ def _room(room: Mapping[str, int], class_: str) -> int:
 class AdmissionMiddleware:
     """ASGI middleware for vLLM's `--middleware`. Without targets it lets everything through."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
         directory = os.environ.get(LOAD_VARIABLE)
         self._front = _Front(Path(directory)) if directory else None
@@ -118,7 +121,7 @@ class AdmissionMiddleware:
             return
         place: dict[str, int] | None = None
 
-        def look(body: bytes, is_whole: bool) -> Refusal | None:
+        def look(body: bytes, is_whole: bool) -> JSONResponse | None:
             nonlocal place
             place = front.take(_priority(body))
             return _refusal(front.retry_after_s) if place is None else None
@@ -137,7 +140,7 @@ def _priority(body: bytes) -> str:
     return str(priority)
 
 
-def _refusal(retry_after_s: int) -> Refusal:
+def _refusal(retry_after_s: int) -> JSONResponse:
     text = "The server is at its limit: it could not answer within its latency targets. Try again later."
     error = {"message": text, "type": "overloaded_error", "param": None, "code": 503}
-    return Refusal(503, {"error": error}, {b"retry-after": str(retry_after_s).encode()})
+    return JSONResponse({"error": error}, 503, {"retry-after": str(retry_after_s)})

@@ -15,9 +15,12 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from vllm_specedge import exact_json
 from vllm_specedge.engine.predicted_output import Prediction
-from vllm_specedge.frontend.request_body import App, Message, Receive, Refusal, Scope, Send, pass_on
+from vllm_specedge.frontend.request_body import pass_on
 from vllm_specedge.wire.request_fields import KEY, take_prediction
 
 logger = logging.getLogger("vllm.specedge.prediction")
@@ -33,7 +36,7 @@ Encode: TypeAlias = Callable[[str], list[int]]
 class PredictionMiddleware:
     """ASGI middleware for vLLM's `--middleware`."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._encode: Encode | None = None
 
@@ -43,14 +46,14 @@ class PredictionMiddleware:
             return
         answer = send
 
-        def look(body: bytes, is_whole: bool) -> bytes | Refusal | None:
+        def look(body: bytes, is_whole: bool) -> bytes | JSONResponse | None:
             nonlocal answer
             asked = _asked(body) if is_whole else None
             try:
                 text = take_prediction(asked) if asked is not None else ""
             except ValueError as error:
                 said = {"message": str(error), "type": "invalid_request_error", "param": "prediction", "code": 400}
-                return Refusal(400, {"error": said})
+                return JSONResponse({"error": said}, 400)
             if not text:
                 return None
             answer = self._answer(scope, send, text)
@@ -134,11 +137,10 @@ class Answer:
         *events, self._rest = (self._rest + data).split(b"\n\n")
         if not has_more:
             events, self._rest = [*events, self._rest], b""
-        return b"\n\n".join([*[await self._event(event) for event in events], b""] if has_more else events)
-
-    async def _event(self, event: bytes) -> bytes:
-        name, colon, data = event.partition(b": ")
-        return name + colon + await self._with_usage(data) if name == b"data" else event
+        for index, event in enumerate(events):
+            if event.startswith(b"data: "):
+                events[index] = b"data: " + await self._with_usage(event.removeprefix(b"data: "))
+        return b"\n\n".join([*events, b""] if has_more else events)
 
     async def _with_usage(self, data: bytes) -> bytes:
         """One JSON object: an answer, or an event of one."""

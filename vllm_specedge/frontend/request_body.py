@@ -1,37 +1,22 @@
-"""What our ASGI middlewares share: a request's body, looked at on its way to the application, and an answer in JSON.
+"""What our ASGI middlewares share: a request's body, looked at on its way to the application.
 
 vLLM runs its users' middlewares before its own, which looks at the API key. So a body is looked at when the application
 asks for it, and not before: by then it has let its sender in. Whom it refuses costs nothing here.
 """
 
-import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import TypeAlias
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Message: TypeAlias = MutableMapping[str, Any]
-Scope: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """An answer in the application's place."""
-
-    status: int
-    said: object
-    headers: Mapping[bytes, bytes] = field(default_factory=dict)
+Look: TypeAlias = Callable[[bytes, bool], bytes | Response | None]
+"""Of a body, and whether that is all of it: what the application gets instead, an answer in the application's place, or
+None: what came."""
 
 
-Look: TypeAlias = Callable[[bytes, bool], bytes | Refusal | None]
-"""Of a body, and whether that is all of it: what the application gets instead, or None: what came."""
-
-
-async def pass_on(app: App, scope: Scope, receive: Receive, send: Send, limit_bytes: int, look: Look) -> None:
+async def pass_on(app: ASGIApp, scope: Scope, receive: Receive, send: Send, limit_bytes: int, look: Look) -> None:
     """Run an application. `look` is called once, with the body up to the message that reaches the limit."""
     inner = {**scope, "headers": list(scope["headers"])}
     again: Receive | None = None
@@ -42,9 +27,9 @@ async def pass_on(app: App, scope: Scope, receive: Receive, send: Send, limit_by
         if again is None:
             body, is_whole, again = await _read_body(receive, limit_bytes)
             found = look(body, is_whole)
-            if isinstance(found, Refusal):
+            if isinstance(found, Response):
                 is_refused = True
-                await answer_json(send, found.status, found.said, found.headers)
+                await found(scope, receive, send)
                 again = _first([{"type": "http.disconnect"}], receive)
             elif found is not None:
                 _set_length(inner["headers"], len(found))
@@ -88,15 +73,3 @@ def _first(messages: list[Message], receive: Receive) -> Receive:
         return message if message is not None else await receive()
 
     return again
-
-
-async def answer_json(send: Send, status: int, said: object, headers: Mapping[bytes, bytes] | None = None) -> None:
-    """A whole answer."""
-    body = json.dumps(said).encode()
-    all_headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        *(headers or {}).items(),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": all_headers})
-    await send({"type": "http.response.body", "body": body})

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm_specedge.gateway.credentials import TokenRecord
@@ -15,7 +16,16 @@ CHUNK_BYTES = 64 << 10
 MAX_FRAMES_PER_S = 2000
 """An edge that sends more is closed: 32 requests at 30 steps a second need half of it."""
 MAX_BYTES_PER_S = 1 << 20
-"""The same: a proposal has some 40 bytes."""
+"""An edge that sends more is closed, too: a proposal has some 40 bytes."""
+
+
+@dataclass(eq=False)
+class Refused(Exception):
+    """A request over HTTP is turned away: answered with this status, and a sentence for whoever asked."""
+
+    status: int
+    text: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class TokenBucket:
@@ -44,9 +54,9 @@ class Connection:
     token: TokenRecord | None
     """What it came with; None where the gateway asks for none."""
     connected_s: float
-    heard_s: float
-    may_send_frames: TokenBucket
-    may_send_bytes: TokenBucket
+    heard_s: float = field(init=False)
+    may_send_frames: TokenBucket = field(init=False)
+    may_send_bytes: TokenBucket = field(init=False)
     session: Session = field(default_factory=lambda: Session(Role.GATEWAY))
     outbox: deque[bytes] = field(default_factory=deque)
     queued_bytes: int = 0
@@ -56,6 +66,11 @@ class Connection:
     uplink: "asyncio.Task[object] | None" = None
     closed_s: float | None = None
     rtt_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.heard_s = self.connected_s
+        self.may_send_frames = TokenBucket(MAX_FRAMES_PER_S, self.connected_s)
+        self.may_send_bytes = TokenBucket(MAX_BYTES_PER_S, self.connected_s)
 
     @property
     def is_open(self) -> bool:
@@ -67,7 +82,6 @@ class Connection:
         return self.token.roles if self.token is not None else frozenset(ROLES)
 
     def send(self, frame: Frame) -> None:
-        """Queue a frame for it."""
         data = self.session.send(frame)
         self.outbox.append(data)
         self.queued_bytes += len(data)
@@ -82,9 +96,3 @@ class Connection:
             num_bytes += len(frames[-1])
         self.queued_bytes -= num_bytes
         return b"".join(frames)
-
-
-def new_connection(number: int, key: str, token: TokenRecord | None, now_s: float) -> Connection:
-    """A connection of which nothing was heard yet."""
-    buckets = TokenBucket(MAX_FRAMES_PER_S, now_s), TokenBucket(MAX_BYTES_PER_S, now_s)
-    return Connection(number, key, token, now_s, now_s, *buckets)

@@ -13,16 +13,9 @@ from pathlib import Path
 
 from vllm_specedge.config import GatewayOptions
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
-from vllm_specedge.gateway.connection import (
-    MAX_BYTES_PER_S,
-    MAX_FRAMES_PER_S,
-    MAX_QUEUED_BYTES,
-    Connection,
-    new_connection,
-)
+from vllm_specedge.gateway.connection import MAX_BYTES_PER_S, MAX_FRAMES_PER_S, MAX_QUEUED_BYTES, Connection, Refused
 from vllm_specedge.gateway.credentials import TokenFile, TokenRecord
 from vllm_specedge.gateway.effects import Effect
-from vllm_specedge.gateway.refused import Refused
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.frames import PROTOCOL_VERSION, Bye, Greet, Hello, Ping, Pong, bye
@@ -95,7 +88,7 @@ class Connections:
             if num_open >= token.max_edges:
                 self._router.counters["turned_away"] += 1
                 raise Refused(429, f"This token has its {token.max_edges} connections.")
-        connection = new_connection(self._next_id, secrets.token_urlsafe(16), token, time.monotonic())
+        connection = Connection(self._next_id, secrets.token_urlsafe(16), token, time.monotonic())
         self._next_id += 1
         self._connections[connection.id] = self._by_key[connection.key] = connection
         connection.send(Greet(connection.key, PROTOCOL_VERSION))
@@ -191,7 +184,6 @@ class Connections:
         self._carry_out(self._router.edge_left(connection.id))
 
     def forget(self, connection: Connection) -> None:
-        """Its downlink is over."""
         self._close(connection, None)
         for task in (connection.downlink, connection.uplink):
             # Either would wait for ever for a peer that does not even read its Bye.

@@ -62,11 +62,6 @@ def expiry_s(days: float, now_s: float) -> float:
     return now_s + days * _DAY_S if days else 0.0
 
 
-def _check_name(name: str) -> None:
-    if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or name != name.strip():
-        raise UserError(f"A token's name has 1 to {MAX_NAME} letters, without line breaks or spaces around them.")
-
-
 class TokenFile:
     """The tokens of one gateway, a JSON file that only its owner can read."""
 
@@ -94,7 +89,8 @@ class TokenFile:
         """Add a token and return it. Raises UserError if the name is taken or the role unknown."""
         if role not in ROLES:
             raise UserError(f"There is no role '{role}': choose {' or '.join(ROLES)}.")
-        _check_name(name)
+        if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or name != name.strip():
+            raise UserError(f"A token's name has 1 to {MAX_NAME} letters, without line breaks or spaces around them.")
         token = _PREFIX + secrets.token_urlsafe(32)
         with self._changing():
             records = self.records() if self.path.exists() else []

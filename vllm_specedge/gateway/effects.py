@@ -26,22 +26,9 @@ class RequestReport:
     engine: int
     """Engines are numbered as they come; one that comes back has a new number."""
     values: tuple[int, ...]
-    """In the order of counters.REQUEST_COUNTERS; of an engine of another release, fewer or more."""
+    """In the order of telemetry.REQUEST_COUNTERS; of an engine of another release, fewer or more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reported:
-    """A request closed, and its engine said what it came to."""
-
-    report: RequestReport
-
-
-@dataclass(frozen=True, slots=True)
-class Stepped:
-    """An engine said what its last steps were."""
-
-    groups: Groups
-
-
-Effect: TypeAlias = ToEdge | ToEngine | Reported | Stepped
-"""What the gateway is to do. A Bye to an edge ends that edge's connection after it is sent."""
+Effect: TypeAlias = ToEdge | ToEngine | RequestReport | Groups
+"""What the gateway is to do: send, or show (what a request came to, and an engine's last steps). A Bye to an edge ends
+that edge's connection after it is sent."""

@@ -47,7 +47,6 @@ class EngineSocket:
         self._want_turn()
 
     def close(self) -> None:
-        """No engine is heard or told anything any more."""
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
         self._socket.close()

@@ -11,15 +11,15 @@ from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from vllm_specedge.config import GatewayOptions
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.gateway.connections import Connections
-from vllm_specedge.gateway.effects import Effect, Reported, Stepped, ToEdge, ToEngine
+from vllm_specedge.gateway.effects import Effect, RequestReport, ToEdge, ToEngine
 from vllm_specedge.gateway.engine_socket import EngineSocket
 from vllm_specedge.gateway.known import RouterLimits
 from vllm_specedge.gateway.metrics import RequestHistograms, RouterCollector
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.gateway.status import Overview
 from vllm_specedge.gateway.vocabulary_store import VocabularyStore
-from vllm_specedge.wire.codec import Frame, FrameReader, encode
-from vllm_specedge.wire.engine_frames import EngineHello, VocabularyPart
+from vllm_specedge.wire.codec import FrameReader, encode
+from vllm_specedge.wire.engine_frames import EngineHello, Groups, VocabularyPart
 from vllm_specedge.wire.frames import Ping
 from vllm_specedge.wire.telemetry import groups_of
 
@@ -60,7 +60,6 @@ class Gateway:
         self._engines = EngineSocket(engine_endpoint, self._heard)
 
     def serve_engines(self) -> None:
-        """Take in what engines say from now on."""
         self._engines.start()
 
     async def watch(self) -> None:
@@ -73,7 +72,6 @@ class Gateway:
                 self.edges.failed("Watching the connections failed")
 
     def close(self) -> None:
-        """No engine is heard any more."""
         self._engines.close()
 
     def view(self, is_from_here: bool) -> dict[str, object]:
@@ -96,21 +94,17 @@ class Gateway:
     # -- what is heard, and what follows ---------------------------------------------------------------------------
 
     def _heard(self, engine: bytes, data: bytes) -> None:
-        """One message of an engine's."""
         self._engine_heard_s[engine] = time.monotonic()
         try:
             for frame in FrameReader().feed(data):
-                self._from_engine(engine, frame)
+                self._carry_out(self.router.from_engine(engine, frame))
+                if isinstance(frame, EngineHello | Ping | VocabularyPart):
+                    self._learn_vocabulary(engine, frame)
         except RemoteProtocolError as error:
             self._carry_out(self.router.engine_left(engine))
             logger.warning("An engine was dropped: %s", error)
         except Exception:  # noqa: BLE001 - the outermost edge of this message
             self.edges.failed("A message of an engine's failed")
-
-    def _from_engine(self, engine: bytes, frame: Frame) -> None:
-        self._carry_out(self.router.from_engine(engine, frame))
-        if isinstance(frame, EngineHello | Ping | VocabularyPart):
-            self._learn_vocabulary(engine, frame)
 
     def _learn_vocabulary(self, engine: bytes, frame: EngineHello | Ping | VocabularyPart) -> None:
         known = self.router.engines.get(engine)
@@ -146,10 +140,10 @@ class Gateway:
                 self._engines.send(effect.engine, encode(effect.frame))
             case ToEdge():
                 self.edges.deliver(effect.edge, effect.frame)
-            case Reported():
-                self._histograms.observe(effect.report)
-            case Stepped():
-                self._overview.steps(groups_of(effect.groups, time.monotonic()))
+            case RequestReport():
+                self._histograms.observe(effect)
+            case Groups():
+                self._overview.steps(groups_of(effect, time.monotonic()))
 
     def _watch(self, now_s: float) -> None:
         self.edges.watch(now_s)

@@ -16,9 +16,9 @@ from starlette.types import Scope
 
 from vllm_specedge import __version__
 from vllm_specedge.addresses import is_loopback
+from vllm_specedge.gateway.connection import Refused
 from vllm_specedge.gateway.gateway import Gateway
 from vllm_specedge.gateway.metrics import report_row
-from vllm_specedge.gateway.refused import Refused
 from vllm_specedge.gateway.streams import AS_IT_COMES, header
 
 PAGE = Path(__file__).with_name("page")

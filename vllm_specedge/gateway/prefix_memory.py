@@ -4,6 +4,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 MAX_EXTRA_LOAD = 1
 """How many requests more than the least loaded edge an edge may have that knows most of a context. With 0, two edges
@@ -11,6 +12,7 @@ that take turns at being one ahead would swap their conversations; with more, co
 and sharing it for a whole answer costs more than reading a context once."""
 
 
+@dataclass(slots=True, eq=False)
 class PrefixMemory:
     """Which edge last drafted for a context that begins so: it may still have that part in its cache.
 
@@ -21,11 +23,10 @@ class PrefixMemory:
     anyway are chosen among.
     """
 
-    def __init__(self, block_tokens: int = 64, max_blocks: int = 64, max_kept: int = 4096) -> None:
-        self._block_tokens = block_tokens
-        self._max_blocks = max_blocks
-        self._max_kept = max_kept
-        self._edges: OrderedDict[bytes, int] = OrderedDict()
+    block_tokens: int = 64
+    max_blocks: int = 64
+    max_kept: int = 4096
+    _edges: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
 
     def __len__(self) -> int:
         return len(self._edges)
@@ -35,17 +36,17 @@ class PrefixMemory:
         for digest in self._digests(tokens):
             self._edges[digest] = edge
             self._edges.move_to_end(digest)
-        while len(self._edges) > self._max_kept:
+        while len(self._edges) > self.max_kept:
             self._edges.popitem(last=False)
 
     def holders(self, tokens: "array[int]") -> Iterator[tuple[float, int]]:
         """Edges that know a beginning of a context, longest first, with the part that it is of what is looked at."""
-        num_looked_at = min(len(tokens), self._max_blocks * self._block_tokens)
+        num_looked_at = min(len(tokens), self.max_blocks * self.block_tokens)
         digests = self._digests(tokens)
         for num_blocks in range(len(digests), 0, -1):
             edge = self._edges.get(digests[num_blocks - 1])
             if edge is not None:
-                yield num_blocks * self._block_tokens / num_looked_at, edge
+                yield num_blocks * self.block_tokens / num_looked_at, edge
 
     def choose(self, tokens: "array[int]", loads: Mapping[int, int]) -> int | None:
         """Of edges with so many requests each, the one that knows most of a context and is not clearly busier.
@@ -68,7 +69,7 @@ class PrefixMemory:
         # Not Python's `hash`: users choose the tokens, and nobody finds a second context for one of these on purpose.
         state = hashlib.blake2b(digest_size=8)
         digests: list[bytes] = []
-        for index in range(min(len(tokens) // self._block_tokens, self._max_blocks)):
-            state.update(tokens[index * self._block_tokens : (index + 1) * self._block_tokens])
+        for index in range(min(len(tokens) // self.block_tokens, self.max_blocks)):
+            state.update(tokens[index * self.block_tokens : (index + 1) * self.block_tokens])
             digests.append(state.digest())
         return digests

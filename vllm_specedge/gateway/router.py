@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 
 from vllm_specedge.errors import ByeCode
-from vllm_specedge.gateway.effects import Effect, Reported, RequestReport, Stepped, ToEdge, ToEngine
+from vllm_specedge.gateway.effects import Effect, RequestReport, ToEdge, ToEngine
 from vllm_specedge.gateway.known import (
     POOL,
     EdgeInfo,
@@ -89,7 +89,6 @@ class Router:
     # -- engines ---------------------------------------------------------------------------------------------------
 
     def from_engine(self, engine: bytes, frame: Frame) -> list[Effect]:
-        """Take in one frame of an engine's."""
         if isinstance(frame, EngineHello):
             return self._engine_hello(engine, frame)
         known = self.engines.get(engine)
@@ -111,7 +110,7 @@ class Router:
             case Report():
                 return self._report(engine, known, frame)
             case Groups():
-                return [Stepped(frame)]
+                return [frame]
             case VocabularyPart():
                 pass  # for edges that are to know what they draft for: the gateway's
             case _:
@@ -185,7 +184,7 @@ class Router:
             edge = self.edges[request.edge]
             edge.num_verified_tokens += report.values[VERIFIED]
             edge.num_accepted_tokens += report.values[ACCEPTED]
-        return [Reported(self.reports[-1])]
+        return [self.reports[-1]]
 
     def _close(self, key: Key, reason: int) -> list[Effect]:
         effects = self._drop(key, reason)
@@ -229,7 +228,6 @@ class Router:
         return [*effects, *self._tell_edges()]
 
     def from_edge(self, edge: int, frame: Frame) -> list[Effect]:
-        """Take in one frame of a live edge's."""
         info = self.edges[edge]
         match frame:
             case Propose():

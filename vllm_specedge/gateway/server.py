@@ -15,12 +15,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_specedge.config import GatewayOptions, split_address
 from vllm_specedge.errors import UserError
+from vllm_specedge.gateway.connection import Refused
 from vllm_specedge.gateway.connections import MAX_HANDSHAKE_S, MAX_UNFINISHED_CONNECTIONS, STOP_S
 from vllm_specedge.gateway.gateway import Gateway
 from vllm_specedge.gateway.pages import pages, refusal
-from vllm_specedge.gateway.refused import Refused
 from vllm_specedge.gateway.startup_checks import allow_files, check_certificate, check_start
-from vllm_specedge.gateway.streams import Downlinks, Uplinks
+from vllm_specedge.gateway.streams import downlink, uplink
 
 logger = logging.getLogger("vllm_specedge.gateway.server")
 
@@ -30,12 +30,8 @@ RENEWAL_S = 2.0
 
 
 def make_app(gateway: Gateway) -> ASGIApp:
-    """All that the gateway answers."""
     framework = pages(gateway)
-    streams: dict[tuple[str, str], ASGIApp] = {
-        ("GET", "/edge/v1/down"): Downlinks(gateway.edges),
-        ("POST", "/edge/v1/up"): Uplinks(gateway.edges),
-    }
+    streams = {("GET", "/edge/v1/down"): downlink, ("POST", "/edge/v1/up"): uplink}
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         stream = streams.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
@@ -43,7 +39,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
             await framework(scope, receive, send)
             return
         try:
-            await stream(scope, receive, send)
+            await stream(gateway.edges, scope, receive, send)
         except Refused as refused:  # before it began
             await refusal(refused)(scope, receive, send)
 
@@ -115,11 +111,7 @@ async def serve(options: GatewayOptions, engine_endpoint: str, ends_with_stdin: 
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     gateway.serve_engines()
     serving = asyncio.create_task(server.serve())
-    tasks = [
-        serving,
-        asyncio.create_task(gateway.watch()),
-        asyncio.create_task(stop.wait()),
-    ]
+    tasks = [serving, asyncio.create_task(gateway.watch()), asyncio.create_task(stop.wait())]
     if ends_with_stdin:
         tasks.append(asyncio.create_task(_ended_with_parent()))
     renewal = asyncio.create_task(_certificate_changed(options)) if options.tls_cert else None

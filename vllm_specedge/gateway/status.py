@@ -3,6 +3,7 @@
 Numbers only, and what edges and servers call themselves: no token and no text of any user is known here.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,32 +17,14 @@ NOW_S, HOUR_S = 10.0, 3600.0
 GROUPS_S = 8.0
 MAX_GROUPS = 1024
 MAX_NAME, MAX_CLIENT = 60, 120
-_NAMES = (
-    "steps",
-    "committed_tokens",
-    "verified_tokens",
-    "accepted_tokens",
-    "ngram_verified_tokens",
-    "ngram_accepted_tokens",
-    "prediction_verified_tokens",
-    "prediction_accepted_tokens",
-    "verified_drafts",
-    "ngram_verified_drafts",
-    "prediction_verified_drafts",
-    "engine_steps",
-    "engine_step_us",
-    "decode_us",
-    "plain_decode_us",
-    "holds",
-)
+_NAMES = tuple(name for name, _ in ENGINE_COUNTERS)
 _SOURCES = ("", "ngram_", "prediction_")
-_INDICES = tuple(next(i for i, (known, _) in enumerate(ENGINE_COUNTERS) if known == name) for name in _NAMES)
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
     at_s: float
-    totals: tuple[int, ...]
+    totals: "array[int]"
     """In the order of _NAMES: what all engines have counted."""
 
 
@@ -59,7 +42,6 @@ class Overview:
         self._edge_rates: dict[int, float] = {}
 
     def steps(self, groups: Iterable[Group]) -> None:
-        """An engine has done these."""
         self._groups.extend(groups)
 
     def sample(self, router: Router, now_s: float) -> None:
@@ -67,7 +49,7 @@ class Overview:
         if self._samples and now_s - self._samples[-1].at_s < SAMPLE_S:
             return
         since_s = now_s - self._samples[-1].at_s if self._samples else 0.0
-        self._samples.append(_Sample(now_s, tuple(router.engine_totals[index] for index in _INDICES)))
+        self._samples.append(_Sample(now_s, array("Q", router.engine_totals)))
         tokens = {edge: info.num_committed_tokens for edge, info in router.edges.items()}
         self._edge_rates = {
             edge: (number - self._edge_tokens.get(edge, number)) / since_s if since_s else 0.0

@@ -11,57 +11,47 @@ from collections.abc import AsyncIterator
 
 from starlette.types import Receive, Scope, Send
 
-from vllm_specedge.gateway.connection import Connection
+from vllm_specedge.gateway.connection import Refused
 from vllm_specedge.gateway.connections import Connections
-from vllm_specedge.gateway.refused import Refused
 from vllm_specedge.wire.frames import MEDIA_TYPE
 
 AS_IT_COMES = ((b"cache-control", b"no-store, no-transform"), (b"x-accel-buffering", b"no"))
 """Asks proxies to pass a stream on as it comes: some do."""
 
 
-class Downlinks:
-    """ASGI: GET; from the gateway to one edge, for as long as both are there."""
+async def downlink(edges: Connections, scope: Scope, receive: Receive, send: Send) -> None:
+    """GET: from the gateway to one edge, for as long as both are there. Raises Refused before it begins."""
+    connection = edges.connect(edges.authorize(header(scope, b"authorization")))
 
-    def __init__(self, edges: Connections) -> None:
-        self._edges = edges
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        connection = self._edges.connect(self._edges.authorize(header(scope, b"authorization")))
-        watching = asyncio.create_task(self._watch(receive, connection))
-        try:
-            await _start(send, 200, (b"content-type", MEDIA_TYPE.encode()), *AS_IT_COMES)
-            async for chunk in self._edges.downlink(connection):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body"})
-        except asyncio.CancelledError:
-            pass  # by the gateway: this edge is gone, or does not even read its Bye
-        finally:
-            watching.cancel()
-            self._edges.forget(connection)
-
-    async def _watch(self, receive: Receive, connection: Connection) -> None:
+    async def watch() -> None:
         """Until the edge hangs up."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._edges.forget(connection)
+        edges.forget(connection)
 
-
-class Uplinks:
-    """ASGI: POST; what one edge says. Its downlink's key says whose it is."""
-
-    def __init__(self, edges: Connections) -> None:
-        self._edges = edges
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._edges.authorize(header(scope, b"authorization"))
-        connection = self._edges.find(header(scope, b"x-specedge-connection") or "")
-        if connection is None:
-            raise Refused(409, "No downlink waits under this key.")
-        with contextlib.suppress(asyncio.CancelledError):  # by the gateway: its downlink is over
-            await self._edges.uplink(connection, _chunks(receive))
-        await _start(send, 204)
+    watching = asyncio.create_task(watch())
+    try:
+        await _start(send, 200, (b"content-type", MEDIA_TYPE.encode()), *AS_IT_COMES)
+        async for chunk in edges.downlink(connection):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body"})
+    except asyncio.CancelledError:
+        pass  # by the gateway: this edge is gone, or does not even read its Bye
+    finally:
+        watching.cancel()
+        edges.forget(connection)
+
+
+async def uplink(edges: Connections, scope: Scope, receive: Receive, send: Send) -> None:
+    """POST: what one edge says; its downlink's key says whose it is. Raises Refused before it begins."""
+    edges.authorize(header(scope, b"authorization"))
+    connection = edges.find(header(scope, b"x-specedge-connection") or "")
+    if connection is None:
+        raise Refused(409, "No downlink waits under this key.")
+    with contextlib.suppress(asyncio.CancelledError):  # by the gateway: its downlink is over
+        await edges.uplink(connection, _chunks(receive))
+    await _start(send, 204)
+    await send({"type": "http.response.body"})
 
 
 async def _chunks(receive: Receive) -> AsyncIterator[bytes]:

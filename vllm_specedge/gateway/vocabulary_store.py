@@ -5,7 +5,6 @@ sends is held only up to a bound, and served only if its fingerprint is right.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.wire.engine_frames import VocabularyPart, WantVocabulary
@@ -15,20 +14,13 @@ MAX_VOCABULARIES = 8
 """Of so many engines of different families at most; the others' are not served."""
 
 
-@dataclass(slots=True)
-class _Arriving:
-    source: bytes
-    """The engine that sends it."""
-    reader: PackedReader
-    packed: bytearray = field(default_factory=bytearray)
-
-
 class VocabularyStore:
     """`packed` has what may be served, by fingerprint."""
 
     def __init__(self) -> None:
         self.packed: dict[str, bytes] = {}
-        self._arriving: dict[str, _Arriving] = {}
+        self._arriving: dict[str, tuple[bytes, PackedReader]] = {}
+        """By fingerprint, the engine that sends it, and what has come."""
         self._without: set[bytes] = set()
         """Engines that have none, or sent what is not theirs."""
 
@@ -39,27 +31,26 @@ class VocabularyStore:
         if fingerprint not in self._arriving:
             if len(self.packed) + len(self._arriving) >= MAX_VOCABULARIES:
                 return None
-            self._arriving[fingerprint] = _Arriving(engine, PackedReader(fingerprint))
-        arriving = self._arriving[fingerprint]
-        return WantVocabulary(len(arriving.packed)) if arriving.source == engine else None
+            self._arriving[fingerprint] = engine, PackedReader(fingerprint)
+        source, reader = self._arriving[fingerprint]
+        return WantVocabulary(len(reader.packed)) if source == engine else None
 
     def take(self, engine: bytes, fingerprint: str, part: VocabularyPart) -> WantVocabulary | None:
         """What is to be asked for next. Raises RemoteProtocolError, once, for what cannot be used of this engine."""
-        arriving = self._arriving.get(fingerprint)
-        if arriving is None or arriving.source != engine or part.offset != len(arriving.packed):
+        source, reader = self._arriving.get(fingerprint) or (b"", None)
+        if reader is None or source != engine or part.offset != len(reader.packed):
             return None  # nobody asked for it, or it came before
         try:
             if not part.data:
                 raise RemoteProtocolError("there is none, or it ends too soon")
-            arriving.reader.feed(part.data)
+            reader.feed(part.data)
         except RemoteProtocolError:
             del self._arriving[fingerprint]
             self._without.add(engine)
             raise
-        arriving.packed += part.data
-        if not arriving.reader.is_whole:
-            return WantVocabulary(len(arriving.packed))
-        self.packed[fingerprint] = bytes(arriving.packed)
+        if not reader.is_whole:
+            return WantVocabulary(len(reader.packed))
+        self.packed[fingerprint] = bytes(reader.packed)
         del self._arriving[fingerprint]
         return None
 
@@ -67,9 +58,5 @@ class VocabularyStore:
         """Drop what is of none of these engines; each has its fingerprint."""
         known = set(engines.values())
         self.packed = {fingerprint: packed for fingerprint, packed in self.packed.items() if fingerprint in known}
-        self._arriving = {
-            fingerprint: arriving
-            for fingerprint, arriving in self._arriving.items()
-            if engines.get(arriving.source) == fingerprint
-        }
+        self._arriving = {key: each for key, each in self._arriving.items() if engines.get(each[0]) == key}
         self._without &= engines.keys()

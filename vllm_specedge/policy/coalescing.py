@@ -46,5 +46,4 @@ class Coalescing:
         self.is_edge_unused = num_unused > UNUSED_AFTER
 
     def published(self) -> None:
-        """All that was collected is published."""
         self.num_collected = 0

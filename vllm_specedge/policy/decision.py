@@ -6,7 +6,7 @@ it brings exceeds what is not made meanwhile.
 
 Rule 1: what rises expected tokens per second is done, nothing else; a server that is full verifies nothing.
 Rule 2: whoever has to be served first is not delayed: while prompts are computed or wait nobody is held, and drafts get
-only what they leave of the step; of the cache, see driver.Row.
+only what they leave of the step; of the cache, see plan.Row.
 Rule 3: nobody is held longer than HoldLimits.hold_limit_s after its last token, whoever it is held for.
 Rule 4: the order in which rows are given changes nothing; among equals the more important, then the older comes first.
 """

@@ -53,6 +53,5 @@ class EdgeRecord:
         return (self.answer_s.mean or 0.0) + _DEVIATIONS * self.answer_s.deviation
 
     def missed(self) -> None:
-        """It was waited for in vain."""
         self.num_misses += 1
         self.punctual.observe(0.0)

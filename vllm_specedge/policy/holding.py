@@ -77,11 +77,10 @@ def holding(situation: Situation, lengths: Mapping[str, int]) -> tuple[dict[str,
     if prices is None:
         return {}, None
     longest_s = min(situation.longest_s(rows, prices.step_s), prices.step_s * limits.max_stretch)
-    moment = _Moment(rows, waiting, prices, longest_s, limits.hold_limit_s, situation.now_s)
-    wait_until_s = _wait(moment)
+    wait_until_s = _wait(situation, waiting, prices, longest_s)
     if wait_until_s is not None:
         return dict.fromkeys((row.key for row in rows), wait_until_s), wait_until_s
-    return _left_out(moment), None
+    return _left_out(situation, waiting, prices, longest_s), None
 
 
 def _prices(situation: Situation, waiting: Sequence[_Waiting], num_verified: int) -> _Prices | None:
@@ -99,32 +98,19 @@ def _prices(situation: Situation, waiting: Sequence[_Waiting], num_verified: int
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Moment:
-    """What is to be decided about: who could run, and who of them could wait."""
-
-    rows: Sequence[Candidate]
-    waiting: Sequence[_Waiting]
-    prices: _Prices
-    longest_s: float
-    """What a step may take, and what waiting for it takes."""
-    hold_limit_s: float
-    now_s: float
-
-
-def _wait(moment: _Moment) -> float | None:
-    """Until when all wait for drafts, or None to run now.
+def _wait(situation: Situation, waiting: Sequence[_Waiting], prices: _Prices, longest_s: float) -> float | None:
+    """Until when all wait for drafts, or None to run now. `longest_s`: what a step and the wait before it may take.
 
     Waiting w seconds costs rate * w. It brings, for each draft that comes meanwhile, what it is worth times the chance
     that going on without it would spoil it; and it avoids a plain step, which makes less than an average one (the
     renewal argument for one request: wait if value * (1 - kept) > rate * w - kept * (speedup - 1)).
     """
-    prices, now_s = moment.prices, moment.now_s
-    oldest_s = min(row.since_s for row in moment.rows)
+    now_s = situation.now_s
+    oldest_s = min(row.since_s for row in situation.rows)
     least_s = prices.step_s + prices.verifying_s + sum(prices.growth_s[:1])
-    limit_s = oldest_s + min(moment.hold_limit_s, moment.longest_s - least_s)
+    limit_s = oldest_s + min(situation.limits.hold_limit_s, longest_s - least_s)
     best, best_until_s, gain = 0.0, None, -prices.rate * prices.verifying_s
-    for draft in sorted((draft for _, draft in moment.waiting), key=lambda draft: draft.arrives_s):
+    for draft in sorted((draft for _, draft in waiting), key=lambda draft: draft.arrives_s):
         value = prices.value(draft.survivals)
         if value > 0.0:
             gain += draft.punctual * (value * (1.0 - draft.kept) + draft.kept * prices.excess)
@@ -137,22 +123,22 @@ def _wait(moment: _Moment) -> float | None:
     return best_until_s
 
 
-def _left_out(moment: _Moment) -> dict[str, float]:
+def _left_out(situation: Situation, waiting: Sequence[_Waiting], prices: _Prices, longest_s: float) -> dict[str, float]:
     """Those to hold, and until when: their drafts will be there when this step ends, for more than a plain token now.
 
     A row left out makes the step shorter; where compute is full that is worth nearly the token that the row makes. So
     groups form: while one is verified, the others' edges draft.
     """
-    prices = moment.prices
-    end_s = moment.now_s + prices.step_s
+    end_s = situation.now_s + prices.step_s
     left_out = []
-    for row, draft in moment.waiting:
+    for row, draft in waiting:
         waits_s = end_s - row.since_s
-        if draft.arrives_s > end_s or waits_s > moment.hold_limit_s or waits_s + prices.step_s > moment.longest_s:
+        is_too_long = waits_s > situation.limits.hold_limit_s or waits_s + prices.step_s > longest_s
+        if is_too_long or draft.arrives_s > end_s:
             continue
         value = prices.value(draft.survivals)
         if value > 0.0 and draft.punctual * value * (1.0 - draft.kept) > 1.0 - prices.rate * prices.saved_s:
             left_out.append((draft.arrives_s, row.order, row.key))
-    if len(left_out) == len(moment.rows):  # somebody has to run meanwhile: those whose drafts come last
-        left_out = sorted(left_out)[: len(moment.rows) // 2]
+    if len(left_out) == len(situation.rows):  # somebody has to run meanwhile: those whose drafts come last
+        left_out = sorted(left_out)[: len(situation.rows) // 2]
     return {key: end_s for _, _, key in left_out}

@@ -23,7 +23,6 @@ class NgramBudget:
     _accepted_now: int = 0
 
     def stepped(self) -> None:
-        """A step is done."""
         self._num_steps += 1
 
     def is_due(self, token_s: float, step_s: float) -> bool:

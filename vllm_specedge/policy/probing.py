@@ -37,7 +37,6 @@ class Probing:
 
     @property
     def next(self) -> Probe:
-        """The probe that the next step is to be."""
         if self.num_refused >= self.after:
             return Probe.FORCED if self.num_refused >= FORCED_AFTER * self.after else Probe.VERIFY
         return Probe.PLAIN if self.num_verifying >= PLAIN_PROBE_AFTER else Probe.NONE

@@ -22,7 +22,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """By vLLM's priority."""
+    """Each class's target, by vLLM's priority."""
 
     by_priority: Mapping[int, Target] = field(default_factory=dict)
     default: Target = Target()
@@ -32,7 +32,7 @@ class Targets:
 
     @property
     def priorities(self) -> list[int]:
-        """Those with a target of their own."""
+        """The priorities that have a target of their own."""
         return sorted(self.by_priority)
 
 

@@ -1,7 +1,6 @@
 """What the next step verifies: the draft tokens that are most probably right, while they make more tokens a second."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import TypeAlias
 
@@ -57,9 +56,10 @@ def _best(tokens: Sequence[_Token], situation: Situation) -> int:
         verified = {index for _, index, _ in tokens[:best]}
         plain = [row for index, row in enumerate(rows) if index not in verified]
         longest_s = situation.longest_s(plain, step_s) - waited_s
-        number = _scan(tokens[:best], growth_s, _Step(size, step_s, waited_s, longest_s, stretch_s))
+        number = _scan(tokens[:best], growth_s, size, step_s, waited_s, longest_s, stretch_s)
         if not number and load.probe is Probe.VERIFY:
-            number = _fitting(growth_s[: _num_probed(num_rows)], min(longest_s, stretch_s) - step_s)
+            most_s = min(longest_s, stretch_s) - step_s
+            number = sum(1 for _ in takewhile(most_s.__ge__, growth_s[: _num_probed(num_rows)]))
         if number in (0, best) or step_s + growth_s[number - 1] <= situation.longest_s(rows, step_s) - waited_s:
             return number
         best = number
@@ -70,37 +70,29 @@ def _num_probed(num_rows: int) -> int:
     return max(1, num_rows // PROBE_PART)
 
 
-def _fitting(growth_s: Sequence[float], most_s: float) -> int:
-    """How many of the first tokens make the step longer by no more."""
-    return sum(1 for _ in takewhile(lambda growth: growth <= most_s, growth_s))
+def _scan(
+    tokens: Sequence[_Token],
+    growth_s: Sequence[float],
+    size: int,
+    plain_s: float,
+    waited_s: float,
+    longest_s: float,
+    stretch_s: float,
+) -> int:
+    """How many of the tokens make most tokens a second.
 
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A step before any draft is in it."""
-
-    size: int
-    """Tokens."""
-    plain_s: float
-    waited_s: float
-    """So long the one of its rows that was held longest has waited for it."""
-    longest_s: float
-    """What it may take with drafts, whoever has none."""
-    stretch_s: float
-    """What it may take if it does not make tokens come FAST times as fast."""
-
-
-def _scan(tokens: Sequence[_Token], growth_s: Sequence[float], step: _Step) -> int:
-    """How many of the tokens make most tokens a second; `growth_s`: how much longer the step takes with 1, 2, ..."""
+    A step of `size` tokens takes `plain_s`, `growth_s` longer with 1, 2, ... of these, and one of its rows has waited
+    `waited_s` for it. It may take `longest_s` and, if it does not make tokens come FAST times as fast, `stretch_s`.
+    """
     # Tokens of prompts count as made: else they would make drafts look cheap, whose time they pay for.
-    best, best_rate, expected = 0, (1.0 + LEAST_GAIN) * step.size / step.plain_s, float(step.size)
+    best, best_rate, expected = 0, (1.0 + LEAST_GAIN) * size / plain_s, float(size)
     for number, (growth, token) in enumerate(zip(growth_s, tokens, strict=False), 1):
         expected -= token[0]
-        took_s = step.plain_s + growth
-        if took_s > step.longest_s:
+        took_s = plain_s + growth
+        if took_s > longest_s:
             continue  # a larger step may be shorter (step_cost.py, rule 2)
-        total_s = step.plain_s + cautious(growth)
-        if took_s > step.stretch_s and expected * step.plain_s < FAST * step.size * (step.waited_s + total_s):
+        total_s = plain_s + cautious(growth)
+        if took_s > stretch_s and expected * plain_s < FAST * size * (waited_s + total_s):
             continue
         if expected > best_rate * total_s * (1 + 1e-9):
             best, best_rate = number, expected / total_s

@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 
 from vllm_specedge.simulation.models import chance
@@ -33,22 +34,20 @@ class VirtualTime:
             action(*arguments)
 
 
+@dataclass(slots=True)
 class Way:
     """One direction of a connection: frames arrive later, in order."""
 
-    def __init__(
-        self, time: VirtualTime, delay_s: float, jitter_s: float, key: int, deliver: Callable[[Frame], None]
-    ) -> None:
-        self._time = time
-        self._delay_s = delay_s
-        self._jitter_s = jitter_s
-        self._key = key
-        self._deliver = deliver
-        self._number = 0
-        self._last_s = 0.0
+    time: VirtualTime
+    delay_s: float
+    jitter_s: float
+    key: int
+    deliver: Callable[[Frame], None]
+    _number: int = 0
+    _last_s: float = 0.0
 
     def send(self, frame: Frame) -> None:
         self._number += 1
-        jitter_s = self._jitter_s * chance(self._key, self._number) if self._jitter_s else 0.0
-        self._last_s = max(self._last_s, self._time.now_s + self._delay_s + jitter_s)
-        self._time.at(self._last_s, self._deliver, frame)
+        jitter_s = self.jitter_s * chance(self.key, self._number) if self.jitter_s else 0.0
+        self._last_s = max(self._last_s, self.time.now_s + self.delay_s + jitter_s)
+        self.time.at(self._last_s, self.deliver, frame)

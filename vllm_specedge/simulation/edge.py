@@ -1,6 +1,7 @@
 """An edge in virtual time, and a draft model that is right as often as it is told to be."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import InitVar, dataclass, field
 from math import inf
 
 from edge_client.drafters import Candidate, DraftSequence
@@ -26,13 +27,16 @@ class SimulatedDraft:
         self._acceptance, self._branch = model.acceptance, model.branch
         missed = 1.0 - model.acceptance
         self._claims = (model.acceptance, missed * model.branch, missed * (1.0 - model.branch) * 0.3)
-        """Of its candidates; it has others beside."""
+        """How probable it says that its candidates are."""
 
     def open(self) -> DraftSequence:
         return _SimulatedSequence(self)
 
     def candidates(self, key: int, drafting: int, position: int, width: int) -> list[Candidate]:
-        """Behind a context that the target would have written; the keys are the request's."""
+        """What may follow; the keys are the request's. Behind a context that the target would not have written, at
+        position 0, what is said is of no use."""
+        if not position:
+            return [Candidate(i, self._claims[i]) for i in range(width)]
         vocab_size, right = self.target.vocab_size, self.target.token(key, position)
         other = right + 1
         if chance(drafting, 2 * position) < self._acceptance:
@@ -42,10 +46,6 @@ class SimulatedDraft:
         else:
             tokens = (other, right + 2, right + 3)
         return [Candidate(tokens[i] % vocab_size, self._claims[i]) for i in range(width)]
-
-    def off_track(self, width: int) -> list[Candidate]:
-        """Behind any other context: what is said there is of no use."""
-        return [Candidate(i, self._claims[i]) for i in range(width)]
 
 
 class _SimulatedSequence(DraftSequence):
@@ -83,42 +83,38 @@ class _SimulatedSequence(DraftSequence):
         return entry + 1 if entry >= 0 and self._draft.target.token(self._key, entry + 1) == token else -1
 
     def _said(self, entry: int, width: int) -> list[Candidate]:
-        if entry < 0:
-            return self._draft.off_track(width)
         return self._draft.candidates(self._key, self._drafting, entry + 1, width)
 
 
+@dataclass(slots=True)
 class VirtualEdge:
     """An edge in virtual time: drives a Speculation as edge_client/client.py does."""
 
-    def __init__(
-        self,
-        time: VirtualTime,
-        speculation: Speculation,
-        open_sequence: Callable[[], DraftSequence],
-        pass_s: Callable[[int], float],
-        free_s: Callable[[float], float] = lambda now_s: now_s,
-    ) -> None:
-        """`pass_s`: seconds of a forward pass of so many tokens. `free_s`: from when on it is at work."""
-        self.speculation = speculation
-        self.send: Callable[[Frame], None] = lambda frame: None
-        self._time = time
-        self._sequences = Sequences(open_sequence, speculation.needs)
-        self._pass_s = pass_s
-        self._free_s = free_s
-        self._is_busy = False
-        self._wakes_s = inf
+    time: VirtualTime
+    speculation: Speculation
+    open_sequence: InitVar[Callable[[], DraftSequence]]
+    pass_s: Callable[[int], float]
+    """Seconds of a forward pass of so many tokens."""
+    free_s: Callable[[float], float] = lambda now_s: now_s
+    """From when on it is at work."""
+    send: Callable[[Frame], None] = lambda frame: None
+    _sequences: Sequences = field(init=False)
+    _is_busy: bool = False
+    _wakes_s: float = inf
+
+    def __post_init__(self, open_sequence: Callable[[], DraftSequence]) -> None:
+        self._sequences = Sequences(open_sequence, self.speculation.needs)
 
     def receive(self, frame: Frame) -> None:
         self._when_free(self._receive, frame)
 
     def _when_free(self, action: Callable[..., None], *arguments: object) -> None:
-        now_s = self._time.now_s
-        free_s = self._free_s(now_s)
+        now_s = self.time.now_s
+        free_s = self.free_s(now_s)
         if free_s <= now_s:
             action(*arguments)
         elif free_s < inf:
-            self._time.at(free_s, action, *arguments)
+            self.time.at(free_s, action, *arguments)
 
     def _receive(self, frame: Frame) -> None:
         match frame:
@@ -129,7 +125,7 @@ class VirtualEdge:
             case Bye():
                 pass
             case _:
-                self._say(self.speculation.receive(frame, self._time.now_s))
+                self._say(self.speculation.receive(frame, self.time.now_s))
                 self._draft()
 
     def _say(self, frames: Iterable[Frame]) -> None:
@@ -141,7 +137,7 @@ class VirtualEdge:
     def _draft(self) -> None:
         if self._is_busy:
             return
-        now_s = self._time.now_s
+        now_s = self.time.now_s
         self._say(self.speculation.poll(now_s))
         job = self.speculation.next_job()
         if job is None:
@@ -149,11 +145,11 @@ class VirtualEdge:
             return
         self._is_busy = True
         said = run_pass(self._sequences.of(job), job)
-        self._time.after(self._pass_s(len(job.tokens)), self._when_free, self._drafted, job, said, now_s)
+        self.time.after(self.pass_s(len(job.tokens)), self._when_free, self._drafted, job, said, now_s)
 
     def _drafted(self, job: Job, said: list[list[Candidate]], started_s: float) -> None:
         self._is_busy = False
-        now_s = self._time.now_s
+        now_s = self.time.now_s
         self._say(self.speculation.drafted(job, said, now_s - started_s, now_s))
         self._draft()
 
@@ -161,7 +157,7 @@ class VirtualEdge:
         due_s = self.speculation.due_s
         if due_s is not None and due_s < self._wakes_s:
             self._wakes_s = due_s
-            self._time.at(due_s, self._when_free, self._wake)
+            self.time.at(due_s, self._when_free, self._wake)
 
     def _wake(self) -> None:
         self._wakes_s = inf

@@ -117,7 +117,6 @@ class FittedServer:
     knots: Sequence[int]
     """Tokens; one at least."""
     seconds: Sequence[float]
-    """At each knot."""
     slope_s: float
     """Of the last line, which goes on."""
     request_s: float
@@ -145,8 +144,6 @@ def in_server_gain(server: Server, requests: int, spec_tokens: int, acceptance: 
 
 
 # -- faults of edges -----------------------------------------------------------------------------------------------
-
-FAULTS = ("", "stalling", "dead")
 
 
 @dataclass(slots=True)

@@ -34,8 +34,6 @@ as given, but for half of the requests."""
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What an operator wants to know."""
-
     requests: Sequence[float]
     rtts_ms: Sequence[float]
     edge: str
@@ -91,7 +89,6 @@ def _in_mode(scenario: Scenario, mode: str) -> Scenario:
 
 
 def plain(scenario: Scenario) -> Outcome:
-    """Without edges."""
     return simulate(replace(scenario, share=0.0, is_oracle=False))
 
 

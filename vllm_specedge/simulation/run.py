@@ -41,7 +41,6 @@ _JITTER, _LENGTHS, _FAULTS = range(DRAFTING + 1, DRAFTING + 4)
 
 
 def simulate(scenario: Scenario) -> Outcome:
-    """Run a scenario to its end."""
     return Simulation(scenario).run()
 
 
@@ -52,7 +51,6 @@ class Served:
     id_: str
     number: int
     key: int
-    """The target's, of this number."""
     client: Client
     tokens: list[int]
     end: int
@@ -137,7 +135,6 @@ class Simulation:
         return self._measuring.outcome(self.time.now_s)
 
     def ended(self, request: Served) -> None:
-        """A request has all its tokens."""
         self._idle.append(request.client)
         if not self.scenario.is_in_step or len(self._idle) == self.scenario.requests:
             idle, self._idle = self._idle, []

@@ -26,7 +26,7 @@ class EdgeModel:
     """Rows a pass; 1: no branches."""
     uplink_bytes_per_token: float = UPLINK_BYTES_PER_TOKEN
     fault: str = ""
-    """One of models.FAULTS."""
+    """`stalling`, `dead`, or none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,19 +14,7 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from vllm_specedge.errors import RemoteProtocolError
-from vllm_specedge.wire.engine_frames import (
-    Assign,
-    Edges,
-    EngineHello,
-    EngineOpen,
-    EngineWelcome,
-    Groups,
-    Report,
-    Stats,
-    StepTimes,
-    VocabularyPart,
-    WantVocabulary,
-)
+from vllm_specedge.wire.engine_frames import FromEngine, ToEngine
 from vllm_specedge.wire.frames import (
     MAX_BRANCHES,
     MAX_DATA_BYTES,
@@ -34,44 +22,13 @@ from vllm_specedge.wire.frames import (
     MAX_TEXT_BYTES,
     MAX_TOKENS_PER_FRAME,
     MAX_UINT32,
-    Bye,
-    Close,
-    Commit,
-    Greet,
-    Hello,
-    Open,
-    Ping,
-    Pong,
-    Propose,
-    Welcome,
+    EdgeFrame,
 )
 
 _LENGTH_BYTES = 2
 _WORD_BYTES = 4
 
-Frame: TypeAlias = (
-    Greet
-    | Hello
-    | Welcome
-    | Open
-    | Commit
-    | Close
-    | Propose
-    | Ping
-    | Pong
-    | Bye
-    | EngineHello
-    | EngineWelcome
-    | Edges
-    | Assign
-    | Stats
-    | Report
-    | StepTimes
-    | Groups
-    | WantVocabulary
-    | VocabularyPart
-    | EngineOpen
-)
+Frame: TypeAlias = EdgeFrame | FromEngine | ToEngine
 
 _Uint = Annotated[int, msgspec.Meta(ge=0, le=MAX_UINT32)]
 _TYPES: dict[object, Any] = {

@@ -1,14 +1,15 @@
 """What engine and gateway say to each other beside what edges hear (docs/protocol.md, appendix)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TypeAlias
+
+from vllm_specedge.wire.frames import Coded
 
 
 @dataclass(frozen=True, slots=True)
-class EngineHello:
+class EngineHello(Coded, code=32):
     """Engine to gateway, first and after every Bye: the model it serves."""
 
-    CODE: ClassVar[int] = 32
     version: int
     model: str
     fingerprint: str
@@ -16,58 +17,52 @@ class EngineHello:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineWelcome:
+class EngineWelcome(Coded, code=33):
     """Gateway to engine: known now; open your requests (again) when there are edges."""
 
-    CODE: ClassVar[int] = 33
     version: int
 
 
 @dataclass(frozen=True, slots=True)
-class Edges:
+class Edges(Coded, code=34):
     """Gateway to engine: so many edges could draft for you. At 0 nothing need be published."""
 
-    CODE: ClassVar[int] = 34
     num_edges: int
 
 
 @dataclass(frozen=True, slots=True)
-class Assign:
+class Assign(Coded, code=35):
     """Gateway to engine: the edge of this number, from 1 on, drafts for this request; 0: none does any more."""
 
-    CODE: ClassVar[int] = 35
     request: int
     edge: int
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
+class Stats(Coded, code=36):
     """Engine to gateway, now and then: its counters since it started, in the order of telemetry.ENGINE_COUNTERS."""
 
-    CODE: ClassVar[int] = 36
     values: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(Coded, code=37):
     """Engine to gateway: a request is about to close; its own counters, in the order of telemetry.REQUEST_COUNTERS.
 
     A counter that no longer fits says MAX_UINT32.
     """
 
-    CODE: ClassVar[int] = 37
     request: int
     values: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class StepTimes:
+class StepTimes(Coded, code=38):
     """Engine to gateway, with Stats: what it has learnt its steps to take.
 
     `curve_us`: microseconds of a step of each number of tokens in step_cost.KNOTS, but for what the others add.
     """
 
-    CODE: ClassVar[int] = 38
     curve_us: tuple[int, ...]
     request_ns: int
     """For each request in the step."""
@@ -78,40 +73,41 @@ class StepTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class Groups(Coded, code=39):
     """Engine to gateway, with Stats: its last steps, for people to look at.
 
     `values`: five numbers a step: microseconds from its end to now, and that it took; its requests; their draft tokens
     that were verified, and accepted.
     """
 
-    CODE: ClassVar[int] = 39
     values: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class WantVocabulary:
+class WantVocabulary(Coded, code=40):
     """Gateway to engine: send the part of your packed vocabulary that begins here (`vocabulary.pack_vocabulary`)."""
 
-    CODE: ClassVar[int] = 40
     offset: int
 
 
 @dataclass(frozen=True, slots=True)
-class VocabularyPart:
+class VocabularyPart(Coded, code=41):
     """Engine to gateway, when asked: as much of its packed vocabulary as a frame takes; nothing where there is none."""
 
-    CODE: ClassVar[int] = 41
     offset: int
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class EngineOpen:
+class EngineOpen(Coded, code=42):
     """Engine to gateway: a request begins. As Open, but how far an edge may propose is the gateway's to say."""
 
-    CODE: ClassVar[int] = 42
     request: int
     num_tokens: int
     max_draft: int
     session: str
+
+
+FromEngine: TypeAlias = EngineHello | EngineOpen | Stats | Report | StepTimes | Groups | VocabularyPart
+ToEngine: TypeAlias = EngineWelcome | Edges | Assign | WantVocabulary
+"""What an engine says, and hears, beside frames that edges have too."""

@@ -6,7 +6,7 @@ How frames become bytes is in `codec`; what engine and gateway say to each other
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 PROTOCOL_VERSION = 1
 MEDIA_TYPE = "application/vnd.specedge.frames"
@@ -21,20 +21,29 @@ MAX_DATA_BYTES = 4096
 MAX_UINT32 = 2**32 - 1
 
 
+class Coded:
+    """A kind of frame, by its code on the wire."""
+
+    __slots__ = ()
+    CODE: ClassVar[int]
+
+    def __init_subclass__(cls, code: int | None = None) -> None:
+        if code is not None:  # a dataclass with slots is a second class of its kind
+            cls.CODE = code
+
+
 @dataclass(frozen=True, slots=True)
-class Greet:
+class Greet(Coded, code=1):
     """Gateway to edge, first: the key that ties the uplink to this downlink, and the gateway's protocol version."""
 
-    CODE: ClassVar[int] = 1
     connection: str
     version: int
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(Coded, code=2):
     """Edge to gateway, first: who it is and what it can draft for."""
 
-    CODE: ClassVar[int] = 2
     version: int
     client: str
     name: str
@@ -45,10 +54,9 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class Welcome:
+class Welcome(Coded, code=3):
     """Gateway to edge: admitted. `session` is what a request names to be drafted for by this edge alone."""
 
-    CODE: ClassVar[int] = 3
     session: str
     model: str
     vocab_size: int
@@ -56,14 +64,13 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
+class Open(Coded, code=4):
     """Gateway to edge: a request is yours to draft for.
 
     Its first `num_tokens` token ids follow as Commits from position 0. At most `max_draft` draft tokens are verified
     at once; a proposal may end at most `credit` tokens past the last commit. `session` is empty for a pooled request.
     """
 
-    CODE: ClassVar[int] = 4
     request: int
     num_tokens: int
     max_draft: int
@@ -72,20 +79,18 @@ class Open:
 
 
 @dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(Coded, code=5):
     """The tokens at positions base, base + 1, ... are decided: prompt, or chosen by the target."""
 
-    CODE: ClassVar[int] = 5
     request: int
     base: int
     tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Close:
+class Close(Coded, code=6):
     """No more about this request, in either direction. `reason` is a CloseReason."""
 
-    CODE: ClassVar[int] = 6
     request: int
     reason: int
 
@@ -100,14 +105,13 @@ class CloseReason:
 
 
 @dataclass(frozen=True, slots=True)
-class Propose:
+class Propose(Coded, code=7):
     """Draft tokens for positions base, base + 1, ...; no tokens: nothing to say for `base`, do not wait.
 
     `tokens` is a run of the trunk, and behind it the tokens of branches. `branches` holds two numbers for each branch:
     how many positions before the end of the run it leaves the trunk, and how many of the tokens are its own.
     """
 
-    CODE: ClassVar[int] = 7
     request: int
     base: int
     tokens: tuple[int, ...]
@@ -141,28 +145,29 @@ class Propose:
 
 
 @dataclass(frozen=True, slots=True)
-class Ping:
+class Ping(Coded, code=8):
     """Either side, any time once live: answer with a Pong of the same stamp."""
 
-    CODE: ClassVar[int] = 8
     stamp: int
 
 
 @dataclass(frozen=True, slots=True)
-class Pong:
+class Pong(Coded, code=9):
     """The answer to a Ping."""
 
-    CODE: ClassVar[int] = 9
     stamp: int
 
 
 @dataclass(frozen=True, slots=True)
-class Bye:
+class Bye(Coded, code=10):
     """The last frame of a connection: why (an errors.ByeCode), and a sentence for a person."""
 
-    CODE: ClassVar[int] = 10
     code: int
     text: str
+
+
+EdgeFrame: TypeAlias = Greet | Hello | Welcome | Open | Commit | Close | Propose | Ping | Pong | Bye
+"""All that an edge and its gateway say."""
 
 
 def bye(code: int, text: str) -> Bye:
@@ -174,3 +179,9 @@ def commits(request: int, base: int, tokens: Sequence[int]) -> Iterator[Commit]:
     """A run of tokens of any length as Commits that each fit a frame."""
     for start in range(0, len(tokens), MAX_TOKENS_PER_FRAME):
         yield Commit(request, base + start, tuple(tokens[start : start + MAX_TOKENS_PER_FRAME]))
+
+
+def num_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens of two runs are the same."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(one), len(other)))

@@ -30,37 +30,19 @@ class State(Enum):
     CLOSED = "closed"
 
 
+_BYES: dict[tuple[Role, type[Frame]], State] = {(role, Bye): State.CLOSED for role in Role}
 TRANSITIONS: dict[State, dict[tuple[Role, type[Frame]], State]] = {
-    State.START: {
-        (Role.GATEWAY, Greet): State.GREETED,
-        (Role.GATEWAY, Bye): State.CLOSED,
-        (Role.EDGE, Bye): State.CLOSED,
-    },
-    State.GREETED: {
-        (Role.EDGE, Hello): State.PRESENTED,
-        (Role.GATEWAY, Bye): State.CLOSED,
-        (Role.EDGE, Bye): State.CLOSED,
-    },
-    State.PRESENTED: {
-        (Role.GATEWAY, Welcome): State.LIVE,
-        (Role.GATEWAY, Bye): State.CLOSED,
-        (Role.EDGE, Bye): State.CLOSED,
-    },
+    State.START: {(Role.GATEWAY, Greet): State.GREETED, **_BYES},
+    State.GREETED: {(Role.EDGE, Hello): State.PRESENTED, **_BYES},
+    State.PRESENTED: {(Role.GATEWAY, Welcome): State.LIVE, **_BYES},
     State.LIVE: {
-        (Role.GATEWAY, Open): State.LIVE,
-        (Role.GATEWAY, Commit): State.LIVE,
-        (Role.GATEWAY, Close): State.LIVE,
-        (Role.GATEWAY, Ping): State.LIVE,
-        (Role.GATEWAY, Pong): State.LIVE,
-        (Role.GATEWAY, Bye): State.CLOSED,
-        (Role.EDGE, Propose): State.LIVE,
-        (Role.EDGE, Close): State.LIVE,
-        (Role.EDGE, Ping): State.LIVE,
-        (Role.EDGE, Pong): State.LIVE,
-        (Role.EDGE, Bye): State.CLOSED,
+        **{(Role.GATEWAY, frame): State.LIVE for frame in (Open, Commit, Close, Ping, Pong)},
+        **{(Role.EDGE, frame): State.LIVE for frame in (Propose, Close, Ping, Pong)},
+        **_BYES,
     },
     State.CLOSED: {},
 }
+"""In each state: who may say what, and the state after it."""
 
 
 class Session:

@@ -29,10 +29,7 @@ REQUEST_COUNTERS = (
     ("ahead_tokens", "Draft tokens in the trunk when a step began, summed over steps."),
 )
 """What an engine reports of one request, in this order."""
-VERIFIED, ACCEPTED = (
-    next(index for index, (name, _) in enumerate(REQUEST_COUNTERS) if name == wanted)
-    for wanted in ("verified_tokens", "accepted_tokens")
-)
+VERIFIED, ACCEPTED = map([name for name, _ in REQUEST_COUNTERS].index, ("verified_tokens", "accepted_tokens"))
 """Where these are among them."""
 
 ENGINE_COUNTERS = (
@@ -69,7 +66,6 @@ WRAP = 2**32
 
 
 def engine_values(counters: Counter[str]) -> tuple[int, ...]:
-    """An engine's counters as Stats carries them."""
     return tuple(counters[name] % WRAP for name, _ in ENGINE_COUNTERS)
 
 
@@ -99,16 +95,10 @@ class Group:
     took_s: float
     requests: int
     verified: int
-    """Draft tokens."""
     accepted: int
 
 
-GROUP_VALUES = 5
-"""Numbers of each in a Groups frame."""
-
-
 def groups_frame(groups: Sequence[Group], now_s: float) -> Groups:
-    """Steps as Groups carries them."""
     values = (
         (_whole(1e6 * (now_s - each.ended_s)), _whole(1e6 * each.took_s), each.requests, each.verified, each.accepted)
         for each in groups
@@ -118,8 +108,8 @@ def groups_frame(groups: Sequence[Group], now_s: float) -> Groups:
 
 def groups_of(frame: Groups, now_s: float) -> list[Group]:
     """The steps of a frame that has just come; what is no whole step is left out."""
-    values, each = frame.values, GROUP_VALUES
-    rows = (values[at : at + each] for at in range(0, len(values) - each + 1, each))
+    values = frame.values
+    rows = (values[at : at + 5] for at in range(0, len(values) - 4, 5))
     return [Group(now_s - ago / 1e6, took / 1e6, *counts) for ago, took, *counts in rows]
 
 

@@ -33,7 +33,7 @@ class PackedReader:
         self._fingerprint = fingerprint
         self._unzip = zlib.decompressobj(_GZIP)
         self._digest = hashlib.sha256()
-        self._num_packed_bytes = 0
+        self.packed = bytearray()
         self._num_text_bytes = 0
 
     @property
@@ -43,13 +43,13 @@ class PackedReader:
     def feed(self, piece: bytes) -> bytes:
         """The text in this piece. Raises RemoteProtocolError for what is no vocabulary, is not this one or too large;
         the reader is of no use after that."""
-        self._num_packed_bytes += len(piece)
+        self.packed += piece
         try:
             text = self._unzip.decompress(piece, MAX_TEXT_BYTES + 1 - self._num_text_bytes)
         except zlib.error as error:
             raise RemoteProtocolError(f"a vocabulary is not packed as it should be: {error!s:.100}") from None
         self._num_text_bytes += len(text)
-        if self._num_packed_bytes > MAX_PACKED_BYTES or self._num_text_bytes > MAX_TEXT_BYTES:
+        if len(self.packed) > MAX_PACKED_BYTES or self._num_text_bytes > MAX_TEXT_BYTES:
             raise RemoteProtocolError(f"a vocabulary has over {MAX_PACKED_BYTES} bytes, or {MAX_TEXT_BYTES} unpacked")
         self._digest.update(text.replace(_LF_INSIDE, b"\n"))
         if self._unzip.unused_data or (self.is_whole and self._digest.hexdigest() != self._fingerprint):

@@ -29,7 +29,6 @@ CHUNK = 256
 
 
 def _float_matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
-    """x -> x @ weight.T + bias in float32."""
     held = weight.contiguous()
     return lambda x: functional.linear(x, held, bias)
 
@@ -117,7 +116,6 @@ class FastLlama:
         return torch.cat([query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)])
 
     def open(self) -> "FastSequence":
-        """A new, empty context."""
         return FastSequence(self)
 
     def candidates(self, hidden: Tensor, width: int) -> list[list[Candidate]]:
@@ -228,20 +226,17 @@ def _causal_bias(count: int, length: int) -> Tensor | None:
     return torch.zeros(count, length).masked_fill_(~seen, float("-inf"))
 
 
-class LlamaDrafter:
+class LlamaDrafter(FastLlama):
     """A checkpoint of the Llama family on the CPU."""
 
     max_width = 8
 
     def __init__(self, directory: Path, kept: list[int] | None, fingerprint: str) -> None:
-        self._model = FastLlama(load_llama(directory), kept=None if kept is None else torch.tensor(kept))
+        super().__init__(load_llama(directory), kept=None if kept is None else torch.tensor(kept))
         self.fingerprint = fingerprint
-        self.max_context_tokens = self._model.context
-        head = f"{len(kept)} of {self._model.shape.vocab} tokens" if kept else "full vocabulary"
+        self.max_context_tokens = self.context
+        head = f"{len(kept)} of {self.shape.vocab} tokens" if kept else "full vocabulary"
         self.description = f"{model_name(directory)} on cpu, int8, {head}"
-
-    def open(self) -> FastSequence:
-        return FastSequence(self._model)
 
 
 def is_of_llama_family(directory: Path) -> bool:

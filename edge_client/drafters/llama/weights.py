@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -35,11 +35,6 @@ class Shape:
     has_qkv_bias: bool
     has_qk_norm: bool
     """Whether each head's query and key are normed before they are rotated (Qwen3)."""
-
-    @property
-    def is_plain_llama(self) -> bool:
-        """Whether the projections and norms of a Llama are all there is."""
-        return not self.has_qkv_bias and not self.has_qk_norm
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -122,12 +117,10 @@ class _Files:
         return tensor
 
     def stacked(self, names: Sequence[str]) -> Tensor:
-        """Several tensors, one below the other."""
         return torch.cat([self[name] for name in names])
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The checkpoint's config.json as it stands."""
     config: dict[str, Any] = json.loads((directory / "config.json").read_text())
     return config
 
@@ -141,13 +134,7 @@ class _Layers(Sequence[Layer]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Layer: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
-    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
-        if isinstance(index, slice):
-            return _Layers(self._files, self._shape, self._numbers[index])
+    def __getitem__(self, index: Any) -> Any:
         files, at = self._files, f"model.layers.{self._numbers[index]}."
         projections = [f"{at}self_attn.{name}_proj" for name in "qkv"]
         return Layer(
