@@ -66,8 +66,14 @@ $(TRITON)/triton/__init__.py: $(VENV)/.installed-demo
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.6.0
 	@touch $@
 
-test-vllm-v2: $(VENV)/.installed $(TRITON)/triton/__init__.py
-	PYTHONPATH=$(TRITON) VLLM_LOGGING_LEVEL=ERROR $(BIN)/pytest tests/vllm_v2 -n 2 --dist loadfile --durations=10
+VLLM_V2 := .cache/vllm-0.33
+$(VLLM_V2): $(VENV)/.installed-demo tests/vllm_v2/unpack_vllm.py
+	@echo "  vLLM 0.33, without its libraries ..."
+	@$(BIN)/python -m tests.vllm_v2.unpack_vllm $(VLLM_V2)
+	@touch $@
+
+test-vllm-v2: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
+	PYTHONPATH=$(VLLM_V2):$(TRITON) VLLM_LOGGING_LEVEL=ERROR $(BIN)/pytest tests/vllm_v2 -n 2 --dist loadfile --durations=10
 
 # docs/options.md, from the models of vllm_specedge/config.py.
 options: $(VENV)/.installed
