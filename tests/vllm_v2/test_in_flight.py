@@ -40,7 +40,7 @@ def small(model: Path) -> Iterator[Engine]:
 @every_way
 def test_preempted_requests_say_the_same(plain: Engine, small: Engine, way: str) -> None:
     prompts = [long_prompt(seed, 40) for seed in range(4)]
-    said = plain.tokens(prompts, greedy(100))
+    said = plain.tokens(prompts, greedy(60))
     small.oracle.answers = {tuple(prompt): answer for prompt, answer in zip(prompts, said, strict=True)}
     preempted: list[Any] = []
     scheduler = small.core.scheduler
@@ -51,7 +51,7 @@ def test_preempted_requests_say_the_same(plain: Engine, small: Engine, way: str)
     )
     small.step_as(way)
     try:
-        assert small.tokens(prompts, greedy(100)) == said
+        assert small.tokens(prompts, greedy(60)) == said
     finally:
         scheduler._preempt_request = preempt
     assert preempted
