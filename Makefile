@@ -1,4 +1,7 @@
 # Everything runs from .venv, which the first target that needs it makes. Needs Python 3.11 or newer and nothing else.
+# What is imported is compiled once, also where the environment says otherwise: a server takes twice as long to start
+# if each of its processes compiles vLLM anew.
+export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,9 +57,9 @@ test-fast: $(VENV)/.installed
 test-processes: $(VENV)/.installed
 	$(BIN)/pytest tests/processes tests/models -n 2 --dist loadfile --durations=15
 
-# Each in turn: the servers of these tests take both cores.
+# Two at a time, each with a core for its servers (tests/vllm/conftest.py says which run beside which).
 test-vllm: $(VENV)/.installed model
-	$(BIN)/pytest tests/vllm --durations=15
+	$(BIN)/pytest tests/vllm -n 2 --dist loadfile --durations=15
 
 # docs/options.md, from the models of vllm_specedge/config.py.
 options: $(VENV)/.installed
