@@ -1,18 +1,20 @@
 """The recipe, step by step, on a tiny target with random weights: every command runs, resumes, and fits the next."""
 
+import importlib
 import json
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from .conftest import MODEL, ROOT
 
 RECIPE = ROOT / "examples" / "distill_draft"
-STEP_LIMIT_S = 600
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # as where a command is run
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +37,21 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(*arguments: object) -> str:
-    command = [sys.executable, str(RECIPE / "distill.py"), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=STEP_LIMIT_S, check=False)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return result.stdout
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[..., str]]:
+    """Runs a command of `distill.py`, and gives what it says. All in this process, which has loaded torch already."""
+
+    def invoke(*arguments: object) -> str:
+        result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output[-2000:]
+        return result.stdout
+
+    num_threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPE)
+        app = importlib.import_module("distill").app
+        yield invoke
+    torch.set_num_threads(num_threads)
 
 
 def num_lines(directory: Path) -> int:
@@ -47,7 +59,7 @@ def num_lines(directory: Path) -> int:
 
 
 @pytest.mark.timeout(1800)
-def test_from_a_target_to_a_draft(target: Path, tmp_path: Path) -> None:
+def test_from_a_target_to_a_draft(run: Callable[..., str], target: Path, tmp_path: Path) -> None:
     work, draft, assembled = tmp_path / "work", tmp_path / "draft", tmp_path / "assembled"
     run("ask", target, work, "--count", 5, "--rows", 8)
     assert num_lines(work / "prompts") == 5
@@ -72,7 +84,7 @@ def test_from_a_target_to_a_draft(target: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["heldout", "ordinary"])
-def test_held_out_answers_are_not_taught(target: Path, tmp_path: Path, name: str) -> None:
+def test_held_out_answers_are_not_taught(run: Callable[..., str], target: Path, tmp_path: Path, name: str) -> None:
     """Their topics and kinds are recognised: nothing is left to store."""
     run("teach", target, tmp_path, RECIPE / f"{name}.jsonl")
     assert not list(tmp_path.glob("data/*"))

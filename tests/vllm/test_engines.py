@@ -39,6 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(
     model: Path, logs: Path, *arguments: str, cores: str = str(SERVER_CORE), **config: object
 ) -> Iterator[Target]:
+    """One that has been started; `wait_healthy` waits until it answers."""
     # Two engines of this model leave an edge little of two cores: long holds, or hardly a draft is in time.
     edge = {"method": "edge", "num_speculative_tokens": 4, "ngram": False, "mode": "wait", "hold_limit_ms": 2000}
     shared = ("--max-model-len", "512", "--max-num-seqs", "8", "--speculative-config", json.dumps(edge | config))
@@ -47,11 +48,15 @@ def server(
     running = start_server(model, logs / f"{port}.log", port, *shared, *arguments, gateway_port=GATEWAY_PORT, env=env)
     target = Target(running)
     try:
-        wait_for(running.process, f"{running.url}/health")
         yield target
     finally:
         target.http.close()
         running.process.stop()
+
+
+def wait_healthy(*targets: Target) -> None:
+    for target in targets:
+        wait_for(target.server.process, f"{target.server.url}/health")
 
 
 def use_drafts(target: Target, expected: list[Completion], prompts: list[str]) -> None:
@@ -81,6 +86,7 @@ def test_two_ranks_are_lossless_and_use_drafts(tiny: Path, tmp_path: Path, promp
     with server(
         tiny, tmp_path, option, "2", cores=f"{SERVER_CORE}|{EDGE_CORE}", listen=f"127.0.0.1:{GATEWAY_PORT}"
     ) as target:
+        wait_healthy(target)
         wait_for(target.server.process, f"{target.server.gateway_url}/healthz", "engines", 2 if kind == "data" else 1)
         expected = target.greedy_all(some, NUM_TOKENS)
         assert any(len(set(completion.token_ids)) > 1 for completion in expected)
@@ -108,6 +114,7 @@ def test_two_servers_share_a_gateway_and_one_is_killed_and_comes_back(
         url = f"http://127.0.0.1:{GATEWAY_PORT}/healthz"
         first = first_stack.enter_context(server(tiny, tmp_path, gateway=endpoint))
         second = stack.enter_context(server(tiny, tmp_path, gateway=endpoint))
+        wait_healthy(first, second)
         wait_for(process, url, "engines", 2)
         expected = first.greedy_all(some, NUM_TOKENS)
         stack.enter_context(running_edge(second, replay(expected)))
@@ -117,6 +124,7 @@ def test_two_servers_share_a_gateway_and_one_is_killed_and_comes_back(
         first_stack.close()
         use_drafts(second, expected, some)
         again = stack.enter_context(server(tiny, tmp_path, gateway=endpoint))
+        wait_healthy(again)
         use_drafts(again, expected, some)
         use_drafts(second, expected, some)
         assert httpx.get(url, trust_env=False).json()["edges"] == 1
