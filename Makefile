@@ -57,7 +57,7 @@ test-fast: $(VENV)/.installed
 test-processes: $(VENV)/.installed
 	$(BIN)/pytest tests/processes tests/models -n 2 --dist loadfile --durations=15
 
-# Two at a time, each with a core for its servers (tests/vllm/conftest.py says which run beside which).
+# Two at a time, each on a core (tests/vllm/conftest.py says which run beside which).
 test-vllm: $(VENV)/.installed model
 	$(BIN)/pytest tests/vllm -n 2 --dist loadfile --durations=15
 

@@ -14,8 +14,6 @@ import psutil
 BIN = Path(sys.executable).parent
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 """Those that this process may use: a container, or `taskset`, may have left it some of the machine's."""
-if "SPECEDGE_CORES" in os.environ:  # in which order: whoever runs two of these beside each other says
-    CORES = [int(core) for core in os.environ["SPECEDGE_CORES"].split(",")]
 SERVER_CORE, EDGE_CORE = CORES[0], CORES[-1]
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 20.0
@@ -144,7 +142,7 @@ def start_server(
         **(env or {}),
     }
     if "--kv-cache-memory-bytes" not in arguments:
-        env["VLLM_CPU_KVCACHE_SPACE"] = "2"
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     return Server(start(command, log, env), port, gateway_port, model.name)
 
 

@@ -1,5 +1,4 @@
-"""Tests on a real vLLM. Workers of xdist that share them have a core each for their servers, and leave
-nothing behind."""
+"""Tests on a real vLLM. Workers of xdist that share them have a core each, and leave nothing behind."""
 
 import os
 import subprocess
@@ -8,11 +7,11 @@ import sys
 from tests.ports import WORKER
 
 
-def put_servers_on_a_core() -> None:
-    """One of this worker's own, before anybody asks for it."""
+def keep_to_one_core() -> None:
+    """This process and all that it starts, before anybody asks how many cores there are: threads of several servers
+    that wait for each other on the same cores do so in loops, and take several times as long."""
     cores = sorted(os.sched_getaffinity(0))
-    first = WORKER % len(cores)
-    os.environ["SPECEDGE_CORES"] = ",".join(map(str, cores[first:] + cores[:first]))
+    os.sched_setaffinity(0, {cores[WORKER % len(cores)]})
 
 
 def end_with_what_was_started() -> "subprocess.Popen[bytes]":
@@ -24,5 +23,5 @@ def end_with_what_was_started() -> "subprocess.Popen[bytes]":
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    put_servers_on_a_core()
+    keep_to_one_core()
     _WATCHED = end_with_what_was_started()
