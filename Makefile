@@ -11,7 +11,7 @@ help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
 	@echo "make play            the demo's server and an edge that stay: a status page to look at, a chat"
-	@echo "make test            every test, on a real vLLM too (half an hour once installed)"
+	@echo "make test            every test, on a real vLLM too (twenty minutes once installed)"
 	@echo "make check test-fast format, lint, types and the tests of what decides: for every save (half a minute)"
 	@echo "make test-processes  real gateways, commands and draft models, without vLLM (three minutes)"
 	@echo "make test-faults     what can go wrong around a server under load: a table (ten minutes)"
@@ -51,7 +51,7 @@ test: test-fast test-processes test-vllm
 
 # Decisions and data structures, in this process: for every save.
 test-fast: $(VENV)/.installed
-	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/processes --ignore=tests/models -n 2 --dist loadfile --durations=15
+	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/processes --ignore=tests/models -n 2 --dist worksteal --durations=15
 
 # Real gateways, servers, commands and draft models, each a process or a file of weights; no vLLM.
 test-processes: $(VENV)/.installed
