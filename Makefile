@@ -1,4 +1,7 @@
 # Everything runs from .venv, which the first target that needs it makes. Needs Python 3.11 or newer and nothing else.
+# What is imported is compiled once, also where the environment says otherwise: a server takes twice as long to start
+# if each of its processes compiles vLLM anew.
+export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +11,7 @@ help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
 	@echo "make play            the demo's server and an edge that stay: a status page to look at, a chat"
-	@echo "make test            every test, on a real vLLM too (half an hour once installed)"
+	@echo "make test            every test, on a real vLLM too (twenty minutes once installed)"
 	@echo "make check test-fast format, lint, types and the tests of what decides: for every save (half a minute)"
 	@echo "make test-processes  real gateways, commands and draft models, without vLLM (three minutes)"
 	@echo "make test-vllm-v2    vLLM's other model runner, in Triton's interpreter (three minutes)"
@@ -49,15 +52,15 @@ test: test-fast test-processes test-vllm-v2 test-vllm
 
 # Decisions and data structures, in this process: for every save.
 test-fast: $(VENV)/.installed
-	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/vllm_v2 --ignore=tests/processes --ignore=tests/models -n 2 --dist loadfile --durations=15
+	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/vllm_v2 --ignore=tests/processes --ignore=tests/models -n 2 --dist worksteal --durations=15
 
 # Real gateways, servers, commands and draft models, each a process or a file of weights; no vLLM.
 test-processes: $(VENV)/.installed
 	$(BIN)/pytest tests/processes tests/models -n 2 --dist loadfile --durations=15
 
-# Each in turn: the servers of these tests take both cores.
+# Two at a time, each on a core (tests/vllm/conftest.py says which run beside which).
 test-vllm: $(VENV)/.installed model
-	$(BIN)/pytest tests/vllm --durations=15
+	$(BIN)/pytest tests/vllm -n 2 --dist loadfile --durations=15
 
 # vLLM's V2 model runner, in this process: its kernels in Triton's interpreter, a model of some thousand numbers.
 TRITON := .cache/triton

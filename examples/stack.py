@@ -134,7 +134,7 @@ def start_server(
         **(env or {}),
     }
     if "--kv-cache-memory-bytes" not in arguments:
-        env["VLLM_CPU_KVCACHE_SPACE"] = "2"
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     return Server(start(command, log, env), port, gateway_port, model.name)
 
 

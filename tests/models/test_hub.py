@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from edge_client.drafters.hub import is_hub_name, model_name
-from tests.processes.gateways import BIN, free_port
+from tests.ports import free_port
+from tests.processes.gateways import BIN
 
 COMMIT = "a" * 40
 FILES = {

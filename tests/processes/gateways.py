@@ -16,6 +16,7 @@ from stack import BIN, Process, start
 
 from edge_client.client import EdgeClient
 from edge_client.gateway_link import Gateway, Link, LinkError
+from tests.ports import free_port
 from vllm_specedge.engine.driver import StepDriver
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
@@ -33,11 +34,6 @@ from vllm_specedge.wire.vocabulary import pack_vocabulary
 DEADLINE_S = 20.0
 VOCAB_SIZE = 100
 FINGERPRINT = "f" * 64
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @dataclass

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from stack import Process, start
 
-from tests.processes.gateways import free_port, wait_for_port
+from tests.ports import free_port
+from tests.processes.gateways import wait_for_port
 
 needs_nginx = pytest.mark.skipif(
     shutil.which("nginx") is None, reason="needs nginx: apt-get install nginx (.ci/run does)"

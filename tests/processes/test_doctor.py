@@ -17,7 +17,8 @@ from edge_client.drafters.ngram import NgramDrafter
 from edge_client.gateway_link import Gateway
 from tests.helpers import Guess, ListSequence
 from tests.models.test_gguf_drafter import GGUF
-from tests.processes.gateways import DEADLINE_S, Engine, Running, free_port, metric, running_gateway
+from tests.ports import free_port
+from tests.processes.gateways import DEADLINE_S, Engine, Running, metric, running_gateway
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.credentials import TokenFile

@@ -19,7 +19,8 @@ from edge_client.drafters.ngram import NgramDrafter
 from edge_client.gateway_link import Gateway
 from edge_client.terminal import _announce
 from edge_client.view import status_line
-from tests.processes.gateways import free_port, running_gateway, wait_for_port
+from tests.ports import free_port
+from tests.processes.gateways import running_gateway, wait_for_port
 from tests.processes.test_serve import DEADLINE_S, Toy, ask_raw, served
 from tests.processes.test_settings import edge_client
 from vllm_specedge.errors import UserError

@@ -38,6 +38,7 @@ from edge_client.drafters.ngram import NgramDrafter, NgramSequence
 from edge_client.drafting.pacing import HTTP2_HEADER_BYTES
 from edge_client.gateway_link import Gateway, Link, LinkError
 from tests.faults.matrix import FAKETIME, Clock
+from tests.ports import free_port
 from tests.processes.gateways import (
     DEADLINE_S,
     FINGERPRINT,
@@ -46,7 +47,6 @@ from tests.processes.gateways import (
     Running,
     edge_in_thread,
     failing,
-    free_port,
     hello,
     metric,
     refused,

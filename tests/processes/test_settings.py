@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from edge_client.cli import app
 from edge_client.settings import Kind, folder, kind_of, options_of
-from tests.processes.gateways import BIN, free_port
+from tests.ports import free_port
+from tests.processes.gateways import BIN
 from vllm_specedge.errors import UserError
 
 NAMES = {"connect": {"url", "draft", "max_requests"}, "serve": {"url", "draft", "port"}}

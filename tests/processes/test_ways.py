@@ -20,7 +20,8 @@ from edge_client.gateway_link import Gateway, Link, LinkError
 from edge_client.serve import make_app, server_client
 from edge_client.ways import checked_gateway_url, checked_server_url, client_for, proxy_for
 from tests.helpers import in_thread
-from tests.processes.gateways import Engine, edge_in_thread, free_port, running_gateway
+from tests.ports import free_port
+from tests.processes.gateways import Engine, edge_in_thread, running_gateway
 from tests.processes.test_serve import Toy, ask_raw, served
 from tests.processes.test_settings import edge_client
 from vllm_specedge.errors import UserError

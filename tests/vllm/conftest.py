@@ -14,10 +14,12 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from stack import MODEL_NAME, Server, start_server, wait_for
+from xdist.scheduler import LoadScopeScheduling
 
 from benchmarks.harness.replay import Accuracy, Recording, ReplayDrafter
 from edge_client.client import EdgeClient
 from edge_client.gateway_link import Gateway
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
@@ -27,7 +29,6 @@ VOCAB_SIZE = 49152
 NEAR_TIE = 1e-3
 """Two of the target's best logits closer than this may come out in either order (docs/design.md, Numerics)."""
 CONCURRENCY = 16
-GATEWAY_PORT = 8110
 IMPATIENT = -7
 """The priority of requests that no server could please: the others are not to notice that there is such a class."""
 MIDDLEWARES = (
@@ -43,6 +44,41 @@ DEADLINE_S = 120.0
 """So long is waited for what has to come: a bound for what is broken, not for what is slow."""
 KV_BYTES = 200 * 2**20
 """Room for 34 blocks of 128 tokens: one context of 2,048 tokens fits, eight of 650 do not."""
+
+
+APART = (
+    "test_engines.py",
+    "test_compose.py",
+    "test_distill.py",
+    "test_faults.py",
+    "test_start.py",
+    "test_play.py",
+    "test_otlp.py",
+    "test_documents.py::test_a_command_that_asks_no_server",
+    "test_documents.py::test_a_server_s_command",
+    "test_draft.py::test_it_agrees",
+    "test_kernel.py",
+    "test_llama_drafter.py",
+    "test_look.py",
+    "test_threads.py",
+    "test_request_log.py",
+)
+"""Tests that do without the two servers, or start their own."""
+
+
+class SharedServers(LoadScopeScheduling):
+    """One worker has the two servers, and all tests that share them; the others have what does without.
+
+    Twice the servers would take twice the memory, and as long to start.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((name for name in APART if f"/{name}" in nodeid), "servers")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedServers | None:
+    # A module's tests share what it makes, so --dist=loadfile says what is meant; this only adds to it.
+    return SharedServers(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -108,8 +144,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
     logs = tmp_path_factory.mktemp("servers")
     shared = ("--max-model-len", "2048", "--max-num-seqs", "16", *STRUCTURED, *THINKING)
     development = {"VLLM_SERVER_DEV_MODE": "1"}  # for what is said to a server between requests
-    # Not the default port: other tests look at what happens with it.
-    config: dict[str, Any] = {"method": "edge", "num_speculative_tokens": 5, "listen": f"127.0.0.1:{GATEWAY_PORT}"}
+    gateway_port = free_port()
+    config: dict[str, Any] = {"method": "edge", "num_speculative_tokens": 5, "listen": f"127.0.0.1:{gateway_port}"}
     # Everybody is held and all is verified: the default leaves out most of both on a busy CPU. And for as long as it
     # takes: an edge that has nothing to say says so, and one that dies is not waited for.
     config |= {"mode": "wait", "hold_limit_ms": 5000}
@@ -118,9 +154,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
     kv = ("--kv-cache-memory-bytes", str(KV_BYTES))
     with ExitStack() as stack:
         both = []
-        for port, arguments in ((8010, ()), (8011, (*edge, *kv))):
-            log, options = logs / f"{port}.log", (*shared, *arguments)
-            server = start_server(MODEL, log, port, *options, gateway_port=GATEWAY_PORT, env=development)
+        for name, arguments in (("plain", ()), ("edge", (*edge, *kv))):
+            log, options = logs / f"{name}.log", (*shared, *arguments)
+            server = start_server(MODEL, log, free_port(), *options, gateway_port=gateway_port, env=development)
             stack.callback(server.process.stop)
             both.append(Target(server))
             stack.callback(both[-1].http.close)

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -24,8 +23,9 @@ import httpx2 as httpx
 import pytest
 import yaml
 from openai import OpenAI
-from stack import BIN, START_LIMIT_S, Process, start
+from stack import BIN, SERVER_CORE, START_LIMIT_S, Process, start
 
+from tests.ports import free_port
 from tests.processes.composefile import Service, services
 
 from .conftest import CACHE, ROOT
@@ -41,12 +41,6 @@ QUESTION = "Repeat this list three times: red, green, blue, yellow, black, white
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="needs Prometheus: apt-get install prometheus (.ci/run does)"
 )
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -99,15 +93,15 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     directory = tmp_path_factory.mktemp("compose")
     variables = {
         "SERVER_HOST": "127.0.0.1",
-        "SERVER_PORT": free_port(),
-        "GATEWAY_PORT": free_port(),
-        "PROMETHEUS_PORT": free_port(),
+        "SERVER_PORT": str(free_port()),
+        "GATEWAY_PORT": str(free_port()),
+        "PROMETHEUS_PORT": str(free_port()),
         "SECRETS_DIR": str(directory / "specedge"),
         "MODELS_DIR": str(CACHE),
         "PROMETHEUS_CONFIG_DIR": str(directory / "prometheus"),
         "PROMETHEUS_DATA_DIR": str(directory / "data"),
         "KV_CACHE_GIB": "1",
-        "SERVER_CORES": "0",
+        "SERVER_CORES": str(SERVER_CORE),
     }
     shutil.copytree(DEPLOY / "prometheus", directory / "prometheus")
     config = directory / "prometheus" / "prometheus.yml"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from .conftest import MODEL, ROOT
 
 RECIPE = ROOT / "examples" / "distill_draft"
-STEP_LIMIT_S = 600
+STEPS_LIMIT_S = 1500
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +36,31 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(*arguments: object) -> str:
-    command = [sys.executable, str(RECIPE / "distill.py"), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=STEP_LIMIT_S, check=False)
+STEPS = """
+import json, sys
+from typer.testing import CliRunner
+import distill
+for arguments in json.load(sys.stdin):
+    result = CliRunner().invoke(distill.app, arguments, catch_exceptions=False)
+    print(json.dumps(result.stdout))
+    if result.exit_code:
+        sys.exit(result.output)
+"""
+
+
+def run(*steps: Sequence[object]) -> list[str]:
+    """What each step says: commands of `distill.py`, one after the other in a process that loads torch once."""
+    result = subprocess.run(
+        [sys.executable, "-c", STEPS],
+        cwd=RECIPE,
+        input=json.dumps([list(map(str, step)) for step in steps]),
+        capture_output=True,
+        text=True,
+        timeout=STEPS_LIMIT_S,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return result.stdout
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def num_lines(directory: Path) -> int:
@@ -49,24 +70,28 @@ def num_lines(directory: Path) -> int:
 @pytest.mark.timeout(1800)
 def test_from_a_target_to_a_draft(target: Path, tmp_path: Path) -> None:
     work, draft, assembled = tmp_path / "work", tmp_path / "draft", tmp_path / "assembled"
-    run("ask", target, work, "--count", 5, "--rows", 8)
+    train = ("train", target, work, "--layers", "0,3", "--head-rows", 512)
+    *_, trained, _, evaluated, again, _ = run(
+        ("ask", target, work, "--count", 5, "--rows", 8),
+        ("answer", target, work, "--rows", 8, "--tokens", 1500),
+        ("teach", target, work),
+        ("hold", target, work, "--count", 2),
+        (*train, "--batch", 4, "--tokens", 1500),
+        (*train, "--batch", 4, "--tokens", 2500),
+        ("export", target, work, draft),
+        ("evaluate", target, draft, work / "ordinary.jsonl", "--record"),
+        (*train, "--name", "again", "--start", draft, "--tokens", 1),
+        ("assemble", target, draft, assembled),
+    )
     assert num_lines(work / "prompts") == 5
-    run("answer", target, work, "--rows", 8, "--tokens", 1500)
     assert num_lines(work / "answers") > 0
-    run("teach", target, work)
-    run("hold", target, work, "--count", 2)
-    train = ("train", target, work, "--layers", "0,3", "--head-rows", 512, "--batch", 4)
-    run(*train, "--tokens", 1500)
-    assert "agreement ordinary" in run(*train, "--tokens", 2500)
-    run("export", target, work, draft)
-    assert "agreement" in run("evaluate", target, draft, work / "ordinary.jsonl", "--record")
+    assert "agreement ordinary" in trained
+    assert "agreement" in evaluated
+    assert "agreement ordinary" in again
     metrics = json.loads((draft / "metrics.json").read_text())
     assert metrics["tokens_trained"] >= 2500
     assert metrics["ordinary_int8"]["prompts"] == 2
     assert len(json.loads((draft / "draft_vocab.json").read_text())) == 512
-    again = ("train", target, work, "--layers", "0,3", "--head-rows", 512, "--name", "again", "--start", draft)
-    assert "agreement ordinary" in run(*again, "--tokens", 1)
-    run("assemble", target, draft, assembled)
     model = AutoModelForCausalLM.from_pretrained(assembled, dtype=torch.float32)
     assert model.config.num_hidden_layers == 2
 
@@ -74,5 +99,5 @@ def test_from_a_target_to_a_draft(target: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["heldout", "ordinary"])
 def test_held_out_answers_are_not_taught(target: Path, tmp_path: Path, name: str) -> None:
     """Their topics and kinds are recognised: nothing is left to store."""
-    run("teach", target, tmp_path, RECIPE / f"{name}.jsonl")
+    run(("teach", target, tmp_path, RECIPE / f"{name}.jsonl"))
     assert not list(tmp_path.glob("data/*"))

@@ -1,19 +1,26 @@
 """Every command of ours in the documents is run as it stands there, against a real server; only names are put in."""
 
-import json
-import os
 import signal
 import subprocess
 import threading
 from collections.abc import Sequence
+from itertools import filterfalse
 from pathlib import Path
 
 import pytest
 from stack import BIN
+from vllm.plugins import load_general_plugins
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from tests.ports import free_port
 from tests.test_documents import Command, of
 
 from .conftest import MODEL, Target
+
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+except ModuleNotFoundError:  # where it was before
+    from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
 
 DRAFT = MODEL.parent / "smollm2-draft"
 LIMIT_S = 120
@@ -24,30 +31,45 @@ ENDLESS = {
 }
 """What says that it is at work; then it is told to end."""
 WHOLE = [command for command in of("edge-client", "vllm-specedge") if command.is_whole]
-PORTS = iter(range(8280, 8400))
 
 
-def filled(command: Command, target: Target, directory: Path) -> list[str]:
+def asks_a_server(command: Command) -> bool:
+    return any(word.startswith(("http://", "https://")) for word in command.words)
+
+
+def filled(command: Command, of_server: dict[str, str], directory: Path) -> list[str]:
     """Its words, with this machine's names in the place of the document's."""
-    server = target.server
     names = {
-        "https://gpu.example.org:8100": server.gateway_url,
-        "http://127.0.0.1:8100": server.gateway_url,
-        "https://gpu.example.org/v1": f"{server.url}/v1",
+        **of_server,
         "DRAFT_MODEL": str(DRAFT),
         "MODEL": str(DRAFT),
         "ipc:///run/specedge/engines": f"ipc://{directory}/engines",
-        "tcp://192.0.2.7:8101": f"tcp://127.0.0.1:{next(PORTS)}",
-        "127.0.0.1:8100": f"127.0.0.1:{next(PORTS)}",
+        "tcp://192.0.2.7:8101": f"tcp://127.0.0.1:{free_port()}",
+        "127.0.0.1:8100": f"127.0.0.1:{free_port()}",
         "results.json": str(Path(__file__).parents[2] / "benchmarks" / "results" / "never-slower.json"),
     }
     program, *words = [names.get(word, word) for word in command.words]
     return [str(BIN / program), *words]
 
 
-@pytest.mark.parametrize("command", WHOLE, ids=str)
+@pytest.mark.parametrize("command", filter(asks_a_server, WHOLE), ids=str)
 def test_a_command_of_ours_does_what_it_says(command: Command, edge_target: Target, tmp_path: Path) -> None:
-    words = filled(command, edge_target, tmp_path)
+    server = edge_target.server
+    of_server = {
+        "https://gpu.example.org:8100": server.gateway_url,
+        "http://127.0.0.1:8100": server.gateway_url,
+        "https://gpu.example.org/v1": f"{server.url}/v1",
+    }
+    run(command, filled(command, of_server, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("command", filterfalse(asks_a_server, WHOLE), ids=str)
+def test_a_command_that_asks_no_server_does_what_it_says(command: Command, tmp_path: Path) -> None:
+    run(command, filled(command, {}, tmp_path), tmp_path)
+
+
+def run(command: Command, words: Sequence[str], tmp_path: Path) -> None:
+    """The command, with these words; it ends well."""
     sign = ENDLESS.get((command.words[0], command.words[1]))
     if command.words[1:3] in (["token", "list"], ["token", "revoke"]):
         issue = [words[0], "token", "issue", "anna", "--tokens-file", "tokens.json"]
@@ -84,36 +106,18 @@ def run_until(words: Sequence[str], sign: str, directory: Path) -> None:
     assert process.returncode == 0
 
 
-PARSE = """
-import json, sys
-import vllm.engine.arg_utils
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-try:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-except ModuleNotFoundError:  # where it was before
-    from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-args = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
-validate_parsed_serve_args(args)
-print(json.dumps(args.speculative_config))
-"""
-
-
 @pytest.mark.parametrize("command", of("vllm"), ids=str)
-def test_a_server_s_command_is_one_that_vllm_takes(command: Command) -> None:
+def test_a_server_s_command_is_one_that_vllm_takes(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     """By vLLM's own parser; other tests run servers with such options."""
     program, what, *words = command.words
     assert (program, what) == ("vllm", "serve")
-    words = [str(MODEL) if word == "MODEL" else word for word in words]
-    parsed = subprocess.run(
-        [str(BIN / "python"), "-c", PARSE, *words],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert parsed.returncode == 0, parsed.stderr
-    config = json.loads(parsed.stdout.strip().splitlines()[-1])
+    load_general_plugins()
+    try:
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args(
+            [str(MODEL) if word == "MODEL" else word for word in words]
+        )
+    except SystemExit:
+        raise AssertionError(capsys.readouterr().err) from None
+    validate_parsed_serve_args(args)
+    config = args.speculative_config
     assert config.get("method") == "edge" or config["model"].endswith("EdgeProposer")

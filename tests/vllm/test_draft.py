@@ -9,6 +9,7 @@ from stack import answering, start_server
 from edge_client.drafters import DrafterOptions
 from edge_client.drafters.choose import load_drafter
 from edge_client.drafters.llama.drafter import LlamaDrafter
+from tests.ports import free_port
 
 from .conftest import CACHE, MODEL, ROOT, Completion, Target, assert_same, counting, running_edge
 
@@ -17,7 +18,6 @@ SHIPPED = ROOT / "examples" / "distill_draft" / "smollm2"
 HELD_OUT = ROOT / "examples" / "distill_draft"
 TOLERANCE = 0.05
 """Of the agreement on a part of the held-out answers; the stated figure is for all of them."""
-PORT = 8012
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_vllm_s_own_draft_model_method_takes_it(plain: Target, tmp_path: Path) -
     expected = questions(plain)
     config = json.dumps({"method": "draft_model", "model": str(DRAFT), "num_speculative_tokens": 3})
     arguments = ("--max-model-len", "2048", "--speculative-config", config)
-    with answering(start_server(MODEL, tmp_path / "server.log", PORT, *arguments)) as server:
+    with answering(start_server(MODEL, tmp_path / "server.log", free_port(), *arguments)) as server:
         target = Target(server)
         try:
             assert_same(expected, target.greedy_all([list(answer.prompt_ids) for answer in expected]))

@@ -12,9 +12,11 @@ import torch
 from stack import BIN, EDGE_CORE, SERVER_CORE, Process, start, start_server, wait_for
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.ports import free_port
+
 from .conftest import MODEL, VOCAB_SIZE, Completion, Target, assert_same, counting, replay, running_edge, until
 
-GATEWAY_PORT = 8250
+GATEWAY_PORT = free_port()
 NUM_TOKENS = 48
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
@@ -35,21 +37,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def server(
-    model: Path, logs: Path, port: int, *arguments: str, cores: str = str(SERVER_CORE), **config: object
+    model: Path, logs: Path, *arguments: str, cores: str = str(SERVER_CORE), **config: object
 ) -> Iterator[Target]:
+    """One that has been started; `wait_healthy` waits until it answers."""
     # Two engines of this model leave an edge little of two cores: long holds, or hardly a draft is in time.
     edge = {"method": "edge", "num_speculative_tokens": 4, "ngram": False, "mode": "wait", "hold_limit_ms": 2000}
     shared = ("--max-model-len", "512", "--max-num-seqs", "8", "--speculative-config", json.dumps(edge | config))
     env = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    log = logs / f"{port}.log"
-    running = start_server(model, log, port, *shared, *arguments, gateway_port=GATEWAY_PORT, env=env)
+    port = free_port()
+    running = start_server(model, logs / f"{port}.log", port, *shared, *arguments, gateway_port=GATEWAY_PORT, env=env)
     target = Target(running)
     try:
-        wait_for(running.process, f"{running.url}/health")
         yield target
     finally:
         target.http.close()
         running.process.stop()
+
+
+def wait_healthy(*targets: Target) -> None:
+    for target in targets:
+        wait_for(target.server.process, f"{target.server.url}/health")
 
 
 def use_drafts(target: Target, expected: list[Completion], prompts: list[str]) -> None:
@@ -77,8 +84,9 @@ def test_two_ranks_are_lossless_and_use_drafts(tiny: Path, tmp_path: Path, promp
     some = prompts[:8]
     option = f"--{kind}-parallel-size"
     with server(
-        tiny, tmp_path, 8251, option, "2", cores=f"{SERVER_CORE}|{EDGE_CORE}", listen=f"127.0.0.1:{GATEWAY_PORT}"
+        tiny, tmp_path, option, "2", cores=f"{SERVER_CORE}|{EDGE_CORE}", listen=f"127.0.0.1:{GATEWAY_PORT}"
     ) as target:
+        wait_healthy(target)
         wait_for(target.server.process, f"{target.server.gateway_url}/healthz", "engines", 2 if kind == "data" else 1)
         expected = target.greedy_all(some, NUM_TOKENS)
         assert any(len(set(completion.token_ids)) > 1 for completion in expected)
@@ -104,8 +112,9 @@ def test_two_servers_share_a_gateway_and_one_is_killed_and_comes_back(
     some = prompts[:4]
     with gateway(tmp_path) as (process, endpoint), ExitStack() as first_stack, ExitStack() as stack:
         url = f"http://127.0.0.1:{GATEWAY_PORT}/healthz"
-        first = first_stack.enter_context(server(tiny, tmp_path, 8252, gateway=endpoint))
-        second = stack.enter_context(server(tiny, tmp_path, 8253, gateway=endpoint))
+        first = first_stack.enter_context(server(tiny, tmp_path, gateway=endpoint))
+        second = stack.enter_context(server(tiny, tmp_path, gateway=endpoint))
+        wait_healthy(first, second)
         wait_for(process, url, "engines", 2)
         expected = first.greedy_all(some, NUM_TOKENS)
         stack.enter_context(running_edge(second, replay(expected)))
@@ -114,7 +123,8 @@ def test_two_servers_share_a_gateway_and_one_is_killed_and_comes_back(
         first.server.process.popen.kill()
         first_stack.close()
         use_drafts(second, expected, some)
-        again = stack.enter_context(server(tiny, tmp_path, 8252, gateway=endpoint))
+        again = stack.enter_context(server(tiny, tmp_path, gateway=endpoint))
+        wait_healthy(again)
         use_drafts(again, expected, some)
         use_drafts(second, expected, some)
         assert httpx.get(url, trust_env=False).json()["edges"] == 1

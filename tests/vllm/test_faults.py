@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from tests.faults.matrix import SHORT
+from tests.ports import free_port
 
 from .conftest import ROOT
 
@@ -12,7 +13,8 @@ LIMIT_S = 420
 
 
 def test_the_fault_matrix_in_short() -> None:
-    command = [sys.executable, "-m", "tests.faults.matrix", "--short", "--port", "8240"]
+    port, _ = free_port(), free_port()  # its gateway has the next
+    command = [sys.executable, "-m", "tests.faults.matrix", "--short", "--port", str(port)]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "examples"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -12,13 +12,14 @@ import httpx2 as httpx
 import pytest
 from stack import Server, start_server, wait_for
 
+from tests.ports import free_port
 from vllm_specedge.adapter import hooks
 
 from .conftest import DEADLINE_S, MODEL, MODEL_NAME, until
 from .test_ngram_rung import repetitive
 
 collector = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
-PORT, GATEWAY_PORT = 8260, 8261
+GATEWAY_PORT = free_port()
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 NUM_TOKENS = 40
 
@@ -97,7 +98,7 @@ def test_a_request_s_span_has_its_groups(tmp_path: Path) -> None:
         arguments = ("--max-model-len", "1024", "--max-num-seqs", "4", "--otlp-traces-endpoint", endpoint)
         arguments += ("--speculative-config", json.dumps(config))
         env = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
-        server = start_server(MODEL, tmp_path / "server.log", PORT, *arguments, env=env)
+        server = start_server(MODEL, tmp_path / "server.log", free_port(), *arguments, env=env)
         asked: list[tuple[str, dict[str, Any]]] = []
 
         def is_drafted() -> bool:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import httpx2 as httpx
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 480
 DRAFTED = "\x1b[32m"
@@ -18,7 +20,7 @@ DRAFTED = "\x1b[32m"
 
 def test_a_server_to_look_at_and_to_chat_with() -> None:
     command = [sys.executable, str(ROOT / "examples" / "play.py"), "--pair", "smollm2"]
-    command += ["--port", "8290", "--gateway-port", "8291"]
+    command += ["--port", str(free_port()), "--gateway-port", str(free_port())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         deadline = threading.Timer(LIMIT_S, process.kill)

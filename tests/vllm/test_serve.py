@@ -14,9 +14,11 @@ import openai
 import pytest
 from stack import BIN, EDGE_CORE, MODEL_NAME, Process, Server, start, wait_for
 
+from tests.ports import free_port
+
 from .conftest import DEADLINE_S, Target, counting, until
 
-PORT = 8270
+PORT, ANOTHER_PORT = free_port(), free_port()
 REPEATING = "Repeat this line: I like rivers. I like rivers. I like rivers. I like"
 QUESTION = [{"role": "user", "content": "Name three colours."}]
 
@@ -217,10 +219,10 @@ def test_a_server_that_is_away_is_said_as_openai_says_errors(
     endpoint: Endpoint, edge_target: Target, tmp_path: Path
 ) -> None:
     command = [str(BIN / "edge-client"), "serve", edge_target.server.gateway_url, "--server", "http://127.0.0.1:9/v1"]
-    process = start([*command, "--port", str(PORT + 1)], tmp_path / "edge.log")
+    process = start([*command, "--port", str(ANOTHER_PORT)], tmp_path / "edge.log")
     try:
         wait_for(process, f"{edge_target.server.gateway_url}/healthz", "edges", 2)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT + 1}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{ANOTHER_PORT}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.InternalServerError, match="cannot be reached") as raised, client:
             client.models.list()
         assert raised.value.status_code == 502

@@ -13,13 +13,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from tests.ports import free_port
 from vllm_specedge.adapter import hooks
 from vllm_specedge.adapter.config_rewrite import PROPOSER, SCHEDULER, rewrite
 from vllm_specedge.errors import UserError
 
 from .conftest import MODEL
 
-LISTEN = "127.0.0.1:8190"
+LISTEN = f"127.0.0.1:{free_port()}"
 
 
 def parsed(*arguments: str) -> AsyncEngineArgs:
