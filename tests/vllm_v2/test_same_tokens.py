@@ -31,13 +31,17 @@ def long_prompt(seed: int, length: int) -> list[int]:
 @every_way
 def test_greedy_answers(alike: Alike, edge: Engine, way: str) -> None:
     before, accepted = edge.counters["verified_tokens"], edge.counters["accepted_tokens"]
+    steps, waited = edge.counters["engine_steps"], edge.counters["waited_steps"]
     alike(way, PROMPTS, greedy())
-    verified = edge.counters["verified_tokens"] - before
+    verified, waited = edge.counters["verified_tokens"] - before, edge.counters["waited_steps"] - waited
     if way == "asynchronous":
         assert not verified
+        assert not waited
     elif way != "as the policy says":
         assert verified > 10
         assert edge.counters["accepted_tokens"] - accepted > 8
+        steps = edge.counters["engine_steps"] - steps
+        assert waited < steps if way == "switching" else steps - waited <= 1, "the first one is not planned yet"
 
 
 def test_the_policy_verifies_where_drafts_are_right(alike: Alike, edge: Engine) -> None:

@@ -221,6 +221,7 @@ class StepDriver:
         """What the step took, whatever it decided."""
         took_s = step.ended_s - step.started_s
         self.counters["engine_steps"] += 1
+        self.counters["waited_steps"] += plan.has_gap
         self.counters["engine_step_us"] += int(took_s * 1e6)
         num_tokens = sum(outcome.num_tokens for outcome in outcomes)
         num_requests = sum(outcome.num_tokens > 0 for outcome in outcomes)

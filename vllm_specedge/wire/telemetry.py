@@ -57,6 +57,7 @@ ENGINE_COUNTERS = (
     ("closed_requests", "Requests whose proposal tree was given up: as many, once all are over."),
     ("refused_predictions", "Predicted outputs that were left out: no text, no token ids, or too many at a time."),
     ("collected_commits", "Commits that edges heard of with later ones, since their drafts were not verified."),
+    ("waited_steps", "Steps whose outcome an engine waited for that schedules asynchronously otherwise."),
 )
 """What an engine reports in Stats, in this order: the same over all requests, and what is counted only in total."""
 
