@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import vllm
+from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.usage.usage_lib import UsageContext
 
@@ -21,6 +22,7 @@ LISTEN = "127.0.0.1:0"
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_specedge.adapter.config_rewrite.check_start", lambda options: None)
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    envs.disable_envs_cache()  # an engine of this process has read the environment for good
     plugin.register()
 
 
