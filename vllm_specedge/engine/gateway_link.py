@@ -25,7 +25,8 @@ from vllm_specedge.wire.frames import MAX_DATA_BYTES, Bye, Ping, Pong
 logger = logging.getLogger("vllm_specedge.engine.gateway_link")
 
 _BEAT_S = 1.0
-_LOST_S = 5.0
+_LOST_S = 15.0
+"""A gateway that is gone is noticed at once, by its socket; this is for one that hangs, or gets no time to run."""
 _UNANSWERED_S = 60.0
 _MAX_RECEIVED = 256
 _MAX_INBOX = 65_536

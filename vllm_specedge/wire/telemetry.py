@@ -71,20 +71,22 @@ def engine_values(counters: Counter[str]) -> tuple[int, ...]:
 
 
 class CountedSince:
-    """What a gateway is told of an engine's counters: what was counted since it welcomed the engine.
+    """What a gateway is told of an engine's counters: what no report said before it welcomed the engine.
 
-    So a gateway adds what it hears to its sums, whoever comes back to whom. The first is told everything, since an
-    engine may serve before it finds a gateway.
+    So a gateway adds what it hears to its sums, whoever comes back to whom, and nothing is lost when an engine joins
+    the same one anew. The first is told everything, since an engine may serve before it finds a gateway.
     """
 
     def __init__(self) -> None:
         self._before: Counter[str] = Counter()
+        self._reported: Counter[str] = Counter()
         self._num_welcomes = 1
 
     def values(self, counters: Counter[str], num_welcomes: int) -> tuple[int, ...]:
         """As Stats carries them. `num_welcomes`: so many times the engine was welcomed by now, by whichever gateway."""
         if num_welcomes > self._num_welcomes:
-            self._before, self._num_welcomes = Counter(counters), num_welcomes
+            self._before, self._num_welcomes = self._reported, num_welcomes
+        self._reported = Counter(counters)
         return engine_values(Counter({name: counters[name] - self._before[name] for name, _ in ENGINE_COUNTERS}))
 
 
