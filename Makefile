@@ -11,7 +11,7 @@ help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
 	@echo "make play            the demo's server and an edge that stay: a status page to look at, a chat"
-	@echo "make test            every test, on a real vLLM too (twenty minutes once installed)"
+	@echo "make test            every test, on a real vLLM too (half an hour once installed)"
 	@echo "make check test-fast format, lint, types and the tests of what decides: for every save (half a minute)"
 	@echo "make test-processes  real gateways, commands and draft models, without vLLM (three minutes)"
 	@echo "make test-vllm-v2    vLLM's other model runner, in Triton's interpreter (three minutes)"
@@ -58,9 +58,10 @@ test-fast: $(VENV)/.installed
 test-processes: $(VENV)/.installed
 	$(BIN)/pytest tests/processes tests/models -n 2 --dist loadfile --durations=15
 
-# Two at a time, each on a core (tests/vllm/conftest.py says which run beside which).
+# Each in turn: the servers of these tests take both cores. With -n 2 --dist loadfile two run at a time, a core each
+# (tests/vllm/conftest.py); gateways then get so little time that some tests fail.
 test-vllm: $(VENV)/.installed model
-	$(BIN)/pytest tests/vllm -n 2 --dist loadfile --durations=15
+	$(BIN)/pytest tests/vllm --durations=15
 
 # vLLM's V2 model runner, in this process: its kernels in Triton's interpreter, a model of some thousand numbers.
 TRITON := .cache/triton
