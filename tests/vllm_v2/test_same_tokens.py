@@ -9,6 +9,9 @@ import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from vllm_specedge.adapter import hooks
+from vllm_specedge.adapter.worker import verification
+
 from .engines import WAYS, Engine
 from .tiny_model import VOCAB_SIZE
 
@@ -20,7 +23,7 @@ Alike = Callable[..., list[list[int]]]
 
 
 def greedy(num_tokens: int = 32, **options: Any) -> SamplingParams:
-    return SamplingParams(max_tokens=num_tokens, **GREEDY, **options)
+    return SamplingParams(max_tokens=num_tokens, **{**GREEDY, **options})
 
 
 def long_prompt(seed: int, length: int) -> list[int]:
@@ -78,6 +81,19 @@ def test_bad_words_bias_and_min_tokens(alike: Alike, plain: Engine, way: str) ->
     whole = plain.tokens(PROMPTS[:1], greedy())[0]
     params = SamplingParams(temperature=0.0, max_tokens=24, min_tokens=20, stop_token_ids=whole[3:5])
     alike(way, PROMPTS[:1], params)
+
+
+@every_way
+@pytest.mark.parametrize(
+    "options",
+    [{"min_p": 1.0, "temperature": 1.5}, {"logit_bias": {7: 20.0, 9: -30.0}}],
+    ids=["min_p leaves only the best", "logit_bias"],
+)
+def test_parameters_that_vllm_refuses_beside_its_own_methods(
+    alike: Alike, edge: Engine, way: str, options: dict[str, Any]
+) -> None:
+    verification.admit(edge.core.vllm_config.speculative_config, hooks.V2)
+    alike(way, PROMPTS, greedy(24, **options))
 
 
 @every_way

@@ -33,7 +33,14 @@ _REJECTION = "vllm.v1.sample.rejection_sampler"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 DRAFTING, V1, V2, EXTENSION = "drafting", "V1 runner", "V2 runner", "worker extension"
-NGRAMS, TRACING, SAMPLING, VERIFICATION, DISCARDS = "n-grams", "tracing", "sampling", "verification", "discards"
+NGRAMS, TRACING, SAMPLING, VERIFICATION, VERIFICATION_V2, DISCARDS = (
+    "n-grams",
+    "tracing",
+    "sampling",
+    "verification",
+    "V2 verification",
+    "discards",
+)
 PARTS = {
     DRAFTING: Part(
         "Edges cannot be used",
@@ -159,6 +166,21 @@ PARTS = {
             ("vllm.v1.sample.logits_processor:LogitBiasLogitsProcessor.apply", "self.biases"),
             ("vllm.v1.sample.logits_processor:MinPLogitsProcessor.apply", "self.min_p_count"),
             ("vllm.v1.sample.logits_processor:MinPLogitsProcessor.update_state", "self.min_p.unsqueeze_(1)"),
+        ),
+    ),
+    VERIFICATION_V2: Part(
+        "Requests with min_p or logit_bias are refused on the V2 model runner",
+        (Hook("vllm:SamplingParams._validate_spec_decode", ("speculative_config",)),),
+        (
+            (
+                "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler",
+                "self.sampler.apply_sampling_params(",
+            ),
+            (
+                "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_sampling_params",
+                "apply_min_p(logits, expanded_idx_mapping",
+            ),
+            ("vllm.v1.worker.gpu.sample.sampler:Sampler.__init__", "LogitBiasState"),
         ),
     ),
     DISCARDS: Part(

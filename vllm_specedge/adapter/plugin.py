@@ -25,6 +25,7 @@ from vllm_specedge.adapter.config_rewrite import (
     unreached,
     use_v1,
 )
+from vllm_specedge.adapter.hooks import V1, V2
 from vllm_specedge.adapter.request_log import hide_ours
 from vllm_specedge.errors import UserError
 
@@ -102,11 +103,10 @@ def _warn_if_unreached(config: Any) -> None:
 
 def _finish(config: Any) -> None:
     """What follows from the runner and the scheduling that vLLM has chosen."""
-    if not config.use_v2_model_runner:
-        from vllm_specedge.adapter.worker import verification
+    from vllm_specedge.adapter.worker import verification
 
-        verification.admit()
-    elif not config.scheduler_config.async_scheduling:
+    verification.admit(config.speculative_config, V2 if config.use_v2_model_runner else V1)
+    if not config.scheduler_config.async_scheduling:
         config.scheduler_config.scheduler_cls = SCHEDULER
 
 

@@ -18,6 +18,8 @@ from vllm_specedge.adapter.wrapping import wrap
 
 logger = logging.getLogger("vllm.specedge.verification")
 
+_MARK = "_specedge_verifies_all"
+
 
 def mend() -> None:
     """Wrap vLLM's functions in this process; again is harmless. Where they are not as expected nothing is done, and
@@ -32,22 +34,24 @@ def mend() -> None:
     wrap(rejection_sampler, "apply_sampling_constraints", _without_improbable)
 
 
-def admit() -> None:
-    """Let the front end take such requests where edges draft, in this process; again is harmless."""
-    problems = hooks.problems(hooks.VERIFICATION)
+def admit(speculative_config: Any, runner: str) -> None:
+    """Let the front end take such requests where edges draft, in this process; again is harmless.
+
+    vLLM's V2 runner applies both to draft tokens by itself.
+    """
+    problems = hooks.problems(hooks.VERIFICATION if runner == hooks.V1 else hooks.VERIFICATION_V2)
     if problems:
         logger.warning("Requests with min_p or logit_bias are refused: %s", "; ".join(problems))
         return
     from vllm import SamplingParams
 
+    object.__setattr__(speculative_config, _MARK, True)
     wrap(SamplingParams, "_validate_spec_decode", _unless_ours)
 
 
 def _unless_ours(validate: Any) -> Any:
-    from vllm_specedge.adapter.config_rewrite import PROPOSER
-
     def validated(self: Any, speculative_config: Any) -> None:
-        if getattr(speculative_config, "model", None) != PROPOSER:
+        if not getattr(speculative_config, _MARK, False):
             validate(self, speculative_config)
 
     return validated
