@@ -58,8 +58,7 @@ test-fast: $(VENV)/.installed
 test-processes: $(VENV)/.installed
 	$(BIN)/pytest tests/processes tests/models -n 2 --dist loadfile --durations=15
 
-# Each in turn: the servers of these tests take both cores. With -n 2 --dist loadfile two run at a time, a core each
-# (tests/vllm/conftest.py); gateways then get so little time that some tests fail.
+# Each in turn: the servers of these tests take both cores. Two at a time starve their gateways (benchmarks/LOG.md).
 test-vllm: $(VENV)/.installed model
 	$(BIN)/pytest tests/vllm --durations=15
 

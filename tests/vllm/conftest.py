@@ -14,7 +14,6 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from stack import MODEL_NAME, Server, start_server, wait_for
-from xdist.scheduler import LoadScopeScheduling
 
 from benchmarks.harness.replay import Accuracy, Recording, ReplayDrafter
 from edge_client.client import EdgeClient
@@ -44,41 +43,6 @@ DEADLINE_S = 120.0
 """So long is waited for what has to come: a bound for what is broken, not for what is slow."""
 KV_BYTES = 200 * 2**20
 """Room for 34 blocks of 128 tokens: one context of 2,048 tokens fits, eight of 650 do not."""
-
-
-APART = (
-    "test_engines.py",
-    "test_compose.py",
-    "test_distill.py",
-    "test_faults.py",
-    "test_start.py",
-    "test_play.py",
-    "test_otlp.py",
-    "test_documents.py::test_a_command_that_asks_no_server",
-    "test_documents.py::test_a_server_s_command",
-    "test_draft.py::test_it_agrees",
-    "test_kernel.py",
-    "test_llama_drafter.py",
-    "test_look.py",
-    "test_threads.py",
-    "test_request_log.py",
-)
-"""Tests that do without the two servers, or start their own."""
-
-
-class SharedServers(LoadScopeScheduling):
-    """One worker has the two servers, and all tests that share them; the others have what does without.
-
-    Twice the servers would take twice the memory, and as long to start.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        return next((name for name in APART if f"/{name}" in nodeid), "servers")
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedServers | None:
-    # A module's tests share what it makes, so --dist=loadfile says what is meant; this only adds to it.
-    return SharedServers(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

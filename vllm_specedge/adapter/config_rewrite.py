@@ -117,6 +117,7 @@ def _use_v2(args: Any) -> None:
             (start, end, length) for start, end, length in zip(range(1, len(ends) + 1), ends, lengths, strict=True)
         ]
     args.scheduler_cls, args.worker_extension_cls = ASYNC_SCHEDULER, WORKER
+    logger.info("Edge drafting uses vLLM's V2 model runner; scheduling is as vLLM has it while drafts do not pay")
 
 
 def use_v1(args: Any, reason: str) -> None:

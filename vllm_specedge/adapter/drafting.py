@@ -113,7 +113,7 @@ class Drafting:
 
     # -- how steps follow each other -------------------------------------------------------------------------------
 
-    def follow(self) -> None:
+    def _follow(self) -> None:
         """Decide from now on whether the engine's steps are synchronous, if it has a choice."""
 
         def make_step(core: Any) -> Callable[[], Any]:
@@ -233,6 +233,7 @@ class Drafting:
 
     def added(self, request: Request) -> None:
         """vLLM has taken a request in."""
+        self._follow()  # the engine is complete now
         self.shared.changed()
         parameters = request.sampling_params
         has_ids = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.mm_features

@@ -71,7 +71,6 @@ class EdgeScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
-        self._do(Drafting.follow)  # the engine is complete now
         self._do(lambda drafting: drafting.added(request))
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:

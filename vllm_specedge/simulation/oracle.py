@@ -1,5 +1,7 @@
 """What a policy is told that need not learn what drafts are worth and what steps cost."""
 
+from typing import Any
+
 from vllm_specedge.policy.acceptance import MAX_DEPTH, Acceptance
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.simulation.models import Server
@@ -15,16 +17,7 @@ class ExactCost(StepCost):
         self._requests = 1
         """Of the step asked about last; the policy asks next how that grows."""
 
-    def observe(
-        self,
-        requests: int,
-        tokens: int,
-        context: int,
-        took_s: float,
-        prefilled: int = 0,
-        is_verifying: bool = False,
-        has_gap: bool = False,
-    ) -> None:
+    def observe(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def __call__(self, requests: int, tokens: int, context: int, prefilled: int = 0) -> float:
