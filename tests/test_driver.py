@@ -836,6 +836,23 @@ def test_a_suggestion_is_taken_instead_of_a_draft_if_more_of_it_is_expected_to_b
     assert taken[-1] == [1]
 
 
+def test_of_a_draft_only_what_follows_the_tokens_in_flight_is_of_use() -> None:
+    serving = Serving()
+    serving.propose([30, 31, 32])
+    plans = [serving.driver.begin([Row("r", 9, num_in_flight=number)], serving.now_s) for number in range(4)]
+    assert [plan.drafts for plan in plans] == [{"r": [30, 31, 32]}, {"r": [31, 32]}, {"r": [32]}, {}]
+
+
+def test_tokens_a_second_are_told_apart_by_whether_a_step_was_waited_for() -> None:
+    serving = Serving()
+    for number in range(60):
+        has_gap = bool(number % 2)
+        serving.driver.last = StepPlan(num_rows=1, has_gap=has_gap)
+        serving.step(40, *[41] * has_gap, num_verified=has_gap, took_s=STEP_S)
+    assert serving.driver.speedups.gain_of_waiting == pytest.approx(2.0, rel=0.1)
+    assert serving.driver.counters["waited_steps"] == 30
+
+
 def test_a_suggestion_needs_no_edge() -> None:
     driver = new_driver(num_edges=0)
     tokens = list(PROMPT)
