@@ -429,6 +429,28 @@ def test_what_verifying_costs_at_all_must_come_back(num_drafts: int, is_worth_it
     assert sum(lengths.values()) == num_drafts * is_worth_it
 
 
+class WithGap(StepCost):
+    """A synchronous step takes half as long again."""
+
+    @property
+    def gap_s(self) -> float:
+        return STEP_S / 2
+
+
+@pytest.mark.parametrize(("num_drafts", "is_worth_it"), [(1, False), (6, True)])
+def test_the_gap_must_come_back_unless_the_step_has_it_anyway(num_drafts: int, is_worth_it: bool) -> None:
+    cost = WithGap(dict.fromkeys(KNOTS, STEP_S))
+    rows = [Candidate(str(order), order, 0.0, 0, (0.9,) if order < num_drafts else ()) for order in range(6)]
+    limits = replace(LIMITS, max_slowdown=4.0, max_stretch=4.0)
+
+    def num_verified(is_synchronous: bool) -> int:
+        load = replace(NOTHING_ELSE, is_synchronous=is_synchronous)
+        return sum(decide(rows, load, cost, 1.0, limits, 0.0).lengths.values())
+
+    assert num_verified(is_synchronous=False) == num_drafts * is_worth_it
+    assert num_verified(is_synchronous=True) == num_drafts
+
+
 def test_an_idle_server_verifies_the_longest_drafts() -> None:
     cost = convex_cost(STEP_S, {1: STEP_S / 200, 64: STEP_S / 20})
     rows = [Candidate("r", 0, 0.0, 0, survivals_of(*[0.8] * 16))]

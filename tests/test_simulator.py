@@ -121,6 +121,14 @@ def test_an_asynchronous_server_is_no_slower_by_edges_that_are_of_no_use(
     assert report.cell(report.with_edge(scenario, edge)).ratio() > 0.98
 
 
+@pytest.mark.parametrize("requests", [1, 8, 32])
+def test_good_edges_are_worth_a_gap_that_is_a_third_of_a_step(requests: int) -> None:
+    """Once a step waits for its outcome the gap is paid for, whatever it verifies."""
+    edge = EdgeModel(pass_s=0.002, acceptance=0.9)
+    scenario = Scenario(server=SERVERS["h100-8b"], requests=requests, gap_s=0.003, tokens=150, edge=edge)
+    assert report.cell(scenario).ratio() > 1.3
+
+
 def test_a_prompt_takes_the_steps_that_its_tokens_fill() -> None:
     outcome = simulate(
         Scenario(share=0.0, prompt_tokens=100, output_tokens=1, tokens=5, max_step_tokens=40, warm_up=0.0)

@@ -12,12 +12,12 @@ from vllm_specedge.policy.stepping import (
     FIRST_PAUSE,
     JUDGED_AFTER,
     LAST_PAUSE,
+    PAYS_AFTER,
+    TRIED_PER_PAUSED,
     UNWANTED_BEFORE,
     WANTED_BEFORE,
     Stepping,
 )
-
-JUDGED = max(JUDGED_AFTER)
 
 
 def planned(stepping: Stepping, number: int, is_useful: bool, gain: float = 1.5) -> int:
@@ -55,13 +55,34 @@ def test_it_goes_back_when_nothing_is_useful_any_more() -> None:
 
 
 def test_what_is_far_from_paying_is_seen_early() -> None:
-    assert planned(Stepping(), JUDGED, is_useful=True, gain=0.8) == min(JUDGED_AFTER)
+    assert planned(Stepping(), PAYS_AFTER, is_useful=True, gain=0.8) == JUDGED_AFTER
 
 
 def test_where_it_has_not_paid_one_step_without_use_is_enough() -> None:
     stepping = Stepping()
-    planned(stepping, 1 + WANTED_BEFORE, is_useful=True, gain=0.95)
+    planned(stepping, JUDGED_AFTER + WANTED_BEFORE, is_useful=True, gain=0.95)
     assert planned(stepping, 10, is_useful=False, gain=0.95) == 1
+
+
+def test_a_try_that_is_not_judged_yet_is_not_ended_by_one_step_without_use() -> None:
+    stepping = Stepping()
+    planned(stepping, WANTED_BEFORE, is_useful=True)
+    assert planned(stepping, UNWANTED_BEFORE - 1, is_useful=False, gain=0.5) == UNWANTED_BEFORE - 1
+    assert stepping.is_synchronous
+
+
+def test_a_try_costs_a_small_part_of_the_pause_before_it_and_lasts_long_enough_later() -> None:
+    stepping, num_tried = Stepping(), list[int]()
+    for _ in range(8):
+        num_tried.append(0)
+        while not stepping.is_synchronous:
+            stepping.planned(True, 0.5)
+        while stepping.is_synchronous:
+            stepping.planned(True, 0.5)
+            num_tried[-1] += 1
+    pauses = [FIRST_PAUSE * 2**number for number in range(7)]
+    assert num_tried == [JUDGED_AFTER, *(min(JUDGED_AFTER, int(pause * TRIED_PER_PAUSED)) for pause in pauses)]
+    assert num_tried[-1] == JUDGED_AFTER
 
 
 def test_a_pause_in_between_is_waited_out() -> None:
@@ -81,9 +102,9 @@ def test_what_does_not_pay_is_tried_more_seldom_each_time() -> None:
         if stepping.num_switches > before and stepping.is_synchronous:
             tries.append(step)
     pauses = [later - earlier for earlier, later in pairwise(tries)]
-    assert pauses[0] == JUDGED + FIRST_PAUSE + WANTED_BEFORE
+    assert pauses[0] == PAYS_AFTER + FIRST_PAUSE + WANTED_BEFORE
     assert pauses == sorted(pauses)
-    assert pauses[-1] == JUDGED + LAST_PAUSE + WANTED_BEFORE
+    assert pauses[-1] == PAYS_AFTER + LAST_PAUSE + WANTED_BEFORE
 
 
 def test_what_pays_again_is_not_held_against_it() -> None:

@@ -168,6 +168,8 @@ class Drafting:
         else:
             drafted = None if self.driver.num_edges else self.driver.locally_drafted
         rows, load = look(self._scheduler, self._targets, drafted)
+        if self._loop is not None:
+            load = replace(load, is_synchronous=self._stepping.is_synchronous)
         return self.driver.begin(rows, time.monotonic(), load)
 
     def _all_held(self, plan: StepPlan) -> StepPlan:

@@ -8,6 +8,8 @@ from vllm_specedge.wire.telemetry import Group
 
 MEMORY = 0.98
 """Part of what is known that stays with each step."""
+OLD_TRY = 0.1
+"""Part of what is known of steps whose outcome was waited for that stays when, after others, they begin anew."""
 MAX_GROUPS = 128
 """Steps that are kept until they are reported, the last ones."""
 
@@ -23,9 +25,9 @@ class _Ratio:
     def value(self) -> float:
         return self.gained_s / self.spent_s if self.spent_s > 0.0 else 1.0
 
-    def decay(self) -> None:
-        self.gained_s *= MEMORY
-        self.spent_s *= MEMORY
+    def decay(self, kept: float = MEMORY) -> None:
+        self.gained_s *= kept
+        self.spent_s *= kept
 
 
 class Speedup:
@@ -61,6 +63,8 @@ class Speedup:
         self, started_s: float, ended_s: float, num_rows: int, plain_step_s: float, has_gap: bool = False
     ) -> None:
         """A step is done that could have had `num_rows` requests; `plain_step_s`: 0 if it is not to be counted."""
+        if has_gap and not self._has_gap:
+            self._waiting.decay(OLD_TRY)
         self._has_gap = has_gap
         self._all.decay()
         self._of_kind.decay()

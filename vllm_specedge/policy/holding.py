@@ -84,17 +84,17 @@ def holding(situation: Situation, lengths: Mapping[str, int]) -> tuple[dict[str,
 
 
 def _prices(situation: Situation, waiting: Sequence[_Waiting], num_verified: int) -> _Prices | None:
-    num_rows, load, cost, speedup = situation.num_rows, situation.load, situation.cost, situation.speedup
-    step_s = cost(num_rows, num_rows, load.context)
+    num_rows, speedup = situation.num_rows, situation.speedup
+    step_s = situation.plain_s(num_rows, num_rows)
     if step_s <= 0.0:
         return None
     return _Prices(
         step_s=step_s,
-        saved_s=step_s - cost(num_rows - 1, num_rows - 1, load.context),
+        saved_s=step_s - situation.plain_s(num_rows - 1, num_rows - 1),
         rate=max(1.0, speedup) * num_rows / step_s,
-        growth_s=cost.growth(num_rows + num_verified, max(len(draft.survivals) for _, draft in waiting)),
+        growth_s=situation.cost.growth(num_rows + num_verified, max(len(draft.survivals) for _, draft in waiting)),
         excess=max(0.0, speedup - 1.0),
-        verifying_s=0.0 if num_verified else cost.verifying_s(num_rows),
+        verifying_s=0.0 if num_verified else situation.verifying_s,
     )
 
 

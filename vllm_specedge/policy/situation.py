@@ -84,6 +84,8 @@ class Load:
     room: int = 1 << 30
     """Tokens that fit into a step."""
     probe: Probe = Probe.NONE
+    is_synchronous: bool = False
+    """The step's outcome is waited for whatever it verifies, on an engine that could do without: the gap is in it."""
     step_limit_s: float = inf
     """The shortest target for inter-token latency among the requests that could decode."""
 
@@ -105,6 +107,17 @@ class Situation:
     def num_rows(self) -> int:
         """Requests that could decode."""
         return len(self.rows) + self.load.num_others
+
+    def plain_s(self, requests: int, tokens: int, prefilled: int = 0) -> float:
+        """Seconds of a step that verifies nothing; 0 before anything is known."""
+        plain_s = self.cost(requests, tokens, self.load.context, prefilled)
+        return plain_s + self.cost.gap_s if plain_s and self.load.is_synchronous else plain_s
+
+    @property
+    def verifying_s(self) -> float:
+        """How much longer the step takes because something is verified, however little."""
+        verifying_s = self.cost.verifying_s(self.num_rows)
+        return verifying_s if self.load.is_synchronous else verifying_s + self.cost.gap_s
 
     def longest_s(self, rows: Sequence[Candidate], step_s: float) -> float:
         """How long a step may take, which takes `step_s` without drafts, for these rows, which have none in it.

@@ -170,9 +170,9 @@ class StepCost:
         return max(1e-6, on_curve(self._curve, tokens) + beside)
 
     def verifying_s(self, requests: int) -> float:
-        """How much longer a step of so many requests takes because something is verified, however little: only a
-        synchronous step verifies."""
-        return requests * self._each_s(_VERIFYING) + self.gap_s
+        """How much longer a step of so many requests takes because something is verified, however little, without the
+        gap."""
+        return requests * self._each_s(_VERIFYING)
 
     def growth(self, tokens: int, more: int) -> list[float]:
         """How much longer a step of `tokens` tokens takes with 1, 2, ... `more` further ones, without `verifying_s`."""

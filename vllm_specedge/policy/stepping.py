@@ -8,6 +8,7 @@ Rule 1: without useful drafts every step is asynchronous, as plain vLLM's are.
 Rule 2: no change for one step alone: a change leaves the pipeline empty once.
 Rule 3: what was measured counts for more than what is expected: where synchronous steps made fewer tokens a second than
 plain ones would have, the next try comes later each time.
+Rule 4: no try is shorter than it takes to measure something, and none costs more than a small part of the pause before.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ WANTED_BEFORE = 2
 """Asynchronous steps in a row that would better have been synchronous, before the next ones are."""
 UNWANTED_BEFORE = 6
 """Synchronous steps in a row with nothing to verify and nobody to wait for, before the next ones are asynchronous; one
-is enough where synchronous steps have not paid so far."""
-JUDGED_AFTER = {12: 0.9, 48: 1.0}
-"""Synchronous steps after which the gain that was measured decides whether to go on, and how large it has to be."""
+is enough where a try is judged already and does not pay."""
+JUDGED_AFTER, PAYS_AFTER = 12, 48
+"""Synchronous steps after which the gain that was measured decides whether to go on: LEAST_GAIN first, 1 later."""
+LEAST_GAIN = 0.9
 FIRST_PAUSE, LAST_PAUSE = 64, 4096
 """Asynchronous steps between a try that did not pay and the next; doubled each time."""
+TRIED_PER_PAUSED = 1 / 32
+"""Steps of a try before it is judged, for each one of the pause before it; at most JUDGED_AFTER."""
 
 
 @dataclass(slots=True)
@@ -34,8 +38,10 @@ class Stepping:
     _num_steps: int = 0
     """Synchronous steps since the last change."""
     _pause: int = FIRST_PAUSE
+    """Asynchronous steps before the next try, if this one does not pay."""
     _num_paused: int = 0
     """Asynchronous steps that are still to be made before the next try."""
+    _judged_after: int = JUDGED_AFTER
 
     def planned(self, is_useful: bool, gain: float) -> None:
         """A step was planned. `is_useful`: a synchronous step verifies something now, or waits for a draft. `gain`:
@@ -52,14 +58,21 @@ class Stepping:
     def _after_synchronous(self, is_useful: bool, gain: float) -> None:
         self._num_steps += 1
         self._num_against = 0 if is_useful else self._num_against + 1
-        if any(self._num_steps >= after and gain < least for after, least in JUDGED_AFTER.items()):
+        is_judged = self._num_steps >= self._judged_after
+        if self._has_failed(gain) or (is_judged and self._num_against and gain < 1.0):
+            self._judged_after = min(JUDGED_AFTER, int(self._pause * TRIED_PER_PAUSED))
             self._num_paused, self._pause = self._pause, min(LAST_PAUSE, 2 * self._pause)
             self._switch()
             return
-        if self._num_steps >= max(JUDGED_AFTER):
-            self._pause = FIRST_PAUSE
-        if self._num_against >= (UNWANTED_BEFORE if gain >= 1.0 else 1):
+        if self._num_steps >= PAYS_AFTER:
+            self._pause, self._judged_after = FIRST_PAUSE, JUDGED_AFTER
+        if self._num_against >= UNWANTED_BEFORE:
             self._switch()
+
+    def _has_failed(self, gain: float) -> bool:
+        if self._num_steps >= PAYS_AFTER:
+            return gain < 1.0
+        return self._num_steps >= self._judged_after and gain < LEAST_GAIN
 
     def _switch(self) -> None:
         self.is_synchronous = not self.is_synchronous

@@ -39,17 +39,17 @@ def budget(situation: Situation) -> dict[str, int]:
 
 def _best(tokens: Sequence[_Token], situation: Situation) -> int:
     """How many of the tokens, most probable first, give most tokens per second."""
-    rows, load, cost, num_rows = situation.rows, situation.load, situation.cost, situation.num_rows
+    rows, load, num_rows = situation.rows, situation.load, situation.num_rows
     size = num_rows + load.prefill
-    step_s = cost(num_rows, size, load.context, load.prefill)
+    step_s = situation.plain_s(num_rows, size, load.prefill)
     if not step_s:
         return len(tokens)
     if load.probe is Probe.PLAIN:
         return 0
     waited_s = max(row.waited_s for row in rows)
     stretch_s = step_s * situation.limits.max_stretch - waited_s
-    verifying_s = cost.verifying_s(num_rows)
-    growth_s = [verifying_s + growth for growth in cost.growth(size, len(tokens))]
+    verifying_s = situation.verifying_s
+    growth_s = [verifying_s + growth for growth in situation.cost.growth(size, len(tokens))]
     best = len(tokens)
     # Fewer tokens may leave more rows without any, for whom the step may take less long.
     while best:

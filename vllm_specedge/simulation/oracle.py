@@ -24,8 +24,12 @@ class ExactCost(StepCost):
         self._requests = requests
         return self._server.step_s(requests, tokens) if tokens > 0 else 0.0
 
+    @property
+    def gap_s(self) -> float:
+        return self._gap_s
+
     def verifying_s(self, requests: int) -> float:
-        return self._server.step_s(requests, requests, True) - self._server.step_s(requests, requests) + self._gap_s
+        return self._server.step_s(requests, requests, True) - self._server.step_s(requests, requests)
 
     def growth(self, tokens: int, more: int) -> list[float]:
         base_s = self._server.step_s(self._requests, tokens)

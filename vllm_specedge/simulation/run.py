@@ -216,6 +216,7 @@ class Simulation:
         """Whether there was something to schedule."""
         self._take_in()
         rows, load = self._look()
+        load = replace(load, is_synchronous=is_synchronous)
         plan = self._as_stepped(self.driver.begin(rows, self.time.now_s, load), is_synchronous)
         self.driver.start(plan)
         if plan.wait_until_s is not None and not self._waiting:
