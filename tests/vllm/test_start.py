@@ -1,6 +1,7 @@
 """How a server with edges is started, and what it says when it cannot be."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -179,7 +180,7 @@ print("drafting", scheduler._drafting, scheduler._services)
 
 
 def run_script(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: bool) -> str:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "examples"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "examples"), prepend=os.pathsep)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if in_process else "1")
     path = tmp_path / "script.py"
