@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -77,6 +77,9 @@ $(VLLM_V2): $(VENV)/.installed-demo tests/vllm_v2/unpack_vllm.py
 
 test-vllm-v2: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
 	PYTHONPATH=$(VLLM_V2):$(TRITON) VLLM_LOGGING_LEVEL=ERROR $(BIN)/pytest tests/vllm_v2 -n 2 --dist loadfile --durations=10
+
+bench-scheduling: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
+	PYTHONPATH=$(VLLM_V2):$(TRITON) VLLM_LOGGING_LEVEL=ERROR $(BIN)/python benchmarks/scheduling.py
 
 # docs/options.md, from the models of vllm_specedge/config.py.
 options: $(VENV)/.installed

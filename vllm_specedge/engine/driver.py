@@ -234,9 +234,21 @@ class StepDriver:
         plain_step_s = 0.0 if prefilled else plain_step_s
         self.speedups.stepped(step.started_s, step.ended_s, plan.num_rows, plain_step_s, plan.has_gap)
 
+    def _commit_plain(self, request: DraftedRequest, ended_s: float) -> list[Frame]:
+        """The same where there was no draft and is nobody to send one, as on a server without edges."""
+        num_decided = len(request.tokens) - request.tree.length
+        request.tree.skip(num_decided)
+        self.speedups.committed(request, num_decided, ended_s)
+        request.count("committed_tokens", num_decided)
+        request.count("steps", 1)
+        request.held_since_s = None
+        return self._ledger.publish(request, ended_s)
+
     def _commit(self, request: DraftedRequest, outcome: RequestOutcome, plan: StepPlan, ended_s: float) -> list[Frame]:
         """Tokens of a request were decided. Only what the next plan cannot do without is done at once."""
         tree, edge, num_verified = request.tree, request.edge, outcome.num_verified
+        if edge is None and not num_verified and request.is_without_drafts:
+            return self._commit_plain(request, ended_s)
         decided = tuple(request.tokens[tree.length :])
         self.speedups.committed(request, len(decided), ended_s)
         source, is_refused = plan.verdict(outcome.request_id)

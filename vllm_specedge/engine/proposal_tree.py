@@ -135,6 +135,11 @@ class ProposalTree:
         fate = Fate.KEPT if num_done == len(tokens) else Fate.FULL
         return Insertion(fate, num_new, num_done - num_new, late, len(tokens) - num_done)
 
+    def skip(self, num_tokens: int) -> None:
+        """So many tokens were decided, in a tree without nodes."""
+        assert not self.num_nodes
+        self.length += num_tokens
+
     def advance(self, tokens: Sequence[int]) -> Advance:
         num_before, num_held, node = self.num_nodes, 0, self._root
         for token in tokens:

@@ -96,6 +96,11 @@ class DraftedRequest:
             self.totals[name] += number
 
     @property
+    def is_without_drafts(self) -> bool:
+        """Nothing was proposed, found or predicted for what comes next."""
+        return not self.tree.num_nodes and not self.suggestion and self.prediction is None
+
+    @property
     def speedup(self) -> float:
         """How fast its tokens come of late, over how fast they would come without drafts."""
         return self.gained_s / self.spent_s if self.spent_s > 0.0 else 1.0

@@ -1,0 +1,122 @@
+"""`make bench-scheduling`: what vLLM's scheduler needs for a step of 64 requests, with and without the plugin.
+
+vLLM's own schedulers for the V2 runner, in this process and without a model: what is sampled is said by a formula, and
+only `schedule` and `update_from_output` are timed, in turn. Edges answer at once, from this thread, and are wrong in
+every third token.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+# isort: off - these prepare what vLLM looks for when it is imported
+# isort: on
+from vllm import SamplingParams
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import RequestStatus
+
+from tests.vllm_v2 import tiny_model
+from tests.vllm_v2.engines import ASYNCHRONOUS, Engine, build, with_edges
+from vllm_specedge.wire.engine_frames import Edges
+
+NUM_REQUESTS, NUM_STEPS, NUM_WARM_UP, REPEATS = 64, 60, 8, 5
+PROMPT_TOKENS, OUTPUT_TOKENS = 8, 240
+OPTIONS = {"max_num_seqs": NUM_REQUESTS, "max_num_batched_tokens": 2048, "num_gpu_blocks_override": 4000}
+
+
+def said(number: int, position: int) -> int:
+    """The token of an answer."""
+    return 2 + (number * 7919 + position * 104729) % (tiny_model.VOCAB_SIZE - 2)
+
+
+def prompt(number: int) -> list[int]:
+    return [2 + (number * 31 + position) % 500 for position in range(PROMPT_TOKENS)]
+
+
+def sampled(number: int, position: int, draft: Sequence[int]) -> list[int]:
+    """What a step says that verifies this draft."""
+    tokens: list[int] = []
+    for guess in [*draft, None]:
+        tokens.append(said(number, position + len(tokens)))
+        if guess != tokens[-1]:
+            break
+    return tokens
+
+
+def measure(engine: Engine, way: str) -> float:
+    """Milliseconds of a step's scheduling and of taking in its outcome, at the median."""
+    scheduler, is_synchronous = engine.core.scheduler, way == "synchronous"
+    if engine.edges is not None:
+        engine.step_as(way)
+        engine.drafting._follow()
+        engine.drafting._loop.is_synchronous_step = is_synchronous
+    for number in range(NUM_REQUESTS):
+        params = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0.0, ignore_eos=True)
+        engine.llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt(number)}, params)
+    numbers = {request.request_id: number for number, request in enumerate(scheduler.waiting)}
+    in_flight: deque[Any] = deque()
+    took_ms = []
+    for _ in range(NUM_STEPS):
+        started_s = time.perf_counter()
+        in_flight.append(scheduler.schedule())
+        took_s = time.perf_counter() - started_s
+        scheduler.get_grammar_bitmask(in_flight[-1])
+        if is_synchronous or len(in_flight) == 2:
+            step = in_flight.popleft()
+            output = outcome(scheduler, step, numbers)
+            started_s = time.perf_counter()
+            scheduler.update_from_output(step, output)
+            took_s += time.perf_counter() - started_s
+        took_ms.append(1e3 * took_s)
+    scheduler.finish_requests(list(numbers), RequestStatus.FINISHED_ABORTED)
+    engine.llm.llm_engine.output_processor.abort_requests(list(numbers), internal=True)
+    if engine.edges is not None:
+        engine.drafting._started.clear()
+    return median(took_ms[NUM_WARM_UP:])
+
+
+def outcome(scheduler: Any, step: Any, numbers: dict[str, int]) -> ModelRunnerOutput:
+    ids = list(step.num_scheduled_tokens)
+    drafts = step.scheduled_spec_decode_tokens
+    tokens = [sampled(numbers[id_], scheduler.requests[id_].num_tokens, drafts.get(id_, ())) for id_ in ids]
+    return ModelRunnerOutput(ids, {id_: index for index, id_ in enumerate(ids)}, tokens)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        model = tiny_model.make(Path(directory))
+        plain = Engine(build(model, **OPTIONS))
+        alone, drafted = (next(with_edges(model, ASYNCHRONOUS, **OPTIONS)) for _ in range(2))
+    assert alone.edges is not None
+    alone.edges._say(Edges(0))
+    drafted.oracle.wrong_every = 3
+    for number in range(NUM_REQUESTS):
+        answer = [said(number, PROMPT_TOKENS + index) for index in range(OUTPUT_TOKENS)]
+        drafted.oracle.answers[tuple(prompt(number))] = answer
+    arms = {
+        "plain": (plain, "asynchronous"),
+        "no edges": (alone, "asynchronous"),
+        "edges, asynchronous": (drafted, "asynchronous"),
+        "edges, synchronous": (drafted, "synchronous"),
+    }
+    runs: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(REPEATS):
+        for arm, (engine, way) in arms.items():
+            runs[arm].append(measure(engine, way))
+    for arm, values in runs.items():
+        ratio = median(values) / median(runs["plain"])
+        print(f"{arm:20} {median(values):.2f} ms ({min(values):.2f}..{max(values):.2f})  {ratio:.2f} of plain")
+    sys.stdout.flush()
+    os._exit(0)  # engines of one process share torch's process groups, and cannot be shut down one by one
+
+
+if __name__ == "__main__":
+    main()
