@@ -17,14 +17,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-# isort: off - these prepare what vLLM looks for when it is imported
-# isort: on
+# These come first: they prepare what vLLM looks for when it is imported.
+from tests.vllm_v2 import tiny_model
+from tests.vllm_v2.engines import ASYNCHRONOUS, Engine, build, with_edges
+
+# isort: split
 from vllm import SamplingParams
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from tests.vllm_v2 import tiny_model
-from tests.vllm_v2.engines import ASYNCHRONOUS, Engine, build, with_edges
 from vllm_specedge.wire.engine_frames import Edges
 
 NUM_REQUESTS, NUM_STEPS, NUM_WARM_UP, REPEATS = 64, 60, 8, 5
