@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -15,6 +15,7 @@ help:
 	@echo "make check test-fast format, lint, types and the tests of what decides: for every save (half a minute)"
 	@echo "make test-processes  real gateways, commands and draft models, without vLLM (three minutes)"
 	@echo "make test-vllm-v2    vLLM's other model runner, in Triton's interpreter (three minutes)"
+	@echo "make test-v2-wheel   vllm serve of the CUDA wheel, on an H100 that is not there (five minutes)"
 	@echo "make test-faults     what can go wrong around a server under load: a table (ten minutes)"
 	@echo "make soak            two hours of load while edges come and go: what grows, what is left behind"
 	@echo "make fuzz            a minute of coverage-guided fuzzing of each of what parses (FUZZ_S=1800: half an hour)"
@@ -52,7 +53,7 @@ test: test-fast test-processes test-vllm-v2 test-vllm
 
 # Decisions and data structures, in this process: for every save.
 test-fast: $(VENV)/.installed
-	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/vllm_v2 --ignore=tests/processes --ignore=tests/models -n 2 --dist worksteal --durations=15
+	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/vllm_v2 --ignore=tests/fake_gpu --ignore=tests/processes --ignore=tests/models -n 2 --dist worksteal --durations=15
 
 # Real gateways, servers, commands and draft models, each a process or a file of weights; no vLLM.
 test-processes: $(VENV)/.installed
@@ -80,6 +81,10 @@ test-vllm-v2: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
 
 bench-scheduling: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
 	PYTHONPATH=$(VLLM_V2):$(TRITON) VLLM_LOGGING_LEVEL=ERROR $(BIN)/python benchmarks/scheduling.py
+
+# The whole of `vllm serve` on it, from the command line to answers: a server a test, in processes of their own.
+test-v2-wheel: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
+	PYTHONPATH=$(abspath $(VLLM_V2)):$(abspath $(TRITON)) $(BIN)/pytest tests/fake_gpu --durations=10
 
 # docs/options.md, from the models of vllm_specedge/config.py.
 options: $(VENV)/.installed
