@@ -57,11 +57,12 @@ def register() -> str:
         "is_available": saying(True),
         "current_stream": saying(Event()),
         "memory_stats": saying(defaultdict(int)),
-        **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated"), saying(0)),
-        **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream"), saying(None)),
+        **{name: saying(0) for name in ("memory_allocated", "memory_reserved", "max_memory_allocated")},
+        **{name: saying(None) for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream")},
     }
     cuda = {
         "current_device": saying(0),
+        "set_device": saying(None),
         "get_device_properties": saying(PROPERTIES),
         "get_device_capability": saying(CAPABILITY),
         "get_device_name": saying(NAME),

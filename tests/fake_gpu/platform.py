@@ -26,3 +26,7 @@ class H100Platform(NonNvmlCudaPlatform):
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = "tests.fake_gpu.worker.Worker"
         super().check_and_update_config(vllm_config)
+
+    @classmethod
+    def device_count(cls) -> int:
+        return 2
