@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.stats import chisquare
 from vllm.platforms import current_platform
 
 from vllm_specedge.adapter import hooks
-from vllm_specedge.adapter.worker import cpu_kernels, verification
+from vllm_specedge.adapter.worker import coupling, cpu_kernels, verification
 from vllm_specedge.adapter.worker.sampling import shorten
 
 # As vLLM's workers do, before they import what uses the kernels: without Triton the CPU's C++ kernels take their place.
@@ -20,6 +21,7 @@ if hasattr(current_platform, "register_triton_kernel_overrides"):
     current_platform.register_triton_kernel_overrides()
 cpu_kernels.mend()
 shorten()
+coupling.couple_v1()
 verification.mend()
 
 from vllm import SamplingParams  # noqa: E402
@@ -38,6 +40,8 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata  # noqa: E402
 
 VOCABULARY = 6
 NUM_ROWS = 20_000
+MAX_DRAFT = 4
+Drafts = Callable[[int, int], list[int]]
 
 
 def sampling(num_rows: int, seeds: Sequence[int] = ()) -> SamplingMetadata:
@@ -116,29 +120,65 @@ def test_a_step_without_drafts_is_sampled_as_without_speculation() -> None:
     assert ids.tolist() == plain.tolist()
 
 
-def test_what_is_drawn_is_what_vllm_draws_for_those_with_drafts() -> None:
-    """Seeded requests draw from their own generators, so what vLLM's own function gives them can be compared."""
-    drafts = [[1, 2], [], [3], []]
-    made, seeds = metadata(drafts), (5, 6, 7, 8)
-    probabilities = torch.softmax(torch.randn(3, VOCABULARY), -1)
+def seeded(temperature: torch.Tensor, seeds: Sequence[int], **limits: Any) -> SamplingMetadata:
+    """Requests with seeds, which greedy ones do not use."""
+    made = sampling(len(seeds), seeds)
+    made.generators = {row: each for row, each in made.generators.items() if temperature[row]}
+    return replace(made, temperature=temperature, all_random=bool((temperature > 0).all()), **limits)
 
-    def recovered(sample: Callable[..., torch.Tensor]) -> list[int]:
-        numbers = made.num_draft_tokens, made.cu_num_draft_tokens, made.draft_token_ids
-        arguments = (made.max_spec_len, *numbers, None, probabilities, sampling(4, seeds), torch.device("cpu"))
-        return sample(*arguments).tolist()  # type: ignore[no-any-return]
 
-    shortened = rejection_sampler.sample_recovered_tokens
-    assert recovered(shortened) == recovered(shortened.__wrapped__)
-    drawn: list[int] = []
-    original = torch.Tensor.exponential_
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.Tensor,
-            "exponential_",
-            lambda self, *a, **k: (drawn.append(self.numel()), original(self, *a, **k))[1],
-        )
-        recovered(shortened)
-    assert drawn == [2 * VOCABULARY, VOCABULARY, VOCABULARY]
+def said_plainly(logits: torch.Tensor, made: SamplingMetadata) -> list[list[int]]:
+    """What requests say token by token, whose logits are [requests, positions, vocabulary]."""
+    steps = [Sampler()(logits=logits[:, at].clone(), sampling_metadata=made) for at in range(logits.shape[1])]
+    said: list[list[int]] = torch.cat([step.sampled_token_ids for step in steps], 1).tolist()
+    return said
+
+
+def said_with_drafts(logits: torch.Tensor, made: SamplingMetadata, drafts_of: Drafts) -> list[list[int]]:
+    """The same with what `drafts_of` proposes for a request at a position; the last positions are left out."""
+    said: list[list[int]] = [[] for _ in logits]
+    num_positions = logits.shape[1]
+    while min(map(len, said)) < num_positions - MAX_DRAFT - 1:
+        drafts = [drafts_of(request, len(tokens)) for request, tokens in enumerate(said)]
+        rows = torch.cat([logits[n, len(said[n]) : len(said[n]) + len(draft) + 1] for n, draft in enumerate(drafts)])
+        ids = RejectionSampler(Sampler())(metadata(drafts), None, rows.clone(), made).sampled_token_ids
+        tokens, _ = RejectionSampler.parse_output(ids, logits.shape[2])
+        for request, new in enumerate(tokens):
+            said[request] = (said[request] + new)[: num_positions - MAX_DRAFT - 1]
+    return said
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 4, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("chance", range(6))
+def test_a_seed_says_the_same_with_drafts_and_without(chance: int, limits: dict[str, float]) -> None:
+    """Drafts that are right, wrong and absent, for sampled and greedy requests beside each other."""
+    torch.manual_seed(chance)
+    random = np.random.default_rng(chance)
+    seeds = [int(seed) for seed in random.integers(2**40, size=5)]
+    logits = 2 * torch.randn(len(seeds), 48, 12)
+    temperature = torch.tensor([0.7, 1.0, 0.0 if chance % 2 else 1.3, 0.3, 1.0])
+    of_rows = {name: torch.full((len(seeds),), value) for name, value in limits.items()}
+    plain = said_plainly(logits, seeded(temperature, seeds, **of_rows))
+
+    def drafts_of(request: int, position: int) -> list[int]:
+        draft = plain[request][position : position + random.integers(0, MAX_DRAFT + 1)]
+        return [token if random.random() < 0.8 else int(random.integers(12)) for token in draft]
+
+    got = said_with_drafts(logits, seeded(temperature, seeds, **of_rows), drafts_of)
+    assert got == [tokens[: 48 - MAX_DRAFT - 1] for tokens in plain]
+
+
+def test_rows_behind_a_token_that_was_not_right_are_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.full((6, VOCABULARY), -50.0)
+    logits[:, 1] = 50.0  # whoever samples says 1
+    sampled: list[int] = []
+    monkeypatch.setattr(
+        coupling, "sampled", lambda logits, *_: (sampled.append(len(logits)), torch.ones(len(logits), dtype=int))[1]
+    )
+    drafts = torch.tensor([1, 1, 2, 1, 3, 1])
+    output = coupling.verified(drafts, [3, 0, 2, 1], logits, torch.tensor([9, 9, 9, 9]), None, torch.zeros(6))
+    assert output.tolist() == [[1, 1, 1, -1], [9, -1, -1, -1], [1, 1, -1, -1], [1, 9, -1, -1]]
+    assert sampled == [3, 2, 1]
 
 
 def test_a_sampler_of_another_shape_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

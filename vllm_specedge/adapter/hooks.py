@@ -33,13 +33,15 @@ _REJECTION = "vllm.v1.sample.rejection_sampler"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 DRAFTING, V1, V2, EXTENSION = "drafting", "V1 runner", "V2 runner", "worker extension"
-NGRAMS, TRACING, SAMPLING, VERIFICATION, VERIFICATION_V2, DISCARDS = (
+NGRAMS, TRACING, SAMPLING, VERIFICATION, VERIFICATION_V2, DISCARDS, COUPLING, COUPLING_V2 = (
     "n-grams",
     "tracing",
     "sampling",
     "verification",
     "V2 verification",
     "discards",
+    "coupling",
+    "V2 coupling",
 )
 PARTS = {
     DRAFTING: Part(
@@ -125,24 +127,10 @@ PARTS = {
     ),
     SAMPLING: Part(
         "No shorter sampling",
-        (
-            Hook(f"{_REJECTION}:RejectionSampler.forward", ("metadata", "draft_probs", "logits", "sampling_metadata")),
-            Hook(
-                f"{_REJECTION}:sample_recovered_tokens",
-                (
-                    "max_spec_len",
-                    "num_draft_tokens",
-                    "cu_num_draft_tokens",
-                    "draft_token_ids",
-                    "draft_probs",
-                    "target_probs",
-                ),
-            ),
-        ),
+        (Hook(f"{_REJECTION}:RejectionSampler.forward", ("metadata", "draft_probs", "logits", "sampling_metadata")),),
         (
             (f"{_REJECTION}:RejectionSampler.forward", "metadata.max_spec_len"),
             (f"{_REJECTION}:RejectionSampler.forward", "self.sampler("),
-            (f"{_REJECTION}:sample_recovered_tokens", "sampling_metadata.generators"),
         ),
     ),
     VERIFICATION: Part(
@@ -190,6 +178,59 @@ PARTS = {
             (f"{_RUNNER}._bookkeeping_sync", "self.discard_request_mask.np"),
             (f"{_RUNNER}._bookkeeping_sync", "self.input_batch.generators"),
         ),
+    ),
+    COUPLING: Part(
+        "A seed gives other tokens with edges than without",
+        (
+            Hook(f"{_REJECTION}:RejectionSampler.forward", ("metadata", "draft_probs", "logits", "sampling_metadata")),
+            Hook(
+                f"{_REJECTION}:rejection_sample",
+                (
+                    "draft_token_ids",
+                    "num_draft_tokens",
+                    "max_spec_len",
+                    "cu_num_draft_tokens",
+                    "draft_probs",
+                    "target_logits",
+                    "bonus_token_ids",
+                    "sampling_metadata",
+                ),
+            ),
+        ),
+        (
+            (f"{_REJECTION}:RejectionSampler.__init__", "self.use_fp64_gumbel"),
+            (f"{_REJECTION}:RejectionSampler.forward", "self.sampler("),
+            ("vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_cpu", "fused_gumbel_argmax(logits_f32"),
+            ("vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_cpu", "0, 2**31, (1,), generator=gen"),
+        ),
+    ),
+    COUPLING_V2: Part(
+        "A seed gives other tokens with edges than without on the V2 model runner",
+        (
+            Hook(
+                "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils:rejection_sample",
+                (
+                    "target_logits",
+                    "draft_logits",
+                    "draft_sampled",
+                    "cu_num_logits",
+                    "pos",
+                    "idx_mapping",
+                    "expanded_idx_mapping",
+                    "expanded_local_pos",
+                    "temperature",
+                    "seed",
+                    "num_speculative_steps",
+                    "use_fp64",
+                    "watermark_key",
+                ),
+            ),
+            Hook(
+                "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample",
+                ("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature", "is_drafting"),
+            ),
+        ),
+        (("vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler._verify", "rejection_sample("),),
     ),
 }
 

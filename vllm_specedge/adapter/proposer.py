@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_specedge.adapter.worker import cpu_kernels, discards, sampling, verification
+from vllm_specedge.adapter.worker import coupling, cpu_kernels, discards, sampling, verification
 
 
 class EdgeProposer:
@@ -17,6 +17,7 @@ class EdgeProposer:
         cpu_kernels.mend()
         discards.mend()
         sampling.shorten()
+        coupling.couple_v1()
         verification.mend()
 
     def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:

@@ -20,6 +20,7 @@ class EdgeWorker:
         if problems:  # the scheduler finds them too, and has nothing verified
             logger.warning("This worker verifies no edge drafts: %s", "; ".join(problems))
             return
-        from vllm_specedge.adapter.worker import placing
+        from vllm_specedge.adapter.worker import coupling, placing
 
         placing.mend(self.model_runner)
+        coupling.couple_v2()

@@ -1,0 +1,256 @@
+"""Sampled drafts verified by equality, in the worker's process: a draft token is right if the target says the same.
+
+What the target says at a position is the argmax of its logits, by temperature and with all constraints, plus noise that
+a number decides, which the request's generator draws for the position (V1 on CPUs), or the request's seed and the
+position (V2). vLLM's rejection sampler accepts a draft token by its probability, with numbers of its own: it keeps the
+distribution, but a request with a seed says something else with drafts than without. Here every row is sampled as a
+plain step would sample it, with the same noise, until one is not the draft's: the output is a function of seed and
+prompt, whoever drafted (Daliri, Musco and Suresh 2024, "Coupling without communication").
+
+Without a draft's probabilities vLLM's own way accepts a token with the target's probability of it; so does this one,
+for a draft that knows nothing of the noise.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_specedge.adapter import hooks
+from vllm_specedge.adapter.wrapping import wrap
+
+logger = logging.getLogger("vllm.specedge.coupling")
+
+_NOTHING = -1
+"""Where a request has no token: vLLM's PLACEHOLDER_TOKEN_ID."""
+_MAX_ROW_SEED = 2**31
+
+
+class _Verification:
+    """The step that is verified just now."""
+
+    row_seeds: torch.Tensor | None = None
+    """int64 of [draft tokens]; None: none is, or not by equality."""
+
+
+_now = _Verification()
+
+
+def couple_v1() -> None:
+    """Wrap vLLM's rejection sampler in this process, if it samples on a CPU; again is harmless."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    problems = hooks.problems(hooks.COUPLING)
+    if problems:
+        logger.warning("A seed gives other tokens with edges than without: %s", "; ".join(problems))
+        return
+    from vllm.v1.sample import rejection_sampler
+
+    wrap(rejection_sampler.RejectionSampler, "forward", _replaying)
+    wrap(rejection_sampler, "rejection_sample", _by_equality)
+
+
+def _replaying(forward: Any) -> Any:
+    def sample(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
+        if not metadata.max_spec_len or sampling_metadata.all_greedy or self.use_fp64_gumbel:
+            return forward(self, metadata, draft_probs, logits, sampling_metadata)
+        with _drawn(metadata.num_draft_tokens, sampling_metadata.generators) as draws:
+            _now.row_seeds = draws.row_seeds
+            try:
+                output = forward(self, metadata, draft_probs, logits, sampling_metadata)
+            finally:
+                _now.row_seeds = None
+            draws.num_used = (output.sampled_token_ids != _NOTHING).sum(1).tolist()
+        return output
+
+    return sample
+
+
+class _Draws:
+    """Row seeds of a step's draft tokens, and how many numbers each request used."""
+
+    def __init__(self, row_seeds: torch.Tensor) -> None:
+        self.row_seeds = row_seeds
+        self.num_used: Sequence[int] | None = None
+
+
+@contextmanager
+def _drawn(num_draft_tokens: Sequence[int], generators: dict[int, torch.Generator]) -> Iterator[_Draws]:
+    """Draw for all draft tokens, so that the next number is that of the token behind them; afterwards put generators
+    back to where plain steps would have left them."""
+    before = {row: generator.get_state() for row, generator in generators.items()}
+    row_seeds = torch.randint(0, _MAX_ROW_SEED, (sum(num_draft_tokens),), dtype=torch.int64)
+    start = 0
+    for row, number in enumerate(num_draft_tokens):
+        if row in generators:
+            row_seeds[start : start + number] = torch.tensor(_draw(generators[row], number), dtype=torch.int64)
+        start += number
+    draws = _Draws(row_seeds)
+    yield draws
+    assert draws.num_used is not None
+    for row, generator in generators.items():
+        generator.set_state(before[row])
+        _draw(generator, draws.num_used[row])
+
+
+def _draw(generator: torch.Generator, number: int) -> list[int]:
+    """Row seeds, each as TopKTopPSampler.forward_cpu draws one (v1/sample/ops/topk_topp_sampler.py)."""
+    return [
+        int(torch.randint(0, _MAX_ROW_SEED, (1,), generator=generator, dtype=torch.int64).item()) for _ in range(number)
+    ]
+
+
+def _by_equality(rejection_sample: Any) -> Any:
+    def sample(
+        draft_token_ids: torch.Tensor,
+        num_draft_tokens: Sequence[int],
+        max_spec_len: int,
+        cu_num_draft_tokens: torch.Tensor,
+        draft_probs: Any,
+        target_logits: torch.Tensor,
+        bonus_token_ids: torch.Tensor,
+        sampling_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if _now.row_seeds is None:
+            return rejection_sample(
+                draft_token_ids,
+                num_draft_tokens,
+                max_spec_len,
+                cu_num_draft_tokens,
+                draft_probs,
+                target_logits,
+                bonus_token_ids,
+                sampling_metadata,
+                *args,
+                **kwargs,
+            )
+        is_greedy = sampling_metadata.temperature == 0.0 if not sampling_metadata.all_random else None
+        return verified(
+            draft_token_ids, num_draft_tokens, target_logits, bonus_token_ids.flatten(), is_greedy, _now.row_seeds
+        )
+
+    return sample
+
+
+def verified(
+    drafts: torch.Tensor,
+    num_draft_tokens: Sequence[int],
+    logits: torch.Tensor,
+    bonus: torch.Tensor,
+    is_greedy: torch.Tensor | None,
+    row_seeds: torch.Tensor,
+) -> torch.Tensor:
+    """What each request says: its draft as far as it is right, and one token more; int32 of [requests, 1 + most draft
+    tokens], -1 where a request has none.
+
+    `drafts`, `logits` (float32, with a row each), `row_seeds`: of the draft tokens, request by request. `bonus`: of
+    [requests], the token behind a draft that is right. `is_greedy`: of [requests]; None: no request is.
+    """
+    counts = torch.tensor(num_draft_tokens)
+    starts = counts.cumsum(0) - counts
+    output = torch.full((len(counts), 1 + int(counts.max())), _NOTHING, dtype=torch.int32)
+    rows = torch.arange(len(counts))
+    for depth in range(output.shape[1]):
+        is_through = counts[rows] == depth
+        output[rows[is_through], depth] = bonus[rows[is_through]].to(torch.int32)
+        rows = rows[~is_through]
+        if not len(rows):
+            break
+        at = starts[rows] + depth  # rows behind a token that was not right are not sampled at all
+        said = sampled(logits[at], row_seeds[at], is_greedy[rows] if is_greedy is not None else None)
+        output[rows, depth] = said.to(torch.int32)
+        rows = rows[said == drafts[at]]
+    return output
+
+
+def sampled(logits: torch.Tensor, row_seeds: torch.Tensor, is_greedy: torch.Tensor | None) -> torch.Tensor:
+    """As vLLM's CPU build samples rows: int64 of [rows]."""
+    said: torch.Tensor = torch.ops._C.fused_gumbel_argmax(logits, row_seeds)
+    return said if is_greedy is None else torch.where(is_greedy, logits.argmax(-1), said)
+
+
+def couple_v2() -> None:
+    """Replace the V2 runner's rejection sampling in this process; again is harmless."""
+    problems = hooks.problems(hooks.COUPLING_V2)
+    if problems:
+        logger.warning("A seed gives other tokens with edges than without: %s", "; ".join(problems))
+        return
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    wrap(rejection_sampler, "rejection_sample", _by_equality_v2)
+
+
+def _by_equality_v2(rejection_sample: Any) -> Any:
+    from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+    def sample(
+        target_logits: torch.Tensor,
+        draft_logits: Any,
+        draft_sampled: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        pos: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        expanded_idx_mapping: torch.Tensor,
+        expanded_local_pos: torch.Tensor,
+        temperature: torch.Tensor,
+        seed: torch.Tensor,
+        num_speculative_steps: int,
+        *args: Any,
+        use_fp64: bool = False,
+        watermark_key: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if watermark_key is not None:
+            return rejection_sample(  # type: ignore[no-any-return]
+                target_logits,
+                draft_logits,
+                draft_sampled,
+                cu_num_logits,
+                pos,
+                idx_mapping,
+                expanded_idx_mapping,
+                expanded_local_pos,
+                temperature,
+                seed,
+                num_speculative_steps,
+                *args,
+                use_fp64=use_fp64,
+                watermark_key=watermark_key,
+                **kwargs,
+            )
+        said = gumbel_sample(
+            target_logits,
+            expanded_idx_mapping,
+            temperature,
+            seed,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=use_fp64,
+        )
+        return accepted(said, draft_sampled, cu_num_logits, num_speculative_steps)
+
+    return sample
+
+
+def accepted(
+    said: torch.Tensor, drafts: torch.Tensor, cu_num_logits: torch.Tensor, max_draft: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each request says, of [requests, 1 + max_draft], and how many tokens of that count, int32 of [requests].
+
+    `said`, `drafts`: of [rows], request by request; a row's own token comes first, then its draft, so the token that
+    follows what a row says is the draft's if it is the next row's. `cu_num_logits`: of [requests + 1].
+    """
+    depths = torch.arange(max_draft + 1, device=said.device)
+    counts = (cu_num_logits[1:] - cu_num_logits[:-1]).unsqueeze(1)
+    at = cu_num_logits[:-1].unsqueeze(1) + depths
+    last = said.shape[0] - 1
+    tokens = said[at.clamp(max=last)]
+    is_right = (tokens == drafts[(at + 1).clamp(max=last)]) & (depths < counts - 1)
+    return tokens, (1 + is_right.long().cumprod(1).sum(1)).to(torch.int32)
