@@ -1,0 +1,111 @@
+"""The same seed, the same text: with edges that are right, with others, with one that dies, and without."""
+
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+
+import pytest
+from stack import edge_client
+
+from .conftest import Target, counting, until
+from .test_parameters import Body, ask_together, drafting, random_parameters, same
+
+NUM_REQUESTS = 8
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"type": "boolean"}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+def sampled(random: Random, prompts: list[str]) -> list[Body]:
+    """Requests of mixed parameters, each with a seed."""
+    bodies = []
+    for prompt in random.sample(prompts, NUM_REQUESTS):
+        body: Body = {"prompt": prompt, "seed": random.randrange(2**31), "temperature": random.uniform(0.3, 1.5)}
+        limits = {"top_p": random.uniform(0.5, 1.0), "top_k": random.randint(2, 100), "min_p": random.uniform(0, 0.2)}
+        body |= {name: value for name, value in limits.items() if random.random() < 0.4}
+        if random.random() < 0.15:
+            body |= {"structured_outputs": {"json": SCHEMA}, "max_tokens": 40}
+        else:
+            body |= random_parameters(random)
+        bodies.append(body)
+    return bodies
+
+
+@pytest.mark.parametrize("chance", range(20))
+def test_an_edge_that_is_mostly_right(plain: Target, edge_target: Target, prompts: list[str], chance: int) -> None:
+    """It drafts for some of the requests, and the others are alone."""
+    random = Random(chance)
+    bodies = sampled(random, prompts)
+    want = ask_together(plain, bodies)
+    with (
+        drafting(edge_target, random.sample(want, 6), random.choice([0.5, 0.8, 1.0])),
+        counting(edge_target) as counted,
+    ):
+        have = ask_together(edge_target, bodies)
+        counted.settle(NUM_REQUESTS)
+        assert counted["accepted_tokens"] > 0
+    for body, wanted, got in zip(bodies, want, have, strict=True):
+        assert same(wanted, got), (body, wanted, got)
+
+
+@pytest.mark.parametrize("chance", [100, 101])
+def test_without_an_edge(plain: Target, edge_target: Target, prompts: list[str], chance: int) -> None:
+    bodies = sampled(Random(chance), prompts)
+    for wanted, got in zip(ask_together(plain, bodies), ask_together(edge_target, bodies), strict=True):
+        assert same(wanted, got)
+
+
+@pytest.mark.parametrize("chance", [200, 201])
+def test_an_edge_that_is_always_wrong(plain: Target, edge_target: Target, prompts: list[str], chance: int) -> None:
+    bodies = sampled(Random(chance), prompts)
+    want = ask_together(plain, bodies)
+    backwards = [choice | {"token_ids": choice["token_ids"][::-1]} for choice in want]
+    with drafting(edge_target, backwards, 1.0):
+        for wanted, got in zip(want, ask_together(edge_target, bodies), strict=True):
+            assert same(wanted, got)
+
+
+def test_an_edge_that_is_killed_in_the_middle(
+    plain: Target, edge_target: Target, prompts: list[str], tmp_path: Path
+) -> None:
+    bodies = sampled(Random(300), prompts)
+    for body in bodies:
+        body["temperature"] = 0.3  # so that prompt lookup is right now and then
+    want = ask_together(plain, bodies)
+    is_killed, rounds = threading.Event(), list[list[Body]]()
+
+    def ask() -> None:
+        while not is_killed.is_set():
+            rounds.append(ask_together(edge_target, bodies))
+
+    with (
+        edge_client(edge_target.server.gateway_url, "ngram", tmp_path / "edge.log") as process,
+        ThreadPoolExecutor(1) as executor,
+        counting(edge_target) as counted,
+    ):
+        asking = executor.submit(ask)
+        try:
+            until(lambda: counted["verified_tokens"] > 0, "the edge was of no use")
+            process.popen.send_signal(signal.SIGKILL)
+            until(lambda: edge_target.server.metrics()["specedge_edges"] == 0, "its death was not noticed")
+        finally:
+            is_killed.set()
+        asking.result()
+    for have in rounds:
+        assert all(same(*pair) for pair in zip(want, have, strict=True))
+
+
+def test_several_choices(plain: Target, edge_target: Target, prompts: list[str]) -> None:
+    """Each has a seed of its own, which follows from the request's."""
+    body: Body = {"prompt": prompts[0], "seed": 5, "temperature": 1.0, "n": 2, "max_tokens": 24, "ignore_eos": True}
+    body |= {"return_token_ids": True}
+    want = plain.post("/v1/completions", body)["choices"]
+    assert want[0]["token_ids"] != want[1]["token_ids"]
+    with drafting(edge_target, [choice | {"prompt_token_ids": want[0]["prompt_token_ids"]} for choice in want], 0.9):
+        have = edge_target.post("/v1/completions", body)["choices"]
+    assert [choice["token_ids"] for choice in have] == [choice["token_ids"] for choice in want]
