@@ -169,6 +169,11 @@ def test_a_request_is_opened_with_its_prompt_and_followed_to_its_end() -> None:
     assert len(driver) == 0
 
 
+def test_edges_are_told_how_a_request_is_sampled() -> None:
+    sampling = (1, 700, 20, 950, 3, 0, 1234)
+    assert new_driver().open("r", list(PROMPT), "", sampling)[0] == EngineOpen(0, 3, MAX_DRAFT, "", sampling)
+
+
 def test_a_long_prompt_travels_in_several_commits() -> None:
     tokens = list(range(50)) * 50
     opened, *commits = new_driver().open("r", tokens, "")

@@ -238,10 +238,11 @@ def test_an_edge_is_answered_its_pings() -> None:
 def test_a_request_goes_to_an_edge_when_its_prompt_is_whole() -> None:
     router = ready_router()
     router.edge_hello(1, edge_hello(), "s", ALL_ROLES)
-    assert router.from_engine(ENGINE, EngineOpen(7, 3, 5, "")) == []
+    sampling = (1, 700, 20, 950, 3, 0, 1234)
+    assert router.from_engine(ENGINE, EngineOpen(7, 3, 5, "", sampling)) == []
     assert router.from_engine(ENGINE, Commit(7, 0, (1, 2))) == []
     assert router.from_engine(ENGINE, Commit(7, 2, (3,))) == [
-        ToEdge(1, Open(0, 3, 5, 5, "")),
+        ToEdge(1, Open(0, 3, 5, 5, "", sampling)),
         ToEdge(1, Commit(0, 0, (1, 2, 3))),
         ToEdge(1, Ping(1)),
         ToEngine(ENGINE, Assign(7, 2)),

@@ -11,12 +11,14 @@ from edge_client.drafters import Candidate
 from edge_client.drafting.draft_tree import Node
 from edge_client.drafting.jobs import Job, NotFiniteError, Sequences, run_pass
 from edge_client.drafting.kept_contexts import MIN_SHARED_TOKENS
+from edge_client.drafting.noise import NUM_CANDIDATES, Noise
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import MAX_ENTRIES, MAX_SHORT, Speculation
 from tests.helpers import Guess, ListSequence
 from vllm_specedge.engine.proposal_tree import Fate, ProposalTree
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.frames import Close, CloseReason, Commit, Open, Ping, Propose
+from vllm_specedge.wire.sampling import Sampling
 
 CREDIT = 3
 PROMPT = (10, 11)
@@ -973,3 +975,24 @@ def test_what_is_no_probability_gets_no_further_than_the_pass(claimed: float) ->
     edge = opened({11: [(20, 0.6), (30, claimed)]}, max_width=4)
     with pytest.raises(NotFiniteError):
         edge.start()
+
+
+# -- sampled requests ----------------------------------------------------------------------------------------------
+
+
+def test_where_the_target_samples_the_draft_has_its_noise() -> None:
+    """Trunk and branches are what noise makes of the draft's most probable tokens, at each position."""
+    sampling = Sampling(1.0, 0, 1.0, 77, len(PROMPT))
+    likely = [Candidate(token, 0.6 * 0.4**token) for token in range(20)]
+    edge = Edge(lambda past: likely, PlainPace())
+    assert edge.receive(Open(0, len(PROMPT), CREDIT, CREDIT, "", sampling.fields())) == []
+    edge.receive(Commit(0, 0, PROMPT))
+    job = edge.start()
+    assert job is not None
+    assert job.width == NUM_CANDIDATES
+    frames = edge.finish() + edge.draft_and_wait()
+    proposed = [token for frame in frames if isinstance(frame, Propose) for token in frame.tokens]
+    noise = Noise(sampling)
+    wanted = [noise.chosen(likely, len(PROMPT) + depth, 1)[0].token for depth in range(CREDIT)]
+    assert wanted != [0] * CREDIT, "noise changes nothing here"
+    assert proposed == [PROMPT[-1], *wanted]

@@ -54,6 +54,8 @@ class Pace:
     pass_s: Line = field(default_factory=Line)
     """A forward pass of so many rows; while only one width was seen, more rows are thought to cost nothing."""
     calibration: Calibration = field(default_factory=Calibration)
+    sampled_calibration: Calibration = field(default_factory=Calibration)
+    """Of requests that the target samples, where noise chooses among the draft's candidates."""
     rtt_s: float = 0.0
     round_s: Smoothed = field(default_factory=Smoothed)
     """From one commit of a request to the next."""

@@ -14,9 +14,11 @@ from edge_client.drafters import Candidate
 from edge_client.drafting.draft_tree import DraftTree, Node, new_branches, proposal
 from edge_client.drafting.jobs import Job
 from edge_client.drafting.kept_contexts import KeptContexts
-from edge_client.drafting.pacing import Pace
+from edge_client.drafting.noise import NUM_CANDIDATES, Noise
+from edge_client.drafting.pacing import Calibration, Pace
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.frames import MAX_UINT32, Close, CloseReason, Commit, Open, Propose
+from vllm_specedge.wire.sampling import sampling_of
 
 MAX_SHORT = 3
 MAX_CANDIDATES = 3
@@ -57,6 +59,8 @@ class _Request:
     num_prompt: int
     credit: int
     max_draft: int
+    noise: Noise | None = None
+    """What the target adds where it samples; None: it is greedy, or nothing is known of that."""
     tree: DraftTree = field(default_factory=DraftTree)
     running: list[Node] | None = None
     """What the job under way runs; empty: committed tokens."""
@@ -74,6 +78,10 @@ class _Request:
     @property
     def is_prefilling(self) -> bool:
         return len(self.tree.tokens) < self.num_prompt
+
+    def calibration(self, pace: Pace) -> Calibration:
+        """How often what is drafted for such requests is right."""
+        return pace.calibration if self.noise is None else pace.sampled_calibration
 
 
 class Speculation:
@@ -94,6 +102,7 @@ class Speculation:
         self.vocab_size = MAX_UINT32
         self._max_context_tokens = max_context_tokens
         self._max_width = max_width
+        self._num_kept = MAX_CANDIDATES if max_width > 1 else 1
         self._max_requests = max_requests
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._requests: dict[int, _Request] = {}
@@ -129,7 +138,9 @@ class Speculation:
         if is_full or is_too_long:
             return [Close(frame.request, CloseReason.DECLINED)]
         self._kept.forget(frame.request)  # its sequence is this one's from now on
-        self._requests[frame.request] = _Request(frame.num_tokens, frame.credit, frame.max_draft)
+        sampling = sampling_of(frame.sampling)
+        noise = Noise(sampling) if sampling is not None else None
+        self._requests[frame.request] = _Request(frame.num_tokens, frame.credit, frame.max_draft, noise)
         self.stats.num_requests += 1
         return []
 
@@ -174,9 +185,10 @@ class Speculation:
         if was_prefilling:
             return
         parents += foreseen
+        calibration = request.calibration(self.pace)
         for parent, token in zip(parents, tokens, strict=False):
             for child in parent.children:
-                self.pace.calibration.observe(child.claimed, child.token == token)
+                calibration.observe(child.claimed, child.token == token)
         num_on_trunk = sum(
             1 for node, said in zip(trunk, tokens, strict=False) if node.token == said and node in foreseen
         )
@@ -245,7 +257,7 @@ class Speculation:
 
     def _job(self, number: int, request: _Request, nodes: list[Node]) -> Job:
         tree = request.tree
-        width = MAX_CANDIDATES if self._max_width > 1 else 1
+        width = NUM_CANDIDATES if request.noise is not None else self._num_kept
         source = None
         if not nodes and not tree.num_entered and (found := self._kept.take(tree.tokens)) is not None:
             source, num_shared = found
@@ -275,7 +287,9 @@ class Speculation:
         for node, candidates in zip(nodes or [tree.root], said, strict=True):
             if tree.contains(node):
                 known = [candidate for candidate in candidates if candidate.token < self.vocab_size]
-                tree.expand(node, known, self.pace.calibration)
+                if request.noise is not None:
+                    known = request.noise.chosen(known, node.position + 1, self._num_kept)
+                tree.expand(node, known, request.calibration(self.pace))
                 self.stats.drafted_tokens += 1
         return self._propose(job.request, request, now_s)
 

@@ -11,9 +11,12 @@ import torch
 from scipy.stats import chisquare
 from vllm.platforms import current_platform
 
+from edge_client.drafters import Candidate
+from edge_client.drafting.noise import Noise
 from vllm_specedge.adapter import hooks
 from vllm_specedge.adapter.worker import coupling, cpu_kernels, verification
 from vllm_specedge.adapter.worker.sampling import shorten
+from vllm_specedge.wire.sampling import Sampling
 
 # As vLLM's workers do, before they import what uses the kernels: without Triton the CPU's C++ kernels take their place.
 current_platform.import_kernels()
@@ -166,6 +169,23 @@ def test_a_seed_says_the_same_with_drafts_and_without(chance: int, limits: dict[
 
     got = said_with_drafts(logits, seeded(temperature, seeds, **of_rows), drafts_of)
     assert got == [tokens[: 48 - MAX_DRAFT - 1] for tokens in plain]
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.5}], ids=str)
+def test_an_edge_with_the_target_s_own_logits_foresees_all_it_says(limits: dict[str, Any]) -> None:
+    """From the seed alone, in plain Python."""
+    torch.manual_seed(0)
+    seeds, temperature = [11, 2**40 + 3, 7], torch.tensor([0.7, 1.0, 1.5])
+    logits = 2 * torch.randn(len(seeds), 60, 40)
+    of_rows = {name: torch.full((len(seeds),), value) for name, value in limits.items()}
+    said = said_plainly(logits, seeded(temperature, seeds, **of_rows))
+    for request, seed in enumerate(seeds):
+        heat, top_k, top_p = float(temperature[request]), limits.get("top_k", 0), limits.get("top_p", 1.0)
+        noise = Noise(Sampling(round(heat, 3), top_k, top_p, seed, 5))
+        for at, token in enumerate(said[request]):
+            best, ids = logits[request, at].softmax(-1).sort(descending=True)
+            candidates = [Candidate(*pair) for pair in zip(ids.tolist(), best.tolist(), strict=True)]
+            assert noise.chosen(candidates, 5 + at, 1)[0].token == token
 
 
 def test_rows_behind_a_token_that_was_not_right_are_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from vllm_specedge.adapter.look import look, num_waiting
 from vllm_specedge.adapter.ngrams import NgramLookup
 from vllm_specedge.adapter.parameters import Treatment, treatment
 from vllm_specedge.adapter.prediction_reader import Predictions
+from vllm_specedge.adapter.seeds import can_tell_noise, seed
 from vllm_specedge.adapter.shared_driver import SharedDriver
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.adapter.step_loop import StepLoop
@@ -89,7 +90,9 @@ class Drafting:
         predictions: Predictions | None = None,
         spans: RequestSpans | None = None,
         load_report: LoadReport | None = None,
+        tells_noise: bool = False,
     ) -> None:
+        """`tells_noise`: edges are told how requests are sampled, and with which seed."""
         self.shared = shared
         self.driver = shared.driver
         self._scheduler = scheduler
@@ -99,6 +102,7 @@ class Drafting:
         self._predictions = predictions
         self._spans = spans
         self._load_report = load_report
+        self._tells_noise = tells_noise
         self._alone: set[str] = set()
         """Requests beside which nothing may be verified."""
         self._started: deque[tuple[StepPlan, float]] = deque()
@@ -254,9 +258,10 @@ class Drafting:
             self._ngrams.open(request.request_id)
         if self._spans is not None:
             self._spans.open(request)
-        self.shared.send(
-            self.driver.open(request.request_id, request.all_token_ids, session if is_text(session) else "")
-        )
+        # Without edges no generator is drawn from that plain vLLM would not draw from.
+        sampling = seed(request) if self._tells_noise and self.driver.num_edges else ()
+        session = session if is_text(session) else ""
+        self.shared.send(self.driver.open(request.request_id, request.all_token_ids, session, sampling))
         predicted = asked.get(KEY)
         if predicted is not None and self._predictions is not None:
             self._predictions.submit(request.request_id, predicted)
@@ -320,7 +325,17 @@ def start_drafting(scheduler: Any, engine: EngineHandle) -> tuple[Drafting, Serv
     predictions = Predictions(tokenizer, max_model_len)
     load_report = LoadReport(config, options.targets) if options.slo else None
     spans = request_spans(config)
-    drafting = Drafting(scheduler, engine, shared, options.targets, ngrams, predictions, spans, load_report)
+    drafting = Drafting(
+        scheduler,
+        engine,
+        shared,
+        options.targets,
+        ngrams,
+        predictions,
+        spans,
+        load_report,
+        tells_noise=can_tell_noise(config),
+    )
     process = None
     try:
         shared.link, process = start_link(config, options, tokenizer, wake=shared.wake, stats=shared.stats)

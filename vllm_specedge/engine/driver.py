@@ -87,9 +87,9 @@ class StepDriver:
 
     # -- requests and their drafts ---------------------------------------------------------------------------------
 
-    def open(self, request_id: str, tokens: Sequence[int], session: str) -> list[Frame]:
+    def open(self, request_id: str, tokens: Sequence[int], session: str, sampling: tuple[int, ...] = ()) -> list[Frame]:
         """A request was added; `tokens` is a live view of all its token ids, prompt first."""
-        return self._ledger.open(request_id, tokens, session)
+        return self._ledger.open(request_id, tokens, session, sampling)
 
     def close(self, request_id: str) -> list[Frame]:
         """A request was aborted between two steps, or is not to be drafted for any more."""

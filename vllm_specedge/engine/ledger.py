@@ -133,11 +133,12 @@ class RequestLedger:
 
     # -- to the gateway --------------------------------------------------------------------------------------------
 
-    def open(self, request_id: str, tokens: Sequence[int], session: str) -> list[Frame]:
+    def open(self, request_id: str, tokens: Sequence[int], session: str, sampling: tuple[int, ...] = ()) -> list[Frame]:
         number = self._next_number
         self._next_number = (number + 1) & MAX_UINT32
         tree, acceptances = ProposalTree(len(tokens)), self.acceptances.of_request()
         request = DraftedRequest(number, tokens, session, len(tokens), tree, self._counters, acceptances)
+        request.sampling = sampling
         self._requests[request_id] = request
         self._ids[number] = request_id
         self._counters["opened_requests"] += 1
@@ -154,7 +155,7 @@ class RequestLedger:
         tokens = list(request.tokens)
         self._opened_tokens += len(tokens)
         request.num_published = len(tokens)
-        opening = EngineOpen(request.number, len(tokens), self._max_draft, request.session)
+        opening = EngineOpen(request.number, len(tokens), self._max_draft, request.session, request.sampling)
         return [opening, *commits(request.number, 0, tokens)]
 
     def publish(self, request: DraftedRequest, now_s: float) -> list[Frame]:

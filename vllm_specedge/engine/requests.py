@@ -71,6 +71,8 @@ class DraftedRequest:
     tree: ProposalTree
     totals: Counter[str]
     acceptances: Acceptances
+    sampling: tuple[int, ...] = ()
+    """How it is sampled, as edges are told."""
     edge: Assignment | None = None
     num_published: int | None = None
     """Tokens that the gateway knows; None: it does not know the request."""

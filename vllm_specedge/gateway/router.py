@@ -335,7 +335,8 @@ class Router:
         self.counters["assigned"] += 1
         opening = request.opening
         session = opening.session if opening.session == info.session else ""
-        opened = Open(request.number, len(request.tokens), opening.max_draft, self.limits.credit_tokens, session)
+        credit, num_tokens = self.limits.credit_tokens, len(request.tokens)
+        opened = Open(request.number, num_tokens, opening.max_draft, credit, session, opening.sampling)
         context = commits(request.number, 0, request.tokens)
         info.unread_tokens += len(request.tokens)
         info.num_pings += 1

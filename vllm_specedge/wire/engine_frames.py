@@ -106,6 +106,7 @@ class EngineOpen(Coded, code=42):
     num_tokens: int
     max_draft: int
     session: str
+    sampling: tuple[int, ...] = ()
 
 
 FromEngine: TypeAlias = EngineHello | EngineOpen | Stats | Report | StepTimes | Groups | VocabularyPart

@@ -69,6 +69,7 @@ class Open(Coded, code=4):
 
     Its first `num_tokens` token ids follow as Commits from position 0. At most `max_draft` draft tokens are verified
     at once; a proposal may end at most `credit` tokens past the last commit. `session` is empty for a pooled request.
+    `sampling` says how the target samples it (`sampling.Sampling`); empty: it is greedy, or that cannot be followed.
     """
 
     request: int
@@ -76,6 +77,7 @@ class Open(Coded, code=4):
     max_draft: int
     credit: int
     session: str
+    sampling: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

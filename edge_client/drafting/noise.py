@@ -1,0 +1,100 @@
+"""The noise that the target adds where it samples, so that a draft can guess what it says. Pure.
+
+The target says, at each position, the token whose log probability by the request's temperature plus Gumbel noise is
+greatest. That noise is a hash: of a row seed, which the request's generator draws for the position, and the token id.
+Whoever knows the request's seed knows it, and with the same noise a draft's likely tokens name the same token more
+often than without (Daliri, Musco and Suresh 2024, "Coupling without communication").
+
+The hash is SplitMix64's (Steele, Lea and Flood 2014) as vLLM's CPU build uses it; generators are MT19937 as torch seeds
+them. Both in plain Python, for an edge need not have more.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import exp, log
+
+from edge_client.drafters import Candidate
+from vllm_specedge.wire.sampling import Sampling
+
+NUM_CANDIDATES = 64
+"""A draft's most probable tokens, of which noise chooses."""
+_MIN_CANDIDATES = 8
+"""A drafter that names fewer, as prompt lookup does, says nothing of how probable others are."""
+_MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_ROW_SEEDS = 2**31
+_LEAST = 1e-30
+
+
+class Noise:
+    """The noise of one request."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._words = _words(sampling.seed)
+        self._row_seeds: list[int] = []
+
+    def row_seed(self, position: int) -> int:
+        """Of the token at a position of the request."""
+        while len(self._row_seeds) <= position - self._sampling.first:
+            next(self._words)  # torch draws 64 bits, and takes the last 31
+            self._row_seeds.append(next(self._words) % _ROW_SEEDS)
+        return self._row_seeds[position - self._sampling.first]
+
+    def chosen(self, candidates: Sequence[Candidate], position: int, limit: int) -> list[Candidate]:
+        """The `limit` of a draft's candidates that the target most probably says at a position, best first.
+
+        `candidates`: most probable first. Their probabilities become those with which each is said, as the draft sees
+        it: for their order by noise is known, and how far the target's logits are from the draft's is not.
+        """
+        if position < self._sampling.first or len(candidates) < _MIN_CANDIDATES:
+            return list(candidates[:limit])
+        key = splitmix64(self.row_seed(position))
+        scores = [(weight + gumbel(key, token), token) for token, weight in _weighted(candidates, self._sampling)]
+        best = max(score for score, _ in scores)
+        total = sum(exp(score - best) for score, _ in scores)
+        scores.sort(reverse=True)
+        return [Candidate(token, exp(score - best) / total) for score, token in scores[:limit]]
+
+
+def _weighted(candidates: Sequence[Candidate], sampling: Sampling) -> list[tuple[int, float]]:
+    """Token ids that top-k and top-p leave, with their log probabilities by the temperature, but for a constant."""
+    if sampling.top_k:
+        candidates = candidates[: sampling.top_k]
+    weights = [log(max(probability, _LEAST)) / sampling.temperature for _, probability in candidates]
+    parts = [exp(weight - weights[0]) for weight in weights]
+    left, total, weighted = sampling.top_p * sum(parts), 0.0, []
+    for (token, _), weight, part in zip(candidates, weights, parts, strict=True):
+        weighted.append((token, weight))
+        total += part
+        if total >= left:
+            break
+    return weighted
+
+
+def splitmix64(number: int) -> int:
+    """SplitMix64's mixing function, of 64 bits."""
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & _MASK64
+    return number ^ number >> 31
+
+
+def gumbel(key: int, token: int) -> float:
+    """The noise of a token in a row whose mixed seed is `key`."""
+    bits = splitmix64(key + (token + 1) * _GAMMA & _MASK64) >> 11
+    return -log(-log((bits + 0.5) * 2.0**-53))
+
+
+def _words(seed: int) -> Iterator[int]:
+    """MT19937's numbers of 32 bits, seeded as torch does it (ATen/core/MT19937RNGEngine.h): with the last 32 bits."""
+    state = [seed & _MASK32]
+    for index in range(1, 624):
+        state.append(1812433253 * (state[-1] ^ state[-1] >> 30) + index & _MASK32)
+    while True:
+        for index in range(624):
+            word = state[index] & 0x80000000 | state[(index + 1) % 624] & 0x7FFFFFFF
+            state[index] = state[(index + 397) % 624] ^ word >> 1 ^ (word & 1) * 0x9908B0DF
+        for number in state:
+            word = number ^ number >> 11
+            word ^= word << 7 & 0x9D2C5680
+            word ^= word << 15 & 0xEFC60000
+            yield word ^ word >> 18

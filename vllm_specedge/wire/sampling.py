@@ -1,0 +1,38 @@
+"""How the target samples a request, as an edge is told that is to guess what it says (docs/protocol.md, "Sampling")."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SPLITMIX = 1
+"""The kind of noise that vLLM's CPU build draws (edge_client/drafting/noise.py)."""
+_PER_UNIT = 1000
+_MASK = 2**32 - 1
+_NUM_FIELDS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """A sampled request's parameters, as far as a draft can follow them."""
+
+    temperature: float
+    top_k: int
+    """0: no limit."""
+    top_p: float
+    seed: int
+    """64 bits."""
+    first: int
+    """The position of the first token that is sampled: the length of the prompt."""
+    noise: int = SPLITMIX
+
+    def fields(self) -> tuple[int, ...]:
+        """Its numbers on the wire."""
+        heat, part = round(self.temperature * _PER_UNIT), round(self.top_p * _PER_UNIT)
+        return self.noise, heat, self.top_k, part, self.first, self.seed >> 32 & _MASK, self.seed & _MASK
+
+
+def sampling_of(fields: Sequence[int]) -> Sampling | None:
+    """What such numbers say; None: the request is greedy, or nothing is known of how it is sampled."""
+    if len(fields) != _NUM_FIELDS or fields[0] != SPLITMIX or not fields[1]:
+        return None
+    noise, heat, top_k, part, first, high, low = fields
+    return Sampling(heat / _PER_UNIT, top_k, part / _PER_UNIT, high << 32 | low, first, noise)
