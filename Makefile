@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -139,6 +139,10 @@ bench-messages: $(VENV)/.installed
 
 bench-micro: $(VENV)/.installed
 	$(BIN)/python benchmarks/micro.py pieces $(ARGS)
+
+# ARGS="--pair qwen" for the real pair.
+bench-sampling: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python benchmarks/sampling.py $(ARGS)
 
 bench-deciding: $(VENV)/.installed
 	$(BIN)/python benchmarks/micro.py deciding $(ARGS)
