@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate
 from edge_client.drafting.noise import Noise, gumbel, splitmix64
+from vllm_specedge.wire.engine_frames import EngineOpen
+from vllm_specedge.wire.frames import Open
 from vllm_specedge.wire.sampling import Sampling, sampling_of
 
 torch = pytest.importorskip("torch")
@@ -24,6 +26,12 @@ def test_what_is_told_is_what_is_known(heat: float, top_k: int, top_p: float, se
     assert (told.top_k, told.seed, told.first) == (top_k, seed, first)
     assert told.temperature == pytest.approx(heat, abs=6e-4)
     assert told.top_p == pytest.approx(top_p, abs=6e-4)
+
+
+def test_a_seed_is_in_no_text_that_could_be_logged() -> None:
+    sampling = Sampling(1.0, 0, 1.0, 987654321, 3)
+    shown = repr((sampling, Open(0, 3, 5, 5, "", sampling.fields()), EngineOpen(0, 3, 5, "", sampling.fields())))
+    assert "987654321" not in shown
 
 
 @pytest.mark.parametrize("fields", [(), (1,), (2, 700, 0, 1000, 3, 0, 5), (1, 0, 0, 1000, 3, 0, 5), (1,) * 8])

@@ -57,12 +57,18 @@ class Noise:
 
 
 def _weighted(candidates: Sequence[Candidate], sampling: Sampling) -> list[tuple[int, float]]:
-    """Token ids that top-k and top-p leave, with their log probabilities by the temperature, but for a constant."""
+    """Token ids that top-k and top-p leave, with their log probabilities by the temperature, but for a constant.
+
+    What the draft thinks of all other tokens is known in sum only: they count as if each were as probable as the last.
+    """
+    others = 1.0 - sum(candidate.probability for candidate in candidates)
     if sampling.top_k:
         candidates = candidates[: sampling.top_k]
+        others = 0.0 if sampling.top_k <= len(candidates) else others
     weights = [log(max(probability, _LEAST)) / sampling.temperature for _, probability in candidates]
     parts = [exp(weight - weights[0]) for weight in weights]
-    left, total, weighted = sampling.top_p * sum(parts), 0.0, []
+    num_others = max(0.0, others) / max(candidates[-1].probability, _LEAST)
+    left, total, weighted = sampling.top_p * (sum(parts) + num_others * parts[-1]), 0.0, []
     for (token, _), weight, part in zip(candidates, weights, parts, strict=True):
         weighted.append((token, weight))
         total += part

@@ -9,7 +9,9 @@ from random import Random
 import pytest
 from stack import edge_client
 
-from .conftest import Target, counting, until
+from edge_client.drafters.hf import load_hf_drafter
+
+from .conftest import MODEL, Target, counting, running_edge, until
 from .test_parameters import Body, ask_together, drafting, random_parameters, same
 
 NUM_REQUESTS = 8
@@ -109,3 +111,19 @@ def test_several_choices(plain: Target, edge_target: Target, prompts: list[str])
     with drafting(edge_target, [choice | {"prompt_token_ids": want[0]["prompt_token_ids"]} for choice in want], 0.9):
         have = edge_target.post("/v1/completions", body)["choices"]
     assert [choice["token_ids"] for choice in have] == [choice["token_ids"] for choice in want]
+
+
+@pytest.mark.parametrize("seed", [None, 17], ids=["no seed", "a seed"])
+def test_an_edge_whose_draft_is_the_target_foresees_what_is_sampled(
+    edge_target: Target, prompts: list[str], seed: int | None
+) -> None:
+    """It is told the seed, also one that the server chose, and its most probable tokens are all that count."""
+    drafter = load_hf_drafter(str(MODEL), "cpu", None, "")
+    body = {"prompt": prompts[0], "temperature": 1.0, "top_k": 50, "max_tokens": 40, "ignore_eos": True, "seed": seed}
+    with running_edge(edge_target, drafter), counting(edge_target) as counted:
+        edge_target.post("/v1/completions", body)
+        counted.settle(40)
+        verified, accepted = counted["verified_tokens"], counted["accepted_tokens"]
+    print(f"{accepted} of {verified} accepted")
+    assert verified > 10
+    assert accepted > 0.9 * verified

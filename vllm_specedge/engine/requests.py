@@ -71,7 +71,7 @@ class DraftedRequest:
     tree: ProposalTree
     totals: Counter[str]
     acceptances: Acceptances
-    sampling: tuple[int, ...] = ()
+    sampling: tuple[int, ...] = field(default=(), repr=False)
     """How it is sampled, as edges are told."""
     edge: Assignment | None = None
     num_published: int | None = None

@@ -1,6 +1,6 @@
 """What engine and gateway say to each other beside what edges hear (docs/protocol.md, appendix)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from vllm_specedge.wire.frames import Coded
@@ -106,7 +106,7 @@ class EngineOpen(Coded, code=42):
     num_tokens: int
     max_draft: int
     session: str
-    sampling: tuple[int, ...] = ()
+    sampling: tuple[int, ...] = field(default=(), repr=False)
 
 
 FromEngine: TypeAlias = EngineHello | EngineOpen | Stats | Report | StepTimes | Groups | VocabularyPart

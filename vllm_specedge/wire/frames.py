@@ -5,7 +5,7 @@ How frames become bytes is in `codec`; what engine and gateway say to each other
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
 
 PROTOCOL_VERSION = 1
@@ -77,7 +77,7 @@ class Open(Coded, code=4):
     max_draft: int
     credit: int
     session: str
-    sampling: tuple[int, ...] = ()
+    sampling: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

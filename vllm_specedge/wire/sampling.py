@@ -1,7 +1,7 @@
 """How the target samples a request, as an edge is told that is to guess what it says (docs/protocol.md, "Sampling")."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SPLITMIX = 1
 """The kind of noise that vLLM's CPU build draws (edge_client/drafting/noise.py)."""
@@ -18,7 +18,7 @@ class Sampling:
     top_k: int
     """0: no limit."""
     top_p: float
-    seed: int
+    seed: int = field(repr=False)
     """64 bits."""
     first: int
     """The position of the first token that is sampled: the length of the prompt."""
