@@ -27,6 +27,8 @@ help:
 	@echo "make bench-ahead     what drafting ahead is worth at 0, 5, 20 and 80 ms (half an hour; ARGS=--quick)"
 	@echo "make bench-ahead ARGS='--pair qwen' the same with a real pair of models, by kind of question (an hour)"
 	@echo "make bench-micro     what each piece of the hot paths takes, microseconds"
+	@echo "make bench-sampling  how often drafts are right where the target samples, with its noise and without"
+	@echo "make bench-scheduling what a step costs vLLM's scheduler, with the plugin and without"
 	@echo "make bench-deciding  what the policy costs the engine, microseconds a request a step"
 	@echo "make bench-never-slower whether turning it on makes a server slower: a grid, a verdict a cell (2 hours; ARGS=--quick)"
 
