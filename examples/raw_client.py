@@ -155,7 +155,7 @@ class Edge:
             case [3, str(), str(), int(), int(heartbeat_ms)]:
                 self.state, self.heartbeat_s, self.live_s = 2, max(1, heartbeat_ms) / 1000, time.monotonic()
                 self.ping_at_s = 0.0
-            case [4, int(number), int(num_tokens), int(), int(credit), str()]:
+            case [4, int(number), int(num_tokens), int(), int(credit), str(), list()]:
                 self.requests[number] = Request(num_tokens, credit)
             case [5, int(number), int(base), bytes(tokens)]:
                 if number in self.requests:
