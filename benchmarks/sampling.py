@@ -1,6 +1,6 @@
 """`make bench-sampling`: how often drafts are right where the target samples, with and without its noise.
 
-    PYTHONPATH=examples python benchmarks/sampling.py [--pair smollm2] [--tokens 96]
+    PYTHONPATH=examples python benchmarks/sampling.py [--pair smollm2] [--tokens 64]
 
 The target answers with seeds, by the noise of vLLM's CPU build; at each position of an answer the draft model says what
 it thinks most probable. Compared: its most probable token (and its first two); what noise makes of its 64 most probable
@@ -10,6 +10,7 @@ Nothing is timed.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Annotated, Any
 
 import torch
@@ -25,6 +26,14 @@ from edge_client.drafting.noise import NUM_CANDIDATES, Noise
 from vllm_specedge.wire.sampling import Sampling
 
 TEMPERATURES = (0.7, 1.0)
+EVERYDAY = (
+    "What is the tallest mountain?",
+    "Write a short story about a lost dog.",
+    "List five healthy breakfasts.",
+    "How do bees make honey?",
+    "Give me tips for learning to cook.",
+)
+"""Questions of kinds that the demo's are not."""
 FIRST_SEED = 1000
 
 
@@ -59,11 +68,10 @@ class Pair:
         )
 
     def prompts(self) -> Iterator[list[int]]:
-        for questions in QUESTIONS.values():
-            for question in questions:
-                said = [{"role": "user", "content": question}]
-                asked = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
-                yield asked["input_ids"]
+        for question in chain(*QUESTIONS.values(), EVERYDAY):
+            said = [{"role": "user", "content": question}]
+            asked = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
+            yield asked["input_ids"]
 
     @torch.inference_mode()
     def answer(self, prompt: list[int], noise: Noise, temperature: float, num_tokens: int) -> tuple[list[int], Any]:
@@ -106,7 +114,7 @@ def count(counts: Counts, models: Pair, prompt: list[int], noise: Noise, num_tok
 
 def main(
     pair: Annotated[str, typer.Option(help="smollm2 or qwen.")] = "smollm2",
-    tokens: Annotated[int, typer.Option(help="Of each answer, at most.")] = 96,
+    tokens: Annotated[int, typer.Option(help="Of each answer, at most.")] = 64,
 ) -> None:
     torch.set_num_threads(1)
     models = Pair(pair)

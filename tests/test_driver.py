@@ -858,6 +858,22 @@ def test_tokens_a_second_are_told_apart_by_whether_a_step_was_waited_for() -> No
     assert serving.driver.counters["waited_steps"] == 30
 
 
+def test_what_an_earlier_try_of_waiting_gave_counts_little() -> None:
+    """Steps that were waited for made a token each; later ones, after a pause, make two."""
+    serving = Serving()
+
+    def step(number: int, has_gap: bool, *decided: int) -> None:
+        for _ in range(number):
+            serving.driver.last = StepPlan(num_rows=1, has_gap=has_gap)
+            serving.step(*decided, num_verified=len(decided) - 1, took_s=STEP_S * (1.8 if has_gap else 1.0))
+
+    step(60, True, 40)
+    step(60, False, 40)
+    assert serving.driver.speedups.gain_of_waiting < 0.9
+    step(8, True, 40, 41, 42)
+    assert serving.driver.speedups.gain_of_waiting > 1.0
+
+
 def test_a_suggestion_needs_no_edge() -> None:
     driver = new_driver(num_edges=0)
     tokens = list(PROMPT)

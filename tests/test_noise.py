@@ -1,6 +1,8 @@
 """The noise of sampled requests: what the target would say, from a seed, in plain Python."""
 
+import re
 from math import log
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from vllm_specedge.wire.engine_frames import EngineOpen
 from vllm_specedge.wire.frames import Open
 from vllm_specedge.wire.sampling import Sampling, sampling_of
 
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 torch = pytest.importorskip("torch")
 OTHERS = [Candidate(token, 1e-12) for token in range(4, 20)]
 SEEDS = (0, 1, 1234, 2**31, 2**32 + 5, 2**64 - 1)
@@ -46,6 +49,19 @@ def test_row_seeds_are_those_that_a_generator_of_torch_draws(seed: int) -> None:
     drawn = [int(torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.int64)) for _ in range(400)]
     noise = Noise(Sampling(1.0, 0, 1.0, seed, 7))
     assert [noise.row_seed(7 + number) for number in (399, *range(399))] == [drawn[399], *drawn[:399]]
+
+
+def test_the_protocol_document_s_numbers() -> None:
+    text = " ".join(DOCUMENT.split())
+    found = re.search(
+        r"For the seed (\d+) the row seeds of the first three positions are ([\d, ]+), and .*? is ([-\d., ]+)\.", text
+    )
+    assert found is not None
+    noise = Noise(Sampling(1.0, 0, 1.0, int(found[1]), 0))
+    row_seeds = [int(number) for number in found[2].split(", ")]
+    assert row_seeds == [noise.row_seed(position) for position in range(3)]
+    said = [gumbel(splitmix64(row_seeds[0]), token) for token in (0, 1, 50000)]
+    assert [float(number) for number in found[3].split(", ")] == pytest.approx(said, abs=1e-6)
 
 
 def test_the_hash_is_splitmix64() -> None:

@@ -71,6 +71,15 @@ def test_a_try_that_is_not_judged_yet_is_not_ended_by_one_step_without_use() -> 
     assert stepping.is_synchronous
 
 
+def test_tries_that_end_without_use_and_bring_nothing_become_seldom() -> None:
+    """Drafts that are there twice now and then, and gone when they could be verified."""
+    stepping, num_synchronous, num_steps = Stepping(), 0, 20_000
+    for _ in range(num_steps):
+        num_synchronous += stepping.is_synchronous
+        stepping.planned(not stepping.is_synchronous, 0.8)
+    assert num_synchronous < num_steps / 100
+
+
 def test_a_try_costs_a_small_part_of_the_pause_before_it_and_lasts_long_enough_later() -> None:
     stepping, num_tried = Stepping(), list[int]()
     for _ in range(8):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,17 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2 as httpx
 import pytest
-from stack import MODEL_NAME, Server, start_server, wait_for
+from stack import MODEL_NAME, Server, edge_client, start_server, wait_for
 
 from benchmarks.harness.replay import Accuracy, Recording, ReplayDrafter
 from edge_client.client import EdgeClient
 from edge_client.gateway_link import Gateway
 from tests.ports import free_port
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
 MODEL = CACHE / MODEL_NAME
@@ -207,6 +209,33 @@ class Counted:
 @contextmanager
 def counting(target: Target) -> Iterator[Counted]:
     yield Counted(target.server.metrics(), target)
+
+
+def said_while_an_edge_dies(target: Target, ask: Callable[[], T], use: str, directory: Path) -> list[T]:
+    """What is said to those who ask again and again until an edge is dead: some are being answered when that happens.
+
+    It is killed when some of its draft tokens were `use`: verified, or accepted.
+    """
+    is_killed, rounds = threading.Event(), list[T]()
+
+    def ask_on() -> None:
+        while not is_killed.is_set():
+            rounds.append(ask())
+
+    with (
+        edge_client(target.server.gateway_url, "ngram", directory / "edge.log") as process,
+        ThreadPoolExecutor(1) as executor,
+        counting(target) as counted,
+    ):
+        asking = executor.submit(ask_on)
+        try:
+            until(lambda: counted[f"{use}_tokens"] > 0, "the edge was of no use")
+            process.popen.send_signal(signal.SIGKILL)
+            until(lambda: target.server.metrics()["specedge_edges"] == 0, "its death was not noticed")
+        finally:
+            is_killed.set()
+        asking.result()
+    return rounds
 
 
 def assert_same(expected: Sequence[Completion], got: Sequence[Completion]) -> None:

@@ -1,13 +1,9 @@
 """The promise: with any edge, the server says exactly what it would say without one."""
 
-import signal
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stack import edge_client
 
 from edge_client.drafters.ngram import NgramDrafter
 
@@ -20,7 +16,7 @@ from .conftest import (
     counting,
     replay,
     running_edge,
-    until,
+    said_while_an_edge_dies,
 )
 
 NUM_COMMITTED = NUM_PROMPTS * (NUM_TOKENS - 1)
@@ -65,26 +61,5 @@ def test_garbage_edge(edge_target: Target, prompts: list[str], expected: list[Co
 def test_edge_killed_in_the_middle(
     edge_target: Target, prompts: list[str], expected: list[Completion], tmp_path: Path
 ) -> None:
-    """All are asked again and again until it is dead, so some are being answered when that happens."""
-    is_killed = threading.Event()
-    rounds: list[list[Completion]] = []
-
-    def ask() -> None:
-        while not is_killed.is_set():
-            rounds.append(edge_target.greedy_all(prompts))
-
-    with (
-        edge_client(edge_target.server.gateway_url, "ngram", tmp_path / "edge.log") as process,
-        ThreadPoolExecutor(1) as executor,
-        counting(edge_target) as counted,
-    ):
-        asking = executor.submit(ask)
-        try:
-            until(lambda: counted["accepted_tokens"] > 0, "the edge was of no use")
-            process.popen.send_signal(signal.SIGKILL)
-            until(lambda: edge_target.server.metrics()["specedge_edges"] == 0, "its death was not noticed")
-        finally:
-            is_killed.set()
-        asking.result()
-    for got in rounds:
+    for got in said_while_an_edge_dies(edge_target, lambda: edge_target.greedy_all(prompts), "accepted", tmp_path):
         assert_same(expected, got)

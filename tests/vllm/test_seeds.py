@@ -1,17 +1,13 @@
 """The same seed, the same text: with edges that are right, with others, with one that dies, and without."""
 
-import signal
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
 import pytest
-from stack import edge_client
 
 from edge_client.drafters.hf import load_hf_drafter
 
-from .conftest import MODEL, Target, counting, running_edge, until
+from .conftest import MODEL, Target, counting, running_edge, said_while_an_edge_dies, until
 from .test_parameters import Body, ask_together, drafting, random_parameters, same
 
 NUM_REQUESTS = 8
@@ -67,9 +63,10 @@ def test_an_edge_that_is_always_wrong(plain: Target, edge_target: Target, prompt
     bodies = sampled(Random(chance), prompts)
     want = ask_together(plain, bodies)
     backwards = [choice | {"token_ids": choice["token_ids"][::-1]} for choice in want]
-    with drafting(edge_target, backwards, 1.0):
+    with drafting(edge_target, backwards, 1.0), counting(edge_target) as counted:
         for wanted, got in zip(want, ask_together(edge_target, bodies), strict=True):
             assert same(wanted, got)
+        until(lambda: counted["verified_tokens"] > 0, "nothing was verified")
 
 
 def test_an_edge_that_is_killed_in_the_middle(
@@ -79,26 +76,7 @@ def test_an_edge_that_is_killed_in_the_middle(
     for body in bodies:
         body["temperature"] = 0.3  # so that prompt lookup is right now and then
     want = ask_together(plain, bodies)
-    is_killed, rounds = threading.Event(), list[list[Body]]()
-
-    def ask() -> None:
-        while not is_killed.is_set():
-            rounds.append(ask_together(edge_target, bodies))
-
-    with (
-        edge_client(edge_target.server.gateway_url, "ngram", tmp_path / "edge.log") as process,
-        ThreadPoolExecutor(1) as executor,
-        counting(edge_target) as counted,
-    ):
-        asking = executor.submit(ask)
-        try:
-            until(lambda: counted["verified_tokens"] > 0, "the edge was of no use")
-            process.popen.send_signal(signal.SIGKILL)
-            until(lambda: edge_target.server.metrics()["specedge_edges"] == 0, "its death was not noticed")
-        finally:
-            is_killed.set()
-        asking.result()
-    for have in rounds:
+    for have in said_while_an_edge_dies(edge_target, lambda: ask_together(edge_target, bodies), "verified", tmp_path):
         assert all(same(*pair) for pair in zip(want, have, strict=True))
 
 
@@ -108,8 +86,10 @@ def test_several_choices(plain: Target, edge_target: Target, prompts: list[str])
     body |= {"return_token_ids": True}
     want = plain.post("/v1/completions", body)["choices"]
     assert want[0]["token_ids"] != want[1]["token_ids"]
-    with drafting(edge_target, [choice | {"prompt_token_ids": want[0]["prompt_token_ids"]} for choice in want], 0.9):
+    known = [choice | {"prompt_token_ids": want[0]["prompt_token_ids"]} for choice in want]
+    with drafting(edge_target, known, 0.9), counting(edge_target) as counted:
         have = edge_target.post("/v1/completions", body)["choices"]
+        until(lambda: counted["accepted_tokens"] > 0, "nothing was accepted")
     assert [choice["token_ids"] for choice in have] == [choice["token_ids"] for choice in want]
 
 
@@ -121,9 +101,10 @@ def test_an_edge_whose_draft_is_the_target_foresees_what_is_sampled(
     drafter = load_hf_drafter(str(MODEL), "cpu", None, "")
     body = {"prompt": prompts[0], "temperature": 1.0, "top_k": 50, "max_tokens": 40, "ignore_eos": True, "seed": seed}
     with running_edge(edge_target, drafter), counting(edge_target) as counted:
-        edge_target.post("/v1/completions", body)
-        counted.settle(40)
+        texts = {edge_target.post("/v1/completions", body)["choices"][0]["text"] for _ in range(2)}
+        counted.settle(80)
         verified, accepted = counted["verified_tokens"], counted["accepted_tokens"]
     print(f"{accepted} of {verified} accepted")
+    assert len(texts) == (2 if seed is None else 1), "a seed of the server's is another one each time"
     assert verified > 10
     assert accepted > 0.9 * verified

@@ -47,6 +47,20 @@ def test_greedy_answers(alike: Alike, edge: Engine, way: str) -> None:
         assert waited < steps if way == "switching" else steps - waited <= 1, "the first one is not planned yet"
 
 
+@pytest.mark.parametrize("way", ["synchronous", "asynchronous"])
+def test_a_plan_knows_whether_its_step_is_waited_for(
+    alike: Alike, edge: Engine, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """There the gap is no price of a draft."""
+    driver, seen = edge.drafting.driver, list[bool]()
+    begin = driver.begin
+    monkeypatch.setattr(
+        driver, "begin", lambda rows, now_s, load: (seen.append(load.is_synchronous), begin(rows, now_s, load))[1]
+    )
+    alike(way, PROMPTS, greedy(16))
+    assert set(seen[2:]) == {way == "synchronous"}
+
+
 def test_the_policy_verifies_where_drafts_are_right(alike: Alike, edge: Engine) -> None:
     switches = edge.counters["verified_tokens"]
     alike("as the policy says", PROMPTS, greedy(64), wrong_every=0)

@@ -58,8 +58,8 @@ class Stepping:
     def _after_synchronous(self, is_useful: bool, gain: float) -> None:
         self._num_steps += 1
         self._num_against = 0 if is_useful else self._num_against + 1
-        is_judged = self._num_steps >= self._judged_after
-        if self._has_failed(gain) or (is_judged and self._num_against and gain < 1.0):
+        enough = 1 if self._num_steps >= self._judged_after else UNWANTED_BEFORE
+        if self._has_failed(gain) or (gain < 1.0 and self._num_against >= enough):
             self._judged_after = min(JUDGED_AFTER, int(self._pause * TRIED_PER_PAUSED))
             self._num_paused, self._pause = self._pause, min(LAST_PAUSE, 2 * self._pause)
             self._switch()

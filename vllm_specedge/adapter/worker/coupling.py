@@ -12,8 +12,7 @@ for a draft that knows nothing of the noise.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,43 +57,33 @@ def _replaying(forward: Any) -> Any:
     def sample(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
         if not metadata.max_spec_len or sampling_metadata.all_greedy or self.use_fp64_gumbel:
             return forward(self, metadata, draft_probs, logits, sampling_metadata)
-        with _drawn(metadata.num_draft_tokens, sampling_metadata.generators) as draws:
-            _now.row_seeds = draws.row_seeds
-            try:
-                output = forward(self, metadata, draft_probs, logits, sampling_metadata)
-            finally:
-                _now.row_seeds = None
-            draws.num_used = (output.sampled_token_ids != _NOTHING).sum(1).tolist()
+        counts = metadata.num_draft_tokens
+        generators = {row: each for row, each in sampling_metadata.generators.items() if counts[row]}
+        states = {row: generator.get_state() for row, generator in generators.items()}
+        # The next number is then that of the token behind the draft, which vLLM samples itself.
+        _now.row_seeds = _row_seeds(counts, generators)
+        try:
+            output = forward(self, metadata, draft_probs, logits, sampling_metadata)
+        finally:
+            _now.row_seeds = None
+        num_said = (output.sampled_token_ids != _NOTHING).sum(1).tolist()
+        for row, generator in generators.items():  # back to where plain steps would have left it
+            generator.set_state(states[row])
+            _draw(generator, num_said[row])
         return output
 
     return sample
 
 
-class _Draws:
-    """Row seeds of a step's draft tokens, and how many numbers each request used."""
-
-    def __init__(self, row_seeds: torch.Tensor) -> None:
-        self.row_seeds = row_seeds
-        self.num_used: Sequence[int] | None = None
-
-
-@contextmanager
-def _drawn(num_draft_tokens: Sequence[int], generators: dict[int, torch.Generator]) -> Iterator[_Draws]:
-    """Draw for all draft tokens, so that the next number is that of the token behind them; afterwards put generators
-    back to where plain steps would have left them."""
-    before = {row: generator.get_state() for row, generator in generators.items()}
+def _row_seeds(num_draft_tokens: Sequence[int], generators: Mapping[int, torch.Generator]) -> torch.Tensor:
+    """Those of all draft tokens, drawn from the generators of the rows that have one."""
     row_seeds = torch.randint(0, _MAX_ROW_SEED, (sum(num_draft_tokens),), dtype=torch.int64)
     start = 0
     for row, number in enumerate(num_draft_tokens):
         if row in generators:
             row_seeds[start : start + number] = torch.tensor(_draw(generators[row], number), dtype=torch.int64)
         start += number
-    draws = _Draws(row_seeds)
-    yield draws
-    assert draws.num_used is not None
-    for row, generator in generators.items():
-        generator.set_state(before[row])
-        _draw(generator, draws.num_used[row])
+    return row_seeds
 
 
 def _draw(generator: torch.Generator, number: int) -> list[int]:
@@ -105,35 +94,12 @@ def _draw(generator: torch.Generator, number: int) -> list[int]:
 
 
 def _by_equality(rejection_sample: Any) -> Any:
-    def sample(
-        draft_token_ids: torch.Tensor,
-        num_draft_tokens: Sequence[int],
-        max_spec_len: int,
-        cu_num_draft_tokens: torch.Tensor,
-        draft_probs: Any,
-        target_logits: torch.Tensor,
-        bonus_token_ids: torch.Tensor,
-        sampling_metadata: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def sample(*args: Any, **kwargs: Any) -> Any:
         if _now.row_seeds is None:
-            return rejection_sample(
-                draft_token_ids,
-                num_draft_tokens,
-                max_spec_len,
-                cu_num_draft_tokens,
-                draft_probs,
-                target_logits,
-                bonus_token_ids,
-                sampling_metadata,
-                *args,
-                **kwargs,
-            )
-        is_greedy = sampling_metadata.temperature == 0.0 if not sampling_metadata.all_random else None
-        return verified(
-            draft_token_ids, num_draft_tokens, target_logits, bonus_token_ids.flatten(), is_greedy, _now.row_seeds
-        )
+            return rejection_sample(*args, **kwargs)
+        drafts, num_draft_tokens, _, _, _, logits, bonus, made = args[:8]
+        is_greedy = made.temperature == 0.0 if not made.all_random else None
+        return verified(drafts, num_draft_tokens, logits, bonus.flatten(), is_greedy, _now.row_seeds)
 
     return sample
 
@@ -189,43 +155,12 @@ def couple_v2() -> None:
 def _by_equality_v2(rejection_sample: Any) -> Any:
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-    def sample(
-        target_logits: torch.Tensor,
-        draft_logits: Any,
-        draft_sampled: torch.Tensor,
-        cu_num_logits: torch.Tensor,
-        pos: torch.Tensor,
-        idx_mapping: torch.Tensor,
-        expanded_idx_mapping: torch.Tensor,
-        expanded_local_pos: torch.Tensor,
-        temperature: torch.Tensor,
-        seed: torch.Tensor,
-        num_speculative_steps: int,
-        *args: Any,
-        use_fp64: bool = False,
-        watermark_key: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if watermark_key is not None:
-            return rejection_sample(  # type: ignore[no-any-return]
-                target_logits,
-                draft_logits,
-                draft_sampled,
-                cu_num_logits,
-                pos,
-                idx_mapping,
-                expanded_idx_mapping,
-                expanded_local_pos,
-                temperature,
-                seed,
-                num_speculative_steps,
-                *args,
-                use_fp64=use_fp64,
-                watermark_key=watermark_key,
-                **kwargs,
-            )
+    def sample(*args: Any, use_fp64: bool = False, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if kwargs.get("watermark_key") is not None:
+            return rejection_sample(*args, use_fp64=use_fp64, **kwargs)  # type: ignore[no-any-return]
+        logits, _, drafts, cu_num_logits, pos, _, expanded_idx_mapping, _, temperature, seed, max_draft = args[:11]
         said = gumbel_sample(
-            target_logits,
+            logits,
             expanded_idx_mapping,
             temperature,
             seed,
@@ -234,7 +169,7 @@ def _by_equality_v2(rejection_sample: Any) -> Any:
             is_drafting=False,
             use_fp64=use_fp64,
         )
-        return accepted(said, draft_sampled, cu_num_logits, num_speculative_steps)
+        return accepted(said, drafts, cu_num_logits, max_draft)
 
     return sample
 
