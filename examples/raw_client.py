@@ -3,18 +3,22 @@
     pip install h2 msgpack
     python examples/raw_client.py http://127.0.0.1:8100
 
-It drafts without a model: after token A it proposes the token that followed A last time. Ctrl-C ends it. A token goes
-into SPECEDGE_TOKEN, and for https:// a private certificate authority into SSL_CERT_FILE.
+It drafts without a model: after token A it proposes the token that followed A most often so far; where the target
+samples, of all that followed A the one that the target's own noise favours. Ctrl-C ends it. A token goes into
+SPECEDGE_TOKEN, and for https:// a private certificate authority into SSL_CERT_FILE.
 """
 
 import argparse
 import asyncio
 import contextlib
+import math
 import os
 import random
 import ssl
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -47,12 +51,94 @@ def unpack(data: bytes) -> list[int]:
     return tokens
 
 
+def twisted(seed: int) -> Iterator[int]:
+    """MT19937: numbers of 32 bits."""
+    x = [seed]
+    for i in range(1, 624):
+        x.append(1812433253 * (x[-1] ^ x[-1] >> 30) + i & 2**32 - 1)
+    while True:
+        for i in range(624):
+            y = x[i] & 2**31 | x[(i + 1) % 624] & 2**31 - 1
+            x[i] = x[(i + 397) % 624] ^ y >> 1 ^ (y & 1) * 0x9908B0DF
+        for z in x:
+            y = z ^ z >> 11
+            y = y ^ y << 7 & 0x9D2C5680
+            y = y ^ y << 15 & 0xEFC60000
+            yield y ^ y >> 18
+
+
+class Noise:
+    """What the target adds where it samples (docs/protocol.md, "Sampling")."""
+
+    def __init__(self, kind: int, first: int, seed_high: int, seed_low: int) -> None:
+        self.kind, self.first, self.words, self.row_seeds = kind, first, twisted(seed_low), list[int]()
+        self.seed = self.add(self.add(0, seed_low), seed_high)
+
+    def at(self, position: int) -> Callable[[int], float]:
+        """The noise of token ids at a position."""
+        if self.kind == 2:
+            key = self.add(self.seed, position - 1)
+            return lambda token: self.murmur(key, token)
+        while len(self.row_seeds) <= position - self.first:
+            self.row_seeds.append((next(self.words), next(self.words) % 2**31)[1])
+        row = self.mix(self.row_seeds[position - self.first])
+        return lambda token: self.splitmix(row, token)
+
+    def splitmix(self, row: int, token: int) -> float:
+        z = self.mix((row + (token + 1) * 0x9E3779B97F4A7C15) % 2**64)
+        return -math.log(-math.log(((z >> 11) + 0.5) / 2**53))
+
+    def mix(self, z: int) -> int:
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    def murmur(self, key: int, token: int) -> float:
+        h = self.add(key, token) ^ 16
+        h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+        h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+        return -math.log(-math.log1p(-((h ^ h >> 16) + 0.5) / 2**32))
+
+    def add(self, h: int, w: int) -> int:
+        w = self.rotated(w * 0xCC9E2D51 % 2**32, 15) * 0x1B873593 % 2**32
+        return (self.rotated(h ^ w, 13) * 5 + 0xE6546B64) % 2**32
+
+    def rotated(self, number: int, bits: int) -> int:
+        return (number << bits | number >> 32 - bits) % 2**32
+
+
+class Sampling:
+    """How the target samples, greedily if it is not told."""
+
+    def __init__(self, fields: list[int]) -> None:
+        is_told = len(fields) == 7 and fields[0] in (1, 2) and fields[1] > 0
+        kind, heat, self.top_k, part, first, high, low = fields if is_told else [0, 1, 0, 1000, 0, 0, 0]
+        self.temperature, self.top_p = heat / 1000, part / 1000
+        self.noise = Noise(kind, first, high, low) if is_told else None
+
+    def best(self, counts: Counter[int], position: int) -> int:
+        """Of the tokens that followed another so and so often, that which the target says most probably."""
+        ordered = counts.most_common(self.top_k or None)
+        if self.noise is None or position < self.noise.first:
+            return ordered[0][0]
+        weights = {token: math.log(count) / self.temperature for token, count in ordered}
+        total, reached, gumbel = sum(map(math.exp, weights.values())), 0.0, self.noise.at(position)
+        left = dict[int, float]()
+        for token, weight in weights.items():
+            left[token] = weight + gumbel(token)
+            reached += math.exp(weight)
+            if reached >= self.top_p * total:
+                break
+        return max(left, key=left.__getitem__)
+
+
 @dataclass
 class Request:
     num_tokens: int  # it is opened with
     credit: int
+    sampling: Sampling
     tokens: list[int] = field(default_factory=list)
-    follower: dict[int, int] = field(default_factory=dict)
+    followers: dict[int, Counter[int]] = field(default_factory=dict)
     draft: list[int] = field(default_factory=list)
 
 
@@ -155,8 +241,8 @@ class Edge:
             case [3, str(), str(), int(), int(heartbeat_ms)]:
                 self.state, self.heartbeat_s, self.live_s = 2, max(1, heartbeat_ms) / 1000, time.monotonic()
                 self.ping_at_s = 0.0
-            case [4, int(number), int(num_tokens), int(), int(credit), str(), list()]:
-                self.requests[number] = Request(num_tokens, credit)
+            case [4, int(number), int(num_tokens), int(), int(credit), str(), list(sampling)]:
+                self.requests[number] = Request(num_tokens, credit, Sampling(sampling))
             case [5, int(number), int(base), bytes(tokens)]:
                 if number in self.requests:
                     self.commit(number, self.requests[number], base, unpack(tokens))
@@ -179,13 +265,14 @@ class Edge:
             self.num_accepted += is_hit
             request.draft = request.draft[1:] if is_hit else []
             if request.tokens:
-                request.follower[request.tokens[-1]] = token
+                request.followers.setdefault(request.tokens[-1], Counter())[token] += 1
             request.tokens.append(token)
         if len(request.tokens) < max(1, request.num_tokens):
             return
         num_proposed_before, request.draft, token = len(request.draft), [], request.tokens[-1]
-        while len(request.draft) < request.credit and token in request.follower:
-            token = request.follower[token]
+        while len(request.draft) < request.credit and token in request.followers:
+            position = len(request.tokens) + len(request.draft)
+            token = request.sampling.best(request.followers[token], position)
             request.draft.append(token)
         self.num_proposed += max(0, len(request.draft) - num_proposed_before)
         if request.draft:  # the last committed token in front shows what past it was drafted for

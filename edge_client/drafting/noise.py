@@ -1,19 +1,21 @@
 """The noise that the target adds where it samples, so that a draft can guess what it says. Pure.
 
 The target says, at each position, the token whose log probability by the request's temperature plus Gumbel noise is
-greatest. That noise is a hash: of a row seed, which the request's generator draws for the position, and the token id.
-Whoever knows the request's seed knows it, and with the same noise a draft's likely tokens name the same token more
-often than without (Daliri, Musco and Suresh 2024, "Coupling without communication").
+greatest. That noise is a hash of the request's seed, the position and the token id. Whoever knows the seed knows it,
+and with the same noise a draft's likely tokens name the same token more often than without (Daliri, Musco and Suresh
+2024, "Coupling without communication").
 
-The hash is SplitMix64's (Steele, Lea and Flood 2014) as vLLM's CPU build uses it; generators are MT19937 as torch seeds
-them. Both in plain Python, for an edge need not have more.
+vLLM has two such hashes: its CPU build's, SplitMix64's (Steele, Lea and Flood 2014) behind an MT19937 as torch seeds
+it, and the V2 model runner's, MurmurHash3's of 32 bits (Appleby 2011). Both in plain Python, for an edge need not have
+more.
 """
 
 from collections.abc import Iterator, Sequence
-from math import exp, log
+from math import exp, log, log1p
+from typing import Protocol
 
 from edge_client.drafters import Candidate
-from vllm_specedge.wire.sampling import Sampling
+from vllm_specedge.wire.sampling import MURMUR, SPLITMIX, Sampling
 
 NUM_CANDIDATES = 64
 """A draft's most probable tokens, of which noise chooses."""
@@ -23,22 +25,69 @@ _MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _ROW_SEEDS = 2**31
 _LEAST = 1e-30
+_MURMUR_BYTES = 16
+"""The length of what is hashed, which the hash ends with."""
 
 
-class Noise:
-    """The noise of one request."""
+class Hash(Protocol):
+    """A kind of noise, for one seed."""
+
+    def key(self, position: int) -> int:
+        """What is common to all tokens at a position of the request."""
+
+    def gumbel(self, key: int, token: int) -> float:
+        """The noise of a token id, Gumbel distributed."""
+
+
+class SplitMix:
+    """Kind 1: as vLLM's CPU build draws it (csrc/cpu, `fused_gumbel_argmax`)."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
+        self._first = sampling.first
         self._words = _words(sampling.seed)
         self._row_seeds: list[int] = []
 
     def row_seed(self, position: int) -> int:
-        """Of the token at a position of the request."""
-        while len(self._row_seeds) <= position - self._sampling.first:
+        """What the request's generator draws for the token at a position: 31 bits."""
+        while len(self._row_seeds) <= position - self._first:
             next(self._words)  # torch draws 64 bits, and takes the last 31
             self._row_seeds.append(next(self._words) % _ROW_SEEDS)
-        return self._row_seeds[position - self._sampling.first]
+        return self._row_seeds[position - self._first]
+
+    def key(self, position: int) -> int:
+        return splitmix64(self.row_seed(position))
+
+    def gumbel(self, key: int, token: int) -> float:
+        bits = splitmix64(key + (token + 1) * _GAMMA & _MASK64) >> 11
+        return -log(-log((bits + 0.5) * 2.0**-53))
+
+
+class Murmur:
+    """Kind 2: as the V2 model runner draws it (v1/worker/gpu/sample/gumbel.py, `murmur3_uniform32`)."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._seed = _mixed(_mixed(0, sampling.seed & _MASK32), sampling.seed >> 32)
+
+    def key(self, position: int) -> int:
+        """vLLM's position is that of the token before, whose logits are sampled."""
+        return _mixed(self._seed, position - 1 & _MASK32)
+
+    def gumbel(self, key: int, token: int) -> float:
+        bits = _mixed(key, token) ^ _MURMUR_BYTES
+        bits = (bits ^ bits >> 16) * 0x85EBCA6B & _MASK32
+        bits = (bits ^ bits >> 13) * 0xC2B2AE35 & _MASK32
+        return -log(-log1p(-((bits ^ bits >> 16) + 0.5) * 2.0**-32))
+
+
+_KINDS: dict[int, type[SplitMix] | type[Murmur]] = {SPLITMIX: SplitMix, MURMUR: Murmur}
+
+
+class Noise:
+    """The noise of one request, and what it makes of a draft's candidates."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._hash: Hash = _KINDS[sampling.noise](sampling)
 
     def chosen(self, candidates: Sequence[Candidate], position: int, limit: int) -> list[Candidate]:
         """The `limit` of a draft's candidates that the target most probably says at a position, best first.
@@ -48,7 +97,7 @@ class Noise:
         """
         if position < self._sampling.first or len(candidates) < _MIN_CANDIDATES:
             return list(candidates[:limit])
-        key = splitmix64(self.row_seed(position))
+        key, gumbel = self._hash.key(position), self._hash.gumbel
         scores = [(weight + gumbel(key, token), token) for token, weight in _weighted(candidates, self._sampling)]
         best = max(score for score, _ in scores)
         total = sum(exp(score - best) for score, _ in scores)
@@ -84,10 +133,11 @@ def splitmix64(number: int) -> int:
     return number ^ number >> 31
 
 
-def gumbel(key: int, token: int) -> float:
-    """The noise of a token in a row whose mixed seed is `key`."""
-    bits = splitmix64(key + (token + 1) * _GAMMA & _MASK64) >> 11
-    return -log(-log((bits + 0.5) * 2.0**-53))
+def _mixed(state: int, word: int) -> int:
+    """MurmurHash3's state, of 32 bits, after another word of 32 bits."""
+    word = word * 0xCC9E2D51 & _MASK32
+    state ^= (word << 15 | word >> 17) * 0x1B873593 & _MASK32
+    return (state << 13 & _MASK32 | state >> 19) * 5 + 0xE6546B64 & _MASK32
 
 
 def _words(seed: int) -> Iterator[int]:

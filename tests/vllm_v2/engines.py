@@ -26,6 +26,7 @@ BASE: dict[str, Any] = {
     "max_num_seqs": 4,
     "max_num_batched_tokens": 64,
     "seed": 0,
+    "max_logprobs": -1,
     "block_size": 32,
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }

@@ -17,7 +17,7 @@ from vllm_specedge.adapter.look import look, num_waiting
 from vllm_specedge.adapter.ngrams import NgramLookup
 from vllm_specedge.adapter.parameters import Treatment, treatment
 from vllm_specedge.adapter.prediction_reader import Predictions
-from vllm_specedge.adapter.seeds import can_tell_noise, seed
+from vllm_specedge.adapter.seeds import noise_kind, seed
 from vllm_specedge.adapter.shared_driver import SharedDriver
 from vllm_specedge.adapter.start import engine_options, start_link
 from vllm_specedge.adapter.step_loop import StepLoop
@@ -90,9 +90,9 @@ class Drafting:
         predictions: Predictions | None = None,
         spans: RequestSpans | None = None,
         load_report: LoadReport | None = None,
-        tells_noise: bool = False,
+        noise: int | None = None,
     ) -> None:
-        """`tells_noise`: edges are told how requests are sampled, and with which seed."""
+        """`noise`: the kind that edges are told of, with how a request is sampled and its seed."""
         self.shared = shared
         self.driver = shared.driver
         self._scheduler = scheduler
@@ -102,7 +102,7 @@ class Drafting:
         self._predictions = predictions
         self._spans = spans
         self._load_report = load_report
-        self._tells_noise = tells_noise
+        self._noise = noise
         self._alone: set[str] = set()
         """Requests beside which nothing may be verified."""
         self._started: deque[tuple[StepPlan, float]] = deque()
@@ -259,7 +259,7 @@ class Drafting:
         if self._spans is not None:
             self._spans.open(request)
         # Without edges no generator is drawn from that plain vLLM would not draw from.
-        sampling = seed(request) if self._tells_noise and self.driver.num_edges else ()
+        sampling = seed(request, self._noise) if self._noise and self.driver.num_edges else ()
         session = session if is_text(session) else ""
         self.shared.send(self.driver.open(request.request_id, request.all_token_ids, session, sampling))
         predicted = asked.get(KEY)
@@ -334,7 +334,7 @@ def start_drafting(scheduler: Any, engine: EngineHandle) -> tuple[Drafting, Serv
         predictions,
         spans,
         load_report,
-        tells_noise=can_tell_noise(config),
+        noise=noise_kind(config),
     )
     process = None
     try:

@@ -33,7 +33,7 @@ _REJECTION = "vllm.v1.sample.rejection_sampler"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 DRAFTING, V1, V2, EXTENSION = "drafting", "V1 runner", "V2 runner", "worker extension"
-NGRAMS, TRACING, SAMPLING, VERIFICATION, VERIFICATION_V2, DISCARDS, COUPLING, COUPLING_V2 = (
+NGRAMS, TRACING, SAMPLING, VERIFICATION, VERIFICATION_V2, DISCARDS, COUPLING, COUPLING_V2, NOISE_V2 = (
     "n-grams",
     "tracing",
     "sampling",
@@ -42,6 +42,7 @@ NGRAMS, TRACING, SAMPLING, VERIFICATION, VERIFICATION_V2, DISCARDS, COUPLING, CO
     "discards",
     "coupling",
     "V2 coupling",
+    "V2 noise",
 )
 PARTS = {
     DRAFTING: Part(
@@ -229,8 +230,19 @@ PARTS = {
                 "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample",
                 ("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature", "is_drafting"),
             ),
+            Hook("vllm.v1.worker.gpu.sample.states:SamplingStates.add_request", ("req_idx", "sampling_params")),
         ),
         (("vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler._verify", "rejection_sample("),),
+    ),
+    NOISE_V2: Part(
+        "Edges draft for sampled requests without their noise",
+        (),
+        (
+            ("vllm.v1.worker.gpu.sample.states:SamplingStates.add_request", "self.seeds.np[req_idx] = seed"),
+            ("vllm.v1.worker.gpu.sample.sampler:Sampler", "input_batch.positions[input_batch.logits_indices]"),
+            ("vllm.v1.worker.gpu.sample.gumbel:murmur3_hash32.fn", "_murmur3_mix(h, (pos & 0xFFFFFFFF)"),
+            ("vllm.v1.worker.gpu.sample.gumbel:gumbel_noised_argmax.fn", "u = murmur3_uniform32(seed, pos, keys)"),
+        ),
     ),
 }
 

@@ -7,19 +7,23 @@ from vllm.platforms import current_platform
 from vllm.v1.request import Request
 
 from vllm_specedge.adapter import hooks
-from vllm_specedge.wire.sampling import Sampling
+from vllm_specedge.adapter.worker.coupling import SEED_KEY
+from vllm_specedge.wire.sampling import MURMUR, SPLITMIX, Sampling
 
 _LEAST_TEMPERATURE, _GREATEST_TEMPERATURE = 0.01, 10.0
 """What is cooler is as good as greedy; what is hotter no draft follows."""
 
 
-def can_tell_noise(vllm_config: Any) -> bool:
-    """Whether edges can compute the noise of this server's workers: so far on CPUs, on the V1 model runner."""
-    is_v1_on_cpu = current_platform.is_cpu() and not vllm_config.use_v2_model_runner
-    return is_v1_on_cpu and not hooks.problems(hooks.COUPLING)
+def noise_kind(vllm_config: Any) -> int | None:
+    """The kind of noise that this server's workers draw; None: one that edges cannot compute."""
+    model_config = vllm_config.model_config
+    if vllm_config.use_v2_model_runner:
+        is_other = model_config.use_fp64_gumbel or getattr(vllm_config, "watermark_config", None) is not None
+        return None if is_other or hooks.problems(hooks.COUPLING_V2, hooks.NOISE_V2) else MURMUR
+    return SPLITMIX if current_platform.is_cpu() and not hooks.problems(hooks.COUPLING) else None
 
 
-def seed(request: Request) -> tuple[int, ...]:
+def seed(request: Request, kind: int) -> tuple[int, ...]:
     """How a request is sampled, as edges are told; nothing if it is greedy. One without a seed is given one.
 
     To be called before the workers hear of the request.
@@ -27,9 +31,13 @@ def seed(request: Request) -> tuple[int, ...]:
     parameters = request.sampling_params
     if parameters is None or not _LEAST_TEMPERATURE <= parameters.temperature <= _GREATEST_TEMPERATURE:
         return ()
-    if parameters.seed is None:
+    number = parameters.seed
+    if number is None:
+        number = randbits(63)
         parameters = request.sampling_params = parameters.clone()  # the caller's may be those of other requests too
-        parameters.seed = randbits(63)
-    top_k = max(0, parameters.top_k)
-    number = parameters.seed & 2**64 - 1
-    return Sampling(parameters.temperature, top_k, parameters.top_p, number, request.num_prompt_tokens).fields()
+        if kind == MURMUR:
+            parameters.extra_args = {**(parameters.extra_args or {}), SEED_KEY: number}
+        else:
+            parameters.seed = number
+    top_k, first = max(0, parameters.top_k), request.num_prompt_tokens
+    return Sampling(parameters.temperature, top_k, parameters.top_p, number & 2**64 - 1, first, kind).fields()

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-SPLITMIX = 1
-"""The kind of noise that vLLM's CPU build draws (edge_client/drafting/noise.py)."""
+SPLITMIX, MURMUR = 1, 2
+"""Kinds of noise: that of vLLM's CPU build, and the V2 model runner's (edge_client/drafting/noise.py)."""
 _PER_UNIT = 1000
 _MASK = 2**32 - 1
 _NUM_FIELDS = 7
@@ -32,7 +32,7 @@ class Sampling:
 
 def sampling_of(fields: Sequence[int]) -> Sampling | None:
     """What such numbers say; None: the request is greedy, or nothing is known of how it is sampled."""
-    if len(fields) != _NUM_FIELDS or fields[0] != SPLITMIX or not fields[1]:
+    if len(fields) != _NUM_FIELDS or fields[0] not in (SPLITMIX, MURMUR) or not fields[1]:
         return None
     noise, heat, top_k, part, first, high, low = fields
     return Sampling(heat / _PER_UNIT, top_k, part / _PER_UNIT, high << 32 | low, first, noise)

@@ -25,6 +25,12 @@ logger = logging.getLogger("vllm.specedge.coupling")
 _NOTHING = -1
 """Where a request has no token: vLLM's PLACEHOLDER_TOKEN_ID."""
 _MAX_ROW_SEED = 2**31
+_MAX_SEED = 2**63 - 1
+SEED_KEY = "specedge_seed"
+"""Where a V2 worker finds the seed of a request that has none of its own (SamplingParams.extra_args; adapter/seeds.py).
+
+As the request's own seed it would keep the whole batch from vLLM's fused sampler (v1/worker/gpu/sample/sampler.py).
+"""
 
 
 class _Verification:
@@ -142,14 +148,27 @@ def sampled(logits: torch.Tensor, row_seeds: torch.Tensor, is_greedy: torch.Tens
 
 
 def couple_v2() -> None:
-    """Replace the V2 runner's rejection sampling in this process; again is harmless."""
+    """Replace the V2 runner's rejection sampling in this process, and take seeds over; again is harmless."""
     problems = hooks.problems(hooks.COUPLING_V2)
     if problems:
         logger.warning("A seed gives other tokens with edges than without: %s", "; ".join(problems))
         return
+    from vllm.v1.worker.gpu.sample.states import SamplingStates
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
     wrap(rejection_sampler, "rejection_sample", _by_equality_v2)
+    wrap(SamplingStates, "add_request", _seeded)
+
+
+def _seeded(add_request: Any) -> Any:
+    def add(self: Any, req_idx: int, sampling_params: Any) -> Any:
+        added = add_request(self, req_idx, sampling_params)
+        seed = (sampling_params.extra_args or {}).get(SEED_KEY)
+        if isinstance(seed, int) and sampling_params.seed is None:
+            self.seeds.np[req_idx] = seed & _MAX_SEED
+        return added
+
+    return add
 
 
 def _by_equality_v2(rejection_sample: Any) -> Any:
