@@ -27,7 +27,7 @@ from pairs import CACHE, PAIRS, Pair, PairError, prepare
 from questions import QUESTIONS
 
 LOGS = results.LOGS / "pair"
-WAITING, AHEAD = "waiting", "ahead"
+WAITING, AHEAD, NO_NOISE = "waiting", "ahead", "no noise"
 WARM_UP_TOKENS = 8
 
 
@@ -71,6 +71,8 @@ def arms_of(names: Sequence[str], uplinks: Sequence[float], k: int | None) -> tu
         found.append(Arm(WAITING, WAITING, WAITING, waiting(k, credit_tokens=k or 5), ("--max-width", "1")))
     if AHEAD in names and not uplinks:
         found.append(Arm(AHEAD, AHEAD, AHEAD, edge(k)))
+    if NO_NOISE in names:
+        found.append(Arm(NO_NOISE, NO_NOISE, NO_NOISE, edge(k, tell_seeds=False)))
     for uplink in uplinks if AHEAD in names else ():
         name = f"{AHEAD}, {uplink:g} bytes"
         found.append(Arm(name, name, AHEAD, edge(k), ("--uplink-bytes-per-token", f"{uplink:g}")))
@@ -137,7 +139,9 @@ def report(plan: Plan, kept: Kept) -> bool:
 def main(
     pair: Annotated[str, typer.Option(help=f"Of {', '.join(PAIRS)}.")] = "qwen",
     dtype: Annotated[str, typer.Option(help="Of the servers.")] = "bfloat16",
-    arms: Annotated[list[str], typer.Option(help="Plain always runs.")] = [WAITING, AHEAD],  # noqa: B006
+    arms: Annotated[
+        list[str], typer.Option(help="Of waiting, ahead, 'no noise' (ahead without seeds); plain always runs.")
+    ] = [WAITING, AHEAD],  # noqa: B006
     rtt: Annotated[list[float], typer.Option(help="Round trips in ms; may be given again.")] = [0, 20, 80],  # noqa: B006
     temperature: Annotated[list[float], typer.Option(help="May be given again.")] = [0, 0.7],  # noqa: B006
     uplink: Annotated[list[float], typer.Option(help="Edges of so many bytes a token; may be given again.")] = [],  # noqa: B006

@@ -98,6 +98,9 @@ class EdgeOptions(GatewayOptions):
     slo: dict[str, SloTarget] = Field(default_factory=dict)
     """Targets by vLLM's priority, as text, and "default". Speculation is shed before a target is missed; with
     `--middleware vllm_specedge.admission.AdmissionMiddleware` requests that would miss or break one are refused."""
+    tell_seeds: bool = True
+    """The edge that drafts for a sampled request is told its seed, and drafts with the target's noise; what an edge can
+    do with a seed is in docs/security.md. A request's text does not depend on it, its speed does."""
     ngram: bool = True
     """Where no edge has anything to say, verify what vLLM's own n-gram lookup finds, when that pays."""
     prompt_lookup_min: int = Field(5, ge=1)

@@ -334,7 +334,7 @@ def start_drafting(scheduler: Any, engine: EngineHandle) -> tuple[Drafting, Serv
         predictions,
         spans,
         load_report,
-        noise=noise_kind(config),
+        noise=noise_kind(config) if options.tell_seeds else None,
     )
     process = None
     try:
