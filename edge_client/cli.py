@@ -187,8 +187,8 @@ def connect(
 ) -> None:
     """Connect to a gateway and draft for it until Ctrl-C."""
     gateway, options, cooler = to.gateway(), draft_with.options(draft), Cooler(max_temperature_c)
-    pace = Pace(uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
-    console, drafter = begin(options, quiet)
+    console, drafter, pass_s = begin(options, quiet)
+    pace = Pace(pass_s, uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
     client = EdgeClient(gateway, drafter, _shown(to.name), role, max_requests, max_width, pace)
     client.own_vocabulary = partial(own_vocabulary, options)
     asyncio.run(run(client, client.run(wait), console, quiet, cooler))
@@ -222,8 +222,8 @@ def serve(
     client_of_server()  # what cannot be used is said before a model is loaded
     with endpoint.listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
         options = draft_with.options(draft)
-        console, drafter = begin(options, quiet)
-        client = EdgeClient(gateway, drafter, _shown(to.name), "private", max_requests)
+        console, drafter, pass_s = begin(options, quiet)
+        client = EdgeClient(gateway, drafter, _shown(to.name), "private", max_requests, pace=Pace(pass_s))
         client.own_vocabulary = partial(own_vocabulary, options)
         is_opened, names = endpoint.names_here(listener)
         hosts = [host, *names, *(allow_host or ())]
@@ -254,8 +254,8 @@ def chat(
 
     gateway, options, url = to.gateway(), draft_with.options(draft), checked_server_url(to_server.server)
     asked = Server(url, to_server.key, model, max_tokens, temperature, to.ca_file, not to.no_proxy)
-    _, drafter = begin(options, quiet=False)
-    client = EdgeClient(gateway, drafter, _shown(to.name), "private")
+    _, drafter, pass_s = begin(options, quiet=False)
+    client = EdgeClient(gateway, drafter, _shown(to.name), "private", pace=Pace(pass_s))
     client.own_vocabulary = partial(own_vocabulary, options)
     talk = Chat(asked, client.open_session, Console(highlight=False))
     with suppress(KeyboardInterrupt):

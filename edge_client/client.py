@@ -4,14 +4,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from edge_client.drafters import CacheFullError, Drafter
-from edge_client.drafters.translated import TranslatedDrafter
-from edge_client.drafting.jobs import Job, NotFiniteError, Sequences, run_pass
+from edge_client.drafters import CacheFullError, Drafter, SharingDrafter
+from edge_client.drafters.translated import translated
+from edge_client.drafting.jobs import Job, NotFiniteError, Sequences, Together, one_by_one, run_pass
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import MAX_KEPT, Speculation, SpeculationStats
 from edge_client.gateway_link import Gateway, Link, LinkError, OtherVocabularyError
@@ -62,6 +62,7 @@ class EdgeClient:
     _has_said_too_long: bool = False
     _link: Link = field(init=False)
     _sequences: Sequences = field(init=False)
+    _together: Together = field(init=False)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "draft"))
 
@@ -87,7 +88,9 @@ class EdgeClient:
             max_requests=self.max_requests,
             max_kept=MAX_KEPT,
             pace=self.pace,
+            max_shared_rows=self.drafter.max_shared_rows if isinstance(self.drafter, SharingDrafter) else 0,
         )
+        self._together = self.drafter.branch_together if isinstance(self.drafter, SharingDrafter) else one_by_one
         self._sequences = Sequences(self.drafter.open, self.speculation.needs)
         self.model = ""
 
@@ -128,7 +131,7 @@ class EdgeClient:
             raise refusal  # whose it is has left
         if mismatch.found:
             logger.warning("%s", mismatch)
-        self.drafter = TranslatedDrafter(self._own_drafter, translation, mismatch.fingerprint)
+        self.drafter = translated(self._own_drafter, translation, mismatch.fingerprint)
 
     async def _run_once(self) -> float:
         """One connection. Returns how long it lasted, in seconds; raises LinkError if it was not even admitted."""
@@ -188,34 +191,41 @@ class EdgeClient:
         while True:
             now_s = time.monotonic()
             self._send(self.speculation.poll(now_s))
-            job = self.speculation.next_job() if now_s >= self.pace.rest_until_s else None
-            if job is None:
+            jobs = self.speculation.next_pass() if now_s >= self.pace.rest_until_s else ()
+            if not jobs:
                 await self._rest(now_s)
                 continue
             try:
-                said = await loop.run_in_executor(self._executor, run_pass, self._sequences.of(job), job)
+                said = await loop.run_in_executor(
+                    self._executor, run_pass, jobs, self._sequences.of(jobs), self._together
+                )
             except CacheFullError as error:
-                logger.warning("Request %s is given back, as the draft's cache is full: %s", job.request, error)
+                logger.warning("Request %s is given back, as the draft's cache is full: %s", _numbers(jobs), error)
                 self.speculation.forget_kept()
-                self._send(self.speculation.decline(job.request))
+                self._give_back(jobs)
                 continue
             except Exception as error:
                 is_known = isinstance(error, NotFiniteError)
                 logger.warning(
-                    "The draft model failed: request %s is given back: %s", job.request, error, exc_info=not is_known
+                    "The draft model failed: request %s is given back: %s", _numbers(jobs), error, exc_info=not is_known
                 )
-                self.speculation.stats.num_failed += 1
-                self._send(self.speculation.decline(job.request))
+                self.speculation.stats.num_failed += len(jobs)
+                self._give_back(jobs)
                 await loop.run_in_executor(self._executor, self._check_drafter)
                 continue
             done_s = time.monotonic()
-            self._send(self.speculation.drafted(job, said, done_s - now_s, done_s))
-            self.pace.drafted(len(said), now_s, done_s - now_s)
+            self._send(self.speculation.drafted(jobs, said, done_s - now_s, done_s))
+            self.pace.drafted(sum(map(len, said)), now_s, done_s - now_s)
+
+    def _give_back(self, jobs: Sequence[Job]) -> None:
+        """All requests of a pass that failed: what their contexts hold now is not known."""
+        for job in jobs:
+            self._send(self.speculation.decline(job.request))
 
     def _check_drafter(self) -> None:
         """Raises DraftModelError if the draft model does nothing any more, whatever it is asked: a device is gone."""
         try:
-            run_pass(self.drafter.open(), Job(0, 0, (), (1,), (), 1))
+            run_pass([Job(0, 0, (), (1,), (), 1)], [self.drafter.open()])
         except CacheFullError:
             pass
         except Exception as error:
@@ -229,3 +239,7 @@ class EdgeClient:
         with suppress(TimeoutError):
             async with asyncio.timeout(min(due) - now_s if due else None):
                 await self._wake.wait()
+
+
+def _numbers(jobs: Sequence[Job]) -> str:
+    return ", ".join(str(job.request) for job in jobs)

@@ -3,7 +3,7 @@
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from edge_client.drafters import Drafter, DrafterOptions, DraftSequence
 from edge_client.drafters.choose import fetched, load_drafter, own_vocabulary
+from edge_client.drafters.profile import in_words, profile
 from edge_client.drafting.jobs import run_pass
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import Speculation
@@ -35,13 +36,12 @@ from vllm_specedge.errors import UserError
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.frames import PROTOCOL_VERSION, Close, Commit, Hello, Open, Propose, Welcome
 
-NUM_PASSES = 9
 NUM_PINGS = 9
 SAME_VOCABULARY = "the draft's is the server's"
-WIDE_ROWS = 8
-CONTEXT_TOKENS = 64
 REHEARSED_PROMPT_TOKENS, REHEARSED_CREDIT, REHEARSED_ROUNDS, MAX_DRAFT = 1200, 16, 12, 5
 REHEARSAL_S = 8.0
+NUM_TOKENS_SAID = 64
+"""Token ids that a rehearsal uses."""
 DEADLINE_S = 20.0
 BYE_S = 1.0
 
@@ -66,15 +66,6 @@ class Asked:
     spec_tokens: int
     acceptance: float | None
     """None: what the server has counted, else ASSUMED_ACCEPTANCE."""
-
-
-@dataclass(frozen=True, slots=True)
-class PassTimes:
-    """Medians of several forward passes."""
-
-    one_s: float
-    wide_s: float
-    rows: int
 
 
 class Reached(NamedTuple):
@@ -114,7 +105,7 @@ def diagnose(asked: Asked) -> Diagnosis:
     width = min(asked.max_width or drafter.max_width, drafter.max_width)
     rtt_s = statistics.median(reached.rtts_s)
     measured = Measured(
-        times.one_s, times.wide_s, times.rows, width, rtt_s, known.server, acceptance, asked.spec_tokens
+        times[1], times[max(times)], max(times), width, rtt_s, known.server, acceptance, asked.spec_tokens
     )
     found.speeds = forecast(measured)
     found.verdict = verdict(measured, found.speeds)
@@ -124,7 +115,7 @@ def diagnose(asked: Asked) -> Diagnosis:
 # -- the draft -----------------------------------------------------------------------------------------------------
 
 
-def _look_at_draft(asked: Asked, found: Diagnosis) -> tuple[Drafter | None, PassTimes | None]:
+def _look_at_draft(asked: Asked, found: Diagnosis) -> tuple[Drafter | None, dict[int, float] | None]:
     chosen: list[str] = []
     try:
         started_s = time.monotonic()
@@ -136,13 +127,12 @@ def _look_at_draft(asked: Asked, found: Diagnosis) -> tuple[Drafter | None, Pass
     found.good("device", " ".join(chosen))
     found.good("draft model", f"{drafter.description}; loaded in {took_s:.1f} s")
     try:
-        times = time_passes(drafter, time.perf_counter)
+        times = profile(drafter, time.perf_counter)
         num_tokens = rehearse(drafter, time.perf_counter)
     except Exception as error:  # noqa: BLE001 - whatever a model's code does: it cannot draft, which is what is asked
         found.bad("forward pass", f"A forward pass fails ({error!s:.120}): choose another draft or --device cpu.")
         return drafter, None
-    wide = f", {1e3 * times.wide_s:.1f} ms of {times.rows}" if times.rows > 1 else " (it has no wider ones)"
-    found.good("forward pass", f"{1e3 * times.one_s:.1f} ms of 1 row{wide}, median of {NUM_PASSES}")
+    found.good("forward pass", in_words(times))
     found.good("whole request", f"{num_tokens} tokens, with branches and rollbacks")
     return drafter, times
 
@@ -154,7 +144,7 @@ def rehearse(drafter: Drafter, clock: Callable[[], float]) -> int:
     and NotFiniteError.
     """
     num_prompt = max(1, min(REHEARSED_PROMPT_TOKENS, drafter.max_context_tokens - 4 * REHEARSED_CREDIT))
-    tokens = [1 + position % CONTEXT_TOKENS for position in range(num_prompt)]
+    tokens = [1 + position % NUM_TOKENS_SAID for position in range(num_prompt)]
     speculation = Speculation(drafter.max_context_tokens, drafter.max_width, pace=Pace(rtt_s=1.0))
     speculation.receive(Open(0, num_prompt, MAX_DRAFT, REHEARSED_CREDIT, ""), 0.0)
     frames = speculation.receive(Commit(0, 0, tuple(tokens)), 0.0)
@@ -174,32 +164,9 @@ def rehearse(drafter: Drafter, clock: Callable[[], float]) -> int:
 def _drafted(speculation: Speculation, sequence: DraftSequence) -> list[Frame]:
     """All that is said before the next commit."""
     frames: list[Frame] = []
-    while (job := speculation.next_job()) is not None:
-        frames += speculation.drafted(job, run_pass(sequence, job), 0.001, 0.0)
+    while jobs := speculation.next_pass():
+        frames += speculation.drafted(jobs, run_pass(jobs, [sequence]), 0.001, 0.0)
     return frames + (speculation.poll(speculation.due_s) if speculation.due_s is not None else [])
-
-
-def time_passes(drafter: Drafter, clock: Callable[[], float]) -> PassTimes:
-    """Medians of forward passes behind a short context; the first of each kind is not counted."""
-    sequence = drafter.open()
-    sequence.append(range(1, 1 + CONTEXT_TOKENS), 1)
-    rows = min(WIDE_ROWS, drafter.max_width)
-
-    def one() -> None:
-        sequence.append([1], 1)
-
-    def wide() -> None:
-        sequence.branch(range(1, 1 + rows), [CONTEXT_TOKENS - 1] * rows, 1)
-
-    def durations(run_pass: Callable[[], None]) -> Iterator[float]:
-        for _ in range(NUM_PASSES + 1):
-            started_s = clock()
-            run_pass()
-            yield clock() - started_s
-            sequence.keep(CONTEXT_TOKENS)
-
-    one_s = statistics.median(list(durations(one))[1:])
-    return PassTimes(one_s, statistics.median(list(durations(wide))[1:]) if rows > 1 else one_s, rows)
 
 
 # -- the gateway ---------------------------------------------------------------------------------------------------

@@ -16,8 +16,11 @@ from rich.text import Text
 from edge_client.client import DraftModelError, EdgeClient
 from edge_client.drafters import Drafter, DrafterOptions
 from edge_client.drafters.choose import fetched, load_drafter
+from edge_client.drafters.profile import in_words, profile
+from edge_client.drafting.pass_times import PassTimes
 from edge_client.temperature import Cooler
 from edge_client.view import AcceptedRate, heat, panel, status_line, summary
+from vllm_specedge.errors import UserError
 
 logger = logging.getLogger("edge_client")
 
@@ -25,8 +28,8 @@ STATUS_S = 0.5
 PLAIN_STATUS_S = 10.0
 
 
-def begin(options: DrafterOptions, quiet: bool) -> tuple[Console, Drafter]:
-    """Where to say things, and the draft model. Raises UserError."""
+def begin(options: DrafterOptions, quiet: bool) -> tuple[Console, Drafter, PassTimes]:
+    """Where to say things, the draft model, and how long its forward passes take here. Raises UserError."""
     console = Console(stderr=True, highlight=False)
     # A panel that is drawn in place moves down for what is logged, if it is logged through the same console.
     plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
@@ -39,9 +42,16 @@ def begin(options: DrafterOptions, quiet: bool) -> tuple[Console, Drafter]:
     options = fetched(options, is_quiet=quiet)  # it shows a bar of its own
     with console.status(f"Loading {options.draft} ...") if console.is_terminal and not quiet else nullcontext():
         drafter = load_drafter(options, lines.append)
+        try:
+            times = profile(drafter, time.perf_counter)
+        except Exception as error:  # whatever a model's code does: it cannot draft
+            text = f"A forward pass of {options.draft} fails ({error!s:.120}): choose another draft or --device cpu."
+            raise UserError(text) from error
+    if drafter.max_width > 1:
+        lines.append(f"A forward pass takes {in_words(times)}.")
     for line in lines if not quiet else ():
         say(console, line)
-    return console, drafter
+    return console, drafter, PassTimes(times)
 
 
 async def outlived(drafting: Coroutine[None, None, None]) -> None:

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate
 from edge_client.drafting.draft_tree import Node
-from edge_client.drafting.jobs import Job, NotFiniteError, Sequences, run_pass
+from edge_client.drafting.jobs import Job, NotFiniteError, Said, Sequences, run_pass
 from edge_client.drafting.kept_contexts import MIN_SHARED_TOKENS
 from edge_client.drafting.noise import NUM_CANDIDATES, Noise
 from edge_client.drafting.pacing import Pace
+from edge_client.drafting.pass_times import PassTimes
 from edge_client.drafting.speculation import MAX_ENTRIES, MAX_SHORT, Speculation
 from tests.helpers import Guess, ListSequence
 from vllm_specedge.engine.proposal_tree import Fate, ProposalTree
@@ -54,7 +55,7 @@ class Edge:
     def __init__(self, guess: Guess, pace: Pace, **options: int) -> None:
         self.speculation = Speculation(options.pop("max_context_tokens", 1000), pace=pace, **options)
         self.sequences = Sequences(lambda: ListSequence(guess), self.speculation.needs)
-        self.running: tuple[Job, list[list[Candidate]]] | None = None
+        self.running: tuple[tuple[Job, ...], list[Said]] | None = None
         self.now_s = 1.0
 
     def receive(self, frame: Frame) -> list[Frame]:
@@ -66,19 +67,19 @@ class Edge:
 
     def start(self) -> Job | None:
         """Begin the next job, if there is one and none is under way."""
-        job = None if self.running else self.speculation.next_job()
-        if job is None:
+        jobs = () if self.running else self.speculation.next_pass()
+        if not jobs:
             return None
-        self.running = job, run_pass(self.sequences.of(job), job)
-        return job
+        self.running = jobs, run_pass(jobs, self.sequences.of(jobs))
+        return jobs[0]
 
     def finish(self) -> list[Frame]:
         if self.running is None:
             return []
-        job, said = self.running
+        jobs, said = self.running
         self.running = None
         self.now_s += PASS_S
-        return self.speculation.drafted(job, said, PASS_S, self.now_s)
+        return self.speculation.drafted(jobs, said, PASS_S, self.now_s)
 
     def draft(self, num_passes: int = 100) -> list[Frame]:
         """Run so many jobs, or all there are; returns what was said."""
@@ -196,7 +197,7 @@ def test_what_was_said_behind_a_prompt_that_goes_on_is_ignored() -> None:
 def test_one_job_of_a_request_is_under_way_at_a_time() -> None:
     edge = opened(prefill_chunk_tokens=1)
     edge.start()
-    assert edge.speculation.next_job() is None
+    assert edge.speculation.next_pass() == ()
 
 
 def test_a_job_whose_token_is_committed_meanwhile_goes_on_from_there() -> None:
@@ -738,11 +739,14 @@ class Text:
 class Bench(Edge):
     """Several requests, whose prompts begin alike, and a server to which every frame comes at once."""
 
-    def __init__(self, seed: int, quality: float, max_width: int, chunk: int, max_kept: int, rtt_s: float) -> None:
+    def __init__(
+        self, seed: int, quality: float, max_width: int, chunk: int, max_kept: int, rtt_s: float, shared: int = 0
+    ) -> None:
         super().__init__(
             self.guess,
             Pace(rtt_s=rtt_s),
             max_width=max_width,
+            max_shared_rows=shared,
             prefill_chunk_tokens=chunk,
             max_kept=max_kept,
             max_requests=3,
@@ -811,10 +815,10 @@ class Bench(Edge):
 
     def fail(self) -> None:
         """The draft model breaks down, and who knows what it holds now."""
-        if self.running is not None:
-            (job, _), self.running = self.running, None
+        jobs, self.running = self.running[0] if self.running is not None else (), None
+        for job in jobs:
             if not self.speculation.needs(job.request):
-                return
+                continue
             self.sequences.by_request[job.request].entries.clear()
             is_live = self.texts.pop(job.request, None) is not None
             answers = self.speculation.decline(job.request)
@@ -955,16 +959,86 @@ ACTS = ["draft", "commit"] * 20 + ["start", "finish", "wait", "close", "open", "
     chunk=st.sampled_from([1, 4, 50]),
     max_kept=st.sampled_from([0, 2, 2]),
     rtt_s=st.sampled_from([0.0, 0.005, 0.1]),
+    shared=st.sampled_from([0, 16]),
 )
 def test_entries_are_what_they_are_thought_to_be_and_the_server_can_use_all_that_is_said(
-    seed: int, num_acts: int, quality: float, max_width: int, chunk: int, max_kept: int, rtt_s: float
+    seed: int, num_acts: int, quality: float, max_width: int, chunk: int, max_kept: int, rtt_s: float, shared: int
 ) -> None:
-    bench = Bench(seed, quality, max_width, chunk, max_kept, rtt_s)
+    bench = Bench(seed, quality, max_width, chunk, max_kept, rtt_s, shared)
     for _ in range(num_acts):
         bench.act()
         bench.check()
     bench.settle()
     bench.check()
+
+
+# -- several requests in one pass ----------------------------------------------------------------------------------
+
+CERTAIN = {token: [(token + 1, 0.99)] for token in range(200)}
+
+
+def sharing(num_requests: int, row_s: float = 0.0, max_shared_rows: int = 16) -> Edge:
+    """Requests whose prompts are in, and who have nothing drafted yet."""
+    pace = PlainPace(PassTimes({1: 0.01, 8: 0.01 + 7 * row_s}))
+    says = lambda past: [Candidate(*each) for each in CERTAIN[past[-1]]]  # noqa: E731
+    edge = Edge(says, pace, max_width=4, max_shared_rows=max_shared_rows)
+    for number in range(num_requests):
+        edge.open(number, [10 + number, 20 * (1 + number)], credit=8)
+        edge.start()
+        edge.finish()
+    return edge
+
+
+def test_requests_share_a_pass_where_rows_cost_nothing() -> None:
+    edge = sharing(4)
+    for _ in range(3):
+        assert edge.start() is not None
+        jobs = edge.running[0] if edge.running else ()
+        assert sorted(job.request for job in jobs) == [0, 1, 2, 3], "each has a row in each pass"
+        edge.finish()
+
+
+def test_a_committed_token_shares_the_pass_that_others_draft_in() -> None:
+    edge = sharing(2)
+    edge.receive(Commit(0, 2, (99,)))
+    edge.start()
+    jobs = {job.request: job for job in (edge.running[0] if edge.running else ())}
+    assert jobs.keys() == {0, 1}
+    assert (jobs[0].tokens, jobs[0].parents) == ((99,), ())
+    assert jobs[1].tokens == (41,)
+    edge.finish()
+    edge.start()
+    jobs = {job.request: job for job in (edge.running[0] if edge.running else ())}
+    assert jobs[0].tokens == (100,), "what follows it was drafted in the same pass"
+
+
+def test_where_rows_cost_as_much_as_passes_each_has_its_turn() -> None:
+    edge = sharing(3, row_s=0.02)
+    turns = []
+    for _ in range(6):
+        edge.start()
+        jobs = edge.running[0] if edge.running else ()
+        assert len(jobs) == 1
+        turns.append(jobs[0].request)
+        edge.finish()
+    assert set(turns[:3]) == {0, 1, 2}
+
+
+def test_a_prompt_and_several_committed_tokens_are_passes_of_their_own() -> None:
+    edge = sharing(2)
+    edge.receive(Commit(0, 2, (98, 99)))
+    first = edge.start()
+    assert first is not None
+    assert (first.request, first.tokens) == (0, (98, 99))
+    assert edge.running is not None
+    assert len(edge.running[0]) == 1
+
+
+def test_a_drafter_that_cannot_share_has_one_request_a_pass() -> None:
+    edge = sharing(3, max_shared_rows=0)
+    edge.start()
+    assert edge.running is not None
+    assert len(edge.running[0]) == 1
 
 
 # -- what a draft model may say ------------------------------------------------------------------------------------

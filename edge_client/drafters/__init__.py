@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 class Candidate(NamedTuple):
@@ -61,6 +61,27 @@ class Drafter(Protocol):
 
     def open(self) -> DraftSequence:
         """A new, empty context."""
+        ...
+
+
+class Part(NamedTuple):
+    """What one context adds to a forward pass that several share, in the terms of `DraftSequence.branch`."""
+
+    sequence: DraftSequence
+    tokens: Sequence[int]
+    parents: Sequence[int]
+    width: int
+
+
+@runtime_checkable
+class SharingDrafter(Drafter, Protocol):
+    """A draft model whose contexts can share a forward pass."""
+
+    max_shared_rows: int
+    """How many entries `branch_together` takes in one pass at most, of all contexts."""
+
+    def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
+        """As each part's sequence's `branch`, in one forward pass. The sequences are this drafter's, each once."""
         ...
 
 

@@ -3,6 +3,7 @@
 import ctypes
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.drafters import CacheFullError, Candidate
+from edge_client.drafters import CacheFullError, Candidate, Part
 from edge_client.drafters.cores import usable_cores
 from edge_client.drafters.llama_cpp_lanes import Cut, Lanes, Row
 from vllm_specedge.errors import UserError
@@ -23,6 +24,7 @@ NUM_CONTEXTS = 2
 NUM_LANES = 256
 """As many sequences as llama.cpp's cache can tell apart."""
 MAX_WIDTH = 8
+MAX_SHARED_ROWS = 16
 BATCH_TOKENS = 256
 """A longer chain goes through the model in pieces of this."""
 NO_ROOM = 1
@@ -69,11 +71,13 @@ class GgufSequence:
         return self._drafter.candidates([len(rows) - 1], width)[0]
 
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
-        self._drafter.reclaim()
+        return self._drafter.branch_together([Part(self, tokens, parents, width)])[0]
+
+    def grown(self, parents: Sequence[int]) -> list[Row]:
+        """Rows for new entries behind these; they are to be run."""
         rows = self._lanes.branch(parents)
-        self._drafter.check_room(max(row.position for row in rows) + 1, len(tokens))
-        self._drafter.run(tokens, rows, range(len(rows)))
-        return self._drafter.candidates(range(len(rows)), width)
+        self._drafter.check_room(max(row.position for row in rows) + 1, len(rows))
+        return rows
 
 
 def _open_model(file: Path, **options: object) -> Any:
@@ -113,6 +117,7 @@ class GgufDrafter:
     """
 
     max_width = MAX_WIDTH
+    max_shared_rows = MAX_SHARED_ROWS
 
     def __init__(self, file: Path, device: str, threads: int) -> None:
         """Raises UserError."""
@@ -137,6 +142,18 @@ class GgufDrafter:
 
     def open(self) -> GgufSequence:
         return GgufSequence(self)
+
+    def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
+        """All contexts' rows in one batch: to llama.cpp they are lanes, whose ever they are."""
+        self.reclaim()
+        grown = [part.sequence.grown(part.parents) for part in parts if isinstance(part.sequence, GgufSequence)]
+        rows = [row for of_part in grown for row in of_part]
+        self.run([token for part in parts for token in part.tokens], rows, range(len(rows)))
+        ends = list(accumulate(map(len, grown)))
+        return [
+            self.candidates(range(end - len(own), end), part.width)
+            for part, own, end in zip(parts, grown, ends, strict=True)
+        ]
 
     def _make_context(self, file: Path, threads: int) -> Any:
         options = llama_cpp.llama_context_default_params()

@@ -1,15 +1,16 @@
-"""Forward passes of a draft model: what is to be run, and on which context. Pure: it calls what a drafter gives it."""
+"""Forward passes of a draft model: what is to be run, and on which contexts. Pure: it calls what a drafter gives it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from edge_client.drafters import Candidate, DraftSequence
+from edge_client.drafters import Candidate, DraftSequence, Part
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One forward pass for `request`, in the terms of DraftSequence: `keep`, then `append` or, with parents, `branch`.
+    """What a pass runs for `request`, in the terms of DraftSequence: `keep`, then `append` or, with parents, `branch`.
 
     `source`: start from the entries of that request, which is over.
     """
@@ -22,21 +23,54 @@ class Job:
     width: int
     source: int | None = None
 
+    @property
+    def behind(self) -> tuple[int, ...]:
+        """The entry that each token follows, where that is no more than one chain of one token."""
+        return self.parents or (self.keep + len(self.moved) - 1,)
+
+    @property
+    def is_sharing(self) -> bool:
+        """Whether it may run beside others: as `branch`, so no chain of several tokens, and not the first token."""
+        return bool(self.parents) or (len(self.tokens) == 1 and self.keep + len(self.moved) > 0)
+
 
 class NotFiniteError(Exception):
     """A draft model's probabilities are no numbers: nothing can be made of what it says."""
 
 
-def run_pass(sequence: DraftSequence, job: Job) -> list[list[Candidate]]:
-    """One forward pass. Raises NotFiniteError, and what the draft model's code raises."""
-    sequence.keep(job.keep, job.moved)
-    if job.parents:
-        said = sequence.branch(job.tokens, job.parents, job.width)
+Said: TypeAlias = list[list[Candidate]]
+"""The candidates behind each token that a job ran (of a chain: behind the last)."""
+Together: TypeAlias = Callable[[Sequence[Part]], list[Said]]
+
+
+def one_by_one(parts: Sequence[Part]) -> list[Said]:
+    """What a shared pass says, by a pass for each."""
+    return [part.sequence.branch(part.tokens, part.parents, part.width) for part in parts]
+
+
+def run_pass(jobs: Sequence[Job], sequences: Sequence[DraftSequence], together: Together = one_by_one) -> list[Said]:
+    """One forward pass for all jobs: what each of them is told. Raises NotFiniteError, and what the model's code does.
+
+    Of several, each must be `is_sharing`.
+    """
+    for job, sequence in zip(jobs, sequences, strict=True):
+        sequence.keep(job.keep, job.moved)
+    if len(jobs) > 1:
+        parts = [
+            Part(sequence, job.tokens, job.behind, job.width) for job, sequence in zip(jobs, sequences, strict=True)
+        ]
+        said = together(parts)
     else:
-        said = [sequence.append(job.tokens, job.width)]
-    if not all(math.isfinite(each.probability) for candidates in said for each in candidates):
+        said = [_run(jobs[0], sequences[0])]
+    if not all(math.isfinite(each.probability) for of_job in said for row in of_job for each in row):
         raise NotFiniteError("its probabilities are no numbers, as float16 makes of some models")
     return said
+
+
+def _run(job: Job, sequence: DraftSequence) -> Said:
+    if job.parents:
+        return sequence.branch(job.tokens, job.parents, job.width)
+    return [sequence.append(job.tokens, job.width)]
 
 
 @dataclass(slots=True)
@@ -48,8 +82,11 @@ class Sequences:
     """Whether a job of that request, or one that starts from it, may still come (`Speculation.needs`)."""
     by_request: dict[int, DraftSequence] = field(default_factory=dict)
 
-    def of(self, job: Job) -> DraftSequence:
-        """The context that a job goes on from. Those that nothing goes on from any more are dropped."""
+    def of(self, jobs: Sequence[Job]) -> list[DraftSequence]:
+        """The context that each job goes on from. Those that nothing goes on from any more are dropped."""
+        return [self._of(job) for job in jobs]
+
+    def _of(self, job: Job) -> DraftSequence:
         if job.source is not None:
             self.by_request[job.request] = self.by_request.pop(job.source)
         for number in [number for number in self.by_request if not self.needs(number)]:

@@ -6,7 +6,8 @@ Pure: times come as arguments. Rule: nothing here is tuned to a machine; what is
 import math
 from dataclasses import dataclass, field
 
-from vllm_specedge.estimators import Line, Smoothed
+from edge_client.drafting.pass_times import PassTimes
+from vllm_specedge.estimators import Smoothed
 
 NUM_BINS = 10
 PRIOR_WEIGHT = 4.0
@@ -51,8 +52,8 @@ class Calibration:
 class Pace:
     """One edge's measurements."""
 
-    pass_s: Line = field(default_factory=Line)
-    """A forward pass of so many rows; while only one width was seen, more rows are thought to cost nothing."""
+    pass_s: PassTimes = field(default_factory=PassTimes)
+    """A forward pass of so many rows."""
     calibration: Calibration = field(default_factory=Calibration)
     sampled_calibration: Calibration = field(default_factory=Calibration)
     """Of requests that the target samples, where noise chooses among the draft's candidates."""

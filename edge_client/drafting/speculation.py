@@ -8,14 +8,15 @@ Time is an argument; how deep, wide and often follows from what `pace` has measu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from edge_client.drafters import Candidate
-from edge_client.drafting.draft_tree import DraftTree, Node, new_branches, proposal
-from edge_client.drafting.jobs import Job
+from edge_client.drafting.draft_tree import Node, new_branches, proposal
+from edge_client.drafting.jobs import Job, Said
 from edge_client.drafting.kept_contexts import KeptContexts
 from edge_client.drafting.noise import NUM_CANDIDATES, Noise
-from edge_client.drafting.pacing import Calibration, Pace
+from edge_client.drafting.pacing import Pace
+from edge_client.drafting.passes import Waiting, rows_of_next_pass
+from edge_client.drafting.request import DraftedRequest
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.frames import MAX_UINT32, Close, CloseReason, Commit, Open, Propose
 from vllm_specedge.wire.sampling import sampling_of
@@ -54,36 +55,6 @@ class SpeculationStats:
         return self.accepted_tokens / decided if decided else None
 
 
-@dataclass(slots=True)
-class _Request:
-    num_prompt: int
-    credit: int
-    max_draft: int
-    noise: Noise | None = None
-    """What the target adds where it samples; None: it is greedy, or nothing is known of that."""
-    tree: DraftTree = field(default_factory=DraftTree)
-    running: list[Node] | None = None
-    """What the job under way runs; empty: committed tokens."""
-    turn: int = 0
-    has_passed: bool = False
-    """It was said that there is nothing for this position."""
-    num_short: int = 0
-    """Commits in a row that agreed, yet were shorter than what was proposed would have given."""
-    short_since_s: float = 0.0
-    committed_s: float | None = None
-    """When its last commit came."""
-    due_s: float | None = None
-    """Until when what is new may wait for more."""
-
-    @property
-    def is_prefilling(self) -> bool:
-        return len(self.tree.tokens) < self.num_prompt
-
-    def calibration(self, pace: Pace) -> Calibration:
-        """How often what is drafted for such requests is right."""
-        return pace.calibration if self.noise is None else pace.sampled_calibration
-
-
 class Speculation:
     """All requests of one connection. A new connection needs a new one."""
 
@@ -95,17 +66,20 @@ class Speculation:
         max_requests: int = 4096,
         max_kept: int = 0,
         pace: Pace | None = None,
+        max_shared_rows: int = 0,
     ) -> None:
-        """`max_width` rows a pass, 1: no branches. `max_kept` contexts of ended requests are there to start from."""
+        """`max_width` rows a pass of a request, 1: no branches; `max_shared_rows` of a pass for several requests, 0: it
+        is for one. `max_kept` contexts of ended requests are there to start from."""
         self.stats = SpeculationStats()
         self.pace = pace or Pace()
         self.vocab_size = MAX_UINT32
         self._max_context_tokens = max_context_tokens
         self._max_width = max_width
+        self._max_shared_rows = max_shared_rows
         self._num_kept = MAX_CANDIDATES if max_width > 1 else 1
         self._max_requests = max_requests
         self._prefill_chunk_tokens = prefill_chunk_tokens
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, DraftedRequest] = {}
         self._kept = KeptContexts(max_kept)
         self._turn = 0
 
@@ -140,7 +114,7 @@ class Speculation:
         self._kept.forget(frame.request)  # its sequence is this one's from now on
         sampling = sampling_of(frame.sampling)
         noise = Noise(sampling) if sampling is not None else None
-        self._requests[frame.request] = _Request(frame.num_tokens, frame.credit, frame.max_draft, noise)
+        self._requests[frame.request] = DraftedRequest(frame.num_tokens, frame.credit, frame.max_draft, noise)
         self.stats.num_requests += 1
         return []
 
@@ -177,7 +151,7 @@ class Speculation:
         if request is not None:
             self._kept.keep(number, request.tree.tokens[: request.tree.num_prefix])
 
-    def _advance(self, request: _Request, tokens: tuple[int, ...], now_s: float) -> None:
+    def _advance(self, request: DraftedRequest, tokens: tuple[int, ...], now_s: float) -> None:
         tree, was_prefilling = request.tree, request.is_prefilling
         trunk, parents = tree.trunk(), [tree.root]
         foreseen = tree.advance(tokens)
@@ -205,7 +179,7 @@ class Speculation:
         request.committed_s = now_s
         self._watch_for_loss(request, num_on_trunk == len(tokens) < 1 + min(request.max_draft, num_sent), now_s)
 
-    def _watch_for_loss(self, request: _Request, is_short: bool, now_s: float) -> None:
+    def _watch_for_loss(self, request: DraftedRequest, is_short: bool, now_s: float) -> None:
         """Commits stay shorter than what was proposed would have given: the server seems not to have it."""
         if not is_short:
             request.num_short = 0
@@ -220,23 +194,21 @@ class Speculation:
 
     # -- drafting --------------------------------------------------------------------------------------------------
 
-    def next_job(self) -> Job | None:
-        """The next forward pass, for the request that needs it most; None when there is nothing to draft."""
-        runnable = [
-            (-nodes[0].survival if nodes else -1.0, request.turn, number, nodes)
+    def next_pass(self) -> tuple[Job, ...]:
+        """The next forward pass: a job of the request that needs it most, and of those that share it; else none."""
+        waiting = [
+            Waiting(number, request, nodes)
             for number, request in self._requests.items()
             if (nodes := self._runnable(request)) is not None
         ]
-        if not runnable:
-            return None
-        *_, number, nodes = min(runnable, key=lambda each: each[:2])
-        request = self._requests[number]
+        if not waiting:
+            return ()
         self._turn += 1
-        request.turn = self._turn
-        return self._job(number, request, nodes)
+        chosen = rows_of_next_pass(waiting, self.pace, self._max_width, self._max_shared_rows)
+        return tuple(self._job(each.number, each.request, nodes) for each, nodes in chosen)
 
-    def _runnable(self, request: _Request) -> list[Node] | None:
-        """The draft tokens to run next, most probable first; empty: committed tokens are next; None: nothing is."""
+    def _runnable(self, request: DraftedRequest) -> list[Node] | None:
+        """The draft tokens that may run next, most probable first; empty: committed tokens are next; None: nothing."""
         tree = request.tree
         if request.running is not None or not tree.tokens:
             return None
@@ -253,9 +225,9 @@ class Speculation:
             node for node in nodes if node.entry is None and node.position < limit and node.survival >= self.pace.floor
         ]
         runnable.sort(key=lambda node: -node.survival)
-        return runnable[: self.pace.width([node.survival for node in runnable], self._max_width)] or None
+        return runnable or None
 
-    def _job(self, number: int, request: _Request, nodes: list[Node]) -> Job:
+    def _job(self, number: int, request: DraftedRequest, nodes: list[Node]) -> Job:
         tree = request.tree
         width = NUM_CANDIDATES if request.noise is not None else self._num_kept
         source = None
@@ -271,18 +243,24 @@ class Speculation:
             # A prompt goes through the model in chunks, so that other requests and commits get their turn between.
             tokens, parents = tree.enter_committed(self._prefill_chunk_tokens), []
         request.running = nodes
+        request.turn = self._turn
         return Job(number, keep, moved, tuple(tokens), tuple(parents), width, source)
 
-    def drafted(self, job: Job, said: Sequence[Sequence[Candidate]], took_s: float, now_s: float) -> list[Frame]:
-        """A job is done, after `took_s`; `said` holds the candidates of each token run (of a chain: of the last)."""
+    def drafted(self, jobs: Sequence[Job], said: Sequence[Said], took_s: float, now_s: float) -> list[Frame]:
+        """A pass is done, after `took_s`; `said` holds what each job was told."""
+        first = self._requests.get(jobs[0].request)
+        is_of_committed = len(jobs) == 1 and (first is None or not first.running)
+        if not is_of_committed:
+            self.pace.pass_s.observe(sum(len(job.tokens) for job in jobs), took_s)
+        return [frame for job, told in zip(jobs, said, strict=True) for frame in self._drafted(job, told, now_s)]
+
+    def _drafted(self, job: Job, said: Said, now_s: float) -> list[Frame]:
         request = self._requests.get(job.request)
         if request is None or request.running is None:
             return []
         nodes, request.running = request.running, None
         tree = request.tree
-        if nodes:
-            self.pace.pass_s.observe(len(nodes), took_s)
-        elif not tree.is_caught_up or request.is_prefilling:
+        if not nodes and (not tree.is_caught_up or request.is_prefilling):
             return []
         for node, candidates in zip(nodes or [tree.root], said, strict=True):
             if tree.contains(node):
@@ -295,7 +273,7 @@ class Speculation:
 
     # -- proposing -------------------------------------------------------------------------------------------------
 
-    def _propose(self, number: int, request: _Request, now_s: float, is_due: bool = False) -> list[Frame]:
+    def _propose(self, number: int, request: DraftedRequest, now_s: float, is_due: bool = False) -> list[Frame]:
         """What is to be said now: what is new on the trunk and beside it, or that there is nothing."""
         tree = request.tree
         request.due_s = None

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from stack import BIN, wait_for
 
-from edge_client.doctor import Asked, Check, Diagnosis, diagnose, rehearse, tables, time_passes
+from edge_client.doctor import Asked, Check, Diagnosis, diagnose, rehearse, tables
 from edge_client.drafters import Candidate, DrafterOptions
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.gateway_link import Gateway
@@ -160,19 +160,6 @@ def test_a_users_fault_ends_with_2() -> None:
         look("https://localhost:1", ca="/nowhere")
 
 
-class Clock:
-    """Passes take as long as the next number says."""
-
-    def __init__(self, *durations_s: float) -> None:
-        self.left, self.now_s, self.is_start = list(durations_s), 0.0, True
-
-    def __call__(self) -> float:
-        if not self.is_start:
-            self.now_s += self.left.pop(0)
-        self.is_start = not self.is_start
-        return self.now_s
-
-
 class ToyDrafter:
     fingerprint, max_context_tokens, max_width, description = "", 4096, 8, "toy"
 
@@ -182,16 +169,6 @@ class ToyDrafter:
     def open(self) -> ListSequence:
         self.opened.append(ListSequence(lambda tokens: []))
         return self.opened[-1]
-
-
-def test_passes_are_timed_by_their_median_and_the_first_is_left_out() -> None:
-    ones, wides = [9.0, 1, 1, 1, 1, 2, 3, 3, 3, 90], [9.0, 4, 4, 4, 4, 5, 6, 6, 6, 90]
-    drafter = ToyDrafter()
-    times = time_passes(drafter, Clock(*ones, *wides))
-    assert (times.one_s, times.wide_s, times.rows) == (2, 5, 8)
-    assert len(drafter.opened[0].entries) == 64, "each pass is taken back"
-    narrow = time_passes(NgramDrafter(), Clock(*ones))
-    assert (narrow.one_s, narrow.wide_s, narrow.rows) == (2, 2, 1)
 
 
 class Watched(ListSequence):

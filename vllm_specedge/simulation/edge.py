@@ -5,7 +5,7 @@ from dataclasses import InitVar, dataclass, field
 from math import inf
 
 from edge_client.drafters import Candidate, DraftSequence
-from edge_client.drafting.jobs import Job, Sequences, run_pass
+from edge_client.drafting.jobs import Job, Said, Sequences, run_pass
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import MAX_KEPT, Speculation
 from vllm_specedge.simulation.clock import VirtualTime
@@ -139,18 +139,19 @@ class VirtualEdge:
             return
         now_s = self.time.now_s
         self._say(self.speculation.poll(now_s))
-        job = self.speculation.next_job()
-        if job is None:
+        jobs = self.speculation.next_pass()
+        if not jobs:
             self._rest()
             return
         self._is_busy = True
-        said = run_pass(self._sequences.of(job), job)
-        self.time.after(self.pass_s(len(job.tokens)), self._when_free, self._drafted, job, said, now_s)
+        said = run_pass(jobs, self._sequences.of(jobs))
+        num_rows = sum(len(job.tokens) for job in jobs)
+        self.time.after(self.pass_s(num_rows), self._when_free, self._drafted, jobs, said, now_s)
 
-    def _drafted(self, job: Job, said: list[list[Candidate]], started_s: float) -> None:
+    def _drafted(self, jobs: Sequence[Job], said: list[Said], started_s: float) -> None:
         self._is_busy = False
         now_s = self.time.now_s
-        self._say(self.speculation.drafted(job, said, now_s - started_s, now_s))
+        self._say(self.speculation.drafted(jobs, said, now_s - started_s, now_s))
         self._draft()
 
     def _rest(self) -> None:

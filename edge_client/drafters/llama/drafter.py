@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edge_client.drafters import Candidate
+from edge_client.drafters import Candidate, Part
 from edge_client.drafters.entries import Entries
 from edge_client.drafters.hub import model_name
 from edge_client.drafters.llama.weights import Layer, Llama, Shape, load_llama, read_config, rope_tables
@@ -118,6 +118,39 @@ class FastLlama:
     def open(self) -> "FastSequence":
         return FastSequence(self)
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
+        """The products of all contexts' rows are one; attention is each context's own."""
+        pieces = [part.sequence.grown(part.parents) for part in parts if isinstance(part.sequence, FastSequence)]
+        tokens = [token for part in parts for token in part.tokens]
+        hidden = self.forward(tokens, pieces)
+        rows = iter(hidden.split([piece.count for piece in pieces]))
+        return [self.candidates(next(rows), part.width) for part in parts]
+
+    def forward(self, tokens: Sequence[int], pieces: Sequence["Piece"]) -> Tensor:
+        """Run the pieces' tokens, in turn, through the blocks, keys and values into the caches.
+
+        Returns the hidden states before the last norm, [count, model width].
+        """
+        shape, count = self.shape, len(tokens)
+        heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
+        turns = torch.cat([piece.turns for piece in pieces])
+        x = self.embed[torch.tensor(tokens)].float()
+        for number, block in enumerate(self.blocks):
+            qkv = block.qkv(functional.rms_norm(x, (shape.width,), None, shape.eps)).view(
+                count, heads + 2 * kv_heads, dim
+            )
+            turning = qkv[:, : heads + kv_heads]
+            if block.norm_qk is not None:
+                turning.copy_(functional.rms_norm(turning, (dim,), None, shape.eps) * block.norm_qk)
+            torch.view_as_complex(turning.view(count, heads + kv_heads, dim // 2, 2)).mul_(turns)
+            rows = qkv.split([piece.count for piece in pieces])
+            attended = [piece.attended(number, own) for piece, own in zip(pieces, rows, strict=True)]
+            x = x + block.out(torch.cat(attended) if len(attended) > 1 else attended[0])
+            gate, up = block.gate_up(functional.rms_norm(x, (shape.width,), None, shape.eps)).chunk(2, dim=-1)
+            x = x + block.down(functional.silu(gate) * up)
+        return x
+
     def candidates(self, hidden: Tensor, width: int) -> list[list[Candidate]]:
         """The `width` most probable next tokens, in the target's vocabulary, after each final hidden state.
 
@@ -158,17 +191,28 @@ class FastSequence:
             start = len(self)
             self._entries.append(len(chunk))
             turns = self._model.turns[start : len(self)]
-            hidden = self._forward(torch.tensor(chunk), turns, _causal_bias(len(chunk), len(self)))
+            hidden = self._model.forward(chunk, [self._piece(turns, _causal_bias(len(chunk), len(self)))])
         return self._model.candidates(hidden[-1:], width)[0]
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        return self._model.candidates(self._model.forward(tokens, [self.grown(parents)]), width)
+
+    def grown(self, parents: Sequence[int]) -> "Piece":
+        """With new entries behind these; they are to be run."""
         start = len(self)
         self._check_fits(2 + max(map(self._entries.position, parents)))
         self._entries.branch(parents)
         turns = self._model.turns[[self._entries.position(entry) for entry in range(start, len(self))]]
-        hidden = self._forward(torch.tensor(tokens), turns, tree_bias(self._entries, start, torch.float32))
-        return self._model.candidates(hidden, width)
+        return self._piece(turns, tree_bias(self._entries, start, torch.float32))
+
+    def _piece(self, turns: Tensor, bias: Tensor | None) -> "Piece":
+        """The last entries, one for each of `turns`."""
+        self._reserve(len(self))
+        shape = self._model.shape
+        if bias is not None:
+            bias = bias.repeat(shape.heads // shape.kv_heads, 1)
+        return Piece(self._cache, len(self), turns, bias, shape)
 
     def _check_fits(self, length: int) -> None:
         if length > self._model.context:
@@ -185,37 +229,37 @@ class FastSequence:
             new[:, : self._room] = old
         self._cache, self._room = grown, room
 
-    def _forward(self, tokens: Tensor, turns: Tensor, bias: Tensor | None) -> Tensor:
-        """Run the last entries' tokens [count] through the blocks, keys and values into the cache.
 
-        `turns` [count, 1, head_dim / 2] are their positions' rotations, `bias` [count, all entries] is added to the
-        attention scores. Returns the hidden states before the last norm, [count, model width].
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The new entries of one context in a pass."""
+
+    cache: list[Tensor]
+    end: int
+    """So many entries the context has with them."""
+    turns: Tensor
+    """[count, 1, head_dim / 2]: the rotations of their positions."""
+    bias: Tensor | None
+    """[heads / kv_heads * count, end]: added to the attention scores."""
+    shape: Shape
+
+    @property
+    def count(self) -> int:
+        return len(self.turns)
+
+    def attended(self, number: int, qkv: Tensor) -> Tensor:
+        """What attention gives in a block: [count, heads * head_dim].
+
+        `qkv`: [count, heads + 2 * kv_heads, head_dim]; keys and values go into the cache.
         """
-        model, shape = self._model, self._model.shape
-        count, end = len(tokens), len(self)
-        start = end - count
-        heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
-        self._reserve(end)
-        if bias is not None:
-            bias = bias.repeat(heads // kv_heads, 1)
-        x = model.embed[tokens].float()
-        for block, cache in zip(model.blocks, self._cache, strict=True):
-            qkv = block.qkv(functional.rms_norm(x, (shape.width,), None, shape.eps)).view(
-                count, heads + 2 * kv_heads, dim
-            )
-            turning = qkv[:, : heads + kv_heads]
-            if block.norm_qk is not None:
-                turning.copy_(functional.rms_norm(turning, (dim,), None, shape.eps) * block.norm_qk)
-            torch.view_as_complex(turning.view(count, heads + kv_heads, dim // 2, 2)).mul_(turns)
-            cache[:, start:end] = qkv[:, heads:].transpose(0, 1)
-            query = qkv[:, :heads].transpose(0, 1).reshape(1, kv_heads, -1, dim)
-            attended = functional.scaled_dot_product_attention(
-                query, cache[None, :kv_heads, :end], cache[None, kv_heads:, :end], attn_mask=bias
-            )
-            x = x + block.out(attended.view(heads, count, dim).transpose(0, 1).reshape(count, -1))
-            gate, up = block.gate_up(functional.rms_norm(x, (shape.width,), None, shape.eps)).chunk(2, dim=-1)
-            x = x + block.down(functional.silu(gate) * up)
-        return x
+        heads, kv_heads, dim = self.shape.heads, self.shape.kv_heads, self.shape.head_dim
+        cache, count = self.cache[number], self.count
+        cache[:, self.end - count : self.end] = qkv[:, heads:].transpose(0, 1)
+        query = qkv[:, :heads].transpose(0, 1).reshape(1, kv_heads, -1, dim)
+        attended = functional.scaled_dot_product_attention(
+            query, cache[None, :kv_heads, : self.end], cache[None, kv_heads:, : self.end], attn_mask=self.bias
+        )
+        return attended.view(heads, count, dim).transpose(0, 1).reshape(count, -1)
 
 
 def _causal_bias(count: int, length: int) -> Tensor | None:
@@ -230,6 +274,7 @@ class LlamaDrafter(FastLlama):
     """A checkpoint of the Llama family on the CPU."""
 
     max_width = 8
+    max_shared_rows = 16
 
     def __init__(self, directory: Path, kept: list[int] | None, fingerprint: str) -> None:
         super().__init__(load_llama(directory), kept=None if kept is None else torch.tensor(kept))

@@ -1,0 +1,167 @@
+"""`make bench-drafters`: forward passes of each drafter that runs here, and how many tokens it drafts for one and four.
+
+    PYTHONPATH=examples python benchmarks/drafters.py [--pair smollm2] [--gguf FILE] [--seconds 10]
+
+First each drafter's profile, as an edge measures it at start. Then an edge without a network: requests whose answers
+agree with the draft as often as real ones do are drafted for as fast as passes allow, and the server's steps are
+instantaneous when a draft is there. Counted are draft tokens that the target would have said, a second. `alone` has a
+pass for each request, as before passes were shared.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, TypeAlias
+
+import typer
+from harness.results import Column, circumstances, output_path, table
+from pairs import CACHE, PAIRS, prepare
+from questions import QUESTIONS
+from transformers import AutoTokenizer
+
+from edge_client.drafters import Drafter, DrafterOptions, SharingDrafter
+from edge_client.drafters.choose import load_drafter
+from edge_client.drafters.hf import load_hf_drafter, tokenizer_fingerprint
+from edge_client.drafters.profile import WIDTHS, profile
+from edge_client.drafting.jobs import Sequences, one_by_one, run_pass
+from edge_client.drafting.pacing import Pace
+from edge_client.drafting.pass_times import PassTimes
+from edge_client.drafting.speculation import Speculation
+from vllm_specedge.wire.frames import Close, CloseReason, Commit, Open, Propose
+
+PROMPT_TOKENS, CREDIT, MAX_DRAFT = 200, 16, 5
+MAX_TOKENS = 1000
+"""A request ends there, and begins anew."""
+ACCEPTANCE = 0.7
+Row: TypeAlias = dict[str, Any]
+
+
+class Requests:
+    """Requests that an edge drafts for, and what a target would say."""
+
+    def __init__(self, drafter: Drafter, times: dict[int, float], texts: list[list[int]], shares: bool) -> None:
+        is_shared = shares and isinstance(drafter, SharingDrafter)
+        self.speculation = Speculation(
+            drafter.max_context_tokens,
+            drafter.max_width,
+            pace=Pace(PassTimes(times)),
+            max_shared_rows=drafter.max_shared_rows if is_shared else 0,
+        )
+        self.together = drafter.branch_together if is_shared else one_by_one
+        self.sequences = Sequences(drafter.open, self.speculation.needs)
+        self.chance, self.texts, self.known = Random(1), texts, [0] * len(texts)
+        self.num_accepted = self.num_passes = self.num_rows = 0
+        for request in range(len(texts)):
+            self.open(request)
+
+    def open(self, request: int) -> None:
+        self.known[request] = 0
+        self.speculation.receive(Open(request, len(self.texts[request]), MAX_DRAFT, CREDIT, ""), 0.0)
+        self.commit(request, self.texts[request])
+
+    def commit(self, request: int, tokens: list[int]) -> None:
+        base = self.known[request]
+        self.known[request] += len(tokens)
+        self.speculation.receive(Commit(request, base, tuple(tokens)), time.monotonic())
+
+    def run(self, until_s: float) -> None:
+        while time.monotonic() < until_s:
+            started_s = time.monotonic()
+            frames, jobs = [], self.speculation.next_pass()
+            if jobs:
+                said = run_pass(jobs, self.sequences.of(jobs), self.together)
+                self.num_passes += 1
+                self.num_rows += sum(len(job.tokens) for job in jobs)
+                now_s = time.monotonic()
+                frames += self.speculation.drafted(jobs, said, now_s - started_s, now_s)
+            elif self.speculation.due_s is not None:
+                frames += self.speculation.poll(self.speculation.due_s)
+            for frame in frames:
+                if isinstance(frame, Propose):
+                    self.verify(frame)
+
+    def verify(self, frame: Propose) -> None:
+        """The server takes the first draft behind a commit at once: each token is right with a chance, and one is said
+        beside."""
+        known = self.known[frame.request]
+        if frame.tokens and frame.base != known - 1:
+            return
+        draft, num_right = list(frame.runs[0][1][1:])[:MAX_DRAFT] if frame.tokens else [], 0
+        while num_right < len(draft) and self.chance.random() < ACCEPTANCE:
+            num_right += 1
+        self.num_accepted += num_right
+        self.commit(frame.request, [*draft[:num_right], self.chance.choice(self.texts[frame.request])])
+        if self.known[frame.request] > MAX_TOKENS:
+            self.speculation.receive(Close(frame.request, CloseReason.FINISHED), 0.0)
+            self.open(frame.request)
+
+
+def measured(drafter: Drafter, times: dict[int, float], texts: list[list[int]], shares: bool, seconds: float) -> Row:
+    at_work = Requests(drafter, times, texts, shares)
+    at_work.run(time.monotonic() + seconds / 4)  # prompts go in
+
+    def counts() -> tuple[int, ...]:
+        return at_work.num_accepted, at_work.speculation.stats.drafted_tokens, at_work.num_passes, at_work.num_rows
+
+    before, started_s = counts(), time.monotonic()
+    at_work.run(started_s + seconds)
+    took_s = time.monotonic() - started_s
+    accepted, drafted, passes, rows = (now - then for now, then in zip(counts(), before, strict=True))
+    return {
+        "requests": len(texts),
+        "passes": "shared" if shares else "alone",
+        "accepted_per_s": accepted / took_s,
+        "drafted_per_s": drafted / took_s,
+        "pass_ms": 1e3 * took_s / max(1, passes),
+        "rows_a_pass": rows / max(1, passes),
+    }
+
+
+def drafters(pair: str, gguf: Path | None, threads: int) -> Iterator[tuple[str, Drafter]]:
+    """By name, one after the other."""
+    directory = str(PAIRS[pair].draft_directory(CACHE))
+    yield "int8", load_drafter(DrafterOptions(directory, "cpu", threads))
+    yield "transformers", load_hf_drafter(directory, "cpu", None, tokenizer_fingerprint(directory)[0])
+    if gguf is not None:
+        yield "llama.cpp", load_drafter(DrafterOptions(str(gguf), "cpu", threads))
+
+
+PROFILE = (Column("drafter", "drafter"), *(Column(f"{rows} rows, ms", f"rows_{rows}", ".1f") for rows in WIDTHS))
+SPEEDS = (
+    Column("drafter", "drafter"),
+    Column("requests", "requests"),
+    Column("passes", "passes"),
+    Column("right draft tokens/s", "accepted_per_s", ".1f"),
+    Column("drafted tokens/s", "drafted_per_s", ".1f"),
+    Column("ms a pass", "pass_ms", ".1f"),
+    Column("rows a pass", "rows_a_pass", ".1f"),
+)
+
+
+def main(
+    pair: Annotated[str, typer.Option(help="smollm2 or qwen.")] = "smollm2",
+    gguf: Annotated[Path | None, typer.Option(help="A GGUF file of the same draft.")] = None,
+    seconds: Annotated[float, typer.Option(help="Of each figure.")] = 10.0,
+    threads: Annotated[int, typer.Option(help="Of each drafter.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/drafters-PAIR.json.")] = None,
+) -> None:
+    """Forward passes of each drafter that runs here, and what it drafts for one request and for four."""
+    prepare(PAIRS[pair], CACHE)
+    tokenizer = AutoTokenizer.from_pretrained(PAIRS[pair].target_directory(CACHE))
+    texts = [tokenizer(" ".join(kind))["input_ids"] * 3 for kind in QUESTIONS.values()]
+    texts = [text[:PROMPT_TOKENS] for text in (*texts, texts[0][1:])]
+    profiles, speeds = list[Row](), list[Row]()
+    for name, drafter in drafters(pair, gguf, threads):
+        times = profile(drafter, time.perf_counter)
+        profiles.append({"drafter": name, **{f"rows_{rows}": 1e3 * took_s for rows, took_s in times.items()}})
+        for number, shares in ((1, False), (4, False), (4, True)):
+            speeds.append({"drafter": name, **measured(drafter, times, texts[:number], shares, seconds)})
+    print(table(PROFILE, profiles), table(SPEEDS, speeds), sep="\n\n")
+    path = output_path(f"drafters-{pair}.json", output)
+    path.write_text(json.dumps({**circumstances(), "profiles": profiles, "speeds": speeds}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,50 @@
+"""How long forward passes of a draft model take on this machine, by their rows: measured once, before it drafts."""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+
+from edge_client.drafters import Drafter
+
+WIDTHS = (1, 2, 4, 8)
+NUM_PASSES = 5
+MAX_SECONDS = 3.0
+"""For all widths together: a slow model is profiled by fewer passes, two of a width at least."""
+CONTEXT_TOKENS = 64
+"""Behind which passes are timed."""
+
+Clock = Callable[[], float]
+
+
+def profile(drafter: Drafter, clock: Clock) -> dict[int, float]:
+    """Seconds of a pass of so many rows, medians; as wide as the drafter goes. Raises what the model's code does.
+
+    The first pass of each width is not counted: it may compile something or set up memory.
+    """
+    sequence = drafter.open()
+    num_context = min(CONTEXT_TOKENS, drafter.max_context_tokens - 1)
+    sequence.append(range(1, 1 + num_context), 1)
+    widths = [rows for rows in WIDTHS if rows <= drafter.max_width]
+
+    def run(rows: int) -> None:
+        if rows == 1:
+            sequence.append([1], 1)
+        else:
+            sequence.branch(range(1, 1 + rows), [num_context - 1] * rows, 1)
+
+    def durations(rows: int) -> Iterator[float]:
+        until_s = clock() + MAX_SECONDS / len(widths)
+        for number in range(NUM_PASSES + 1):
+            started_s = clock()
+            if number > 1 and started_s > until_s:
+                return
+            run(rows)
+            yield clock() - started_s
+            sequence.keep(num_context)
+
+    return {rows: statistics.median(list(durations(rows))[1:]) for rows in widths}
+
+
+def in_words(times: Mapping[int, float]) -> str:
+    """A profile, for people."""
+    told = [f"{1e3 * took_s:.1f} ms of {rows} row{'s' if rows > 1 else ''}" for rows, took_s in times.items()]
+    return ", ".join(told) + (" (it has no wider ones)" if len(told) == 1 else "")

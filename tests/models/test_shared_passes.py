@@ -1,0 +1,120 @@
+"""Several contexts in one forward pass say what each says alone, whatever the others are and hold."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edge_client.drafters import Candidate, DraftSequence, Part, SharingDrafter
+from edge_client.drafters.gguf import GgufDrafter
+from edge_client.drafters.llama.drafter import FastLlama
+from edge_client.drafters.llama.weights import load_llama
+from edge_client.drafters.translated import Translation, translated
+
+from .test_gguf_drafter import GGUF
+from .test_llama_family import FAMILIES, SHAPE, make
+
+WIDTH = 3
+NUM_ROUNDS = 12
+Alone = Callable[[list[int]], list[Candidate]]
+
+
+class _Shared:
+    """A FastLlama as the client sees one."""
+
+    def __init__(self, model: FastLlama) -> None:
+        self.open, self.branch_together = model.open, model.branch_together
+        self.fingerprint, self.description, self.max_context_tokens = "f", "fast", model.context
+        self.max_width, self.max_shared_rows = 8, 16
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, "gguf"])
+def drafter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharingDrafter]:
+    if request.param == "gguf":
+        yield GgufDrafter(GGUF, "cpu", threads=1)
+        return
+    torch.set_num_threads(1)
+    directory: Path = tmp_path_factory.mktemp("shared")
+    make(request.param, directory)
+    yield _Shared(FastLlama(load_llama(directory), "float32"))
+
+
+class Context:
+    """A tree of entries, and the tokens on the way to each."""
+
+    def __init__(self, sequence: DraftSequence, prompt: list[int]) -> None:
+        self.sequence, self.trunk = sequence, list(prompt)
+        self.paths: list[list[int]] = []
+        sequence.append(prompt, WIDTH)
+
+    def part(self, chance: random.Random) -> Part:
+        """Some entries more, behind any of the last ones."""
+        number, size = chance.randint(1, 4), len(self.trunk) + len(self.paths)
+        parents = [chance.randrange(len(self.trunk) - 1, size) for _ in range(number)]
+        tokens = [chance.randrange(SHAPE["vocab_size"]) for _ in range(number)]
+        self.paths += [[*self.path(parent), token] for parent, token in zip(parents, tokens, strict=True)]
+        return Part(self.sequence, tokens, parents, WIDTH)
+
+    def path(self, entry: int) -> list[int]:
+        return self.trunk if entry < len(self.trunk) else self.paths[entry - len(self.trunk)]
+
+    def cut(self, chance: random.Random) -> None:
+        """Back to the trunk, or some of it."""
+        self.trunk = self.trunk[: chance.randint(len(self.trunk) - 2, len(self.trunk))]
+        self.paths = []
+        self.sequence.keep(len(self.trunk))
+
+
+def assert_alike(drafter: SharingDrafter, said: list[Candidate], alone: list[Candidate]) -> None:
+    """llama.cpp rounds what goes into its quantized products otherwise with other rows beside it."""
+    tolerance = {"rel": 0.35, "abs": 0.02} if isinstance(drafter, GgufDrafter) else {"rel": 1e-3, "abs": 1e-5}
+    assert said[0].token == alone[0].token
+    assert said[0].probability == pytest.approx(alone[0].probability, **tolerance)
+
+
+def test_what_is_said_together_is_what_is_said_alone(drafter: SharingDrafter) -> None:
+    chance = random.Random(3)
+    prompts = [[chance.randrange(SHAPE["vocab_size"]) for _ in range(length)] for length in (5, 23, 40, 11)]
+    contexts = [Context(drafter.open(), prompt) for prompt in prompts]
+    for number in range(NUM_ROUNDS):
+        at_work = chance.sample(contexts, chance.randint(2, 4))
+        before = [len(context.paths) for context in at_work]
+        said = drafter.branch_together([context.part(chance) for context in at_work])
+        for context, start, rows in zip(at_work, before, said, strict=True):
+            for path, row in zip(context.paths[start:], rows, strict=True):
+                assert_alike(drafter, row, drafter.open().append(path, WIDTH))
+        if number % 3 == 2:
+            for context in contexts:
+                context.cut(chance)
+
+
+def test_a_token_behind_a_chain_is_what_append_says(drafter: SharingDrafter) -> None:
+    """So a commit of one token may share a pass."""
+    contexts = [drafter.open() for _ in range(2)]
+    for context in contexts:
+        context.append([5, 6, 7], WIDTH)
+    said = drafter.branch_together([Part(context, [8 + at], [2], WIDTH) for at, context in enumerate(contexts)])
+    for at, context in enumerate(contexts):
+        assert_alike(drafter, said[at][0], drafter.open().append([5, 6, 7, 8 + at], WIDTH))
+        assert_alike(drafter, context.append([3], WIDTH), drafter.open().append([5, 6, 7, 8 + at, 3], WIDTH))
+
+
+def test_a_translated_draft_shares_too(drafter: SharingDrafter) -> None:
+    other = translated(drafter, Translation({1: 9, 9: 1}, {1: 9, 9: 1}), "other")
+    assert isinstance(other, SharingDrafter)
+    parts: list[Any] = []
+    for _ in range(2):
+        sequence = other.open()
+        sequence.append([4, 1, 6], WIDTH)
+        parts.append(Part(sequence, [1], [2], WIDTH))
+    back = {1: 9, 9: 1}
+    alone = [
+        Candidate(back.get(token, token), probability)
+        for token, probability in drafter.open().append([4, 9, 6, 9], WIDTH)
+    ]
+    for said in other.branch_together(parts):
+        assert [each.token for each in said[0]] == [each.token for each in alone]
+        assert_alike(drafter, said[0], alone)
