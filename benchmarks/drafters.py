@@ -3,14 +3,14 @@
     PYTHONPATH=examples python benchmarks/drafters.py [--pair smollm2] [--gguf FILE] [--seconds 10]
 
 First each drafter's profile, as an edge measures it at start. Then an edge without a network: requests whose answers
-agree with the draft as often as real ones do are drafted for as fast as passes allow, and the server's steps are
-instantaneous when a draft is there. Counted are draft tokens that the target would have said, a second. `alone` has a
-pass for each request, as before passes were shared.
+agree with the draft as often as real ones do, and a server that takes a step each 30 ms. Counted are draft tokens that
+the target would have said, a second. `alone` has a pass for each request, as before passes were shared.
 """
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import nan
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, TypeAlias
@@ -29,12 +29,15 @@ from edge_client.drafting.jobs import Sequences, one_by_one, run_pass
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.pass_times import PassTimes
 from edge_client.drafting.speculation import Speculation
+from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.frames import Close, CloseReason, Commit, Open, Propose
 
 PROMPT_TOKENS, CREDIT, MAX_DRAFT = 200, 16, 5
 MAX_TOKENS = 1000
 """A request ends there, and begins anew."""
 ACCEPTANCE = 0.7
+STEP_S = 0.03
+"""Of the server, for all requests at once."""
 Row: TypeAlias = dict[str, Any]
 
 
@@ -52,6 +55,8 @@ class Requests:
         self.together = drafter.branch_together if is_shared else one_by_one
         self.sequences = Sequences(drafter.open, self.speculation.needs)
         self.chance, self.texts, self.known = Random(1), texts, [0] * len(texts)
+        self.drafts: list[dict[int, int]] = [{} for _ in texts]
+        """By position."""
         self.num_accepted = self.num_passes = self.num_rows = 0
         for request in range(len(texts)):
             self.open(request)
@@ -67,35 +72,39 @@ class Requests:
         self.speculation.receive(Commit(request, base, tuple(tokens)), time.monotonic())
 
     def run(self, until_s: float) -> None:
-        while time.monotonic() < until_s:
-            started_s = time.monotonic()
-            frames, jobs = [], self.speculation.next_pass()
-            if jobs:
+        next_step_s = time.monotonic()
+        while (now_s := time.monotonic()) < until_s:
+            if now_s >= next_step_s:
+                next_step_s = now_s + STEP_S
+                for request in range(len(self.texts)):
+                    self.verify(request)
+            self.take(self.speculation.poll(now_s))
+            if jobs := self.speculation.next_pass():
                 said = run_pass(jobs, self.sequences.of(jobs), self.together)
+                done_s = time.monotonic()
+                self.take(self.speculation.drafted(jobs, said, done_s - now_s, done_s))
                 self.num_passes += 1
                 self.num_rows += sum(len(job.tokens) for job in jobs)
-                now_s = time.monotonic()
-                frames += self.speculation.drafted(jobs, said, now_s - started_s, now_s)
-            elif self.speculation.due_s is not None:
-                frames += self.speculation.poll(self.speculation.due_s)
-            for frame in frames:
-                if isinstance(frame, Propose):
-                    self.verify(frame)
 
-    def verify(self, frame: Propose) -> None:
-        """The server takes the first draft behind a commit at once: each token is right with a chance, and one is said
-        beside."""
-        known = self.known[frame.request]
-        if frame.tokens and frame.base != known - 1:
-            return
-        draft, num_right = list(frame.runs[0][1][1:])[:MAX_DRAFT] if frame.tokens else [], 0
-        while num_right < len(draft) and self.chance.random() < ACCEPTANCE:
+    def take(self, frames: Sequence[Frame]) -> None:
+        for frame in frames:
+            if isinstance(frame, Propose) and frame.tokens:
+                base, tokens = frame.runs[0]
+                self.drafts[frame.request].update(enumerate(tokens, base))
+
+    def verify(self, request: int) -> None:
+        """Of what was proposed each token is right with a chance, and one is said beside."""
+        draft, known = self.drafts[request], self.known[request]
+        num_right = 0
+        while num_right < MAX_DRAFT and known + num_right in draft and self.chance.random() < ACCEPTANCE:
             num_right += 1
         self.num_accepted += num_right
-        self.commit(frame.request, [*draft[:num_right], self.chance.choice(self.texts[frame.request])])
-        if self.known[frame.request] > MAX_TOKENS:
-            self.speculation.receive(Close(frame.request, CloseReason.FINISHED), 0.0)
-            self.open(frame.request)
+        right = [draft[known + at] for at in range(num_right)]
+        draft.clear()
+        self.commit(request, [*right, self.chance.choice(self.texts[request])])
+        if self.known[request] > MAX_TOKENS:
+            self.speculation.receive(Close(request, CloseReason.FINISHED), 0.0)
+            self.open(request)
 
 
 def measured(drafter: Drafter, times: dict[int, float], texts: list[list[int]], shares: bool, seconds: float) -> Row:
@@ -128,7 +137,10 @@ def drafters(pair: str, gguf: Path | None, threads: int) -> Iterator[tuple[str, 
         yield "llama.cpp", load_drafter(DrafterOptions(str(gguf), "cpu", threads))
 
 
-PROFILE = (Column("drafter", "drafter"), *(Column(f"{rows} rows, ms", f"rows_{rows}", ".1f") for rows in WIDTHS))
+PROFILE = (
+    Column("drafter", "drafter"),
+    *(Column(f"{rows} rows, ms", lambda row, rows=rows: row.get(f"rows_{rows}", nan), ".1f") for rows in WIDTHS),
+)
 SPEEDS = (
     Column("drafter", "drafter"),
     Column("requests", "requests"),

@@ -14,6 +14,7 @@ from edge_client.drafting.kept_contexts import MIN_SHARED_TOKENS
 from edge_client.drafting.noise import NUM_CANDIDATES, Noise
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.pass_times import PassTimes
+from edge_client.drafting.passes import MAX_CHAIN
 from edge_client.drafting.speculation import MAX_ENTRIES, MAX_SHORT, Speculation
 from tests.helpers import Guess, ListSequence
 from vllm_specedge.engine.proposal_tree import Fate, ProposalTree
@@ -1024,14 +1025,22 @@ def test_where_rows_cost_as_much_as_passes_each_has_its_turn() -> None:
     assert set(turns[:3]) == {0, 1, 2}
 
 
-def test_a_prompt_and_several_committed_tokens_are_passes_of_their_own() -> None:
+def test_a_prompt_and_many_committed_tokens_are_passes_of_their_own() -> None:
     edge = sharing(2)
-    edge.receive(Commit(0, 2, (98, 99)))
+    edge.receive(Commit(0, 2, tuple(range(90, 90 + MAX_CHAIN + 1))))
     first = edge.start()
     assert first is not None
-    assert (first.request, first.tokens) == (0, (98, 99))
+    assert (first.request, len(first.tokens)) == (0, MAX_CHAIN + 1)
     assert edge.running is not None
     assert len(edge.running[0]) == 1
+
+
+def test_several_committed_tokens_of_all_requests_are_one_pass() -> None:
+    edge = sharing(3)
+    for number in range(3):
+        edge.receive(Commit(number, 2, (98, 99)))
+    edge.start()
+    assert [job.tokens for job in (edge.running[0] if edge.running else ())] == [(98, 99)] * 3
 
 
 def test_a_drafter_that_cannot_share_has_one_request_a_pass() -> None:

@@ -65,7 +65,8 @@ class Drafter(Protocol):
 
 
 class Part(NamedTuple):
-    """What one context adds to a forward pass that several share, in the terms of `DraftSequence.branch`."""
+    """What one context adds to a forward pass that several share, in the terms of DraftSequence: as `branch`, or, where
+    there are no parents, as `append` behind a chain of one entry at least."""
 
     sequence: DraftSequence
     tokens: Sequence[int]
@@ -81,7 +82,8 @@ class SharingDrafter(Drafter, Protocol):
     """How many entries `branch_together` takes in one pass at most, of all contexts."""
 
     def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
-        """As each part's sequence's `branch`, in one forward pass. The sequences are this drafter's, each once."""
+        """Each part's sequence grown in one forward pass, each once: the candidates behind each entry, of a chain
+        behind the last."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,13 @@ class GgufSequence:
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
         return self._drafter.branch_together([Part(self, tokens, parents, width)])[0]
 
-    def grown(self, parents: Sequence[int]) -> list[Row]:
-        """Rows for new entries behind these; they are to be run."""
-        rows = self._lanes.branch(parents)
+    def grown(self, part: Part) -> list[Row]:
+        """Rows for its new entries; they are to be run."""
+        if part.parents:
+            rows = self._lanes.branch(part.parents)
+        else:
+            lane, start, _ = self._lanes.append(len(part.tokens))
+            rows = [Row(lane, start + at, None) for at in range(len(part.tokens))]
         self._drafter.check_room(max(row.position for row in rows) + 1, len(rows))
         return rows
 
@@ -146,14 +150,16 @@ class GgufDrafter:
     def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
         """All contexts' rows in one batch: to llama.cpp they are lanes, whose ever they are."""
         self.reclaim()
-        grown = [part.sequence.grown(part.parents) for part in parts if isinstance(part.sequence, GgufSequence)]
+        grown = [part.sequence.grown(part) for part in parts if isinstance(part.sequence, GgufSequence)]
         rows = [row for of_part in grown for row in of_part]
-        self.run([token for part in parts for token in part.tokens], rows, range(len(rows)))
         ends = list(accumulate(map(len, grown)))
-        return [
-            self.candidates(range(end - len(own), end), part.width)
+        # Of a chain what follows its last token is asked for.
+        said = [
+            range(end - (len(own) if part.parents else 1), end)
             for part, own, end in zip(parts, grown, ends, strict=True)
         ]
+        self.run([token for part in parts for token in part.tokens], rows, {row for of_part in said for row in of_part})
+        return [self.candidates(of_part, part.width) for part, of_part in zip(parts, said, strict=True)]
 
     def _make_context(self, file: Path, threads: int) -> Any:
         options = llama_cpp.llama_context_default_params()
@@ -185,7 +191,7 @@ class GgufDrafter:
         for lane, position in cuts:
             llama_cpp.llama_memory_seq_rm(self._memory, lane, position, -1)
 
-    def run(self, tokens: Sequence[int], rows: Sequence[Row], said: Sequence[int]) -> None:
+    def run(self, tokens: Sequence[int], rows: Sequence[Row], said: Collection[int]) -> None:
         """One forward pass; logits of the rows in `said`. Raises CacheFullError, RuntimeError for all else."""
         batch = self._batch
         batch.n_tokens = len(rows)

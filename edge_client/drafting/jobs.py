@@ -23,16 +23,6 @@ class Job:
     width: int
     source: int | None = None
 
-    @property
-    def behind(self) -> tuple[int, ...]:
-        """The entry that each token follows, where that is no more than one chain of one token."""
-        return self.parents or (self.keep + len(self.moved) - 1,)
-
-    @property
-    def is_sharing(self) -> bool:
-        """Whether it may run beside others: as `branch`, so no chain of several tokens, and not the first token."""
-        return bool(self.parents) or (len(self.tokens) == 1 and self.keep + len(self.moved) > 0)
-
 
 class NotFiniteError(Exception):
     """A draft model's probabilities are no numbers: nothing can be made of what it says."""
@@ -45,32 +35,25 @@ Together: TypeAlias = Callable[[Sequence[Part]], list[Said]]
 
 def one_by_one(parts: Sequence[Part]) -> list[Said]:
     """What a shared pass says, by a pass for each."""
-    return [part.sequence.branch(part.tokens, part.parents, part.width) for part in parts]
+    return [_run(*part) for part in parts]
 
 
 def run_pass(jobs: Sequence[Job], sequences: Sequence[DraftSequence], together: Together = one_by_one) -> list[Said]:
     """One forward pass for all jobs: what each of them is told. Raises NotFiniteError, and what the model's code does.
 
-    Of several, each must be `is_sharing`.
+    Of several, none may be the first of its context.
     """
     for job, sequence in zip(jobs, sequences, strict=True):
         sequence.keep(job.keep, job.moved)
-    if len(jobs) > 1:
-        parts = [
-            Part(sequence, job.tokens, job.behind, job.width) for job, sequence in zip(jobs, sequences, strict=True)
-        ]
-        said = together(parts)
-    else:
-        said = [_run(jobs[0], sequences[0])]
+    parts = [Part(sequence, job.tokens, job.parents, job.width) for job, sequence in zip(jobs, sequences, strict=True)]
+    said = together(parts) if len(parts) > 1 else one_by_one(parts)
     if not all(math.isfinite(each.probability) for of_job in said for row in of_job for each in row):
         raise NotFiniteError("its probabilities are no numbers, as float16 makes of some models")
     return said
 
 
-def _run(job: Job, sequence: DraftSequence) -> Said:
-    if job.parents:
-        return sequence.branch(job.tokens, job.parents, job.width)
-    return [sequence.append(job.tokens, job.width)]
+def _run(sequence: DraftSequence, tokens: Sequence[int], parents: Sequence[int], width: int) -> Said:
+    return sequence.branch(tokens, parents, width) if parents else [sequence.append(tokens, width)]
 
 
 @dataclass(slots=True)

@@ -8,6 +8,9 @@ from edge_client.drafting.draft_tree import Node
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.request import DraftedRequest
 
+MAX_CHAIN = 8
+"""Committed tokens of a request that share a pass with others' rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
@@ -26,13 +29,17 @@ class Waiting:
     @property
     def survivals(self) -> list[float]:
         """Of its rows: what is committed is needed for certain."""
-        return [node.survival for node in self.nodes] or [1.0]
+        return [node.survival for node in self.nodes] or [1.0] * self.num_committed
+
+    @property
+    def num_committed(self) -> int:
+        """Committed tokens that the drafter lacks."""
+        return len(self.request.tree.tokens) - self.request.tree.num_entered
 
     @property
     def is_sharing(self) -> bool:
-        """Whether it needs no more than rows of a shared pass: one committed token behind others, or draft tokens."""
-        tree = self.request.tree
-        return bool(self.nodes) or (0 < tree.num_entered == len(tree.tokens) - 1)
+        """Whether it needs no more than rows of a shared pass: draft tokens, or few committed ones behind others."""
+        return bool(self.nodes) or (self.request.tree.num_entered > 0 and self.num_committed <= MAX_CHAIN)
 
 
 def rows_of_next_pass(
@@ -46,12 +53,17 @@ def rows_of_next_pass(
     first = min(waiting, key=lambda each: each.order)
     if max_shared_rows <= max_width or not first.is_sharing:
         return [(first, first.nodes[: pace.width(first.survivals, max_width)])]
-    sharing = [each for each in waiting if each.is_sharing]
+    sharing = sorted((each for each in waiting if each.is_sharing), key=lambda each: each.order)
     rows = sorted(
         (-survival, each.request.turn, place)
         for place, each in enumerate(sharing)
         for survival in each.survivals[:max_width]
     )
     width = pace.width([-survival for survival, _, _ in rows], max_shared_rows)
-    num_of = Counter(place for _, _, place in rows[:width])
-    return [(sharing[place], sharing[place].nodes[:number]) for place, number in num_of.items()]
+    chosen = list[tuple[Waiting, list[Node]]]()
+    for each in sharing:  # a chain goes in as a whole, or not at all
+        if not each.nodes and (not chosen or each.num_committed <= width):
+            chosen.append((each, []))
+            width -= each.num_committed
+    drafted = Counter(place for _, _, place in [row for row in rows if sharing[row[2]].nodes][: max(0, width)])
+    return chosen + [(sharing[place], sharing[place].nodes[:number]) for place, number in drafted.items()]

@@ -91,15 +91,23 @@ def test_what_is_said_together_is_what_is_said_alone(drafter: SharingDrafter) ->
                 context.cut(chance)
 
 
-def test_a_token_behind_a_chain_is_what_append_says(drafter: SharingDrafter) -> None:
-    """So a commit of one token may share a pass."""
-    contexts = [drafter.open() for _ in range(2)]
+def test_chains_are_what_append_says(drafter: SharingDrafter) -> None:
+    """So committed tokens share a pass, beside branches of others."""
+    contexts = [drafter.open() for _ in range(3)]
     for context in contexts:
         context.append([5, 6, 7], WIDTH)
-    said = drafter.branch_together([Part(context, [8 + at], [2], WIDTH) for at, context in enumerate(contexts)])
-    for at, context in enumerate(contexts):
-        assert_alike(drafter, said[at][0], drafter.open().append([5, 6, 7, 8 + at], WIDTH))
-        assert_alike(drafter, context.append([3], WIDTH), drafter.open().append([5, 6, 7, 8 + at, 3], WIDTH))
+    parts = [
+        Part(contexts[0], [8], [], WIDTH),
+        Part(contexts[1], [9, 10, 11], [], WIDTH),
+        Part(contexts[2], [4, 3], [2, 1], 2),
+    ]
+    one, many, tree = drafter.branch_together(parts)
+    assert (len(one), len(many), len(tree)) == (1, 1, 2)
+    assert_alike(drafter, one[0], drafter.open().append([5, 6, 7, 8], WIDTH))
+    assert_alike(drafter, many[0], drafter.open().append([5, 6, 7, 9, 10, 11], WIDTH))
+    assert_alike(drafter, tree[1], drafter.open().append([5, 6, 3], WIDTH))
+    assert [len(row) for row in tree] == [2, 2]
+    assert_alike(drafter, contexts[1].append([3], WIDTH), drafter.open().append([5, 6, 7, 9, 10, 11, 3], WIDTH))
 
 
 def test_a_translated_draft_shares_too(drafter: SharingDrafter) -> None:

@@ -121,11 +121,15 @@ class FastLlama:
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
         """The products of all contexts' rows are one; attention is each context's own."""
-        pieces = [part.sequence.grown(part.parents) for part in parts if isinstance(part.sequence, FastSequence)]
+        pieces = [
+            part.sequence.grown(part.parents) if part.parents else part.sequence.lengthened(len(part.tokens))
+            for part in parts
+            if isinstance(part.sequence, FastSequence)
+        ]
         tokens = [token for part in parts for token in part.tokens]
-        hidden = self.forward(tokens, pieces)
-        rows = iter(hidden.split([piece.count for piece in pieces]))
-        return [self.candidates(next(rows), part.width) for part in parts]
+        rows = iter(self.candidates(self.forward(tokens, pieces), max(part.width for part in parts)))
+        said = [[next(rows)[: part.width] for _ in part.tokens] for part in parts]
+        return [of_part if part.parents else of_part[-1:] for part, of_part in zip(parts, said, strict=True)]
 
     def forward(self, tokens: Sequence[int], pieces: Sequence["Piece"]) -> Tensor:
         """Run the pieces' tokens, in turn, through the blocks, keys and values into the caches.
@@ -188,15 +192,19 @@ class FastSequence:
         self._check_fits(len(self) + len(tokens))
         for at in range(0, len(tokens), CHUNK):
             chunk = tokens[at : at + CHUNK]
-            start = len(self)
-            self._entries.append(len(chunk))
-            turns = self._model.turns[start : len(self)]
-            hidden = self._model.forward(chunk, [self._piece(turns, _causal_bias(len(chunk), len(self)))])
+            hidden = self._model.forward(chunk, [self.lengthened(len(chunk))])
         return self._model.candidates(hidden[-1:], width)[0]
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
         return self._model.candidates(self._model.forward(tokens, [self.grown(parents)]), width)
+
+    def lengthened(self, count: int) -> "Piece":
+        """With a chain of so many new entries; they are to be run."""
+        start = len(self)
+        self._check_fits(start + count)
+        self._entries.append(count)
+        return self._piece(self._model.turns[start : start + count], _causal_bias(count, start + count))
 
     def grown(self, parents: Sequence[int]) -> "Piece":
         """With new entries behind these; they are to be run."""
