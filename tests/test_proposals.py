@@ -32,8 +32,15 @@ class NaiveTree:
     def insert(self, runs: Sequence[Run], committed: list[int]) -> list[Insertion]:
         (base, tokens), *branches = runs
         done = [self._insert(base, list(tokens), committed, False)]
+        start, trunk = runs[0]
         for base, tokens in branches:
-            if base >= len(committed) and done[0].fate not in (Fate.KEPT, Fate.FULL):
+            if any(
+                trunk[at - start] != said
+                for at, said in enumerate(committed[:base])
+                if start <= at < start + len(trunk)
+            ):
+                done.append(Insertion(Fate.MISMATCH, discarded=len(tokens)))
+            elif base >= len(committed) and done[0].fate not in (Fate.KEPT, Fate.FULL):
                 done.append(Insertion(done[0].fate, discarded=len(tokens)))
             else:
                 done.append(self._insert(base, list(tokens), committed, True))
@@ -253,3 +260,13 @@ def test_a_tree_says_what_it_holds() -> None:
     tree = ProposalTree(4)
     tree.insert([(3, [0, 1, 2])], [0, 0, 0, 0])
     assert repr(tree) == "ProposalTree(length=4, nodes=2, trunk=[1, 2])"
+
+
+def test_a_branch_behind_a_token_that_was_not_said_is_dropped_whatever_it_begins_with() -> None:
+    """The trunk said 4 where 0 was said, and the branch behind it 1, which was said next."""
+    tree, committed = ProposalTree(2), [0, 1]
+    done = tree.insert([(0, (4,)), (1, (1, 7))], committed)
+    assert [each.fate for each in done] == [Fate.LATE, Fate.MISMATCH]
+    assert tree.chain(5) == []
+    assert [each.fate for each in tree.insert([(0, (0,)), (1, (1, 7))], committed)] == [Fate.LATE, Fate.KEPT]
+    assert tree.chain(5) == [7]

@@ -7,7 +7,7 @@ from typing import Any
 from zlib import crc32
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate
@@ -97,6 +97,18 @@ EDGES = ["perfect", "good", "random", "hostile", "rude"]
 
 
 @settings(max_examples=60)
+@example(  # a branch of a trunk whose end was decided otherwise, and that begins with what was said by chance
+    seed=3324,
+    engine_trouble=Trouble(delay_s=0.02, doubling=0.1),
+    edge_trouble=Trouble(delay_s=0.0005),
+    edges=["hostile"],
+    hold_limits=HoldLimits(0.1, "wait"),
+    max_width=1,
+    credit_tokens=K,
+    has_ngram=False,
+    token_s=0.0,
+    joins_and_leaves=[],
+)
 @given(
     seed=st.integers(0, 10_000),
     engine_trouble=troubles,

@@ -90,11 +90,15 @@ class ProposalTree:
         `committed` is the request so far: `length` token ids. Tokens that overlap it must equal it, or the rest cannot
         come true. The run replaces the trunk from its base on; the branches leave it there.
         """
-        (base, tokens), *branches = runs
-        done = [self._insert(base, tokens, committed, is_branch=False)]
+        (start, trunk), *branches = runs
+        done = [self._insert(start, trunk, committed, is_branch=False)]
         has_trunk = done[0].fate in (Fate.KEPT, Fate.FULL)
+        decided = range(start, min(start + len(trunk), self.length))
+        wrong = next((at for at in decided if trunk[at - start] != committed[at]), None)
         for base, tokens in branches:
-            if has_trunk or base < self.length:
+            if wrong is not None and base > wrong:  # drafted behind what was not said, whatever it begins with
+                done.append(Insertion(Fate.MISMATCH, discarded=len(tokens)))
+            elif has_trunk or base < self.length:
                 done.append(self._insert(base, tokens, committed, is_branch=True))
             else:
                 done.append(Insertion(done[0].fate, discarded=len(tokens)))
