@@ -9,7 +9,7 @@ Nothing is timed.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Annotated, Any
 
@@ -22,7 +22,8 @@ from questions import QUESTIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edge_client.drafters.torch_passes import candidates
-from edge_client.drafting.noise import NUM_CANDIDATES, Noise
+from edge_client.drafting.belief import FACTORS, Belief
+from edge_client.drafting.noise import NUM_CANDIDATES, Noise, SplitMix
 from vllm_specedge.wire.sampling import Sampling
 
 TEMPERATURES = (0.7, 1.0)
@@ -45,13 +46,15 @@ class Counts:
     num_tokens: int = 0
     most_probable: int = 0
     with_noise: int = 0
+    noise_as_learnt: int = 0
     two_most_probable: int = 0
     two_with_noise: int = 0
     optimum: float = 0.0
+    belief: Belief = field(default_factory=Belief)
 
     def shares(self) -> dict[str, float]:
         counted = asdict(self)
-        del counted["temperature"], counted["num_tokens"]
+        del counted["temperature"], counted["num_tokens"], counted["belief"]
         return {name: value / self.num_tokens for name, value in counted.items()}
 
 
@@ -74,7 +77,9 @@ class Pair:
             yield asked["input_ids"]
 
     @torch.inference_mode()
-    def answer(self, prompt: list[int], noise: Noise, temperature: float, num_tokens: int) -> tuple[list[int], Any]:
+    def answer(
+        self, prompt: list[int], row_seeds: SplitMix, temperature: float, num_tokens: int
+    ) -> tuple[list[int], Any]:
         """What the target samples, and its logits by temperature: [tokens, vocabulary]."""
         said, logits, past = list[int](), [], None
         read = torch.tensor([prompt])
@@ -82,7 +87,7 @@ class Pair:
             output = self.target(read, past_key_values=past, use_cache=True)
             past = output.past_key_values
             logits.append(output.logits[0, -1].float() / temperature)
-            row_seed = torch.tensor([noise.row_seed(len(prompt) + len(said))])
+            row_seed = torch.tensor([row_seeds.row_seed(len(prompt) + len(said))])
             said.append(int(torch.ops._C.fused_gumbel_argmax(logits[-1][None], row_seed)))
             if said[-1] == self.tokenizer.eos_token_id:
                 break
@@ -96,15 +101,21 @@ class Pair:
         return logits[len(prompt) - 1 : -1]
 
 
-def count(counts: Counts, models: Pair, prompt: list[int], noise: Noise, num_tokens: int) -> None:
+def count(counts: Counts, models: Pair, prompt: list[int], sampling: Sampling, num_tokens: int) -> None:
     """Add an answer."""
-    answer, target_logits = models.answer(prompt, noise, counts.temperature, num_tokens)
+    noise = Noise(sampling)
+    answer, target_logits = models.answer(prompt, SplitMix(sampling), counts.temperature, num_tokens)
     logits = models.drafted(prompt, answer)
     size = min(logits.shape[1], target_logits.shape[1])  # of both heads, which may be padded to other sizes
     target, draft = target_logits[:, :size].softmax(-1), (logits[:, :size] / counts.temperature).softmax(-1)
     counts.optimum += float(torch.minimum(target, draft).sum())
+    belief = counts.belief.of_request()
     for index, (token, likely) in enumerate(zip(answer, candidates(logits, NUM_CANDIDATES, None), strict=True)):
-        chosen = noise.chosen(likely, len(prompt) + index, 2)
+        scored = noise.scored(likely, len(prompt) + index)
+        assert scored is not None
+        chosen = scored.best(2, 1.0)
+        counts.noise_as_learnt += scored.best(1, belief.factor)[0].token == token
+        belief.observe(scored.guesses(FACTORS), token)
         counts.num_tokens += 1
         counts.most_probable += likely[0].token == token
         counts.with_noise += chosen[0].token == token
@@ -122,8 +133,7 @@ def main(
     for temperature in TEMPERATURES:
         counts = Counts(temperature)
         for number, prompt in enumerate(models.prompts()):
-            noise = Noise(Sampling(temperature, 0, 1.0, FIRST_SEED + number, len(prompt)))
-            count(counts, models, prompt, noise, tokens)
+            count(counts, models, prompt, Sampling(temperature, 0, 1.0, FIRST_SEED + number, len(prompt)), tokens)
         rows.append({"temperature": temperature, "tokens": counts.num_tokens, **counts.shares()})
     forms = {"temperature": "", "tokens": ""}
     print(table([Column(name.replace("_", " "), name, forms.get(name, ".3f")) for name in rows[0]], rows))

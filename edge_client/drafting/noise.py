@@ -89,20 +89,37 @@ class Noise:
         self._sampling = sampling
         self._hash: Hash = _KINDS[sampling.noise](sampling)
 
-    def chosen(self, candidates: Sequence[Candidate], position: int, limit: int) -> list[Candidate]:
-        """The `limit` of a draft's candidates that the target most probably says at a position, best first.
-
-        `candidates`: most probable first. Their probabilities become those with which each is said, as the draft sees
-        it: for their order by noise is known, and how far the target's logits are from the draft's is not.
-        """
+    def scored(self, candidates: Sequence[Candidate], position: int) -> "Scored | None":
+        """A draft's candidates, most probable first, with what the target adds at a position; None: it adds nothing,
+        or they are too few to tell."""
         if position < self._sampling.first or len(candidates) < _MIN_CANDIDATES:
-            return list(candidates[:limit])
+            return None
         key, gumbel = self._hash.key(position), self._hash.gumbel
-        scores = [(weight + gumbel(key, token), token) for token, weight in _weighted(candidates, self._sampling)]
-        best = max(score for score, _ in scores)
+        return Scored([(weight, gumbel(key, token), token) for token, weight in _weighted(candidates, self._sampling)])
+
+
+class Scored:
+    """Tokens at a position: log probabilities by the temperature, noise, and ids."""
+
+    def __init__(self, tokens: Sequence[tuple[float, float, int]]) -> None:
+        self._tokens = tokens
+
+    def best(self, limit: int, factor: float) -> list[Candidate]:
+        """Those that the target most probably says, best first, if log probabilities count `factor` times.
+
+        Their probabilities are those with which each is said, as the draft sees it: for their order by noise is known,
+        and how far the target's logits are from the draft's is not.
+        """
+        scores = sorted(((factor * weight + noise, token) for weight, noise, token in self._tokens), reverse=True)
+        best = scores[0][0]
         total = sum(exp(score - best) for score, _ in scores)
-        scores.sort(reverse=True)
         return [Candidate(token, exp(score - best) / total) for score, token in scores[:limit]]
+
+    def guesses(self, factors: Sequence[float]) -> tuple[int, ...]:
+        """The best by each factor."""
+        return tuple(
+            max((factor * weight + noise, token) for weight, noise, token in self._tokens)[1] for factor in factors
+        )
 
 
 def _weighted(candidates: Sequence[Candidate], sampling: Sampling) -> list[tuple[int, float]]:
