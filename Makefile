@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-other-tokenizer clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-micro     what each piece of the hot paths takes, microseconds"
 	@echo "make bench-sampling  how often drafts are right where the target samples, with its noise and without"
 	@echo "make bench-sampler   what sampling takes in a step that verifies drafts, by equality and by vLLM's own way"
+	@echo "make bench-other-tokenizer how often a draft of another tokenizer is right, and what translating costs"
 	@echo "make bench-drafters  forward passes of each drafter that runs here, and what it drafts for 1 and 4 requests"
 	@echo "make bench-scheduling what a step costs vLLM's scheduler, with the plugin and without"
 	@echo "make bench-deciding  what the policy costs the engine, microseconds a request a step"
@@ -153,6 +154,9 @@ bench-sampler: $(VENV)/.installed
 
 bench-drafters: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/drafters.py $(ARGS)
+
+bench-other-tokenizer: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python benchmarks/other_tokenizer.py $(ARGS)
 
 bench-deciding: $(VENV)/.installed
 	$(BIN)/python benchmarks/micro.py deciding $(ARGS)

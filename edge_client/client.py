@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from edge_client.drafters import CacheFullError, Drafter, SharingDrafter
+from edge_client.drafters.retokenized import Retokenization, RetokenizedDrafter
 from edge_client.drafters.translated import translated
 from edge_client.drafting.jobs import Job, NotFiniteError, Sequences, Together, one_by_one, run_pass
 from edge_client.drafting.pacing import Pace
@@ -131,7 +132,10 @@ class EdgeClient:
             raise refusal  # whose it is has left
         if mismatch.found:
             logger.warning("%s", mismatch)
-        self.drafter = translated(self._own_drafter, translation, mismatch.fingerprint)
+        if isinstance(translation, Retokenization):
+            self.drafter = RetokenizedDrafter(self._own_drafter, translation, mismatch.fingerprint)
+        else:
+            self.drafter = translated(self._own_drafter, translation, mismatch.fingerprint)
 
     async def _run_once(self) -> float:
         """One connection. Returns how long it lasted, in seconds; raises LinkError if it was not even admitted."""

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 import httpx2 as httpx
 
+from edge_client.drafters.retokenized import Retokenization, retokenization
 from edge_client.drafters.translated import Translation
 from edge_client.gateway_link import Gateway, OtherVocabularyError
 from vllm_specedge.errors import RemoteProtocolError, UserError
@@ -23,6 +24,8 @@ LIST_PAUSES_S = (0.0, 0.5, 1.0)
 NUM_NAMED = 3
 MAX_MISSING_PART = 0.01
 """Of the target's tokens. Fine-tunes and releases of a family differ in some dozens, families in a quarter and more."""
+MIN_COVERAGE = 0.1
+"""Of the target's tokens those that are one of the draft's: with less, they are spelled as is not known here."""
 SPACES = ("Ġ", "▁", " ")
 """A token that every model has seen much of, as vocabularies spell it."""
 MAX_SHOWN = 24
@@ -40,6 +43,8 @@ class Mismatch(NamedTuple):
     """That either side has."""
     fingerprint: str = ""
     """The target's."""
+    is_retokenized: bool = False
+    """The draft is of another tokenizer, whose tokens become the target's by their bytes."""
 
     @property
     def is_harmless(self) -> bool:
@@ -55,6 +60,8 @@ class Mismatch(NamedTuple):
         nearly, end = ("", "choose a draft of the same family, or draft with 'ngram'")
         if self.is_harmless:
             nearly, end = "quite ", "it drafts all the same, and is wrong where the target says what it does not have"
+        elif self.is_retokenized:
+            end = "its tokens are translated, and about a tenth fewer are right than of a draft of the same family"
         verb = "differs" if len(self.found) == 1 else "differ"
         such = "such as" if len(self.found) > NUM_NAMED else "namely"
         named = ", ".join(map(_named, self.found[:NUM_NAMED]))
@@ -68,7 +75,7 @@ class Fit(NamedTuple):
     """What a draft is compared with, and what makes it fit."""
 
     mismatch: Mismatch
-    translation: Translation
+    translation: Translation | Retokenization
 
 
 def _named(each: Difference) -> str:
@@ -96,7 +103,7 @@ async def fitted(refusal: OtherVocabularyError, gateway: Gateway, own: OwnVocabu
     fit = await _closest(gateway, own)
     if fit is None:
         raise refusal
-    if not fit.mismatch.is_harmless:
+    if not fit.mismatch.is_harmless and not fit.mismatch.is_retokenized:
         raise UserError(str(fit.mismatch))
     return fit
 
@@ -116,7 +123,10 @@ def _compared(model: str, fingerprint: str, packed: bytes, draft: Mapping[str, i
     target = unpack_vocabulary(packed, fingerprint)
     found = _without_respelled(differences(target, draft))
     mismatch = Mismatch(model, found, len(target.keys() | draft.keys()), fingerprint)
-    return Fit(mismatch, _translation(found, set(target.values()), draft))
+    if mismatch.is_harmless:
+        return Fit(mismatch, _translation(found, set(target.values()), draft))
+    tokens = retokenization(target, draft)
+    return Fit(mismatch._replace(is_retokenized=tokens.coverage >= MIN_COVERAGE), tokens)
 
 
 def _without_respelled(found: Sequence[Difference]) -> list[Difference]:

@@ -1,0 +1,175 @@
+"""A draft of another tokenizer: the target's tokens become the draft's by their bytes, and the draft's theirs.
+
+A token that both have is one here and there; of the rest, the longest pieces that the other side has. Nothing is
+decoded or tokenized anew as a text grows, so a context is byte for byte the target's and costs as little as one of the
+same vocabulary (token-level intersection: Timor et al. 2025, "Accelerating LLM inference with lossless speculative
+decoding algorithms for heterogeneous vocabularies"). What a draft's tokenizer would have split otherwise, the draft
+sees split as it rarely was when it was trained: that costs some acceptance.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from edge_client.drafters import Candidate, Drafter, DraftSequence
+
+MORE_CANDIDATES = 8
+"""Of the draft's: some are no tokens of the target, and some become the same."""
+CONTEXT_PART = 0.75
+"""Of the draft's context that is counted on: its tokens may be more than the target's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retokenization:
+    """Which tokens of one vocabulary stand for a token of the other."""
+
+    to_draft: Mapping[int, tuple[int, ...]]
+    """One at least."""
+    to_target: Mapping[int, int]
+    """The first, of those that have the bytes of a draft's token; none where the target has none."""
+    coverage: float
+    """The part of the target's tokens that are one token of the draft's."""
+
+
+class RetokenizedDrafter:
+    """Drafts as `drafter` does, for a target of another vocabulary, which has this fingerprint."""
+
+    def __init__(self, drafter: Drafter, tokens: Retokenization, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self.max_context_tokens = int(drafter.max_context_tokens * CONTEXT_PART)
+        self.max_width = drafter.max_width
+        self.description = f"{drafter.description}, retokenized"
+        self._drafter = drafter
+        self._tokens = tokens
+
+    def open(self) -> DraftSequence:
+        return _RetokenizedSequence(self._drafter.open(), self._tokens)
+
+
+class _RetokenizedSequence:
+    def __init__(self, sequence: DraftSequence, tokens: Retokenization) -> None:
+        self._sequence = sequence
+        self._tokens = tokens
+        self._entries: list[list[int]] = []
+        """The draft's entries of each entry."""
+        self._num_of_draft = 0
+
+    def keep(self, length: int, moved: Sequence[int] = ()) -> None:
+        if not 0 <= length <= len(self._entries) or any(not length <= each < len(self._entries) for each in moved):
+            raise ValueError(f"{length} entries and {list(moved)} to be kept of {len(self._entries)}")
+        kept = [*self._entries[:length], *(self._entries[entry] for entry in moved)]
+        of_draft = sorted(entry for entries in kept for entry in entries)
+        num_first = next((place for place, entry in enumerate(of_draft) if place != entry), len(of_draft))
+        self._sequence.keep(num_first, of_draft[num_first:])
+        number = {old: new for new, old in enumerate(of_draft)}
+        self._entries = [[number[entry] for entry in entries] for entries in kept]
+        self._num_of_draft = len(of_draft)
+
+    def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
+        pieces = [self._pieces(token) for token in tokens]
+        for each in pieces:
+            self._entries.append(self._new(len(each)))
+        return self._of_target(
+            self._sequence.append([piece for each in pieces for piece in each], width + MORE_CANDIDATES), width
+        )
+
+    def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
+        """A pass for all first pieces, one for all second ones, and so on: most tokens are one piece."""
+        behind = [self._entries[parent][-1] for parent in parents]
+        left = {place: list(self._pieces(token)) for place, token in enumerate(tokens)}
+        grown: list[list[int]] = [[] for _ in tokens]
+        said: list[list[Candidate]] = [[] for _ in tokens]
+        while left:
+            places = list(left)
+            found = self._sequence.branch(
+                [left[place].pop(0) for place in places], [behind[place] for place in places], width + MORE_CANDIDATES
+            )
+            for place, entry, candidates in zip(places, self._new(len(places)), found, strict=True):
+                grown[place].append(entry)
+                behind[place], said[place] = entry, candidates
+            left = {place: pieces for place, pieces in left.items() if pieces}
+        self._entries += grown
+        return [self._of_target(candidates, width) for candidates in said]
+
+    def _pieces(self, token: int) -> tuple[int, ...]:
+        return self._tokens.to_draft.get(token, (0,))
+
+    def _new(self, number: int) -> list[int]:
+        start = self._num_of_draft
+        self._num_of_draft += number
+        return list(range(start, start + number))
+
+    def _of_target(self, candidates: Sequence[Candidate], width: int) -> list[Candidate]:
+        """What the target could say first of what the draft would say, as probable as all that begins with it."""
+        probability: dict[int, float] = defaultdict(float)
+        for each in candidates:
+            token = self._tokens.to_target.get(each.token)
+            if token is not None:
+                probability[token] += each.probability
+        best = sorted(probability, key=lambda token: -probability[token])
+        return [Candidate(token, min(1.0, probability[token])) for token in best[:width]]
+
+
+def retokenization(target: Mapping[str, int], draft: Mapping[str, int]) -> Retokenization:
+    """From two vocabularies as in a tokenizer.json: byte-level BPE, or SentencePiece with bytes as `<0x0A>`."""
+    bytes_of_target, bytes_of_draft = _bytes_of(target), _bytes_of(draft)
+    ids_of_target = {spelled: id_ for id_, spelled in bytes_of_target.items()}
+    ids_of_draft = {spelled: id_ for id_, spelled in bytes_of_draft.items()}
+    longest = max(map(len, (*ids_of_target, *ids_of_draft)), default=0)
+    space = ids_of_draft.get(b" ", 0)
+    to_draft = {id_: _pieces(spelled, ids_of_draft, longest) or (space,) for id_, spelled in bytes_of_target.items()}
+    firsts = {id_: _pieces(spelled, ids_of_target, longest, limit=1) for id_, spelled in bytes_of_draft.items()}
+    num_same = sum(spelled in ids_of_draft for spelled in ids_of_target)
+    return Retokenization(
+        to_draft, {id_: pieces[0] for id_, pieces in firsts.items() if pieces}, num_same / max(1, len(ids_of_target))
+    )
+
+
+def _pieces(spelled: bytes, ids: Mapping[bytes, int], longest: int, limit: int = 1 << 16) -> tuple[int, ...]:
+    """Of the longest pieces that are there, from the left; bytes that are in none are left out."""
+    found: list[int] = []
+    at = 0
+    while at < len(spelled) and len(found) < limit:
+        for end in range(min(len(spelled), at + longest), at, -1):
+            if (id_ := ids.get(spelled[at:end])) is not None:
+                found.append(id_)
+                at = end
+                break
+        else:
+            at += 1
+    return tuple(found)
+
+
+def _bytes_of(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
+    """The bytes of each token, by id; tokens that say nothing are left out."""
+    is_of_bytes = "Ġ" in vocabulary or any(token.startswith("Ġ") for token in vocabulary)
+    spell = _of_byte_level if is_of_bytes else _of_sentencepiece
+    return {id_: spelled for token, id_ in vocabulary.items() if (spelled := spell(token))}
+
+
+def _of_byte_level(token: str) -> bytes:
+    """A letter stands for a byte; special tokens are what they say."""
+    try:
+        return bytes(_BYTE_OF_LETTER[letter] for letter in token)
+    except KeyError:
+        return token.encode()
+
+
+def _of_sentencepiece(token: str) -> bytes:
+    if len(token) == len("<0x00>") and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes([int(token[3:5], 16)])
+        except ValueError:
+            pass
+    return token.replace("▁", " ").encode()
+
+
+def _byte_letters() -> dict[str, int]:
+    """Of GPT-2's byte-level BPE: a byte that Latin-1 prints stands for itself, others for letters from U+0100 on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = count(0x100)
+    return {chr(byte if byte in printed else next(others)): byte for byte in range(0x100)}
+
+
+_BYTE_OF_LETTER = _byte_letters()
