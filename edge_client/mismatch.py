@@ -61,7 +61,7 @@ class Mismatch(NamedTuple):
         if self.is_harmless:
             nearly, end = "quite ", "it drafts all the same, and is wrong where the target says what it does not have"
         elif self.is_retokenized:
-            end = "its tokens are translated, and about a tenth fewer are right than of a draft of the same family"
+            end = "its tokens are translated, and fewer are right than of a draft of the same family"
         verb = "differs" if len(self.found) == 1 else "differ"
         such = "such as" if len(self.found) > NUM_NAMED else "namely"
         named = ", ".join(map(_named, self.found[:NUM_NAMED]))

@@ -1,6 +1,7 @@
 """Drafts of another tokenizer: contexts are byte for byte the target's, and candidates are tokens of its."""
 
 from collections.abc import Sequence
+from math import isnan
 from random import Random
 
 import pytest
@@ -159,3 +160,14 @@ def test_what_is_not_there_cannot_be_kept(length: int, moved: Sequence[int]) -> 
     both.append([1, 5, 7])
     with pytest.raises(ValueError, match="to be kept of 3"):
         both.sequence.keep(length, moved)
+
+
+def test_what_is_no_probability_is_passed_on_for_the_pass_to_refuse() -> None:
+    inner = ListSequence(lambda past: [Candidate(DRAFT["a"], float("nan"))])
+
+    class Drafter(NgramDrafter):
+        def open(self) -> ListSequence:  # type: ignore[override]
+            return inner
+
+    [said] = RetokenizedDrafter(Drafter(), TOKENS, "f").open().append([1], WIDTH)
+    assert isnan(said.probability)

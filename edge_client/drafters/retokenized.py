@@ -108,7 +108,7 @@ class _RetokenizedSequence:
             if token is not None:
                 probability[token] += each.probability
         best = sorted(probability, key=lambda token: -probability[token])
-        return [Candidate(token, min(1.0, probability[token])) for token in best[:width]]
+        return [Candidate(token, probability[token]) for token in best[:width]]
 
 
 def retokenization(target: Mapping[str, int], draft: Mapping[str, int]) -> Retokenization:
@@ -143,7 +143,7 @@ def _pieces(spelled: bytes, ids: Mapping[bytes, int], longest: int, limit: int =
 
 def _bytes_of(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
     """The bytes of each token, by id; tokens that say nothing are left out."""
-    is_of_bytes = "Ġ" in vocabulary or any(token.startswith("Ġ") for token in vocabulary)
+    is_of_bytes = any(token.startswith("Ġ") for token in vocabulary)
     spell = _of_byte_level if is_of_bytes else _of_sentencepiece
     return {id_: spelled for token, id_ in vocabulary.items() if (spelled := spell(token))}
 

@@ -16,7 +16,8 @@ class PassTimes:
 
     def __init__(self, profile: Mapping[int, float] | None = None) -> None:
         """Without a profile more rows are thought to cost nothing, until passes of several widths were seen."""
-        self._profile = {rows: took_s for rows, took_s in sorted((profile or {}).items()) if took_s > 0.0}
+        self._knots = [(rows, took_s) for rows, took_s in sorted((profile or {}).items()) if took_s > 0.0]
+        self._least_s = min((took_s for _, took_s in self._knots), default=0.0) / 8
         self._over_profile = Line()
         self._has_observed = False
 
@@ -32,9 +33,9 @@ class PassTimes:
 
     def _profiled_s(self, rows: int) -> float:
         """By the profile alone; 0 without one."""
-        knots = list(self._profile.items())
+        knots = self._knots
         if len(knots) <= 1:
             return knots[0][1] if knots else 0.0
         low, high = next((pair for pair in pairwise(knots) if rows <= pair[1][0]), (knots[-2], knots[-1]))
         slope_s = (high[1] - low[1]) / (high[0] - low[0])
-        return max(low[1] + slope_s * (rows - low[0]), min(self._profile.values()) / 8)
+        return max(low[1] + slope_s * (rows - low[0]), self._least_s)

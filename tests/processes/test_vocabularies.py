@@ -200,8 +200,7 @@ def test_doctor_says_that_a_draft_of_another_tokenizer_is_translated(gateway: Ru
     assert check.text == (
         "The draft's vocabulary is not that of near: 1,968 of 50,136 tokens differ, such as "
         "'<|endoftext|>' (none there, id 0 here), 'A<br>?<|endoftext|>' (id 0 there, none here), 'A<br>?B' (id 50 "
-        "there, none here): its tokens are translated, and about a tenth fewer are right than of a draft of the same "
-        "family."
+        "there, none here): its tokens are translated, and fewer are right than of a draft of the same family."
     )
 
 
@@ -302,7 +301,7 @@ def test_a_draft_of_another_tokenizer_drafts_and_says_that_it_is_translated(
             assert "retokenized" in client.drafter.description
         finally:
             engine.link.stop()
-    assert "its tokens are translated, and about a tenth fewer are right" in caplog.text
+    assert "its tokens are translated, and fewer are right" in caplog.text
 
 
 tokens = st.text(max_size=3) | st.sampled_from(["Ġ", "▁▁", "  ", "[PAD7]"])
