@@ -9,9 +9,8 @@ from stack import BIN, EDGE_CORE, edge_client
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edge_client.drafters.gguf import GgufDrafter
-from edge_client.drafters.hf import tokenizer_fingerprint, tokenizer_vocabulary
+from edge_client.drafters.hf import tokenizer_fingerprint
 from tests.models.test_gguf_drafter import GGUF
-from tests.processes.test_vocabularies import PATH, get, refusal, until
 
 from .conftest import MODEL, Completion, Target, assert_same, counting
 
@@ -79,15 +78,3 @@ def test_the_doctor_at_a_real_server(edge_target: Target, prompts: list[str]) ->
     # Whether it would help depends on what else this machine does; the status says the same as the words.
     assert ("This machine would help: about" in said) == (done.returncode == 0)
     assert ("This machine would not help:" in said) == (done.returncode == 1)
-
-
-def test_a_real_server_s_vocabulary_is_there_to_compare_with(edge_target: Target) -> None:
-    """A draft that lacks one of fifty of its tokens; fillers do not count."""
-    target = tokenizer_vocabulary(str(MODEL))
-    draft = {token: number for token, number in target.items() if number % 50} | {"[PAD60001]": 60_001}
-    lacking = len(target) - len(draft) + 1
-    url = edge_target.server.gateway_url
-    until(lambda: bool(get(f"{url}{PATH}").json()["vocabularies"]))
-    said = refusal(url, lambda: draft)
-    assert f"{lacking:,} of {len(target):,} tokens differ, such as " in said
-    assert "none here" in said
