@@ -22,8 +22,7 @@ from questions import QUESTIONS
 from transformers import AutoTokenizer
 
 from edge_client.drafters import Drafter, DrafterOptions, SharingDrafter
-from edge_client.drafters.choose import load_drafter
-from edge_client.drafters.hf import load_hf_drafter, tokenizer_fingerprint
+from edge_client.drafters.choose import INT8, LLAMA_CPP, MLX, TRANSFORMERS, load_drafter
 from edge_client.drafters.profile import WIDTHS, profile
 from edge_client.drafting.jobs import Sequences, one_by_one, run_pass
 from edge_client.drafting.pacing import Pace
@@ -131,10 +130,10 @@ def measured(drafter: Drafter, times: dict[int, float], texts: list[list[int]], 
 def drafters(pair: str, gguf: Path | None, threads: int) -> Iterator[tuple[str, Drafter]]:
     """By name, one after the other."""
     directory = str(PAIRS[pair].draft_directory(CACHE))
-    yield "int8", load_drafter(DrafterOptions(directory, "cpu", threads))
-    yield "transformers", load_hf_drafter(directory, "cpu", None, tokenizer_fingerprint(directory)[0])
+    for runtime in (INT8, TRANSFORMERS, MLX):
+        yield runtime, load_drafter(DrafterOptions(directory, "cpu", threads, runtime=runtime))
     if gguf is not None:
-        yield "llama.cpp", load_drafter(DrafterOptions(str(gguf), "cpu", threads))
+        yield LLAMA_CPP, load_drafter(DrafterOptions(str(gguf), "cpu", threads))
 
 
 PROFILE = (

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from edge_client.drafters import Candidate, Drafter, DrafterOptions, DraftSequence
 from edge_client.drafters.choose import load_drafter
-from edge_client.drafters.hf import tokenizer_vocabulary
+from edge_client.drafters.hf.tokenizers import tokenizer_vocabulary
 from edge_client.drafters.retokenized import RetokenizedDrafter, retokenization
 
 

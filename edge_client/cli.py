@@ -97,7 +97,9 @@ Draft = Annotated[
     str, typer.Option(help="Draft model: a directory, GGUF file, OWNER/NAME, hf:OWNER/NAME/FILE.gguf, or 'ngram'.")
 ]
 Role = Annotated[str, typer.Option(help="pool: for any request; private: only for those that name this edge.")]
-MaxRequests = Annotated[int, typer.Option(help="Draft for so many requests at once.", min=1, max=4096)]
+MaxRequests = Annotated[
+    int, typer.Option(help="Draft for so many requests at once; 0: as the model is fast enough for.", min=0, max=4096)
+]
 MaxWidth = Annotated[
     int, typer.Option(help="Draft tokens of one pass at most; 1: no branches, 0: as the model can.", min=0)
 ]
@@ -138,6 +140,7 @@ class DraftWith:
     """How a draft model is run."""
 
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto"
+    runtime: Annotated[str, typer.Option(help="auto, int8, transformers, mlx or llama.cpp.")] = "auto"
     threads: Annotated[
         int, typer.Option(help="CPU threads for the draft model; 0: one for each core that this process may use.")
     ] = 0
@@ -150,7 +153,7 @@ class DraftWith:
 
     def options(self, draft: str) -> DrafterOptions:
         """The same with the name of the draft."""
-        return DrafterOptions(draft, self.device, self.threads, self.draft_vocab, self.draft_vocab_file)
+        return DrafterOptions(draft, self.device, self.threads, self.draft_vocab, self.draft_vocab_file, self.runtime)
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def connect(
     draft: Draft,
     draft_with: DraftWith,
     role: Role = "pool",
-    max_requests: MaxRequests = 8,
+    max_requests: MaxRequests = 0,
     max_width: MaxWidth = 0,
     max_tokens_per_s: Annotated[
         float, typer.Option(help="Draft no faster, on battery say; 0: as fast as it goes.", min=0.0)
@@ -187,9 +190,9 @@ def connect(
 ) -> None:
     """Connect to a gateway and draft for it until Ctrl-C."""
     gateway, options, cooler = to.gateway(), draft_with.options(draft), Cooler(max_temperature_c)
-    console, drafter, pass_s = begin(options, quiet)
+    console, drafter, pass_s, most = begin(options, quiet)
     pace = Pace(pass_s, uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
-    client = EdgeClient(gateway, drafter, _shown(to.name), role, max_requests, max_width, pace)
+    client = EdgeClient(gateway, drafter, _shown(to.name), role, max_requests or most, max_width, pace)
     client.own_vocabulary = partial(own_vocabulary, options)
     asyncio.run(run(client, client.run(wait), console, quiet, cooler))
 
@@ -209,7 +212,7 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Programs may call it by this name, beside its own; * is any; again.")
     ] = None,
-    max_requests: MaxRequests = 8,
+    max_requests: MaxRequests = 0,
     max_temperature_c: MaxTemperature = 0.0,
     wait: Wait = 0.0,
     quiet: Quiet = False,
@@ -222,8 +225,8 @@ def serve(
     client_of_server()  # what cannot be used is said before a model is loaded
     with endpoint.listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
         options = draft_with.options(draft)
-        console, drafter, pass_s = begin(options, quiet)
-        client = EdgeClient(gateway, drafter, _shown(to.name), "private", max_requests, pace=Pace(pass_s))
+        console, drafter, pass_s, most = begin(options, quiet)
+        client = EdgeClient(gateway, drafter, _shown(to.name), "private", max_requests or most, pace=Pace(pass_s))
         client.own_vocabulary = partial(own_vocabulary, options)
         is_opened, names = endpoint.names_here(listener)
         hosts = [host, *names, *(allow_host or ())]
@@ -254,8 +257,8 @@ def chat(
 
     gateway, options, url = to.gateway(), draft_with.options(draft), checked_server_url(to_server.server)
     asked = Server(url, to_server.key, model, max_tokens, temperature, to.ca_file, not to.no_proxy)
-    _, drafter, pass_s = begin(options, quiet=False)
-    client = EdgeClient(gateway, drafter, _shown(to.name), "private", pace=Pace(pass_s))
+    _, drafter, pass_s, _ = begin(options, quiet=False)
+    client = EdgeClient(gateway, drafter, _shown(to.name), "private", max_requests=1, pace=Pace(pass_s))
     client.own_vocabulary = partial(own_vocabulary, options)
     talk = Chat(asked, client.open_session, Console(highlight=False))
     with suppress(KeyboardInterrupt):

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Coroutine
 from contextlib import nullcontext, suppress
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -14,9 +15,9 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from edge_client.client import DraftModelError, EdgeClient
-from edge_client.drafters import Drafter, DrafterOptions
+from edge_client.drafters import Drafter, DrafterOptions, SharingDrafter
 from edge_client.drafters.choose import fetched, load_drafter
-from edge_client.drafters.profile import in_words, profile
+from edge_client.drafters.profile import in_words, profile, requests_at_once
 from edge_client.drafting.pass_times import PassTimes
 from edge_client.temperature import Cooler
 from edge_client.view import AcceptedRate, heat, panel, status_line, summary
@@ -28,8 +29,20 @@ STATUS_S = 0.5
 PLAIN_STATUS_S = 10.0
 
 
-def begin(options: DrafterOptions, quiet: bool) -> tuple[Console, Drafter, PassTimes]:
-    """Where to say things, the draft model, and how long its forward passes take here. Raises UserError."""
+class Begun(NamedTuple):
+    """What an edge starts with."""
+
+    console: Console
+    """Where to say things."""
+    drafter: Drafter
+    pass_times: PassTimes
+    """Of the draft model, measured here."""
+    max_requests: int
+    """As many as its passes are fast enough for."""
+
+
+def begin(options: DrafterOptions, quiet: bool) -> Begun:
+    """Load a draft model and time its forward passes. Raises UserError."""
     console = Console(stderr=True, highlight=False)
     # A panel that is drawn in place moves down for what is logged, if it is logged through the same console.
     plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
@@ -49,9 +62,12 @@ def begin(options: DrafterOptions, quiet: bool) -> tuple[Console, Drafter, PassT
             raise UserError(text) from error
     if drafter.max_width > 1:
         lines.append(f"A forward pass takes {in_words(times)}.")
+    max_requests = requests_at_once(times, isinstance(drafter, SharingDrafter))
+    if options.draft != "ngram":
+        lines.append(f"It takes requests of up to {drafter.max_context_tokens:,} tokens.")
     for line in lines if not quiet else ():
         say(console, line)
-    return console, drafter, PassTimes(times)
+    return Begun(console, drafter, PassTimes(times), max_requests)
 
 
 async def outlived(drafting: Coroutine[None, None, None]) -> None:

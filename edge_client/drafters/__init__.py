@@ -96,3 +96,5 @@ class DrafterOptions:
     threads: int = 0
     draft_vocab: int | None = None
     draft_vocab_file: Path | None = None
+    runtime: str = "auto"
+    """`auto`: the fastest that can run it here."""

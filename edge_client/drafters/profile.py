@@ -12,6 +12,10 @@ MAX_SECONDS = 3.0
 CONTEXT_TOKENS = 64
 """Behind which passes are timed."""
 
+TOKEN_S = 0.1
+"""Seconds to draft a token for each of the requests that an edge takes: slower ones are hardly worth verifying."""
+MAX_REQUESTS = 16
+
 Clock = Callable[[], float]
 
 
@@ -48,3 +52,12 @@ def in_words(times: Mapping[int, float]) -> str:
     """A profile, for people."""
     told = [f"{1e3 * took_s:.1f} ms of {rows} row{'s' if rows > 1 else ''}" for rows, took_s in times.items()]
     return ", ".join(told) + (" (it has no wider ones)" if len(told) == 1 else "")
+
+
+def requests_at_once(times: Mapping[int, float], is_sharing: bool) -> int:
+    """For how many requests an edge with this profile drafts fast enough.
+
+    `is_sharing`: whether requests share a pass; else each has one of its own.
+    """
+    row_s = min(took_s / rows for rows, took_s in times.items()) if is_sharing else times[1]
+    return max(1, min(MAX_REQUESTS, int(TOKEN_S / max(row_s, 1e-6))))

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from edge_client.drafters import CacheFullError, Candidate, DrafterOptions, gguf
 from edge_client.drafters.choose import load_drafter
 from edge_client.drafters.gguf import GgufDrafter
-from edge_client.drafters.hf import tokenizer_vocabulary
-from tests.vllm.tree_walk import WIDTH, TreeWalk
+from edge_client.drafters.hf.tokenizers import tokenizer_vocabulary
+from tests.tree_walk import WIDTH, TreeWalk
 from vllm_specedge.errors import UserError
 from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
 

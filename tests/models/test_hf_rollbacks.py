@@ -1,6 +1,7 @@
 """Small random models of transformers whose caches forget, as drafts: a rollback leaves what a fresh pass would say."""
 
 import random
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, MambaConfig, MistralConfig, Qwen3NextConfig
 
 from edge_client.drafters import Candidate
-from edge_client.drafters.hf import HfDrafter
+from edge_client.drafters.hf.chains import HfDrafter
 from vllm_specedge.errors import UserError
 
 WINDOW = 16
@@ -45,6 +46,7 @@ CONFIGS = {
 
 
 def model_of(config: Any) -> Any:
+    config = deepcopy(config)  # a model writes into its own
     config.initializer_range = 0.5  # so that its say depends on what it sees
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).float().eval()

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from edge_client.drafters import Candidate, DraftSequence, Part, SharingDrafter
 from edge_client.drafters.gguf import GgufDrafter
 from edge_client.drafters.llama.drafter import FastLlama
 from edge_client.drafters.llama.weights import load_llama
+from edge_client.drafters.mlx.drafter import load_mlx_drafter
 from edge_client.drafters.translated import Translation, translated
 
 from .test_gguf_drafter import GGUF
+from .test_hf_trees import PLAIN, WINDOWED, trees_of
 from .test_llama_family import FAMILIES, SHAPE, make
+from .test_mlx_drafter import saved
 
 WIDTH = 3
 NUM_ROUNDS = 12
@@ -31,13 +35,22 @@ class _Shared:
         self.max_width, self.max_shared_rows = 8, 16
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "gguf"])
+@pytest.fixture(scope="module", params=[*FAMILIES, "gguf", "mlx", "transformers", "transformers, a window"])
 def drafter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharingDrafter]:
     if request.param == "gguf":
         yield GgufDrafter(GGUF, "cpu", threads=1)
         return
     torch.set_num_threads(1)
+    config = deepcopy(WINDOWED if "window" in request.param else PLAIN)
+    config.vocab_size = SHAPE["vocab_size"]
+    if request.param.startswith("transformers"):
+        yield trees_of(config)
+        return
     directory: Path = tmp_path_factory.mktemp("shared")
+    if request.param == "mlx":
+        saved(config, directory)
+        yield load_mlx_drafter(str(directory), None, "f")
+        return
     make(request.param, directory)
     yield _Shared(FastLlama(load_llama(directory), "float32"))
 

@@ -147,9 +147,9 @@ def test_a_file_is_named_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[connect\n")
     assert "is no TOML" in edge_client(tmp_path, "connect", "--config", str(file))[1]
-    file.write_text("max_requests = 0\n")
+    file.write_text("max_requests = -1\n")
     said = edge_client(tmp_path, "connect", "--config", str(file))[1]
-    assert said == f"edge-client: In {file}, max_requests is 0: it takes a whole number from 1 to 4096.\n"
+    assert said == f"edge-client: In {file}, max_requests is -1: it takes a whole number from 0 to 4096.\n"
 
 
 def test_a_secrets_file_is_for_its_owner_alone_and_the_environment_comes_first(tmp_path: Path) -> None:

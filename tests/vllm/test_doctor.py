@@ -9,7 +9,7 @@ from stack import BIN, EDGE_CORE, edge_client
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edge_client.drafters.gguf import GgufDrafter
-from edge_client.drafters.hf import tokenizer_fingerprint
+from edge_client.drafters.hf.tokenizers import tokenizer_fingerprint
 from tests.models.test_gguf_drafter import GGUF
 
 from .conftest import MODEL, Completion, Target, assert_same, counting

@@ -6,22 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from stack import edge_client
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPT2Config,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from edge_client.drafters import Candidate
-from edge_client.drafters.entries import Entries
-from edge_client.drafters.hf import HfDrafter, devices_of_torch, load_hf_drafter
+from edge_client.drafters.hf.drafter import devices_of_torch, load_hf_drafter
+from edge_client.drafters.hf.trees import SlotDrafter
+from tests.tree_walk import WIDTH, TreeWalk
 
 from .conftest import MODEL, Completion, Target, assert_same, counting
-from .tree_walk import WIDTH, TreeWalk
 
 
 @pytest.fixture(scope="module")
@@ -44,50 +36,12 @@ def fresh_pass(model: PreTrainedModel, tokens: list[int]) -> list[Candidate]:
     return [Candidate(*pair) for pair in zip(ids.tolist(), best.tolist(), strict=True)]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_branches_say_what_their_chains_say_alone(attention: str, model: PreTrainedModel, text: list[int]) -> None:
+def test_branches_say_what_their_chains_say_alone(model: PreTrainedModel, text: list[int]) -> None:
     drafter = load_hf_drafter(str(MODEL), "cpu", None, "")
-    drafter._model.set_attn_implementation(attention)
-    assert drafter.max_width == 4
+    assert isinstance(drafter, SlotDrafter)
     tree = TreeWalk(drafter.open(), lambda tokens: fresh_pass(model, tokens), text, random.Random(0))
     tree.run(num_rounds=2)
     assert tree.num_checked > 12
-
-
-TINY = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-@pytest.mark.parametrize(
-    ("config", "width"),
-    [
-        (Qwen3Config(**TINY, intermediate_size=64, num_key_value_heads=2, head_dim=8), 4),
-        (GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0), 4),
-        (MistralConfig(**TINY, intermediate_size=64, num_key_value_heads=2, sliding_window=16), 1),
-        (BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4), 1),
-    ],
-    ids=["plain", "learned positions", "sliding window", "distances in the mask"],
-)
-def test_models_that_cannot_branch_draft_chains(config: PreTrainedConfig, width: int) -> None:
-    config.initializer_range = 1.0  # so that its say depends on what it sees
-    torch.manual_seed(0)
-    drafter = HfDrafter(AutoModelForCausalLM.from_config(config).eval(), "", "tiny", None)
-    assert drafter.max_width == width
-    sequence = drafter.open()
-    sequence.append([1, 2, 3, 4], 1)
-    sequence.keep(2)
-    said, alone = sequence.append([5], 1)[0], drafter.open().append([1, 2, 5], 1)[0]
-    assert said.token == alone.token
-
-
-def test_a_model_that_overlooks_positions_or_masks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter = load_hf_drafter(str(MODEL), "cpu", None, "")
-    with monkeypatch.context() as patch:
-        patch.setattr(Entries, "position", lambda entries, entry: entry)
-        assert not drafter._can_branch()
-    with monkeypatch.context() as patch:
-        patch.setattr(Entries, "seen", lambda entries, entry: [True] * (len(entries) - entries.trunk))
-        assert not drafter._can_branch()
-    assert drafter._can_branch()
 
 
 def test_rollbacks_leave_what_a_fresh_pass_gives(model: PreTrainedModel, text: list[int]) -> None:

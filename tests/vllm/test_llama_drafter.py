@@ -10,15 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from edge_client.drafters import Candidate, DrafterOptions
 from edge_client.drafters.choose import load_drafter
-from edge_client.drafters.hf import load_hf_drafter
+from edge_client.drafters.hf.drafter import load_hf_drafter
 from edge_client.drafters.llama import drafter as llama
 from edge_client.drafters.llama.drafter import FastLlama, LlamaDrafter
 from edge_client.drafters.llama.weights import load_llama
 from edge_client.drafters.vocabulary import draft_vocabulary
+from tests.tree_walk import WIDTH, TreeWalk
 from vllm_specedge.errors import UserError
 
 from .conftest import MODEL, VOCAB_SIZE
-from .tree_walk import WIDTH, TreeWalk
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from edge_client.drafters.hf import load_hf_drafter
+from edge_client.drafters.hf.drafter import load_hf_drafter
 
 from .conftest import MODEL, Target, counting, running_edge, said_while_an_edge_dies, until
 from .test_parameters import Body, ask_together, drafting, random_parameters, same

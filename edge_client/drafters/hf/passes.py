@@ -1,0 +1,261 @@
+"""A Hugging Face model whose contexts share one cache of slots: trees, shared passes, and on CUDA captured graphs.
+
+Decoding a token at a time, a framework's Python takes longer than a small model's arithmetic. Here a pass has tensors
+of few shapes at addresses that stay, so that CUDA can record its kernels once for each shape and replay them. A
+context's entries lie anywhere in the cache and never move; what an entry attends to is a row of a mask.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from edge_client.drafters import Candidate
+from edge_client.drafters.slot_contexts import Rows
+from edge_client.drafters.slots import TRASH, Slots, Truths
+from edge_client.drafters.torch_passes import candidates
+
+logger = logging.getLogger(__name__)
+
+ATTENTION = "specedge_slots"
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""What transformers calls the kinds of a model's layers."""
+KIND_OF = {DynamicLayer: FULL, DynamicSlidingWindowLayer: SLIDING}
+RECORDED_ROWS = (1, 2, 4, 8, 16, 32)
+"""Rows of the passes that are recorded; those of a pass are filled up to one of these."""
+NUM_WARM_UPS = 2
+"""Passes before one is recorded: libraries choose and set up their kernels in the first."""
+
+
+class Pass(NamedTuple):
+    """What goes into a forward pass, on the model's device."""
+
+    ids: Tensor
+    """[1, rows]."""
+    positions: Tensor
+    """[1, rows]."""
+    slots: Tensor
+    """[rows]: where keys and values go."""
+    seen: Mapping[str, Tensor]
+    """By kind of layer, whether a row attends to a slot: [rows, extent]."""
+
+
+class SlotLayer(StaticLayer):  # type: ignore[misc]
+    """One layer's keys and values, [1, kv heads, slots, head dim] each."""
+
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
+
+    def __init__(self, where: "SlotCache") -> None:
+        super().__init__(max_cache_len=0)
+        self._where = where
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        slots, extent = self._where.slots, self._where.extent
+        if not self.is_initialized or self.max_cache_len < self._where.size:
+            self._grow(keys, values)
+        # Numbers that are none would reach every context: what a mask hides still counts, as nothing times itself.
+        self.keys[:, :, slots] = keys.nan_to_num(0.0, 0.0, 0.0)
+        self.values[:, :, slots] = values.nan_to_num(0.0, 0.0, 0.0)
+        return self.keys[:, :, :extent], self.values[:, :, :extent]
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def _grow(self, keys: Tensor, values: Tensor) -> None:
+        before = (self.keys, self.values) if self.is_initialized else ()
+        self.max_cache_len = self._where.size
+        self.keys, self.values = (
+            torch.zeros(*each.shape[:2], self.max_cache_len, each.shape[-1], dtype=each.dtype, device=each.device)
+            for each in (keys, values)
+        )
+        for new, old in zip((self.keys, self.values), before, strict=False):
+            new[:, :, : old.shape[2]] = old
+        self.is_initialized = True
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """Where a pass's rows go."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
+        self.slots = torch.empty(0, dtype=torch.long)
+        self.extent = self.size = 0
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of rows to slots; a group of query heads are rows of their key head, so that no key is repeated.
+
+    Raises ValueError for what it does not know: capped scores, sinks.
+    """
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    if unknown:
+        raise ValueError(f"attention with {unknown[0]}")
+    heads, kv_heads, rows = query.shape[1], key.shape[1], query.shape[2]
+    attended = functional.scaled_dot_product_attention(
+        query.reshape(1, kv_heads, -1, query.shape[-1]),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, heads // kv_heads, 1),
+        scale=scaling,
+    )
+    return attended.reshape(1, heads, rows, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """A recorded pass: what to fill in, and what comes out."""
+
+    graph: Any
+    inputs: Pass
+    logits: Tensor
+
+
+class HfPasses:
+    """A model, its cache of slots, and the passes through them."""
+
+    def __init__(self, model: Any, kept: Tensor | None) -> None:
+        """Raises ValueError for a model whose layers keep no entry for each token, or whose attention is its own."""
+        layers = DynamicCache(config=model.config).layers
+        kinds = {KIND_OF.get(type(layer), "") for layer in layers}
+        if "" in kinds:
+            raise ValueError("a layer with a state")
+        self.slots = Slots()
+        self._model = model
+        self._kept = kept
+        self._window = next((layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")), 0)
+        self._kinds = sorted(kinds)
+        self._cache = SlotCache(len(layers))
+        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        """By rows and extent."""
+        self._is_recording = model.device.type == "cuda"
+        model.set_attn_implementation(ATTENTION)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def run(self, rows: Rows, asked: Sequence[int], width: int) -> list[list[Candidate]]:
+        if self._cache.size < self.slots.size:
+            self._cache.size = self.slots.size
+            self._recorded.clear()  # with the addresses of the cache before
+        number = len(rows.slots)
+        given = Pass(
+            torch.from_numpy(rows.tokens)[None],
+            torch.from_numpy(rows.positions)[None],
+            torch.from_numpy(rows.slots),
+            {kind: torch.from_numpy(seen) for kind, seen in self._seen(rows).items()},
+        )
+        recorded_rows = next((each for each in RECORDED_ROWS if each >= number), None)
+        logits = None
+        if self._is_recording and recorded_rows is not None:
+            logits = self._replayed(_filled(given, recorded_rows))
+        if logits is not None:
+            logits = logits[list(asked)]
+        elif list(asked) == [number - 1]:
+            logits = self._forward(_on(given, self._model.device), logits_to_keep=1)
+        else:
+            logits = self._forward(_on(given, self._model.device))[list(asked)]
+        return candidates(logits.float(), width, self._kept)
+
+    def _seen(self, rows: Rows) -> dict[str, Truths]:
+        """By kind of layer."""
+        seen = {FULL: rows.seen}
+        if SLIDING in self._kinds:
+            seen[SLIDING] = self.slots.in_window(rows.seen, rows.positions, self._window)
+        return {kind: seen[kind] for kind in self._kinds}
+
+    def _forward(self, given: Pass, **options: Any) -> Tensor:
+        dtype = self._model.dtype
+        cache = self._cache
+        cache.slots, cache.extent = given.slots, given.seen[self._kinds[0]].shape[1]
+        least = torch.finfo(dtype).min
+        bias = {
+            kind: torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, least)[None, None]
+            for kind, seen in given.seen.items()
+        }
+        output = self._model(
+            input_ids=given.ids,
+            position_ids=given.positions,
+            attention_mask=bias if len(bias) > 1 else bias[self._kinds[0]],
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _replayed(self, given: Pass) -> Tensor | None:
+        """What a recorded pass says; None where none can be recorded."""
+        shape = (len(given.slots), given.seen[self._kinds[0]].shape[1])
+        recorded = self._recorded.get(shape)
+        if recorded is None:
+            try:
+                recorded = self._recorded[shape] = self._record(given)
+            except (RuntimeError, ValueError) as error:
+                logger.warning("Passes of this model cannot be recorded, and take longer: %.120s", error)
+                self._is_recording = False
+                return None
+        for held, new in zip(_tensors(recorded.inputs), _tensors(given), strict=True):
+            held.copy_(new)
+        recorded.graph.replay()
+        return recorded.logits
+
+    def _record(self, given: Pass) -> _Recorded:
+        inputs = _on(given, self._model.device)
+        with torch.cuda.device(self._model.device):
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(NUM_WARM_UPS):
+                    self._forward(inputs)
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self._forward(inputs)
+        return _Recorded(graph, inputs, logits)
+
+
+def _filled(given: Pass, rows: int) -> Pass:
+    """The same with so many rows: those without a token see the slot that they write to, and nobody sees them."""
+    lacking = rows - len(given.slots)
+    if not lacking:
+        return given
+    nothing = torch.zeros(lacking, dtype=torch.long)
+    of_trash = torch.zeros(lacking, given.seen[next(iter(given.seen))].shape[1], dtype=torch.bool)
+    of_trash[:, TRASH] = True
+    return Pass(
+        torch.cat([given.ids, nothing[None]], dim=1),
+        torch.cat([given.positions, nothing[None]], dim=1),
+        torch.cat([given.slots, nothing + TRASH]),
+        {kind: torch.cat([seen, of_trash]) for kind, seen in given.seen.items()},
+    )
+
+
+def _on(given: Pass, device: torch.device) -> Pass:
+    return Pass(
+        given.ids.to(device),
+        given.positions.to(device),
+        given.slots.to(device),
+        {kind: seen.to(device) for kind, seen in given.seen.items()},
+    )
+
+
+def _tensors(given: Pass) -> list[Tensor]:
+    return [given.ids, given.positions, given.slots, *given.seen.values()]

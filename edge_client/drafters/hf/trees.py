@@ -1,0 +1,51 @@
+"""A model of transformers that drafts trees, for several requests in one pass."""
+
+import logging
+from collections.abc import Sequence
+
+from edge_client.drafters import Candidate, Part
+from edge_client.drafters.hf.chains import HfDrafter
+from edge_client.drafters.hf.passes import HfPasses
+from edge_client.drafters.probe import PROBED, is_sound, probed_paths
+from edge_client.drafters.slot_contexts import SlotSequence, branch_together
+
+logger = logging.getLogger(__name__)
+
+WIDTHS = {"cuda": 16, "mps": 16, "cpu": 8}
+"""By device: how many entries of a context a pass takes at most."""
+SHARED_ROWS = {"cuda": 32, "mps": 32, "cpu": 16}
+
+
+class SlotDrafter:
+    """The model of `chains`, which is not to be used any more. Raises ValueError for one that keeps a state."""
+
+    def __init__(self, chains: HfDrafter) -> None:
+        device = chains.model.device.type
+        self.fingerprint = chains.fingerprint
+        self.max_context_tokens = chains.max_context_tokens
+        self.max_width = WIDTHS[device]
+        self.max_shared_rows = SHARED_ROWS[device]
+        self.description = chains.description
+        self._passes = HfPasses(chains.model, chains.kept)
+
+    def open(self) -> SlotSequence:
+        return SlotSequence(self._passes)
+
+    def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
+        return branch_together(self._passes, parts)
+
+
+def with_trees(chains: HfDrafter) -> HfDrafter | SlotDrafter:
+    """The same model for trees, where it says to their leaves what it says to the chains that lead there."""
+    before = chains.model.config._attn_implementation
+    paths = probed_paths(chains.model.get_input_embeddings().num_embeddings)
+    alone = [chains.open().append(path, PROBED) for path in paths]
+    try:
+        drafter = SlotDrafter(chains)
+        if is_sound(drafter.open, paths, alone):
+            return drafter
+        logger.info("The model says otherwise behind a mask: it drafts chains.")
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        logger.info("The model takes no trees (%.120s): it drafts chains.", error)
+    chains.model.set_attn_implementation(before)
+    return chains

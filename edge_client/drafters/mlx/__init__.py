@@ -1,0 +1,1 @@
+"""Models in MLX, the runtime for Apple silicon, as drafts."""
