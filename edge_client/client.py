@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from edge_client.drafters import CacheFullError, Drafter, SharingDrafter
-from edge_client.drafters.retokenized import Retokenization, RetokenizedDrafter
+from edge_client.drafters.retokenized import Retokenization, retokenized
 from edge_client.drafters.translated import translated
 from edge_client.drafting.jobs import Job, NotFiniteError, Sequences, Together, one_by_one, run_pass
 from edge_client.drafting.pacing import Pace
@@ -133,7 +133,7 @@ class EdgeClient:
         if mismatch.found:
             logger.warning("%s", mismatch)
         if isinstance(translation, Retokenization):
-            self.drafter = RetokenizedDrafter(self._own_drafter, translation, mismatch.fingerprint)
+            self.drafter = retokenized(self._own_drafter, translation, mismatch.fingerprint)
         else:
             self.drafter = translated(self._own_drafter, translation, mismatch.fingerprint)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from edge_client.drafters import Candidate, Drafter, DraftSequence
+from edge_client.drafters import Candidate, Drafter, DraftSequence, Part, SharingDrafter
 
 MORE_CANDIDATES = 8
 """Of the draft's: some are no tokens of the target, and some become the same."""
@@ -47,9 +47,33 @@ class RetokenizedDrafter:
         return _RetokenizedSequence(self._drafter.open(), self._tokens)
 
 
+class SharingRetokenizedDrafter(RetokenizedDrafter):
+    """The same of a draft whose contexts share passes."""
+
+    def __init__(self, drafter: SharingDrafter, tokens: Retokenization, fingerprint: str) -> None:
+        super().__init__(drafter, tokens, fingerprint)
+        self.max_shared_rows = drafter.max_shared_rows
+        self._together = drafter.branch_together
+
+    def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
+        growths = [_Growth(part.sequence, part) for part in parts if isinstance(part.sequence, _RetokenizedSequence)]
+        while left := [growth for growth in growths if not growth.is_done]:
+            said = self._together([growth.next_part() for growth in left])
+            for growth, rows in zip(left, said, strict=True):
+                growth.take(rows)
+        return [growth.candidates for growth in growths]
+
+
+def retokenized(drafter: Drafter, tokens: Retokenization, fingerprint: str) -> RetokenizedDrafter:
+    """One that shares passes if `drafter` does."""
+    if isinstance(drafter, SharingDrafter):
+        return SharingRetokenizedDrafter(drafter, tokens, fingerprint)
+    return RetokenizedDrafter(drafter, tokens, fingerprint)
+
+
 class _RetokenizedSequence:
     def __init__(self, sequence: DraftSequence, tokens: Retokenization) -> None:
-        self._sequence = sequence
+        self.of_draft = sequence
         self._tokens = tokens
         self._entries: list[list[int]] = []
         """The draft's entries of each entry."""
@@ -61,46 +85,42 @@ class _RetokenizedSequence:
         kept = [*self._entries[:length], *(self._entries[entry] for entry in moved)]
         of_draft = sorted(entry for entries in kept for entry in entries)
         num_first = next((place for place, entry in enumerate(of_draft) if place != entry), len(of_draft))
-        self._sequence.keep(num_first, of_draft[num_first:])
+        self.of_draft.keep(num_first, of_draft[num_first:])
         number = {old: new for new, old in enumerate(of_draft)}
         self._entries = [[number[entry] for entry in entries] for entries in kept]
         self._num_of_draft = len(of_draft)
 
     def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
-        pieces = [self._pieces(token) for token in tokens]
-        for each in pieces:
-            self._entries.append(self._new(len(each)))
-        return self._of_target(
-            self._sequence.append([piece for each in pieces for piece in each], width + MORE_CANDIDATES), width
-        )
+        growth = _Growth(self, Part(self, tokens, (), width))
+        _, pieces, _, wide = growth.next_part()
+        growth.take([self.of_draft.append(pieces, wide)])
+        return growth.candidates[0]
 
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
-        """A pass for all first pieces, one for all second ones, and so on: most tokens are one piece."""
-        behind = [self._entries[parent][-1] for parent in parents]
-        left = {place: list(self._pieces(token)) for place, token in enumerate(tokens)}
-        grown: list[list[int]] = [[] for _ in tokens]
-        said: list[list[Candidate]] = [[] for _ in tokens]
-        while left:
-            places = list(left)
-            found = self._sequence.branch(
-                [left[place].pop(0) for place in places], [behind[place] for place in places], width + MORE_CANDIDATES
-            )
-            for place, entry, candidates in zip(places, self._new(len(places)), found, strict=True):
-                grown[place].append(entry)
-                behind[place], said[place] = entry, candidates
-            left = {place: pieces for place, pieces in left.items() if pieces}
-        self._entries += grown
-        return [self._of_target(candidates, width) for candidates in said]
+        growth = _Growth(self, Part(self, tokens, parents, width))
+        while not growth.is_done:
+            _, pieces, behind, wide = growth.next_part()
+            growth.take(self.of_draft.branch(pieces, behind, wide))
+        return growth.candidates
 
-    def _pieces(self, token: int) -> tuple[int, ...]:
+    def last_of(self, entry: int) -> int:
+        """The draft's entry that what follows an entry is behind."""
+        return self._entries[entry][-1]
+
+    def add(self, entries: Sequence[Sequence[int]]) -> None:
+        """Entries more, each with the draft's."""
+        self._entries += map(list, entries)
+
+    def pieces(self, token: int) -> tuple[int, ...]:
         return self._tokens.to_draft.get(token, (0,))
 
-    def _new(self, number: int) -> list[int]:
+    def new(self, number: int) -> list[int]:
+        """The next entries of the draft's."""
         start = self._num_of_draft
         self._num_of_draft += number
         return list(range(start, start + number))
 
-    def _of_target(self, candidates: Sequence[Candidate], width: int) -> list[Candidate]:
+    def of_target(self, candidates: Sequence[Candidate], width: int) -> list[Candidate]:
         """What the target could say first of what the draft would say, as probable as all that begins with it."""
         probability: dict[int, float] = defaultdict(float)
         for each in candidates:
@@ -109,6 +129,48 @@ class _RetokenizedSequence:
                 probability[token] += each.probability
         best = sorted(probability, key=lambda token: -probability[token])
         return [Candidate(token, probability[token]) for token in best[:width]]
+
+
+class _Growth:
+    """New entries of a context: of a tree a pass for all first pieces, one for all second ones, and so on, for most
+    tokens are one piece; of a chain one pass."""
+
+    def __init__(self, sequence: _RetokenizedSequence, part: Part) -> None:
+        self.candidates: list[list[Candidate]] = []
+        """Of the target's tokens, once it is done."""
+        self._sequence, self._part = sequence, part
+        self._left = dict(enumerate(map(sequence.pieces, part.tokens)))
+        """Pieces of each token that are still to be run."""
+        self._behind = [sequence.last_of(parent) for parent in part.parents]
+        self._grown: list[list[int]] = [[] for _ in part.tokens]
+        self._said: list[list[Candidate]] = [[] for _ in part.tokens]
+
+    @property
+    def is_done(self) -> bool:
+        return not self._left
+
+    def next_part(self) -> Part:
+        """What the draft is to run next."""
+        part = self._part._replace(sequence=self._sequence.of_draft, width=self._part.width + MORE_CANDIDATES)
+        if not self._part.parents:
+            return part._replace(tokens=[piece for pieces in self._left.values() for piece in pieces])
+        firsts = [pieces[0] for pieces in self._left.values()]
+        return part._replace(tokens=firsts, parents=[self._behind[place] for place in self._left])
+
+    def take(self, said: Sequence[list[Candidate]]) -> None:
+        """What the draft said to that."""
+        if not self._part.parents:
+            self._grown = [self._sequence.new(len(pieces)) for pieces in self._left.values()]
+            self._said, self._left = [*said], {}
+        else:
+            entries = self._sequence.new(len(self._left))
+            for place, entry, candidates in zip(self._left, entries, said, strict=True):
+                self._grown[place].append(entry)
+                self._behind[place], self._said[place] = entry, candidates
+            self._left = {place: pieces[1:] for place, pieces in self._left.items() if len(pieces) > 1}
+        if self.is_done:
+            self._sequence.add(self._grown)
+            self.candidates = [self._sequence.of_target(each, self._part.width) for each in self._said]
 
 
 def retokenization(target: Mapping[str, int], draft: Mapping[str, int]) -> Retokenization:

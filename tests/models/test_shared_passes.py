@@ -14,6 +14,7 @@ from edge_client.drafters.gguf import GgufDrafter
 from edge_client.drafters.llama.drafter import FastLlama
 from edge_client.drafters.llama.weights import load_llama
 from edge_client.drafters.mlx.drafter import load_mlx_drafter
+from edge_client.drafters.retokenized import Retokenization, retokenization, retokenized
 from edge_client.drafters.translated import Translation, translated
 
 from .test_gguf_drafter import GGUF
@@ -139,3 +140,33 @@ def test_a_translated_draft_shares_too(drafter: SharingDrafter) -> None:
     for said in other.branch_together(parts):
         assert [each.token for each in said[0]] == [each.token for each in alone]
         assert_alike(drafter, said[0], alone)
+
+
+def test_a_draft_of_another_tokenizer_shares_too(drafter: SharingDrafter) -> None:
+    """One token of the target is two of its: a pass for the first pieces, one for the second ones."""
+    draft = {f"t{number}.": number for number in range(SHAPE["vocab_size"])}
+    target = {f"t{number}.": number for number in range(SHAPE["vocab_size"]) if number != 9} | {"t9.t4.": 9}
+    tokens = retokenization(target, draft)
+    assert tokens.to_draft[9] == (9, 4)
+    other = retokenized(drafter, tokens, "other")
+    assert isinstance(other, SharingDrafter)
+    trees, chain = [other.open(), other.open()], other.open()
+    for sequence in (*trees, chain):
+        sequence.append([5, 9, 6], WIDTH)
+    parts = [Part(sequence, [9, 7, 9], [2, 2, 1], WIDTH) for sequence in trees]
+    *of_trees, of_chain = other.branch_together([*parts, Part(chain, [8, 9], (), WIDTH)])
+    contexts = [[5, 9, 4, 6, 9, 4], [5, 9, 4, 6, 7], [5, 9, 4, 9, 4]]
+    for said in of_trees:
+        for row, context in zip(said, contexts, strict=True):
+            assert_alike(drafter, row, alone(drafter, tokens, context))
+    assert_alike(drafter, of_chain[0], alone(drafter, tokens, [5, 9, 4, 6, 8, 9, 4]))
+    trees[0].keep(3, [3])
+    [again] = other.branch_together([Part(trees[0], [7], (), WIDTH)])
+    assert_alike(drafter, again[0], alone(drafter, tokens, [5, 9, 4, 6, 9, 4, 7]))
+
+
+def alone(drafter: SharingDrafter, tokens: Retokenization, context: list[int]) -> list[Candidate]:
+    said = drafter.open().append(context, 8)
+    return [
+        Candidate(tokens.to_target[each.token], each.probability) for each in said if each.token in tokens.to_target
+    ]
