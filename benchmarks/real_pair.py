@@ -9,6 +9,7 @@ while an answer streams, without its prompt; each ratio is to plain vLLM in the 
 temperature. All is saved after every run; --resume goes on with the rounds that are missing in a file that was left.
 """
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -64,8 +65,13 @@ class Plan:
         return {**said, "pair": self.pair.name}
 
 
-def arms_of(names: Sequence[str], uplinks: Sequence[float], k: int | None) -> tuple[Arm, ...]:
-    """`uplinks`: bytes a token that an edge drafting ahead may send; none: as by default. `k` likewise."""
+def arms_of(
+    names: Sequence[str], uplinks: Sequence[float], k: int | None, others: Sequence[str] = ()
+) -> tuple[Arm, ...]:
+    """`uplinks`: bytes a token that an edge drafting ahead may send; none: as by default. `k` likewise.
+
+    `others`: edges that draft ahead with options of their own, as `NAME: OPTIONS`.
+    """
     found = [Arm(PLAIN, PLAIN, PLAIN)]
     if WAITING in names:
         found.append(Arm(WAITING, WAITING, WAITING, waiting(k, credit_tokens=k or 5), ("--max-width", "1")))
@@ -76,6 +82,8 @@ def arms_of(names: Sequence[str], uplinks: Sequence[float], k: int | None) -> tu
     for uplink in uplinks if AHEAD in names else ():
         name = f"{AHEAD}, {uplink:g} bytes"
         found.append(Arm(name, name, AHEAD, edge(k), ("--uplink-bytes-per-token", f"{uplink:g}")))
+    for name, _, options in (other.partition(":") for other in others):
+        found.append(Arm(name, name, AHEAD, edge(k), tuple(shlex.split(options))))
     return tuple(found)
 
 
@@ -145,6 +153,9 @@ def main(
     rtt: Annotated[list[float], typer.Option(help="Round trips in ms; may be given again.")] = [0, 20, 80],  # noqa: B006
     temperature: Annotated[list[float], typer.Option(help="May be given again.")] = [0, 0.7],  # noqa: B006
     uplink: Annotated[list[float], typer.Option(help="Edges of so many bytes a token; may be given again.")] = [],  # noqa: B006
+    other: Annotated[
+        list[str], typer.Option(help="An edge with options of its own, as 'NAME: OPTIONS'; may be given again.")
+    ] = [],  # noqa: B006
     k: Annotated[
         int | None, typer.Option(help="Draft tokens that a step verifies at most, if not as by default.")
     ] = None,
@@ -157,7 +168,7 @@ def main(
     """What an edge brings with a real pair of models, by kind of question."""
     if pair not in PAIRS:
         raise typer.BadParameter(f"there is no pair {pair}; there are {', '.join(PAIRS)}")
-    chosen = arms_of(arms, uplink, k)
+    chosen = arms_of(arms, uplink, k, other)
     plan = Plan(PAIRS[pair], dtype, chosen, tuple(rtt), tuple(temperature), repeats, questions, tokens)
     kept = Kept.load(output_path(f"pair-{pair}.json", output), plan.settings(), resume)
     try:
