@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from edge_client.drafters import Drafter, DrafterOptions, DraftSequence
+from edge_client.drafters import Drafter, DrafterOptions, DraftSequence, SharingDrafter
 from edge_client.drafters.choose import fetched, load_drafter, own_vocabulary
 from edge_client.drafters.profile import in_words, profile
 from edge_client.drafting.jobs import run_pass
@@ -104,8 +104,9 @@ def diagnose(asked: Asked) -> Diagnosis:
     acceptance = _acceptance(asked, known, found)
     width = min(asked.max_width or drafter.max_width, drafter.max_width)
     rtt_s = statistics.median(reached.rtts_s)
+    shared_rows = drafter.max_shared_rows if isinstance(drafter, SharingDrafter) else 0
     measured = Measured(
-        times[1], times[max(times)], max(times), width, rtt_s, known.server, acceptance, asked.spec_tokens
+        times[1], times[max(times)], max(times), width, rtt_s, known.server, acceptance, asked.spec_tokens, shared_rows
     )
     found.speeds = forecast(measured)
     found.verdict = verdict(measured, found.speeds)

@@ -62,6 +62,8 @@ class Measured:
     server: FittedServer
     acceptance: float
     spec_tokens: int
+    max_shared_rows: int = 0
+    """Of a pass that several requests share."""
 
     @property
     def row_s(self) -> float:
@@ -112,7 +114,13 @@ def _accepted(acceptance: float, length: float) -> float:
 
 def forecast(measured: Measured, loads: Iterable[int] = LOADS) -> list[Speeds]:
     """Tokens per second without this machine and with it, by requests at a time; it drafts for all of them."""
-    edge = EdgeModel(measured.pass_s, measured.row_s, measured.acceptance, max_width=measured.max_width)
+    edge = EdgeModel(
+        measured.pass_s,
+        measured.row_s,
+        measured.acceptance,
+        max_width=measured.max_width,
+        max_shared_rows=measured.max_shared_rows,
+    )
     scenario = Scenario(
         server=measured.server, rtt_s=measured.rtt_s, edge=edge, max_edges=1, spec_tokens=measured.spec_tokens
     )

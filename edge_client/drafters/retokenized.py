@@ -78,17 +78,24 @@ class _RetokenizedSequence:
         self._entries: list[list[int]] = []
         """The draft's entries of each entry."""
         self._num_of_draft = 0
+        self._num_in_turn = 0
+        """So many of the first entries have the draft's first ones, in turn: nearly all of a context."""
 
     def keep(self, length: int, moved: Sequence[int] = ()) -> None:
         if not 0 <= length <= len(self._entries) or any(not length <= each < len(self._entries) for each in moved):
             raise ValueError(f"{length} entries and {list(moved)} to be kept of {len(self._entries)}")
-        kept = [*self._entries[:length], *(self._entries[entry] for entry in moved)]
+        self._num_in_turn = min(self._num_in_turn, length)
+        first = self._entries[self._num_in_turn - 1][-1] + 1 if self._num_in_turn else 0
+        kept = [*self._entries[self._num_in_turn : length], *(self._entries[entry] for entry in moved)]
         of_draft = sorted(entry for entries in kept for entry in entries)
-        num_first = next((place for place, entry in enumerate(of_draft) if place != entry), len(of_draft))
-        self.of_draft.keep(num_first, of_draft[num_first:])
-        number = {old: new for new, old in enumerate(of_draft)}
-        self._entries = [[number[entry] for entry in entries] for entries in kept]
-        self._num_of_draft = len(of_draft)
+        num_first = next(
+            (place for place, entry in enumerate(of_draft, first) if place != entry), first + len(of_draft)
+        )
+        self.of_draft.keep(num_first, of_draft[num_first - first :])
+        number = {old: new for new, old in enumerate(of_draft, first)}
+        self._num_of_draft = first + len(of_draft)
+        del self._entries[self._num_in_turn :]
+        self.add([[number[entry] for entry in entries] for entries in kept])
 
     def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
         growth = _Growth(self, Part(self, tokens, (), width))
@@ -109,7 +116,11 @@ class _RetokenizedSequence:
 
     def add(self, entries: Sequence[Sequence[int]]) -> None:
         """Entries more, each with the draft's."""
-        self._entries += map(list, entries)
+        for of_draft in entries:
+            follows = self._entries[-1][-1] + 1 if self._entries else 0
+            is_in_turn = self._num_in_turn == len(self._entries) and of_draft[0] == follows
+            self._num_in_turn += is_in_turn and of_draft[-1] - of_draft[0] == len(of_draft) - 1
+            self._entries.append(list(of_draft))
 
     def pieces(self, token: int) -> tuple[int, ...]:
         return self._tokens.to_draft.get(token, (0,))

@@ -174,4 +174,5 @@ def speculation(scenario: Scenario) -> Speculation:
         max_requests=scenario.edge_capacity,
         max_kept=MAX_KEPT,
         pace=Pace(rtt_s=scenario.rtt_s, uplink_bytes_per_token=model.uplink_bytes_per_token),
+        max_shared_rows=model.max_shared_rows,
     )

@@ -23,7 +23,9 @@ class EdgeModel:
     branch: float = 0.6
     """How often, where it does not, it says the second candidate."""
     max_width: int = 8
-    """Rows a pass; 1: no branches."""
+    """Rows a pass of one request; 1: no branches."""
+    max_shared_rows: int = 16
+    """Rows of a pass that several requests share; 0: each has passes of its own."""
     uplink_bytes_per_token: float = UPLINK_BYTES_PER_TOKEN
     fault: str = ""
     """`stalling`, `dead`, or none."""
