@@ -101,6 +101,8 @@ class EdgeOptions(GatewayOptions):
     tell_seeds: bool = True
     """The edge that drafts for a sampled request is told its seed, and drafts with the target's noise; what an edge can
     do with a seed is in docs/security.md. A request's text does not depend on it, its speed does."""
+    hybrid: bool = False
+    """On GPUs, serve models with linear attention or state space layers too: untested there, and refused without."""
     ngram: bool = True
     """Where no edge has anything to say, verify what vLLM's own n-gram lookup finds, when that pays."""
     prompt_lookup_min: int = Field(5, ge=1)

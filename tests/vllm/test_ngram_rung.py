@@ -180,7 +180,8 @@ def test_a_lookup_that_cannot_be_compiled_is_off(monkeypatch: pytest.MonkeyPatch
 def test_the_worker_drafts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels, "mend", lambda: None)
     monkeypatch.setattr(sampling, "shorten", lambda: None)
-    assert EdgeProposer(None).propose([[1] * 20, []], "no array", slot_mappings=None) == [[], []]
+    config = SimpleNamespace(model_config=SimpleNamespace(is_hybrid=False))
+    assert EdgeProposer(config).propose([[1] * 20, []], "no array", slot_mappings=None) == [[], []]
 
 
 def test_off_is_said_to_the_engine() -> None:

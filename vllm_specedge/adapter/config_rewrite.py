@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_specedge.adapter import hooks
+from vllm_specedge.adapter import hooks, hybrids
 from vllm_specedge.adapter.start import ENDPOINT_VARIABLE, engine_options, new_endpoint
 from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, parse_options
 from vllm_specedge.errors import UserError
@@ -175,8 +175,7 @@ def check_config(config: Any) -> None:
     model = config.model_config
     if config.speculative_config.num_speculative_tokens > MAX_SPEC_TOKENS:
         raise UserError(f"--spec-tokens must be 1 to {MAX_SPEC_TOKENS}.")
-    if model.is_hybrid:
-        raise UserError("Edge drafting does not work with hybrid (Mamba, linear-attention) models: serve without it.")
+    hybrids.check(config)
     if model.runner_type != "generate" or model.is_encoder_decoder or getattr(model, "is_diffusion", False):
         raise UserError("Edge drafting works with models that generate text token by token only: serve without it.")
     if config.lora_config is not None and vllm.__version__.startswith("0.32."):

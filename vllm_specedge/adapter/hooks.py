@@ -33,7 +33,7 @@ _REJECTION = "vllm.v1.sample.rejection_sampler"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 DRAFTING, V1, V2, EXTENSION = "drafting", "V1 runner", "V2 runner", "worker extension"
-NGRAMS, TRACING, SAMPLING, VERIFICATION, VERIFICATION_V2, DISCARDS, COUPLING, COUPLING_V2, NOISE_V2 = (
+NGRAMS, TRACING, SAMPLING, VERIFICATION, VERIFICATION_V2, DISCARDS, COUPLING, COUPLING_V2, NOISE_V2, HYBRIDS = (
     "n-grams",
     "tracing",
     "sampling",
@@ -43,6 +43,7 @@ NGRAMS, TRACING, SAMPLING, VERIFICATION, VERIFICATION_V2, DISCARDS, COUPLING, CO
     "coupling",
     "V2 coupling",
     "V2 noise",
+    "hybrid models",
 )
 PARTS = {
     DRAFTING: Part(
@@ -233,6 +234,22 @@ PARTS = {
             Hook("vllm.v1.worker.gpu.sample.states:SamplingStates.add_request", ("req_idx", "sampling_params")),
         ),
         (("vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler._verify", "rejection_sample("),),
+    ),
+    HYBRIDS: Part(
+        "Models with linear attention are refused",
+        (
+            Hook(f"{_RUNNER}._update_states", ("scheduler_output",)),
+            Hook(
+                "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention:_spec_forward",
+                ("layer", "attn_metadata_i", "mixed_qkv_spec", "b_spec", "a_spec", "conv_buf", "ssm_state", "width"),
+            ),
+        ),
+        (
+            ("vllm.v1.worker.gpu_input_batch:InputBatch.add_request", "self.num_accepted_tokens_cpu[req_index] = 1"),
+            (f"{_RUNNER}._prepare_inputs", "zero_draft_decode_mask"),
+            (f"{_RUNNER}._update_states", "unscheduled_req_ids"),
+            (f"{_RUNNER}.__init__", "self.num_accepted_tokens_event"),
+        ),
     ),
     NOISE_V2: Part(
         "Edges draft for sampled requests without their noise",

@@ -26,6 +26,7 @@ from vllm_specedge.adapter.config_rewrite import (
     use_v1,
 )
 from vllm_specedge.adapter.hooks import V1, V2
+from vllm_specedge.adapter.hybrids import drop_prefix_caching
 from vllm_specedge.adapter.request_log import hide_ours
 from vllm_specedge.errors import UserError
 
@@ -114,10 +115,12 @@ def _rewriting(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         usage = kwargs.get("usage_context", args[0] if args else None)
         try:
-            is_edge = rewrite(self)
+            is_edge, is_caching = rewrite(self), bool(self.enable_prefix_caching)  # vLLM writes its default there
             config = create_engine_config(self, *args, **kwargs)
             if is_edge and is_v2(self) and not config.use_v2_model_runner:
                 use_v1(self, "vLLM's V2 model runner does not take this configuration")
+                config = create_engine_config(self, *args, **kwargs)
+            if is_edge and drop_prefix_caching(self, config, is_caching):
                 config = create_engine_config(self, *args, **kwargs)
             if is_edge:
                 hide_ours()

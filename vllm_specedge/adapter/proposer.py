@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from vllm_specedge.adapter.worker import coupling, cpu_kernels, discards, sampling, verification
+from vllm_specedge.adapter.worker import (
+    coupling,
+    cpu_kernels,
+    cpu_states,
+    discards,
+    held_states,
+    sampling,
+    verification,
+)
 
 
 class EdgeProposer:
@@ -13,7 +21,9 @@ class EdgeProposer:
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        del vllm_config
+        if vllm_config.model_config.is_hybrid:
+            held_states.mend()
+            cpu_states.mend()
         cpu_kernels.mend()
         discards.mend()
         sampling.shorten()

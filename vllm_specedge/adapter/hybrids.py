@@ -1,0 +1,93 @@
+"""Models that keep a state beside attention: which of them can be verified, where, and what has to be set for it.
+
+vLLM keeps a state for each draft position, and goes on from that of the last accepted token. docs/design.md, "Models
+with a state", has which state a step reads and where that was wrong.
+"""
+
+import logging
+from typing import Any
+
+from vllm_specedge.adapter import hooks
+from vllm_specedge.adapter.start import engine_options
+from vllm_specedge.errors import UserError
+
+logger = logging.getLogger("vllm.specedge.hybrids")
+
+GATED_DELTA_NETS = {
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+}
+"""The architectures whose layers vLLM's CPU backend verifies drafts with."""
+WITHOUT_DRAFT_STATES = (
+    "Jamba",
+    "FalconMamba",
+    "MiniMaxText01",
+    "MiniMaxM1",
+    "BailingMoeLinear",
+    "BailingMoeV2_5",
+)
+"""Whose layers (Mamba-1, lightning attention) keep no state for each draft position in vLLM, by how they are named."""
+
+
+def check(config: Any) -> None:
+    """Raises UserError for a model whose drafts cannot be verified, or have not been."""
+    from vllm.platforms import current_platform
+
+    model = config.model_config
+    if model.is_attention_free:
+        raise UserError("Edge drafting does not work with models without attention (Mamba): serve without it.")
+    if not model.is_hybrid:
+        return
+    kind = model.architectures[0]
+    problems = hooks.problems(hooks.HYBRIDS)
+    if problems:
+        raise UserError(f"Edge drafting does not work with {kind} on this vLLM, as {problems[0]}: serve without it.")
+    if kind.startswith(WITHOUT_DRAFT_STATES):
+        raise UserError(
+            f"Edge drafting does not work with {kind}: vLLM keeps no state of its Mamba-1 or lightning attention "
+            "layers for each draft token. Serve without it."
+        )
+    if current_platform.is_cpu():
+        _check_on_cpu(config, kind)
+    elif engine_options(config).hybrid:
+        logger.warning("Edge drafting with %s is untested on GPUs: compare its answers before you rely on them", kind)
+    else:
+        raise UserError(
+            f"Edge drafting with {kind} has not been tried on GPUs, where states of linear attention go another way "
+            'than on CPUs: serve without it, or try it with "hybrid": true.'
+        )
+
+
+def _check_on_cpu(config: Any, kind: str) -> None:
+    if kind not in GATED_DELTA_NETS:
+        raise UserError(
+            f"Edge drafting does not work with {kind} on CPUs: vLLM's Mamba-2 and convolution layers there forget how "
+            "many drafts were accepted. Serve without it."
+        )
+    if str(config.model_config.dtype) != "torch.bfloat16":
+        raise UserError(f"vLLM runs {kind} on CPUs in bfloat16 only: add --dtype bfloat16.")
+
+
+def drop_prefix_caching(args: Any, config: Any, is_asked: bool) -> bool:
+    """Turn off what vLLM's CPU backend cannot do beside speculation with such a model; whether anything was.
+
+    It keeps states at block borders by Triton kernels that have no other implementation. Raises UserError where the
+    user asked for it.
+    """
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    is_cached = config.model_config.is_hybrid and config.cache_config.enable_prefix_caching
+    if not is_cached or not current_platform.is_cpu() or HAS_TRITON:
+        return False
+    if is_asked:
+        raise UserError(
+            "Edge drafting works with this model on CPUs without prefix caching only, which needs Triton there: "
+            "leave --enable-prefix-caching out."
+        )
+    args.enable_prefix_caching = False
+    logger.info("Prefix caching is off: with this model and drafts it needs Triton")
+    return True
