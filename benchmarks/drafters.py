@@ -4,7 +4,8 @@
 
 First each drafter's profile, as an edge measures it at start. Then an edge without a network: requests whose answers
 agree with the draft as often as real ones do, and a server that takes a step each 30 ms. Counted are draft tokens that
-the target would have said, a second. `alone` has a pass for each request, as before passes were shared.
+the target would have said, a second. `alone` has a pass for each request, as before passes were shared. The
+file holds the last figures of each pair.
 """
 
 import json
@@ -156,7 +157,10 @@ def main(
     gguf: Annotated[Path | None, typer.Option(help="A GGUF file of the same draft.")] = None,
     seconds: Annotated[float, typer.Option(help="Of each figure.")] = 10.0,
     threads: Annotated[int, typer.Option(help="Of each drafter.")] = 1,
-    output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/drafters-PAIR.json.")] = None,
+    ahead: Annotated[
+        Path | None, typer.Option(help="What real_pair.py measured with edges of several drafters, to stand beside.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/drafters.json.")] = None,
 ) -> None:
     """Forward passes of each drafter that runs here, and what it drafts for one request and for four."""
     prepare(PAIRS[pair], CACHE)
@@ -170,8 +174,12 @@ def main(
         for number, shares in ((1, False), (4, False), (4, True)):
             speeds.append({"drafter": name, **measured(drafter, times, texts[:number], shares, seconds)})
     print(table(PROFILE, profiles), table(SPEEDS, speeds), sep="\n\n")
-    path = output_path(f"drafters-{pair}.json", output)
-    path.write_text(json.dumps({**circumstances(), "profiles": profiles, "speeds": speeds}, indent=1) + "\n")
+    measured_now = {**circumstances(), "profiles": profiles, "speeds": speeds}
+    if ahead is not None:
+        measured_now["times_plain"] = {cell["arm"]: cell["mean"] for cell in json.loads(ahead.read_text())["cells"]}
+    path = output_path("drafters.json", output)
+    others = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**others, pair: measured_now}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
