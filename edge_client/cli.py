@@ -98,7 +98,8 @@ Draft = Annotated[
 ]
 Role = Annotated[str, typer.Option(help="pool: for any request; private: only for those that name this edge.")]
 MaxRequests = Annotated[
-    int, typer.Option(help="Draft for so many requests at once; 0: as the model is fast enough for.", min=0, max=4096)
+    int,
+    typer.Option(help="Draft for so many requests at once; 0: as many as it is fast enough for.", min=0, max=4096),
 ]
 MaxWidth = Annotated[
     int, typer.Option(help="Draft tokens of one pass at most; 1: no branches, 0: as the model can.", min=0)
@@ -190,9 +191,9 @@ def connect(
 ) -> None:
     """Connect to a gateway and draft for it until Ctrl-C."""
     gateway, options, cooler = to.gateway(), draft_with.options(draft), Cooler(max_temperature_c)
-    console, drafter, pass_s, most = begin(options, quiet)
+    console, drafter, pass_s, fast_enough_for = begin(options, quiet)
     pace = Pace(pass_s, uplink_bytes_per_token=uplink_bytes_per_token, max_tokens_per_s=max_tokens_per_s)
-    client = EdgeClient(gateway, drafter, _shown(to.name), role, max_requests or most, max_width, pace)
+    client = EdgeClient(gateway, drafter, _shown(to.name), role, max_requests or fast_enough_for, max_width, pace)
     client.own_vocabulary = partial(own_vocabulary, options)
     asyncio.run(run(client, client.run(wait), console, quiet, cooler))
 
@@ -225,8 +226,10 @@ def serve(
     client_of_server()  # what cannot be used is said before a model is loaded
     with endpoint.listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
         options = draft_with.options(draft)
-        console, drafter, pass_s, most = begin(options, quiet)
-        client = EdgeClient(gateway, drafter, _shown(to.name), "private", max_requests or most, pace=Pace(pass_s))
+        console, drafter, pass_s, fast_enough_for = begin(options, quiet)
+        client = EdgeClient(
+            gateway, drafter, _shown(to.name), "private", max_requests or fast_enough_for, pace=Pace(pass_s)
+        )
         client.own_vocabulary = partial(own_vocabulary, options)
         is_opened, names = endpoint.names_here(listener)
         hosts = [host, *names, *(allow_host or ())]

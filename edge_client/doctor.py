@@ -15,7 +15,7 @@ from rich.text import Text
 
 from edge_client.drafters import Drafter, DrafterOptions, DraftSequence, SharingDrafter
 from edge_client.drafters.choose import fetched, load_drafter, own_vocabulary
-from edge_client.drafters.profile import in_words, profile
+from edge_client.drafters.profile import in_words, profile, requests_at_once
 from edge_client.drafting.jobs import run_pass
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import Speculation
@@ -105,8 +105,18 @@ def diagnose(asked: Asked) -> Diagnosis:
     width = min(asked.max_width or drafter.max_width, drafter.max_width)
     rtt_s = statistics.median(reached.rtts_s)
     shared_rows = drafter.max_shared_rows if isinstance(drafter, SharingDrafter) else 0
+    max_requests = requests_at_once(times, is_sharing=shared_rows > 0)
     measured = Measured(
-        times[1], times[max(times)], max(times), width, rtt_s, known.server, acceptance, asked.spec_tokens, shared_rows
+        times[1],
+        times[max(times)],
+        max(times),
+        width,
+        rtt_s,
+        known.server,
+        acceptance,
+        asked.spec_tokens,
+        shared_rows,
+        max_requests,
     )
     found.speeds = forecast(measured)
     found.verdict = verdict(measured, found.speeds)

@@ -64,6 +64,8 @@ class Measured:
     spec_tokens: int
     max_shared_rows: int = 0
     """Of a pass that several requests share."""
+    max_requests: int = 1 << 10
+    """That this machine drafts for at once."""
 
     @property
     def row_s(self) -> float:
@@ -113,7 +115,7 @@ def _accepted(acceptance: float, length: float) -> float:
 
 
 def forecast(measured: Measured, loads: Iterable[int] = LOADS) -> list[Speeds]:
-    """Tokens per second without this machine and with it, by requests at a time; it drafts for all of them."""
+    """Tokens per second without this machine and with it, by requests at a time; it drafts for as many as it takes."""
     edge = EdgeModel(
         measured.pass_s,
         measured.row_s,
@@ -124,7 +126,15 @@ def forecast(measured: Measured, loads: Iterable[int] = LOADS) -> list[Speeds]:
     scenario = Scenario(
         server=measured.server, rtt_s=measured.rtt_s, edge=edge, max_edges=1, spec_tokens=measured.spec_tokens
     )
-    loaded = [replace(scenario, requests=requests, tokens=TOKENS // requests) for requests in loads]
+    loaded = [
+        replace(
+            scenario,
+            requests=requests,
+            tokens=TOKENS // requests,
+            share=min(1.0, measured.max_requests / requests),
+        )
+        for requests in loads
+    ]
     return [Speeds(each.requests, plain(each).tokens_per_s, simulate(each).tokens_per_s) for each in loaded]
 
 

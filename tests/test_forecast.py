@@ -106,3 +106,9 @@ def test_where_only_more_requests_gain_it_says_so() -> None:
         "would help: about 1.3 times at 4 requests"
     )
     assert verdict(measured(), [Speeds(1, 100.0, 103.0)]) == "would help: about 1.03 times at 1 request"
+
+
+def test_requests_that_it_does_not_take_are_served_without_it() -> None:
+    one, all_ = (forecast(measured(max_requests=number, max_shared_rows=16), loads=(4,))[0] for number in (1, 4))
+    assert one.plain == all_.plain
+    assert one.plain < one.edge < all_.edge

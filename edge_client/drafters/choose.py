@@ -129,8 +129,12 @@ def _of_mlx(options: DrafterOptions) -> list[Runtime]:
     is_asked = options.runtime == MLX
     if not is_asked and (options.runtime != "auto" or options.device not in ("auto", "mps") or not find_spec("mlx_lm")):
         return []
-    from edge_client.drafters.mlx.drafter import is_gpu_there, load_mlx_drafter  # noqa: PLC0415 - loads MLX
-
+    try:
+        from edge_client.drafters.mlx.drafter import is_gpu_there, load_mlx_drafter  # noqa: PLC0415 - loads MLX
+    except ImportError:  # outside of Macs mlx-lm comes without MLX
+        if is_asked:
+            raise
+        return []
     if not is_asked and not is_gpu_there():
         return []
     name = options.draft
@@ -153,7 +157,7 @@ def _of_torch(options: DrafterOptions) -> list[Runtime]:
     is_for_int8 = options.runtime in ("auto", INT8) and is_of_llama_family(Path(name))
     int8 = Runtime(INT8, f"cpu ({why})", lambda: LlamaDrafter(Path(name), kept, fingerprint))
     hf = Runtime(TRANSFORMERS, f"{device} ({why})", lambda: load_hf_drafter(name, device, kept, fingerprint))
-    if device == "cpu":
+    if device.partition(":")[0] == "cpu":
         # Where both can, int8 always is the faster one: a quarter of the bytes, and little Python (docs/edge.md).
         return [int8] if is_for_int8 else [hf] * (options.runtime != INT8)
     beside = [int8._replace(where="cpu")] * (is_for_int8 and options.device == "auto")

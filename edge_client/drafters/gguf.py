@@ -193,6 +193,8 @@ class GgufDrafter:
 
     def run(self, tokens: Sequence[int], rows: Sequence[Row], said: Collection[int]) -> None:
         """One forward pass; logits of the rows in `said`. Raises CacheFullError, RuntimeError for all else."""
+        if len(rows) > BATCH_TOKENS:
+            raise RuntimeError(f"{len(rows)} rows in a pass of {BATCH_TOKENS}")
         batch = self._batch
         batch.n_tokens = len(rows)
         for i, (token, (lane, position, source)) in enumerate(zip(tokens, rows, strict=True)):

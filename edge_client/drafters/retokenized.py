@@ -57,6 +57,9 @@ class SharingRetokenizedDrafter(RetokenizedDrafter):
 
     def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
         growths = [_Growth(part.sequence, part) for part in parts if isinstance(part.sequence, _RetokenizedSequence)]
+        for growth in growths:
+            if growth.num_rows > self.max_shared_rows // len(parts):  # a chain of tokens that are many pieces each
+                growth.append()
         while left := [growth for growth in growths if not growth.is_done]:
             said = self._together([growth.next_part() for growth in left])
             for growth, rows in zip(left, said, strict=True):
@@ -99,8 +102,7 @@ class _RetokenizedSequence:
 
     def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
         growth = _Growth(self, Part(self, tokens, (), width))
-        _, pieces, _, wide = growth.next_part()
-        growth.take([self.of_draft.append(pieces, wide)])
+        growth.append()
         return growth.candidates[0]
 
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
@@ -159,6 +161,16 @@ class _Growth:
     @property
     def is_done(self) -> bool:
         return not self._left
+
+    @property
+    def num_rows(self) -> int:
+        """Of a chain, which is one pass; 0 of a tree, whose passes have no more rows than tokens."""
+        return 0 if self._part.parents else sum(map(len, self._left.values()))
+
+    def append(self) -> None:
+        """Run a chain in a pass of its own."""
+        sequence, pieces, _, width = self.next_part()
+        self.take([sequence.append(pieces, width)])
 
     def next_part(self) -> Part:
         """What the draft is to run next."""

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_client.drafters import CacheFullError
 from edge_client.drafters.entries import Entries
 
 Numbers = NDArray[np.int64]
 Truths = NDArray[np.bool_]
 
 LEAST_SLOTS = 256
+MAX_SLOTS = 1 << 16
+"""2 GB of a draft with 32 KB a token, as Llama 3.2 1B has; a request longer than half of them is not taken."""
 TRASH = 0
 """A slot that rows without a token write to, and that nobody reads but they."""
 
@@ -31,10 +34,12 @@ class Slots:
         """In its text, of the entry in each slot."""
 
     def take(self, number: int) -> list[int]:
-        """So many free slots; the cache may have to grow for them."""
+        """So many free slots; the cache may have to grow for them. Raises CacheFullError."""
         while self._abandoned:
             self.give_back(self._abandoned.popleft())
         while len(self._free) < number:
+            if self.size >= MAX_SLOTS:
+                raise CacheFullError(f"no room for {number} tokens in {MAX_SLOTS} slots")
             for slot in range(self.size, 2 * self.size):
                 heapq.heappush(self._free, slot)
             self.size *= 2
@@ -90,9 +95,9 @@ class SlotEntries:
     def keep(self, length: int, moved: Sequence[int]) -> None:
         self._entries.keep(length, moved)
         self._show(min(self._num_shown, length))
-        kept = [*self._held[:length], *(self._held[entry] for entry in moved)]
-        self._slots.give_back(list(set(self._held) - set(kept)))
-        self._held = kept
+        kept = [self._held[entry] for entry in moved]
+        self._slots.give_back(list(set(self._held[length:]) - set(kept)))
+        self._held[length:] = kept
 
     def append(self, count: int) -> None:
         self._entries.append(count)

@@ -1,6 +1,7 @@
 """Small random models of transformers that draft trees: every entry says what its own chain says alone."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BloomConfig, Gemma2Config, Gemma3TextConfig, GPT2Config, Qwen3Config
 
-from edge_client.drafters import Candidate, Part
+from edge_client.drafters import CacheFullError, Candidate, Part, slots
 from edge_client.drafters.entries import Entries
+from edge_client.drafters.hf import passes
 from edge_client.drafters.hf.chains import HfDrafter
 from edge_client.drafters.hf.drafter import number_format
 from edge_client.drafters.hf.passes import RECORDED_ROWS, HfPasses, Pass
@@ -119,9 +121,9 @@ def test_passes_that_are_filled_up_say_the_same(monkeypatch: pytest.MonkeyPatch)
     """What CUDA records has rows to spare; here they run as they are."""
     shapes = set()
 
-    def replayed(passes: HfPasses, given: Pass) -> torch.Tensor:
+    def replayed(self: HfPasses, given: Pass) -> torch.Tensor:
         shapes.add(len(given.slots))
-        return passes._forward(given)
+        return self._forward(given)
 
     monkeypatch.setattr(HfPasses, "_replayed", replayed)
     chance, model, drafter = random.Random(1), model_of(WINDOWED), trees_of(WINDOWED)
@@ -130,6 +132,43 @@ def test_passes_that_are_filled_up_say_the_same(monkeypatch: pytest.MonkeyPatch)
     walk.run(num_rounds=3)
     assert shapes <= set(RECORDED_ROWS)
     assert len(shapes) > 1
+
+
+class Replaying:
+    """What a CUDA graph does: the same work at the same addresses, whatever lies there by then."""
+
+    def __init__(self, run: Callable[[], torch.Tensor], returned: torch.Tensor) -> None:
+        self._run, self._returned = run, returned
+        self.num_replays = 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        self._returned.copy_(self._run())
+
+
+@pytest.mark.parametrize("name", ["plain", "window and all"])
+def test_recorded_passes_say_what_fresh_ones_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside another context, while the cache grows."""
+    graphs = list[Replaying]()
+
+    def captured(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[Replaying, torch.Tensor]:
+        returned = run()
+        graphs.append(Replaying(run, returned))
+        return graphs[-1], returned
+
+    monkeypatch.setattr(passes, "captured", captured)
+    chance, model, drafter = random.Random(1), model_of(TREES[name]), trees_of(TREES[name])
+    drafter._passes._is_recording = True
+    walk = TreeWalk(drafter.open(), lambda tokens: fresh_pass(model, tokens), range(3, 99), chance)
+    walk.run(num_rounds=4)
+    num_before = len(graphs)
+    other = drafter.open()
+    other.append(chance.choices(range(3, 99), k=LEAST_SLOTS), WIDTH)
+    for _ in range(4):
+        walk.grow_branches(3)
+        walk.decide(with_rest=False)
+    assert sum(graph.num_replays for graph in graphs) > len(graphs) > num_before > 0
+    assert drafter._passes._is_recording
 
 
 def test_a_model_that_cannot_be_recorded_runs_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
@@ -163,6 +202,46 @@ def test_no_slot_is_two_entries(steps: list[tuple[int, int]], chance: random.Ran
     contexts.clear()
     slots.give_back(slots.take(1))
     assert slots.extent == LEAST_SLOTS, "all of them are free again"
+
+
+def test_there_is_an_end_to_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "MAX_SLOTS", 2 * LEAST_SLOTS)
+    drafter = trees_of(PLAIN)
+    first, second = drafter.open(), drafter.open()
+    first.append([5] * 240, 1)
+    second.append([5] * 240, 1)
+    with pytest.raises(CacheFullError):
+        first.append([5] * 40, 1)
+    del first
+    assert second.append([5] * 40, 1)
+
+
+def test_a_layer_that_found_no_room_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass fails, and the next one finds the cache too small again."""
+    drafter = trees_of(PLAIN)
+    sequence = drafter.open()
+    sequence.append([5, 6, 7], WIDTH)
+    zeros = torch.zeros
+
+    def full(*shape: Any, **options: Any) -> torch.Tensor:
+        if len(shape) == 4:
+            raise torch.OutOfMemoryError
+        return zeros(*shape, **options)
+
+    other = drafter.open()
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        other.append([5] * LEAST_SLOTS, WIDTH)
+    monkeypatch.undo()
+    tokens = [5] * (LEAST_SLOTS + 40)
+    said = drafter.open().append(tokens, WIDTH)[0]
+    assert said.probability == pytest.approx(fresh_pass(model_of(PLAIN), tokens)[0].probability, abs=1e-3)
+
+
+def test_a_draft_in_bfloat16_has_its_trees() -> None:
+    """Its probabilities differ by a sixth where a logit is rounded otherwise."""
+    model = model_of(PLAIN).to(torch.bfloat16)
+    assert isinstance(with_trees(HfDrafter(model, "f", "tiny", None)), SlotDrafter)
 
 
 def test_weights_are_held_in_what_they_were_trained_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from edge_client.drafters import Part
 from edge_client.drafters.mlx import drafter as mlx_drafter
 from edge_client.drafters.mlx.drafter import MlxDrafter, load_mlx_drafter
 from edge_client.drafters.mlx.passes import MlxPasses
+from edge_client.drafters.profile import profile
 from edge_client.drafters.slot_contexts import CHUNK
 from tests.tree_walk import WIDTH, TreeWalk
 from vllm_specedge.errors import UserError
@@ -73,6 +76,20 @@ def test_a_long_context_is_read_in_pieces_while_the_cache_grows(tmp_path: Path) 
     [said], [also] = drafter.branch_together([Part(short, [8], [2], WIDTH), Part(long, [9], [], WIDTH)])
     assert said[0].probability == pytest.approx(fresh_pass(model, [*few, 8])[0].probability, abs=1e-3)
     assert also[0].token == fresh_pass(model, [*many, 9])[0].token
+
+
+def test_it_is_loaded_in_one_thread_and_drafts_in_another(tmp_path: Path) -> None:
+    """As the client has it; MLX's streams belong to threads."""
+    model = saved(PLAIN, tmp_path)
+    drafter = load_mlx_drafter(str(tmp_path), None, "f")
+    profile(drafter, time.perf_counter)
+    sequence = drafter.open()
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(sequence.append, [5, 6, 7], WIDTH).result()
+        said = executor.submit(sequence.branch, [8, 9], [2, 2], WIDTH).result()
+    for token, row in zip((8, 9), said, strict=True):
+        expected = fresh_pass(model, [5, 6, 7, token])[0]
+        assert (row[0].token, row[0].probability) == (expected.token, pytest.approx(expected.probability, abs=1e-3))
 
 
 def test_it_drafts_a_part_of_the_vocabulary(tmp_path: Path) -> None:

@@ -165,6 +165,22 @@ def test_a_draft_of_another_tokenizer_shares_too(drafter: SharingDrafter) -> Non
     assert_alike(drafter, again[0], alone(drafter, tokens, [5, 9, 4, 6, 9, 4, 7]))
 
 
+def test_tokens_of_many_pieces_have_a_pass_of_their_own(drafter: SharingDrafter) -> None:
+    """So that a shared pass has no more rows than a drafter takes: llama.cpp's arrays end there."""
+    draft = {f"t{number}.": number for number in range(SHAPE["vocab_size"])}
+    pieces = [number % 50 for number in range(40)]
+    target = {**draft, "".join(f"t{number}." for number in pieces): 9}
+    target.pop("t9.")
+    tokens = retokenization(target, draft)
+    other = retokenized(drafter, tokens, "other")
+    assert isinstance(other, SharingDrafter)
+    contexts = [other.open() for _ in range(8)]
+    for sequence in contexts:
+        sequence.append([5, 6], WIDTH)
+    for [said] in other.branch_together([Part(sequence, [9], (), WIDTH) for sequence in contexts]):
+        assert_alike(drafter, said, alone(drafter, tokens, [5, 6, *pieces]))
+
+
 def alone(drafter: SharingDrafter, tokens: Retokenization, context: list[int]) -> list[Candidate]:
     said = drafter.open().append(context, 8)
     return [

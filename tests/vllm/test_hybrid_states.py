@@ -190,7 +190,7 @@ def test_models_with_attention_alone_are_left_as_they_are() -> None:
 
 
 def config_of(kind: str, dtype: str = "torch.bfloat16", **changed: Any) -> Any:
-    model = {"is_hybrid": True, "is_attention_free": False, "architectures": [kind], "dtype": dtype} | changed
+    model = {"is_hybrid": True, "is_attention_free": False, "architecture": kind, "dtype": dtype} | changed
     options = {"specedge": {"hybrid": changed.get("hybrid", False)}}
     return SimpleNamespace(
         model_config=SimpleNamespace(**model),

@@ -21,15 +21,8 @@ GATED_DELTA_NETS = {
     "Qwen3_5MoeForConditionalGeneration",
 }
 """The architectures whose layers vLLM's CPU backend verifies drafts with."""
-WITHOUT_DRAFT_STATES = (
-    "Jamba",
-    "FalconMamba",
-    "MiniMaxText01",
-    "MiniMaxM1",
-    "BailingMoeLinear",
-    "BailingMoeV2_5",
-)
-"""Whose layers (Mamba-1, lightning attention) keep no state for each draft position in vLLM, by how they are named."""
+WITHOUT_DRAFT_STATES = {"JambaForCausalLM", "JambaForSequenceClassification"}
+"""Whose layers, Mamba-1, keep no state for each draft position in vLLM (v1/attention/backends/mamba1_attn.py)."""
 
 
 def check(config: Any) -> None:
@@ -41,14 +34,14 @@ def check(config: Any) -> None:
         raise UserError("Edge drafting does not work with models without attention (Mamba): serve without it.")
     if not model.is_hybrid:
         return
-    kind = model.architectures[0]
+    kind = model.architecture
     problems = hooks.problems(hooks.HYBRIDS)
     if problems:
         raise UserError(f"Edge drafting does not work with {kind} on this vLLM, as {problems[0]}: serve without it.")
-    if kind.startswith(WITHOUT_DRAFT_STATES):
+    if kind in WITHOUT_DRAFT_STATES:
         raise UserError(
-            f"Edge drafting does not work with {kind}: vLLM keeps no state of its Mamba-1 or lightning attention "
-            "layers for each draft token. Serve without it."
+            f"Edge drafting does not work with {kind}: vLLM keeps no state of its Mamba-1 layers for each draft token. "
+            "Serve without it."
         )
     if current_platform.is_cpu():
         _check_on_cpu(config, kind)

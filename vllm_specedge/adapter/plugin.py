@@ -120,11 +120,11 @@ def _rewriting(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
             if is_edge and is_v2(self) and not config.use_v2_model_runner:
                 use_v1(self, "vLLM's V2 model runner does not take this configuration")
                 config = create_engine_config(self, *args, **kwargs)
-            if is_edge and drop_prefix_caching(self, config, is_caching):
-                config = create_engine_config(self, *args, **kwargs)
             if is_edge:
                 hide_ours()
                 check_config(config)
+                if drop_prefix_caching(self, config, is_caching):
+                    config = create_engine_config(self, *args, **kwargs)
                 _warn_if_unreached(config)
                 _finish(config)
         except UserError as error:

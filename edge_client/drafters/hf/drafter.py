@@ -34,7 +34,7 @@ def number_format(config: Any, device: str) -> torch.dtype:
     Bfloat16 where a model was trained in it: some, Gemma among them, exceed what float16 can hold. On a CPU float32:
     few have products of anything shorter.
     """
-    if device == "cpu":
+    if device.startswith("cpu"):
         return torch.float32
     is_bfloat16 = getattr(config, "dtype", None) == torch.bfloat16
     if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -6,8 +6,10 @@ context's entries lie anywhere in the cache and never move; what an entry attend
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +61,7 @@ class SlotLayer(StaticLayer):  # type: ignore[misc]
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         slots, extent = self._where.slots, self._where.extent
-        if not self.is_initialized or self.max_cache_len < self._where.size:
+        if not self.is_initialized or self.keys.shape[2] < self._where.size:
             self._grow(keys, values)
         # Numbers that are none would reach every context: what a mask hides still counts, as nothing times itself.
         self.keys[:, :, slots] = keys.nan_to_num(0.0, 0.0, 0.0)
@@ -70,14 +72,15 @@ class SlotLayer(StaticLayer):  # type: ignore[misc]
         return 0
 
     def _grow(self, keys: Tensor, values: Tensor) -> None:
-        before = (self.keys, self.values) if self.is_initialized else ()
-        self.max_cache_len = self._where.size
-        self.keys, self.values = (
-            torch.zeros(*each.shape[:2], self.max_cache_len, each.shape[-1], dtype=each.dtype, device=each.device)
-            for each in (keys, values)
-        )
-        for new, old in zip((self.keys, self.values), before, strict=False):
+        """All or nothing: where there is no room, the layer stays as it was."""
+        held = (self.keys, self.values) if self.is_initialized else (keys[:, :, :0], values[:, :, :0])
+        grown = [
+            torch.zeros(*new.shape[:2], self._where.size, new.shape[-1], dtype=new.dtype, device=new.device)
+            for new in (keys, values)
+        ]
+        for new, old in zip(grown, held, strict=True):
             new[:, :, : old.shape[2]] = old
+        self.keys, self.values = grown
         self.is_initialized = True
 
 
@@ -102,7 +105,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of rows to slots; a group of query heads are rows of their key head, so that no key is repeated.
 
-    Raises ValueError for what it does not know: capped scores, sinks.
+    `attention_mask` [1, 1, query heads of a key head * rows, slots]. Raises ValueError for what it does not know:
+    capped scores, sinks.
     """
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     if unknown:
@@ -112,7 +116,7 @@ def attend(
         query.reshape(1, kv_heads, -1, query.shape[-1]),
         key,
         value,
-        attn_mask=attention_mask.repeat(1, 1, heads // kv_heads, 1),
+        attn_mask=attention_mask,
         scale=scaling,
     )
     return attended.reshape(1, heads, rows, -1).transpose(1, 2).contiguous(), None
@@ -126,8 +130,8 @@ class _Recorded:
     """A recorded pass: what to fill in, and what comes out."""
 
     graph: Any
-    inputs: Pass
     logits: Tensor
+    inputs: Pass
 
 
 class HfPasses:
@@ -142,11 +146,17 @@ class HfPasses:
         self.slots = Slots()
         self._model = model
         self._kept = kept
-        self._window = next((layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")), 0)
+        self._group = _query_heads_of_a_key_head(model.config)
+        windows = {layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")}
+        if len(windows) > 1 or getattr(model.config, "attention_chunk_size", None):
+            raise ValueError("windows of several kinds")
+        self._window = next(iter(windows), 0)
         self._kinds = sorted(kinds)
         self._cache = SlotCache(len(layers))
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         """By rows and extent."""
+        self._num_of_shape = Counter[tuple[int, int]]()
+        """Passes by rows and extent."""
         self._is_recording = model.device.type == "cuda"
         model.set_attn_implementation(ATTENTION)
 
@@ -183,18 +193,19 @@ class HfPasses:
 
     def _forward(self, given: Pass, **options: Any) -> Tensor:
         dtype = self._model.dtype
-        cache = self._cache
-        cache.slots, cache.extent = given.slots, given.seen[self._kinds[0]].shape[1]
+        self._cache.slots, self._cache.extent = given.slots, given.seen[self._kinds[0]].shape[1]
         least = torch.finfo(dtype).min
         bias = {
-            kind: torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, least)[None, None]
+            kind: torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            .masked_fill_(~seen, least)
+            .repeat(self._group, 1)[None, None]
             for kind, seen in given.seen.items()
         }
         output = self._model(
             input_ids=given.ids,
             position_ids=given.positions,
             attention_mask=bias if len(bias) > 1 else bias[self._kinds[0]],
-            past_key_values=cache,
+            past_key_values=self._cache,
             use_cache=True,
             **options,
         )
@@ -202,16 +213,22 @@ class HfPasses:
         return logits
 
     def _replayed(self, given: Pass) -> Tensor | None:
-        """What a recorded pass says; None where none can be recorded."""
+        """What a recorded pass says, until the next one runs; None where none is recorded: a shape that comes once is
+        not worth it."""
         shape = (len(given.slots), given.seen[self._kinds[0]].shape[1])
-        recorded = self._recorded.get(shape)
-        if recorded is None:
+        self._num_of_shape[shape] += 1
+        if shape not in self._recorded:
+            if self._num_of_shape[shape] == 1:
+                return None
             try:
-                recorded = self._recorded[shape] = self._record(given)
+                self._recorded[shape] = self._record(given)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, ValueError) as error:
                 logger.warning("Passes of this model cannot be recorded, and take longer: %.120s", error)
                 self._is_recording = False
                 return None
+        recorded = self._recorded[shape]
         for held, new in zip(_tensors(recorded.inputs), _tensors(given), strict=True):
             held.copy_(new)
         recorded.graph.replay()
@@ -219,17 +236,33 @@ class HfPasses:
 
     def _record(self, given: Pass) -> _Recorded:
         inputs = _on(given, self._model.device)
-        with torch.cuda.device(self._model.device):
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                for _ in range(NUM_WARM_UPS):
-                    self._forward(inputs)
-            torch.cuda.current_stream().wait_stream(beside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self._forward(inputs)
-        return _Recorded(graph, inputs, logits)
+        return _Recorded(*captured(lambda: self._forward(inputs), self._model.device), inputs)
+
+
+def captured(run: Callable[[], Tensor], device: torch.device) -> tuple[Any, Tensor]:
+    """A CUDA graph of what `run` does, and where it puts what it returns. Raises RuntimeError where none can be."""
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):  # whatever a failure leaves behind
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(NUM_WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=_memory()):
+            returned = run()
+    return graph, returned
+
+
+@cache
+def _memory() -> Any:
+    """What all graphs use: one runs after another, and what it returns is read before the next."""
+    return torch.cuda.graph_pool_handle()
+
+
+def _query_heads_of_a_key_head(config: Any) -> int:
+    heads = int(config.num_attention_heads)
+    return heads // int(getattr(config, "num_key_value_heads", None) or heads)
 
 
 def _filled(given: Pass, rows: int) -> Pass:
@@ -250,10 +283,10 @@ def _filled(given: Pass, rows: int) -> Pass:
 
 def _on(given: Pass, device: torch.device) -> Pass:
     return Pass(
-        given.ids.to(device),
-        given.positions.to(device),
-        given.slots.to(device),
-        {kind: seen.to(device) for kind, seen in given.seen.items()},
+        given.ids.to(device, copy=True),
+        given.positions.to(device, copy=True),
+        given.slots.to(device, copy=True),
+        {kind: seen.to(device, copy=True) for kind, seen in given.seen.items()},
     )
 
 

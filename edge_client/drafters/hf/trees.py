@@ -8,6 +8,7 @@ from edge_client.drafters.hf.chains import HfDrafter
 from edge_client.drafters.hf.passes import HfPasses
 from edge_client.drafters.probe import PROBED, is_sound, probed_paths
 from edge_client.drafters.slot_contexts import SlotSequence, branch_together
+from edge_client.drafters.slots import MAX_SLOTS
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ class SlotDrafter:
     def __init__(self, chains: HfDrafter) -> None:
         device = chains.model.device.type
         self.fingerprint = chains.fingerprint
-        self.max_context_tokens = chains.max_context_tokens
+        self.max_context_tokens = min(chains.max_context_tokens, MAX_SLOTS // 2)
         self.max_width = WIDTHS[device]
         self.max_shared_rows = SHARED_ROWS[device]
         self.description = chains.description
@@ -44,8 +45,8 @@ def with_trees(chains: HfDrafter) -> HfDrafter | SlotDrafter:
         drafter = SlotDrafter(chains)
         if is_sound(drafter.open, paths, alone):
             return drafter
-        logger.info("The model says otherwise behind a mask: it drafts chains.")
+        logger.warning("The draft says otherwise behind a mask of attention: it drafts chains, a request a pass.")
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        logger.info("The model takes no trees (%.120s): it drafts chains.", error)
+        logger.warning("The draft takes no trees (%.120s): it drafts chains, a request a pass.", error)
     chains.model.set_attn_implementation(before)
     return chains

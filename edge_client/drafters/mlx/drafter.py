@@ -14,13 +14,13 @@ from edge_client.drafters.hub import model_name
 from edge_client.drafters.mlx.passes import MlxPasses
 from edge_client.drafters.probe import PROBED, is_sound, probed_paths
 from edge_client.drafters.slot_contexts import SlotSequence, branch_together
+from edge_client.drafters.slots import MAX_SLOTS
 from vllm_specedge.errors import UserError
 
 ENTRIES_OF = (KVCache, RotatingKVCache)
 """Kinds of layers that keep an entry for each token, all or the last ones."""
 MAX_WIDTH = 8
 MAX_SHARED_ROWS = 16
-UNLIMITED = 1 << 20
 
 
 class MlxDrafter:
@@ -32,17 +32,22 @@ class MlxDrafter:
     def __init__(self, model: Any, config: dict[str, Any], fingerprint: str, name: str, kept: list[int] | None) -> None:
         """Raises UserError for a model that MLX cannot draft trees with."""
         self.fingerprint = fingerprint
-        self.max_context_tokens = int(config.get("max_position_embeddings", UNLIMITED))
+        self.max_context_tokens = min(int(config.get("max_position_embeddings", MAX_SLOTS)), MAX_SLOTS // 2)
         self.description = f"{name} in MLX on {'the GPU' if is_gpu_there() else 'the CPU'}"
-        if any(type(layer) not in ENTRIES_OF for layer in make_prompt_cache(model)):
+        caches = make_prompt_cache(model)
+        if any(type(layer) not in ENTRIES_OF for layer in caches):
             raise UserError(
                 f"'{name}' has layers with a state, which MLX does not take back: use --runtime transformers."
             )
-        self._passes = MlxPasses(model, kept)
-        paths = probed_paths(int(config["vocab_size"]))
-        # What the model says without a cache of ours.
-        alone = [self._passes.candidates(model(mx.array([path]))[0, -1:], PROBED)[0] for path in paths]
-        if not is_sound(self.open, paths, alone):
+        self._passes = MlxPasses(model, len(caches), kept)
+        try:
+            paths = probed_paths(int(config["vocab_size"]))
+            # What the model says without a cache of ours.
+            alone = [self._passes.candidates(model(mx.array([path]))[0, -1:], PROBED)[0] for path in paths]
+            can_branch = is_sound(self.open, paths, alone)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            can_branch = False
+        if not can_branch:
             raise UserError(f"'{name}' drafts no trees in MLX: use --runtime transformers.")
 
     def open(self) -> SlotSequence:

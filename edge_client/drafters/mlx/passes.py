@@ -57,7 +57,8 @@ class _Layer:
 class MlxPasses:
     """A model, its cache of slots, and the passes through them."""
 
-    def __init__(self, model: Any, kept: Sequence[int] | None) -> None:
+    def __init__(self, model: Any, num_caches: int, kept: Sequence[int] | None) -> None:
+        """`num_caches`: of the model; some have fewer than layers."""
         self.slots = Slots()
         self.offset: Any = 0
         self.into: Any = None
@@ -65,7 +66,7 @@ class MlxPasses:
         self.extent = 0
         self._model = model
         self._kept = None if kept is None else mx.array(list(kept))
-        self._cache = [_Layer(self) for _ in model.layers]
+        self._cache = [_Layer(self) for _ in range(num_caches)]
         self._rows: Rows | None = None
 
     def mask(self, window: int | None) -> Any:

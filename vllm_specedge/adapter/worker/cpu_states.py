@@ -95,7 +95,7 @@ def _convolved(
 
 
 def _by_kernel(layer: Any, inputs: torch.Tensor, windows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """By the operators that plain steps use, so that what is rounded is rounded alike; `windows` is written to."""
+    """By the operators that chunks of prompts go through, of any lengths; `windows` is written to."""
     from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 
     num_rows = len(windows)
