@@ -68,7 +68,10 @@ class Target:
     """A server to ask."""
 
     server: Server
-    http: httpx.Client = field(default_factory=lambda: httpx.Client(trust_env=False, timeout=300))
+    http: httpx.Client = field(
+        # Connections that the server may close at any moment, after 5 s, are not used again.
+        default_factory=lambda: httpx.Client(trust_env=False, timeout=300, limits=httpx.Limits(keepalive_expiry=2.0))
+    )
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         response = self.http.post(f"{self.server.url}{path}", json={"model": self.server.model, **body})

@@ -23,10 +23,9 @@ from .test_requests import preemptions
 NUM_RUNS = 200
 NUM_TOKENS = 32
 CONCURRENCY = 8
-MAX_FURTHER = {0.99: 0.2, 1.0: 2.0}
-"""By quantile of an answer's tokens: how much further than plain vLLM's own from its best token, in log probabilities.
-
-Without what is mended the median is 7; where only requests are held, the 99th of 100 is 9 and the engine lives."""
+MAX_FURTHER = 0.4
+"""Log probabilities that the tokens of an answer may be further from plain vLLM's best ones, on average, than the worst
+of its own answers is. A stale state makes all tokens behind it wrong, by 7 where nothing is mended."""
 K = 5
 KV_BYTES = 97 * 65_536
 """Pages: five contexts of 256 tokens have 19 each, and one more each when they grow."""
@@ -52,6 +51,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, Tar
             )
             stack.callback(server.process.stop)
             targets.append(Target(server))
+            stack.callback(targets[-1].http.close)
         for target in targets:
             wait_for(target.server.process, f"{target.server.url}/health")
         wait_for(targets[1].server.process, f"{targets[1].server.gateway_url}/healthz", "engines", 1)
@@ -76,11 +76,9 @@ def distances(plain: Target, answer: Completion) -> list[float]:
 def assert_plain(plain: Target, answers: list[Completion], said: list[Completion]) -> None:
     """`said`: plain vLLM's own, not its best tokens everywhere either, for reading rounds otherwise than writing."""
     num_same = sum(a.token_ids == b.token_ids for a, b in zip(answers, said, strict=True))
-    far, own = (np.concatenate([distances(plain, each) for each in some]) for some in (answers, said))
-    shown = [np.quantile(each, (0.9, 0.99, 1)).round(2).tolist() for each in (far, own)]
-    print(f"{num_same} of {len(answers)} as plain; tokens are {shown[0]} from its best one, its own {shown[1]}")
-    for quantile, more in MAX_FURTHER.items():
-        assert np.quantile(far, quantile) < np.quantile(own, quantile) + more
+    far, own = (sorted(float(np.mean(distances(plain, each))) for each in some) for some in (answers, said))
+    print(f"{num_same} of {len(answers)} as plain; the worst are {far[-3:]} from its best tokens, its own {own[-3:]}")
+    assert far[-1] < own[-1] + MAX_FURTHER
 
 
 def ask_all(target: Target, prompts: list[str]) -> list[Completion]:
@@ -112,7 +110,7 @@ def test_drafts_of_all_lengths_change_nothing(
         answers = ask_all(target, asked)
         giving_up.result()
         counted.settle(NUM_RUNS * (NUM_TOKENS - 1) // 2)
-        assert counted["accepted_tokens"] > NUM_RUNS
+        assert counted["accepted_tokens"] > NUM_RUNS // 10  # answers part from those that the edge knows
     assert preemptions(target) > before
     assert_plain(plain, answers, said)
 
