@@ -18,6 +18,7 @@ from stack import MODEL_NAME, Server, edge_client, start_server, wait_for
 
 from benchmarks.harness.replay import Accuracy, Recording, ReplayDrafter
 from edge_client.client import EdgeClient
+from edge_client.drafting.pacing import Pace
 from edge_client.gateway_link import Gateway
 from tests.ports import free_port
 
@@ -158,9 +159,9 @@ def replay(completions: Sequence[Completion], accuracy: float = 1.0, max_width: 
 
 
 @contextmanager
-def running_edge(target: Target, drafter: Any) -> Iterator[EdgeClient]:
+def running_edge(target: Target, drafter: Any, pace: Pace | None = None) -> Iterator[EdgeClient]:
     """The real edge client in a thread, with a drafter of ours, once the gateway has admitted it."""
-    client = EdgeClient(Gateway(target.server.gateway_url), drafter, "test", max_requests=64)
+    client = EdgeClient(Gateway(target.server.gateway_url), drafter, "test", max_requests=64, pace=pace or Pace())
     connected = threading.Event()
     client.on_change = lambda: connected.set() if client.state == "connected" else None
     loop = asyncio.new_event_loop()

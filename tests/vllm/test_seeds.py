@@ -1,11 +1,16 @@
 """The same seed, the same text: with edges that are right, with others, with one that dies, and without."""
 
+import time
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 
 from edge_client.drafters.hf.drafter import load_hf_drafter
+from edge_client.drafters.profile import profile
+from edge_client.drafting.pacing import Pace
+from edge_client.drafting.pass_times import PassTimes
 
 from .conftest import MODEL, Target, counting, running_edge, said_while_an_edge_dies, until
 from .test_parameters import Body, ask_together, drafting, random_parameters, same
@@ -98,9 +103,11 @@ def test_an_edge_whose_draft_is_the_target_foresees_what_is_sampled(
     edge_target: Target, prompts: list[str], seed: int | None
 ) -> None:
     """It is told the seed, also one that the server chose, and its most probable tokens are all that count."""
+    torch.set_num_threads(1)  # as an edge has its core, and the server another
     drafter = load_hf_drafter(str(MODEL), "cpu", None, "")
+    pace = Pace(PassTimes(profile(drafter, time.perf_counter)))
     body = {"prompt": prompts[0], "temperature": 1.0, "top_k": 50, "max_tokens": 40, "ignore_eos": True, "seed": seed}
-    with running_edge(edge_target, drafter), counting(edge_target) as counted:
+    with running_edge(edge_target, drafter, pace), counting(edge_target) as counted:
         texts = {edge_target.post("/v1/completions", body)["choices"][0]["text"] for _ in range(2)}
         counted.settle(80)
         verified, accepted = counted["verified_tokens"], counted["accepted_tokens"]
