@@ -16,6 +16,7 @@ from edge_client.drafters import CacheFullError, Candidate, DrafterOptions, gguf
 from edge_client.drafters.choose import load_drafter
 from edge_client.drafters.gguf import GgufDrafter
 from edge_client.drafters.hf.tokenizers import tokenizer_vocabulary
+from edge_client.drafters.llama_cpp_lanes import Row
 from tests.tree_walk import WIDTH, TreeWalk
 from vllm_specedge.errors import UserError
 from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
@@ -202,3 +203,9 @@ def test_a_missing_package_is_one_sentence() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "UserError: A GGUF file as the draft needs llama_cpp: pip install 'vllm-specedge[gguf]'" in done.stderr
+
+
+def test_a_pass_has_no_more_rows_than_llama_cpp_s_arrays() -> None:
+    drafter = GgufDrafter(GGUF, "cpu", threads=1)
+    with pytest.raises(RuntimeError, match="257 rows in a pass of 256"):
+        drafter.run([1] * 257, [Row(0, position, None) for position in range(257)], [])
