@@ -205,7 +205,7 @@ def test_a_missing_package_is_one_sentence() -> None:
     assert "UserError: A GGUF file as the draft needs llama_cpp: pip install 'vllm-specedge[gguf]'" in done.stderr
 
 
-def test_a_pass_has_no_more_rows_than_llama_cpp_s_arrays() -> None:
-    drafter = GgufDrafter(GGUF, "cpu", threads=1)
-    with pytest.raises(RuntimeError, match="257 rows in a pass of 256"):
-        drafter.run([1] * 257, [Row(0, position, None) for position in range(257)], [])
+def test_a_pass_has_no_more_rows_than_llama_cpp_s_arrays(drafter: GgufDrafter) -> None:
+    held = gguf.BATCH_TOKENS
+    with pytest.raises(RuntimeError, match=f"{held + 1} rows in a pass of {held}"):
+        drafter.run([1] * (held + 1), [Row(0, position, None) for position in range(held + 1)], [])
