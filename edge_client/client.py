@@ -61,6 +61,7 @@ class EdgeClient:
     """As it was given: for a target of nearly its vocabulary, `drafter` translates."""
     _was_admitted: bool = False
     _has_said_too_long: bool = False
+    _has_said_not_finite: bool = False
     _link: Link = field(init=False)
     _sequences: Sequences = field(init=False)
     _together: Together = field(init=False)
@@ -199,6 +200,7 @@ class EdgeClient:
             if not jobs:
                 await self._rest(now_s)
                 continue
+            has_failed = False
             try:
                 said = await loop.run_in_executor(
                     self._executor, run_pass, jobs, self._sequences.of(jobs), self._together
@@ -208,21 +210,31 @@ class EdgeClient:
                 self.speculation.forget_kept()
                 self._give_back(jobs)
                 continue
-            except Exception as error:
-                is_known = isinstance(error, NotFiniteError)
-                logger.warning(
-                    "The draft model failed: request %s is given back: %s", _numbers(jobs), error, exc_info=not is_known
-                )
-                self.speculation.stats.num_failed += len(jobs)
-                self._give_back(jobs)
+            except NotFiniteError as error:
+                self._fail(error.failed, error, is_known=True)
+                said, has_failed = error.said, True
+            except Exception as error:  # noqa: BLE001 - whatever a model does: it is reported
+                self._fail(jobs, error, is_known=False)
                 await loop.run_in_executor(self._executor, self._check_drafter)
                 continue
             done_s = time.monotonic()
             self._send(self.speculation.drafted(jobs, said, done_s - now_s, done_s))
             self.pace.drafted(sum(map(len, said)), now_s, done_s - now_s)
+            if has_failed:
+                await loop.run_in_executor(self._executor, self._check_drafter)
+
+    def _fail(self, jobs: Sequence[Job], error: Exception, is_known: bool) -> None:
+        """Give back the requests that the draft model failed for. What is known is reported once, then counted only."""
+        if not (is_known and self._has_said_not_finite):
+            logger.warning(
+                "The draft model failed: request %s is given back: %s", _numbers(jobs), error, exc_info=not is_known
+            )
+        self._has_said_not_finite |= is_known
+        self.speculation.stats.num_failed += len(jobs)
+        self._give_back(jobs)
 
     def _give_back(self, jobs: Sequence[Job]) -> None:
-        """All requests of a pass that failed: what their contexts hold now is not known."""
+        """Requests whose contexts hold what is not known, or nothing that can be gone on from."""
         for job in jobs:
             self._send(self.speculation.decline(job.request))
 

@@ -109,6 +109,19 @@ def test_a_machine_that_gets_slower_is_followed_at_all_widths(of_rows: dict[int,
         assert times(rows) == pytest.approx(2 * took_s, rel=0.1)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_one_pass_that_takes_a_hundred_times_as_long_says_little(rows: int) -> None:
+    """A CUDA graph was recorded in it, or the laptop slept."""
+    times = PassTimes(INT8)
+    for _ in range(50):
+        times.observe(rows, INT8[rows])
+    times.observe(rows, 100 * INT8[rows])
+    assert times(rows) == pytest.approx(INT8[rows], rel=0.1)
+    for _ in range(100):
+        times.observe(rows, 10 * INT8[rows])
+    assert times(rows) > 5 * INT8[rows], "a machine that did get slower"
+
+
 def test_a_context_that_makes_wide_passes_dearer_is_noticed() -> None:
     times = PassTimes(INT8)
     for _ in range(300):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate
 from edge_client.drafting.draft_tree import Node
-from edge_client.drafting.jobs import Job, NotFiniteError, Said, Sequences, run_pass
+from edge_client.drafting.jobs import Job, NotFiniteError, Said, Sequences, one_by_one, run_pass
 from edge_client.drafting.kept_contexts import MIN_SHARED_TOKENS
 from edge_client.drafting.noise import NUM_CANDIDATES, Noise
 from edge_client.drafting.pacing import Pace
@@ -1058,6 +1058,24 @@ def test_what_is_no_probability_gets_no_further_than_the_pass(claimed: float) ->
     edge = opened({11: [(20, 0.6), (30, claimed)]}, max_width=4)
     with pytest.raises(NotFiniteError):
         edge.start()
+
+
+def test_what_is_no_number_fails_its_own_request_of_a_shared_pass() -> None:
+    edge = sharing(2)
+    jobs = edge.speculation.next_pass()
+    assert len(jobs) == 2
+    sequences = edge.sequences.of(jobs)
+    sick = [[Candidate(1, float("nan"))]]
+    with pytest.raises(NotFiniteError) as caught:
+        run_pass(jobs, sequences, lambda parts: [sick, *one_by_one(parts[1:])])
+    assert caught.value.failed == [jobs[0]]
+    num_before = edge.speculation.stats.drafted_tokens
+    edge.speculation.decline(jobs[0].request)
+    edge.running = jobs, caught.value.said
+    edge.finish()
+    assert edge.speculation.stats.drafted_tokens == num_before + 1
+    edge.start()
+    assert [job.request for job in (edge.running[0] if edge.running else ())] == [jobs[1].request]
 
 
 # -- sampled requests ----------------------------------------------------------------------------------------------

@@ -24,12 +24,20 @@ class Job:
     source: int | None = None
 
 
-class NotFiniteError(Exception):
-    """A draft model's probabilities are no numbers: nothing can be made of what it says."""
-
-
 Said: TypeAlias = list[list[Candidate]]
 """The candidates behind each token that a job ran (of a chain: behind the last)."""
+
+
+class NotFiniteError(Exception):
+    """A draft model's probabilities are no numbers, for some jobs of a pass: nothing can be made of what it says."""
+
+    def __init__(self, failed: Sequence[Job], said: list[Said]) -> None:
+        super().__init__("its probabilities are no numbers, as float16 makes of some models")
+        self.failed = failed
+        self.said = said
+        """Of all jobs: that of the others is sound, as no context reads another's entries."""
+
+
 Together: TypeAlias = Callable[[Sequence[Part]], list[Said]]
 
 
@@ -47,9 +55,14 @@ def run_pass(jobs: Sequence[Job], sequences: Sequence[DraftSequence], together: 
         sequence.keep(job.keep, job.moved)
     parts = [Part(sequence, job.tokens, job.parents, job.width) for job, sequence in zip(jobs, sequences, strict=True)]
     said = together(parts) if len(parts) > 1 else one_by_one(parts)
-    if not all(math.isfinite(each.probability) for of_job in said for row in of_job for each in row):
-        raise NotFiniteError("its probabilities are no numbers, as float16 makes of some models")
+    failed = [job for job, of_job in zip(jobs, said, strict=True) if not _are_numbers(of_job)]
+    if failed:
+        raise NotFiniteError(failed, said)
     return said
+
+
+def _are_numbers(said: Said) -> bool:
+    return all(math.isfinite(each.probability) for row in said for each in row)
 
 
 def _run(sequence: DraftSequence, tokens: Sequence[int], parents: Sequence[int], width: int) -> Said:

@@ -5,6 +5,9 @@ from itertools import pairwise
 
 from vllm_specedge.estimators import Line
 
+MOST_OVER_EXPECTED = 4.0
+"""What one pass counts for at most, over what was expected: some record a CUDA graph, some lie over a laptop's sleep."""
+
 
 class PassTimes:
     """Seconds of a forward pass by its rows; 0 before anything is known.
@@ -23,8 +26,10 @@ class PassTimes:
 
     def observe(self, rows: int, took_s: float) -> None:
         """A pass took so long."""
+        expected_s = self(rows)
+        counted_s = min(took_s, MOST_OVER_EXPECTED * expected_s) if expected_s else took_s
         self._has_observed = True
-        self._over_profile.observe(rows, took_s / (self._profiled_s(rows) or 1.0))
+        self._over_profile.observe(rows, counted_s / (self._profiled_s(rows) or 1.0))
 
     def __call__(self, rows: int) -> float:
         if not self._has_observed:

@@ -115,33 +115,42 @@ def test_an_edge_whose_cache_is_full_gives_its_requests_back(
 
 
 class SickSequence(NgramSequence):
-    """Says what is no number."""
+    """Says what is no number for texts that begin with `first`."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+        self.is_sick: bool | None = None
 
     def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
-        return [Candidate(1, float("nan"))]
+        if self.is_sick is None:
+            self.is_sick = tokens[0] == self.first
+        said = super().append(tokens, width)
+        return [Candidate(1, float("nan"))] if self.is_sick else said
 
 
 class SickDrafter(NgramDrafter):
-    """The first `num_sick` contexts are beyond it."""
-
-    def __init__(self, num_sick: int) -> None:
+    def __init__(self, first: int) -> None:
         super().__init__()
-        self.num_sick = num_sick
+        self.first = first
 
     def open(self) -> NgramSequence:
-        self.num_sick -= 1
-        return SickSequence() if self.num_sick >= 0 else NgramSequence()
+        return SickSequence(self.first)
 
 
-def test_a_draft_that_is_no_number_gives_its_request_back_in_one_line(
+A_CHECK_BEGINS_WITH = 1
+
+
+def test_drafts_that_are_no_numbers_give_their_requests_back_in_one_line(
     gateway: Running, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = EdgeClient(Gateway(gateway.url), SickDrafter(1), "sick")
+    client = EdgeClient(Gateway(gateway.url), SickDrafter(7), "sick")
     with edge_in_thread(client):
         engine.wait(lambda: engine.driver.num_edges == 1)
-        engine.link.send(engine.driver.open("sick", [1, 2, 3], ""))
-        engine.wait(lambda: client.speculation.stats.num_failed == 1)
-        engine.link.send(engine.driver.close("sick"))
+        for number in (1, 2):
+            engine.link.send(engine.driver.open(f"sick {number}", [7, 8, 9], ""))
+            engine.wait(lambda so_many=number: client.speculation.stats.num_failed == so_many)
+            engine.link.send(engine.driver.close(f"sick {number}"))
         assert engine.generate("well", 20) > 0
     said = [record for record in caplog.records if "is given back" in record.message]
     assert [(record.exc_info, "no numbers" in record.message) for record in said] == [(False, True)]
@@ -150,11 +159,11 @@ def test_a_draft_that_is_no_number_gives_its_request_back_in_one_line(
 def test_a_draft_model_that_does_nothing_any_more_ends_drafting_with_a_sentence(
     gateway: Running, engine: Engine
 ) -> None:
-    client = EdgeClient(Gateway(gateway.url), SickDrafter(1000), "gone")
+    client = EdgeClient(Gateway(gateway.url), SickDrafter(A_CHECK_BEGINS_WITH), "gone")
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(lambda: asyncio.run(client.run(DEADLINE_S)))
         engine.wait(lambda: engine.driver.num_edges == 1)
-        engine.link.send(engine.driver.open("for nobody else", [1, 2, 3], ""))
+        engine.link.send(engine.driver.open("for nobody else", [A_CHECK_BEGINS_WITH, 2, 3], ""))
         with pytest.raises(DraftModelError, match="choose another --device"):
             running.result(DEADLINE_S)
     engine.link.send(engine.driver.close("for nobody else"))
