@@ -48,6 +48,8 @@ class EdgeClient:
     pace: Pace = field(default_factory=Pace)
     """What was measured; outlives a connection."""
     on_change: Callable[[], None] = lambda: None
+    pause_s: Callable[[float], float] = lambda limit_s: random.uniform(0.0, limit_s)
+    """How long it waits before it connects again, where it may wait for so long: at random, as many edges come back."""
     own_vocabulary: OwnVocabulary = dict
     """The draft's, to say what differs if it is refused; empty: not known."""
     model: str = ""
@@ -124,7 +126,7 @@ class EdgeClient:
             except OtherVocabularyError as refusal:
                 await self._fit(refusal)
                 continue
-            await asyncio.sleep(random.uniform(0, backoff.ended(lasted_s)))
+            await asyncio.sleep(self.pause_s(backoff.ended(lasted_s)))
 
     async def _fit(self, refusal: OtherVocabularyError) -> None:
         """Draft for the model whose vocabulary is most like the draft's. Raises UserError if none is like enough."""

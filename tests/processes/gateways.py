@@ -132,6 +132,7 @@ def wait_for_port(process: Process, port: int) -> None:
 @contextmanager
 def edge_in_thread(client: EdgeClient) -> Iterator[None]:
     """Run an edge client until the block ends."""
+    client.pause_s = lambda limit_s: min(limit_s, 0.1)  # chance may take longer than tests wait
     connected = threading.Event()
     client.on_change = lambda: connected.set() if client.state == "connected" else None
     loop = asyncio.new_event_loop()
