@@ -6,7 +6,7 @@ from itertools import pairwise
 from vllm_specedge.estimators import Line
 
 MOST_OVER_EXPECTED = 4.0
-"""What one pass counts for at most, over what was expected: some record a CUDA graph, some lie over a laptop's sleep."""
+"""What a pass counts for at most, over what was expected: some record a CUDA graph, some lie over a laptop's sleep."""
 
 
 class PassTimes:
