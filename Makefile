@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-other-tokenizer clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench evidence bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-other-tokenizer clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -20,6 +20,7 @@ help:
 	@echo "make soak            two hours of load while edges come and go: what grows, what is left behind"
 	@echo "make fuzz            a minute of coverage-guided fuzzing of each of what parses (FUZZ_S=1800: half an hour)"
 	@echo "make bench           edges against vLLM, its ngram, its draft_model (hours; ARGS=--quick: a quarter of an hour)"
+	@echo "make evidence        a real pair, servers started five times, intervals and verdicts (hours; ARGS='--pair qwen')"
 	@echo "make bench-emulated  server, wire and edges at an accelerator's speed, without one (some minutes)"
 	@echo "make bench-timeline  a second of a real run, drawn: the server verifies while edges draft (two minutes)"
 	@echo "make bench-messages  frames through a gateway: latency, and what one costs"
@@ -132,6 +133,9 @@ bench-never-slower: $(VENV)/.installed model
 
 bench: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/bench.py $(ARGS)
+
+evidence: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python benchmarks/evidence.py $(ARGS)
 
 bench-emulated: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/emulated.py $(ARGS)

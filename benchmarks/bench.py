@@ -10,9 +10,6 @@ second repeat. All runs are saved as they are made; --resume goes on. Prints a t
 lose, and draws both; status 1 if greedy answers differ between arms.
 """
 
-import asyncio
-import contextlib
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,10 +24,9 @@ from harness.load import KINDS, MIXED, prompts
 from harness.results import CACHE, Kept, console, output_path
 from harness.runs import Run, Slot, digest, latencies, num_different
 from harness.servers import Target, edge, launch, metered, stand_aside, story, waiting
+from harness.vllm_bench import asked_by_vllm
 from plots import draw
-from stack import MODEL_NAME
 from vllm.benchmarks.datasets import SampleRequest
-from vllm.benchmarks.serve import TaskType, benchmark
 
 LOGS = results.LOGS / "bench"
 DRAFT = CACHE / "smollm2-draft"
@@ -86,39 +82,13 @@ def chosen_cases(requests: Sequence[int], kinds: Sequence[str], is_quick: bool) 
 
 
 def drive(target: Target, asked: Sequence[str], slot: Slot, tokens: int) -> dict[str, Any]:
-    """vLLM's own benchmark: all prompts, so many at a time, always `tokens` tokens each."""
-    url = target.server.url
+    """All prompts, so many at a time, always `tokens` tokens each."""
     samples = [SampleRequest(prompt=prompt, prompt_len=0, expected_output_len=tokens) for prompt in asked]
-    with (LOGS / "vllm-bench.log").open("a") as log, contextlib.redirect_stdout(log):
-        result: dict[str, Any] = asyncio.run(
-            benchmark(
-                task_type=TaskType.GENERATION,
-                endpoint_type="openai",
-                api_url=f"{url}/v1/completions",
-                base_url=url,
-                model_id=MODEL_NAME,
-                model_name=MODEL_NAME,
-                tokenizer=None,
-                input_requests=samples,
-                logprobs=None,
-                request_rate=math.inf,
-                burstiness=1.0,
-                disable_tqdm=True,
-                num_warmups=0,
-                profile=False,
-                selected_percentile_metrics=["ttft", "itl"],
-                selected_percentiles=[50, 95, 99],
-                ignore_eos=True,
-                goodput_config_dict={},
-                max_concurrency=slot.requests,
-                lora_modules=None,
-                extra_headers=None,
-                extra_body={"temperature": slot.temperature},
-                ready_check_timeout_sec=0,
-            )
-        )
-    if result["failed"] or result["total_output_tokens"] != len(asked) * tokens:
-        raise target.server.process.fail(f"vllm bench serve: {result['failed']} failed, {result.get('errors')}")
+    result = asked_by_vllm(
+        target, samples, LOGS, at_once=slot.requests, body={"temperature": slot.temperature}, ignore_eos=True
+    )
+    if result["total_output_tokens"] != len(asked) * tokens:
+        raise target.server.process.fail(f"vllm bench serve: {result['total_output_tokens']} tokens")
     return result
 
 

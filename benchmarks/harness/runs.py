@@ -31,7 +31,10 @@ class Slot:
     """At once."""
     kind: str = ""
     """Of what is asked."""
-    temperature: float = 0.0
+    temperature: float | None = 0.0
+    """None: none is asked for, so that it is the model's own."""
+    rate: float = 0.0
+    """Of requests that come by themselves (Poisson), of plain vLLM's capacity; 0: so many at once, always."""
     rtt_ms: float | None = None
     """To the edges; None: nothing hangs on it."""
     edge: str | None = None
@@ -49,7 +52,9 @@ class Slot:
 
     @property
     def title(self) -> str:
-        parts = [f"{self.requests} requests", self.kind, f"T {self.temperature:g}" if self.temperature else ""]
+        sampled = "model's own T" if self.temperature is None else f"T {self.temperature:g}" if self.temperature else ""
+        load = f"{self.rate:g} of capacity" if self.rate else f"{self.requests} requests"
+        parts = [load, self.kind, sampled]
         parts += [self.arm, f"RTT {self.rtt_ms:g} ms" if self.rtt_ms is not None else ""]
         parts += [f"{self.edge} edges" if self.edge else "", f"repeat {self.repeat + 1}"]
         return ", ".join(filter(None, parts))
@@ -76,6 +81,8 @@ class Run(Slot):
     """By core: the share that the hypervisor gave to others."""
     first_token_s: dict[str, float] = field(default_factory=dict)
     """p50, p99 and max over the requests."""
+    request_s: dict[str, float] = field(default_factory=dict)
+    """From a request to its last token: p50, p95, p99."""
     gap_ms: dict[str, float] = field(default_factory=dict)
     """Between two chunks of a stream: p50, p95, p99."""
     token_gap_ms: dict[str, float] = field(default_factory=dict)
@@ -173,6 +180,12 @@ def latencies(first_s: Sequence[float], gaps_s: Iterable[float]) -> dict[str, An
     p99 = ordered[ceil(0.99 * len(ordered)) - 1]
     first_token_s = {"p50": statistics.median(ordered), "p99": p99, "max": ordered[-1]}
     return {"first_token_s": first_token_s, **gap_figures("gap", gaps_s)}
+
+
+def seconds_of(values_s: Iterable[float]) -> dict[str, float]:
+    """Their p50, p95 and p99."""
+    ordered = sorted(values_s)
+    return {f"p{part}": ordered[ceil(part / 100 * len(ordered)) - 1] for part in (50, 95, 99)}
 
 
 def gap_figures(name: str, seconds: Iterable[float]) -> dict[str, Any]:
@@ -284,6 +297,6 @@ def num_different(runs: Iterable[Run]) -> int:
     return sum(
         one != other
         for run in runs
-        if not run.temperature
+        if run.temperature == 0
         for one, other in zip(first.setdefault((run.case, run.repeat), run.answers), run.answers, strict=True)
     )

@@ -46,7 +46,11 @@ class Target:
 
     def chat(self, question: str, num_tokens: int, **body: object) -> Answer:
         """The streamed answer to a question, of at most so many tokens."""
-        body |= {"messages": [{"role": "user", "content": question}], "max_tokens": num_tokens, "stream": True}
+        return self.converse([{"role": "user", "content": question}], num_tokens, **body)
+
+    def converse(self, messages: Sequence[Mapping[str, str]], num_tokens: int, **body: object) -> Answer:
+        """The same for a conversation's last turn."""
+        body |= {"messages": list(messages), "max_tokens": num_tokens, "stream": True}
         return self._ask("chat/completions", [body])[0]
 
     def _ask(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:

@@ -1,0 +1,285 @@
+"""`make evidence`: what edges bring with a real pair of models, by servers that are started again and again.
+
+    PYTHONPATH=examples python benchmarks/evidence.py --pair smollm2 [--starts 5] [--places 'edge, 20 ms']
+
+A start is a new process of every server, in random order; then every place meets every load, in random order: plain
+vLLM, its own methods, the paper's waiting, and ours with edges of several kinds. The load is vLLM's own benchmark
+(`vllm bench serve`, as a library) with the questions of workload.toml: the same prompts and the same seeds in each
+place. A place is compared with plain vLLM of the same start, and judged by an interval over starts
+(evidence_figures.py). Servers have one core, edges and load the other. All is saved after every run, and a later call
+goes on with the file: `--starts` counts those that are in it.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from evidence_figures import PLAIN, as_table, summarise
+from harness import results
+from harness.edges import CONNECT, REPLAY, drafting, flags
+from harness.replay import Recording, write_recordings
+from harness.results import Kept, output_path
+from harness.runs import Run, Slot, digest, latencies, seconds_of
+from harness.servers import Target, edge, launch, metered, stand_aside, story, waiting
+from harness.vllm_bench import asked_by_vllm
+from harness.workload import MIXED, Question, chosen, questions
+from pairs import CACHE, PAIRS, PairError, prepare
+from vllm.benchmarks.datasets import SampleRequest
+
+LOGS = results.LOGS / "evidence"
+RECORDINGS = LOGS / "recordings.json"
+WARM_UP_TOKENS = 8
+MAX_SEQS = 32
+GOOD, POOR, STALLING, DEAD, REAL = "good", "poor", "stalling", "dead", "real"
+REPLAYED = {
+    GOOD: {"first": 0.75, "second": 0.6},
+    DEAD: {"first": 0.75, "second": 0.6},
+    POOR: {"first": 0.3, "second": 0.3},
+    STALLING: {"first": 0.75, "second": 0.6, "stall_s": 2.0, "stall_every_s": 5.0},
+}
+"""What those draft that know plain vLLM's greedy answers."""
+REPLAYED_PASS_MS = 6.0
+MAX_CONNECTIONS = 8
+
+
+class Place(NamedTuple):
+    """Where requests are sent."""
+
+    server: str
+    rtt_ms: float | None = None
+    """To the edges; None: there is none."""
+    edge: str | None = None
+
+
+NGRAM, DRAFT_MODEL, WAITING, EDGE = "ngram", "draft_model", "waiting", "edge"
+PLACES = {
+    PLAIN: Place(PLAIN),
+    NGRAM: Place(NGRAM),
+    DRAFT_MODEL: Place(DRAFT_MODEL),
+    "waiting, 20 ms": Place(WAITING, 20.0, REAL),
+    "no edges": Place(EDGE),
+    **{f"edge, {rtt_ms:g} ms": Place(EDGE, rtt_ms, REAL) for rtt_ms in (5.0, 20.0, 80.0)},
+    **{f"{kind} edges, 20 ms": Place(EDGE, 20.0, kind) for kind in REPLAYED},
+}
+DEFAULT = (PLAIN, NGRAM, "no edges", "edge, 20 ms")
+DTYPES = {"smollm2": "float32", "qwen": "bfloat16"}
+GREEDY, OWN = "greedy", "own"
+"""How answers are sampled: greedily, or by the model's own defaults, with a seed for each question."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What runs that are compared have in common."""
+
+    pair: str
+    dtype: str
+    tokens: int
+    """Of each answer at most."""
+    each: int
+    """Questions of each kind that one request at a time asks."""
+    many: int
+    """Questions that each of several requests at a time asks on average."""
+
+    def configs(self, places: Sequence[Place]) -> dict[str, dict[str, object] | None]:
+        """The --speculative-config of each server that is needed."""
+        draft = str(PAIRS[self.pair].draft_directory(CACHE))
+        known: dict[str, dict[str, object] | None] = {
+            PLAIN: None,
+            NGRAM: {"method": "ngram", "num_speculative_tokens": 5},
+            DRAFT_MODEL: {"method": "draft_model", "model": draft, "num_speculative_tokens": 3},
+            WAITING: waiting(5, credit_tokens=5),
+            EDGE: edge(None),
+        }
+        return {name: known[name] for name in dict.fromkeys(place.server for place in places)}
+
+
+# -- the order -----------------------------------------------------------------------------------------------------
+
+
+def slots_of(places: Sequence[str], loads: Sequence[Slot], start: int) -> list[Slot]:
+    """One start: loads in random order, and for each the places in random order; what comes by itself last, as its
+    rate follows from what plain vLLM does."""
+    chance, slots = Random(start), []
+    for load in sorted(chance.sample(loads, len(loads)), key=lambda load: load.rate > 0):
+        for name in chance.sample(places, len(places)):
+            place = PLACES[name]
+            if place.edge not in REPLAYED or load.temperature == 0:  # recorded answers are greedy ones
+                slots.append(replace(load, arm=name, rtt_ms=place.rtt_ms, edge=place.edge, repeat=start))
+    return slots
+
+
+def loads_of(requests: Sequence[int], rates: Sequence[float], sampling: Sequence[str]) -> list[Slot]:
+    """By kind of question for one request at a time, of all kinds for more."""
+    loads = []
+    for way in sampling:
+        alone = Slot(arm="", temperature=0.0 if way == GREEDY else None)
+        loads += [replace(alone, kind=kind) for kind in questions()] if 1 in requests else []
+        loads += [replace(alone, kind=MIXED, requests=number) for number in requests if number > 1]
+        loads += [replace(alone, kind=MIXED, requests=max(requests), rate=rate) for rate in rates]
+    return loads
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Start:
+    """The servers of one start."""
+
+    settings: Settings
+    targets: dict[str, Target]
+    kept: Kept
+    number: int
+    _recorded: dict[Question, Recording] = field(default_factory=dict)
+    """Plain vLLM's greedy answers."""
+
+    def measure(self, slot: Slot) -> Iterator[Run]:
+        target = self.targets[PLACES[slot.arm].server]
+        asked = self._asked(slot)
+        with self._edges(slot, target, asked) as edges:
+            self._ask(target, asked[: slot.requests], slot, WARM_UP_TOKENS)
+            with edges.stopped() if edges and slot.edge == DEAD else nullcontext():
+                result, used = metered(
+                    target, edges, lambda: self._ask(target, asked, slot, self.settings.tokens, self._per_s(slot))
+                )
+        yield run_of_result(slot, result, used)
+
+    def _asked(self, slot: Slot) -> list[Question]:
+        number = self.settings.each if slot.kind != MIXED else slot.requests * self.settings.many
+        return chosen(questions(), slot.kind, number, first=self.number * number)
+
+    def _per_s(self, slot: Slot) -> float | None:
+        """Requests a second, by what plain vLLM did for the most requests at once."""
+        if not slot.rate:
+            return None
+        full = [
+            run
+            for run in self.kept.runs
+            if (run.arm, run.repeat, run.temperature, run.rate) == (PLAIN, self.number, slot.temperature, 0.0)
+            and run.requests == slot.requests
+        ]
+        return slot.rate * full[-1].requests * self.settings.many / full[-1].seconds
+
+    def _edges(self, slot: Slot, target: Target, asked: Sequence[Question]) -> Any:
+        if slot.edge == REAL:
+            options = flags(draft=PAIRS[self.settings.pair].draft_directory(CACHE), threads=1)
+            return drafting(target.server, slot.rtt_ms, CONNECT, options, LOGS / "edge.log")
+        if slot.edge is None:
+            return nullcontext()
+        self._record(asked)
+        connections = min(slot.requests, MAX_CONNECTIONS)
+        options = flags(
+            recordings=RECORDINGS,
+            pass_ms=REPLAYED_PASS_MS,
+            edges=connections,
+            max_requests=-(-slot.requests // connections),
+            **REPLAYED[slot.edge],
+        )
+        return drafting(target.server, slot.rtt_ms, REPLAY, options, LOGS / "edges.log", connections)
+
+    def _record(self, asked: Sequence[Question]) -> None:
+        """What plain vLLM says to these questions, for edges that know it."""
+        plain, num_tokens = self.targets[PLAIN], self.settings.tokens
+        for question in asked:
+            if question not in self._recorded:
+                answer = plain.converse(question.messages, num_tokens, temperature=0, **question.fields)
+                self._recorded[question] = answer.recording
+        write_recordings(RECORDINGS, [self._recorded[question] for question in dict.fromkeys(asked)])
+
+    def _ask(
+        self, target: Target, asked: Sequence[Question], slot: Slot, num_tokens: int, per_s: float | None = None
+    ) -> dict[str, Any]:
+        body = {} if slot.temperature is None else {"temperature": slot.temperature}
+        samples = [
+            SampleRequest(
+                prompt="",
+                prompt_len=0,
+                expected_output_len=num_tokens,
+                chat_messages=list(map(dict, question.messages)),
+                request_overrides={**question.fields, "seed": 1000 * self.number + number},
+            )
+            for number, question in enumerate(asked)
+        ]
+        load = {"per_s": per_s} if per_s else {"at_once": slot.requests}
+        return asked_by_vllm(target, samples, LOGS, "openai-chat", body=body, seed=self.number, **load)
+
+
+def run_of_result(slot: Slot, result: dict[str, Any], used: dict[str, Any]) -> Run:
+    """What vLLM's benchmark says, as all benchmarks here keep it."""
+    in_all = [first_s + sum(gaps_s) for first_s, gaps_s in zip(result["ttfts"], result["itls"], strict=True)]
+    return Run(
+        **asdict(slot),
+        **used,
+        **latencies(result["ttfts"], [gap_s for gaps_s in result["itls"] for gap_s in gaps_s]),
+        request_s=seconds_of(in_all),
+        num_tokens=result["total_output_tokens"],
+        seconds=result["duration"],
+        decode_tokens=result["total_output_tokens"] - len(in_all),
+        decode_seconds=sum(map(sum, result["itls"])),
+        answers=[digest(text) for text in result["generated_texts"]],
+    )
+
+
+def measure_start(settings: Settings, kept: Kept, places: Sequence[str], loads: Sequence[Slot]) -> None:
+    number = 1 + max((run.repeat for run in kept.runs), default=-1)
+    configs = settings.configs([PLACES[name] for name in places])
+    names = Random(number).sample(list(configs), len(configs))
+    with story("evidence") as stack:
+        targets = launch(
+            {name: configs[name] for name in names},
+            LOGS,
+            stack,
+            max_seqs=MAX_SEQS,
+            kv_bytes=400 << 20,
+            model=PAIRS[settings.pair].target_directory(CACHE),
+            dtype=settings.dtype,
+        )
+        start = Start(settings, targets, kept, number)
+        kept.measure_all(
+            slots_of(places, loads, number), start.measure, partial(figures, settings.pair), "whole_tokens_per_s"
+        )
+
+
+def figures(pair: str, runs: Sequence[Run]) -> dict[str, object]:
+    return {"cells": summarise(runs, pair)}
+
+
+def main(
+    pair: Annotated[str, typer.Option(help=f"Of {', '.join(PAIRS)}.")] = "smollm2",
+    dtype: Annotated[str, typer.Option(help="Of the servers; by default as the pair is served.")] = "",
+    places: Annotated[list[str], typer.Option(help=f"Of {', '.join(PLACES)}; plain always.")] = list(DEFAULT),  # noqa: B006
+    requests: Annotated[list[int], typer.Option(help="At once; may be given again.")] = [1, 4, 8],  # noqa: B006
+    rates: Annotated[list[float], typer.Option(help="Of plain vLLM's capacity, by Poisson; may be given again.")] = [],  # noqa: B006
+    sampling: Annotated[list[str], typer.Option(help=f"Of {GREEDY}, {OWN} (the model's defaults).")] = [OWN, GREEDY],  # noqa: B006
+    starts: Annotated[int, typer.Option(help="To be added.", min=0)] = 5,
+    tokens: Annotated[int, typer.Option(help="Of each answer, at most.", min=16)] = 64,
+    each: Annotated[int, typer.Option(help="Questions of each kind, alone.", min=1)] = 3,
+    many: Annotated[int, typer.Option(help="Questions of each of several at once.", min=1)] = 3,
+    output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/evidence-PAIR.json.")] = None,
+) -> None:
+    """What edges bring with a real pair of models, by servers that are started again and again."""
+    if pair not in PAIRS or (unknown := set(places) - PLACES.keys()):
+        raise typer.BadParameter(f"there is no {pair if pair not in PAIRS else ', '.join(sorted(unknown))}")
+    settings = Settings(pair, dtype or DTYPES[pair], tokens, each, many)
+    kept = Kept.load(output_path(f"evidence-{pair}.json", output), asdict(settings), is_resumed=True)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    try:
+        prepare(PAIRS[pair], CACHE)
+    except PairError as error:
+        sys.exit(f"evidence: {error}")
+    names, loads = list(dict.fromkeys([PLAIN, *places])), loads_of(requests, rates, sampling)
+    stand_aside()
+    for _ in range(starts):
+        measure_start(settings, kept, names, loads)
+    print(as_table(summarise(kept.runs, pair)))
+    results.console.print(f"All runs are in {kept.path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

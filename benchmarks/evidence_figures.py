@@ -1,0 +1,232 @@
+"""What the runs of `make evidence` come to: ratios to plain vLLM with their intervals, and verdicts. Pure."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from random import Random
+from typing import Any, NamedTuple
+
+from harness.results import Column, table
+from harness.runs import Run, Slot, counted, pooled, quantile_ms, share
+
+PLAIN = "plain"
+NUM_SAMPLES = 2000
+CONFIDENCE = 0.95
+LEAST_STARTS = 3
+"""Of fewer starts nothing is said."""
+MET, MISSED, UNDECIDED = "met", "missed", "undecided"
+
+
+class Interval(NamedTuple):
+    """A median over starts, and where it lies with CONFIDENCE."""
+
+    median: float
+    low: float
+    high: float
+    num_starts: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}..{self.high:.2f})"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of one value for each start: the bootstrap's percentiles of the median (Efron 1979).
+
+    Of few values they are nearly the range: then that is what is known.
+    """
+    chance = Random(0)
+    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(NUM_SAMPLES))
+    beside = round((1 - CONFIDENCE) / 2 * NUM_SAMPLES)
+    return Interval(statistics.median(values), medians[beside], medians[-1 - beside], len(values))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on a figure of some cells."""
+
+    figure: str
+    bound: float
+    is_least: bool
+    arm: str
+    requests: tuple[int, ...] = ()
+    """None: all."""
+
+    def concerns(self, cell: Slot) -> bool:
+        return cell.arm == self.arm and not cell.rate and (not self.requests or cell.requests in self.requests)
+
+    def verdict(self, measured: Interval) -> str:
+        """By the whole interval, so that what is not known is not claimed."""
+        if measured.num_starts < LEAST_STARTS:
+            return UNDECIDED
+        low, high = (measured.low, measured.high) if self.is_least else (-measured.high, -measured.low)
+        bound = self.bound if self.is_least else -self.bound
+        return MET if low >= bound else MISSED if high < bound else UNDECIDED
+
+
+RATE, P99_GAP = "tokens_per_s", "gap_p99"
+ALL_EDGES = ("edge, 5 ms", "edge, 20 ms", "edge, 80 ms")
+GOALS = (
+    Goal(RATE, 0.98, True, "no edges"),
+    *(
+        goal
+        for kind in ("good", "poor", "stalling", "dead")
+        for goal in (
+            Goal(RATE, 0.97, True, f"{kind} edges, 20 ms"),
+            Goal(P99_GAP, 1.15, False, f"{kind} edges, 20 ms"),
+        )
+    ),
+    *(goal for arm in ALL_EDGES for goal in (Goal(RATE, 0.97, True, arm), Goal(P99_GAP, 1.15, False, arm))),
+)
+GOALS_OF_GOOD_EDGES = {
+    "qwen": {1: 2.0, 4: 1.6, 8: 1.3},
+    "smollm2": {1: 2.0, 4: 1.45, 8: 1.15, 16: 1.03},
+}
+"""Tokens a second to plain vLLM's, by requests at once, at 20 ms."""
+
+
+def goals_of(pair: str) -> tuple[Goal, ...]:
+    arm = "good edges, 20 ms"
+    return GOALS + tuple(Goal(RATE, least, True, arm, (at,)) for at, least in GOALS_OF_GOOD_EDGES[pair].items())
+
+
+# -- cells -----------------------------------------------------------------------------------------------------------
+
+
+def cells_of(runs: Iterable[Run]) -> list[Slot]:
+    """A place under a load, of all kinds and starts."""
+    return list(dict.fromkeys(_cell(run) for run in runs))
+
+
+def _cell(run: Run) -> Slot:
+    return Slot(
+        arm=run.arm,
+        requests=run.requests,
+        temperature=run.temperature,
+        rate=run.rate,
+        rtt_ms=run.rtt_ms,
+        edge=run.edge,
+    )
+
+
+def by_start(runs: Iterable[Run]) -> dict[int, list[Run]]:
+    found: dict[int, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.repeat, []).append(run)
+    return found
+
+
+Figure = Callable[[Run], float]
+
+
+def ratios(own: Iterable[Run], plain: Sequence[Run], of: Figure) -> dict[int, float]:
+    """By start: the geometric mean, over kinds of question, of a figure to plain vLLM's in the same start."""
+    found = {}
+    for start, runs in by_start(own).items():
+        logs = [
+            log(of(run) / of(other))
+            for run in runs
+            for other in plain
+            if (other.repeat, other.kind) == (start, run.kind) and of(other) and of(run)
+        ]
+        if logs:
+            found[start] = exp(statistics.fmean(logs))
+    return found
+
+
+def _rate(run: Run) -> float:
+    return run.whole_tokens_per_s
+
+
+def _whole_p95_s(run: Run) -> float:
+    return run.request_s["p95"]
+
+
+def summarise(runs: Sequence[Run], pair: str) -> list[dict[str, Any]]:
+    """What is in the table and in the file, a cell each."""
+    found = [_summary(cell, runs, goals_of(pair)) for cell in cells_of(runs) if cell.arm != PLAIN]
+    return sorted(
+        (each for each in found if each),
+        key=lambda cell: (str(cell["temperature"]), cell["rate"], cell["requests"], cell["arm"]),
+    )
+
+
+def _summary(cell: Slot, runs: Sequence[Run], goals: Sequence[Goal]) -> dict[str, Any]:
+    own = [run for run in runs if _cell(run) == cell]
+    plain = [run for run in runs if run.arm == PLAIN and _load(run) == _load(cell)]
+    measured = {
+        RATE: ratios(own, plain, _rate),
+        "first_token": ratios(own, plain, lambda run: run.first_token_p50_s),
+        "request_p95": ratios(own, plain, _whole_p95_s),
+    }
+    measured[P99_GAP] = _gap_ratios(own, plain)
+    if not measured[RATE]:
+        return {}
+    intervals = {name: interval(list(values.values())) for name, values in measured.items() if values}
+    counts = counted(own)
+    verdicts = {
+        f"{goal.figure} {'>=' if goal.is_least else '<='} {goal.bound:g}": goal.verdict(intervals[goal.figure])
+        for goal in goals
+        if goal.concerns(cell) and goal.figure in intervals
+    }
+    return {
+        **{name: getattr(cell, name) for name in ("arm", "requests", "temperature", "rate", "rtt_ms", "edge")},
+        **intervals,
+        "by_kind": {
+            kind: interval(list(values.values()))
+            for kind in dict.fromkeys(run.kind for run in own)
+            if (values := ratios([run for run in own if run.kind == kind], plain, _rate))
+        },
+        "tokens_per_step": share(counts, "committed_tokens", "steps"),
+        "acceptance": share(counts, "accepted_tokens", "verified_tokens"),
+        "answers_unlike_plain": _num_unlike(own, plain),
+        "verdicts": verdicts,
+    }
+
+
+def _load(slot: Slot) -> tuple[object, ...]:
+    return slot.requests, slot.temperature, slot.rate
+
+
+def _gap_ratios(own: Sequence[Run], plain: Sequence[Run]) -> dict[int, float]:
+    """By start: the 99th percentile of the gaps between chunks, of all kinds together."""
+    others = by_start(plain)
+    return {
+        start: _p99_ms(runs) / _p99_ms(others[start])
+        for start, runs in by_start(own).items()
+        if start in others and any(run.gaps for run in runs) and any(run.gaps for run in others[start])
+    }
+
+
+def _p99_ms(runs: Iterable[Run]) -> float:
+    return quantile_ms(pooled(run.gaps for run in runs), 0.99)
+
+
+def _num_unlike(own: Iterable[Run], plain: Sequence[Run]) -> int:
+    """Answers that are not plain vLLM's of the same start, though question and seed are."""
+    return sum(
+        one != other
+        for run in own
+        for beside in plain
+        if (beside.repeat, beside.kind) == (run.repeat, run.kind)
+        for one, other in zip(run.answers, beside.answers, strict=False)
+    )
+
+
+def as_table(cells: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    columns = (
+        Column("place", "arm"),
+        Column("load", lambda cell: f"{cell['rate']:g} of capacity" if cell["rate"] else f"{cell['requests']} at once"),
+        Column("sampling", lambda cell: "own" if cell["temperature"] is None else f"T {cell['temperature']:g}"),
+        Column("starts", lambda cell: cell[RATE].num_starts),
+        Column("tokens/s x", RATE),
+        Column("first token x", "first_token"),
+        Column("p99 gap x", lambda cell: cell.get(P99_GAP)),
+        Column("p95 request x", "request_p95"),
+        Column("tokens a step", "tokens_per_step", ".2f"),
+        Column("accepted", "acceptance", ".0%"),
+        Column("unlike plain", "answers_unlike_plain"),
+        Column("verdicts", lambda cell: ", ".join(f"{goal}: {said}" for goal, said in cell["verdicts"].items()) or "-"),
+    )
+    return table(columns, cells)

@@ -1,0 +1,143 @@
+"""What `make evidence` asks, and what its runs come to: harness/workload.py, evidence_figures.py."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from harness.runs import Run
+from harness.workload import MIXED, REFERENCE, chosen, questions
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.evidence_figures import (
+    MET,
+    MISSED,
+    PLAIN,
+    RATE,
+    UNDECIDED,
+    Goal,
+    Interval,
+    as_table,
+    goals_of,
+    interval,
+    ratios,
+    summarise,
+)
+from examples.questions import QUESTIONS
+
+KINDS = ("chat", "turns", "code", "maths", "summary", "translation", "grounded", "structured", "editing")
+
+
+def run(arm: str, start: int = 0, seconds: float = 10.0, **fields: Any) -> Run:
+    given = {"num_tokens": 100, "gaps": {100: 99}, "first_token_s": {"p50": 0.1}, "request_s": {"p95": 1.0}, **fields}
+    return Run(arm=arm, repeat=start, seconds=seconds, **given)
+
+
+# -- the workload --------------------------------------------------------------------------------------------------
+
+
+def test_there_are_ten_questions_of_each_kind_and_none_is_asked_twice() -> None:
+    by_kind = questions()
+    assert tuple(by_kind) == KINDS
+    assert {len(each) for each in by_kind.values()} == {10}
+    asked = [question.messages[-1]["content"] for each in by_kind.values() for question in each]
+    assert len(set(asked)) == len(asked)
+    assert not any(REFERENCE.search(text) for text in asked)
+    assert not set(asked) & {question for each in QUESTIONS.values() for question in each}
+
+
+def test_a_conversation_ends_with_its_user() -> None:
+    for each in questions().values():
+        for question in each:
+            roles = [message["role"] for message in question.messages]
+            assert roles[0] == roles[-1] == "user"
+            assert all(one != other for one, other in pairwise(roles))
+
+
+@given(st.integers(1, 200), st.integers(0, 10_000))
+def test_mixed_questions_are_of_all_kinds_alike(number: int, first: int) -> None:
+    by_kind = questions()
+    asked = chosen(by_kind, MIXED, number, first)
+    assert len(asked) == number
+    counts = [sum(question.kind == kind for question in asked) for kind in by_kind]
+    assert max(counts) - min(counts) <= 1
+
+
+# -- intervals and verdicts ----------------------------------------------------------------------------------------
+
+values = st.lists(st.floats(0.1, 10.0), min_size=1, max_size=8)
+
+
+@given(values)
+def test_an_interval_lies_within_the_range_around_the_median(given: list[float]) -> None:
+    found = interval(given)
+    assert min(given) <= found.low <= found.median <= found.high <= max(given)
+    assert found == interval(given), "the same each time"
+
+
+def test_more_starts_that_agree_say_more() -> None:
+    seen = [0.9, 0.95, 0.98, 1.0, 1.02, 1.05, 1.1]
+    few, many = interval(seen), interval(seen * 8)
+    assert many.high - many.low < few.high - few.low
+
+
+@pytest.mark.parametrize(
+    ("measured", "least", "most"),
+    [
+        (Interval(1.02, 0.99, 1.05, 5), MET, UNDECIDED),
+        (Interval(0.96, 0.95, 0.97, 5), MISSED, MET),
+        (Interval(0.99, 0.96, 1.03, 5), UNDECIDED, UNDECIDED),
+        (Interval(1.02, 0.99, 1.05, 2), UNDECIDED, UNDECIDED),
+        (Interval(1.02, 1.01, 1.05, 5), MET, MISSED),
+    ],
+)
+def test_a_goal_is_judged_by_the_whole_interval(measured: Interval, least: str, most: str) -> None:
+    assert Goal(RATE, 0.98, True, "no edges").verdict(measured) == least
+    assert Goal(RATE, 1.0, False, "no edges").verdict(measured) == most
+
+
+# -- cells ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_place_is_compared_with_plain_of_its_own_start_and_kind() -> None:
+    plain = [run(PLAIN, 0, 10.0, kind="chat"), run(PLAIN, 0, 20.0, kind="code"), run(PLAIN, 1, 40.0, kind="chat")]
+    own = [run("edge", 0, 5.0, kind="chat"), run("edge", 0, 5.0, kind="code"), run("edge", 1, 10.0, kind="chat")]
+    found = ratios(own, plain, lambda each: each.whole_tokens_per_s)
+    assert found == pytest.approx({0: 8**0.5, 1: 4.0})
+    assert ratios(own, plain[:2], lambda each: each.whole_tokens_per_s).keys() == {0}, "a start without plain"
+
+
+def many(arm: str, seconds: Sequence[float], **fields: Any) -> list[Run]:
+    return [run(arm, start, took_s, **fields) for start, took_s in enumerate(seconds)]
+
+
+def test_cells_have_verdicts_and_a_line() -> None:
+    plain = many(PLAIN, [10.0] * 5, requests=4, answers=["a", "b"])
+    edges = many("good edges, 20 ms", [5.0, 5.1, 4.9, 5.0, 5.2], requests=4, answers=["a", "c"])
+    without = many("no edges", [10.0, 10.4, 9.8, 10.1, 10.0], requests=4, answers=["a", "b"])
+    by_arm = {cell["arm"]: cell for cell in summarise(plain + edges + without, "smollm2")}
+    assert by_arm["good edges, 20 ms"]["verdicts"] == {
+        "tokens_per_s >= 0.97": MET,
+        "gap_p99 <= 1.15": MET,
+        "tokens_per_s >= 1.45": MET,
+    }
+    assert by_arm["no edges"]["verdicts"] == {"tokens_per_s >= 0.98": UNDECIDED}
+    assert by_arm["good edges, 20 ms"]["answers_unlike_plain"] == 5
+    assert by_arm["no edges"]["answers_unlike_plain"] == 0
+    lines = as_table(list(by_arm.values())).splitlines()
+    assert len(lines) == 2 + len(by_arm)
+    assert "2.00 (1.92..2.04)" in lines[2]
+
+
+def test_loads_are_not_mixed() -> None:
+    plain = [*many(PLAIN, [10.0] * 3), *many(PLAIN, [1.0] * 3, rate=0.5), *many(PLAIN, [2.0] * 3, temperature=None)]
+    own = [*many("edge", [10.0] * 3), *many("edge", [1.0] * 3, rate=0.5), *many("edge", [2.0] * 3, temperature=None)]
+    found = summarise(plain + own, "qwen")
+    assert [cell[RATE].median for cell in found] == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize("pair", ["qwen", "smollm2"])
+def test_goals_of_good_edges_are_the_pairs_own(pair: str) -> None:
+    (one,) = [goal for goal in goals_of(pair) if goal.requests == (8,)]
+    assert one.bound == {"qwen": 1.3, "smollm2": 1.15}[pair]
