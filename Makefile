@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench evidence bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-other-tokenizer clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench evidence bench-switched bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-other-tokenizer clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -21,6 +21,7 @@ help:
 	@echo "make fuzz            a minute of coverage-guided fuzzing of each of what parses (FUZZ_S=1800: half an hour)"
 	@echo "make bench           edges against vLLM, its ngram, its draft_model (hours; ARGS=--quick: a quarter of an hour)"
 	@echo "make evidence        a real pair, servers started five times, intervals and verdicts (hours; ARGS='--pair qwen')"
+	@echo "make bench-switched  what edges bring or cost within one server, whose drafts count every other few seconds"
 	@echo "make bench-emulated  server, wire and edges at an accelerator's speed, without one (some minutes)"
 	@echo "make bench-timeline  a second of a real run, drawn: the server verifies while edges draft (two minutes)"
 	@echo "make bench-messages  frames through a gateway: latency, and what one costs"
@@ -136,6 +137,9 @@ bench: $(VENV)/.installed model
 
 evidence: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/evidence.py $(ARGS)
+
+bench-switched: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python benchmarks/switched.py $(ARGS)
 
 bench-emulated: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/emulated.py $(ARGS)

@@ -12,7 +12,7 @@ goes on with the file: `--starts` counts those that are in it.
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,14 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from evidence_figures import PLAIN, as_table, summarise
 from harness import results
-from harness.edges import CONNECT, REPLAY, drafting, flags
+from harness.edges import CONNECT, REPLAY, Edges, drafting, flags
 from harness.replay import Recording, write_recordings
 from harness.results import Kept, output_path
 from harness.runs import Run, Slot, digest, latencies, seconds_of
 from harness.servers import Target, edge, launch, metered, stand_aside, story, waiting
 from harness.vllm_bench import asked_by_vllm
 from harness.workload import MIXED, Question, chosen, questions
-from pairs import CACHE, PAIRS, PairError, prepare
+from pairs import CACHE, PAIRS, Pair, PairError, prepare
 from vllm.benchmarks.datasets import SampleRequest
 
 LOGS = results.LOGS / "evidence"
@@ -142,7 +142,9 @@ class Start:
     def measure(self, slot: Slot) -> Iterator[Run]:
         target = self.targets[PLACES[slot.arm].server]
         asked = self._asked(slot)
-        with self._edges(slot, target, asked) as edges:
+        if slot.edge in REPLAYED:
+            self._record(asked)
+        with drafting_as(slot, target, PAIRS[self.settings.pair]) as edges:
             self._ask(target, asked[: slot.requests], slot, WARM_UP_TOKENS)
             with edges.stopped() if edges and slot.edge == DEAD else nullcontext():
                 result, used = metered(
@@ -166,30 +168,12 @@ class Start:
         ]
         return slot.rate * full[-1].requests * self.settings.many / full[-1].seconds
 
-    def _edges(self, slot: Slot, target: Target, asked: Sequence[Question]) -> Any:
-        if slot.edge == REAL:
-            options = flags(draft=PAIRS[self.settings.pair].draft_directory(CACHE), threads=1)
-            return drafting(target.server, slot.rtt_ms, CONNECT, options, LOGS / "edge.log")
-        if slot.edge is None:
-            return nullcontext()
-        self._record(asked)
-        connections = min(slot.requests, MAX_CONNECTIONS)
-        options = flags(
-            recordings=RECORDINGS,
-            pass_ms=REPLAYED_PASS_MS,
-            edges=connections,
-            max_requests=-(-slot.requests // connections),
-            **REPLAYED[slot.edge],
-        )
-        return drafting(target.server, slot.rtt_ms, REPLAY, options, LOGS / "edges.log", connections)
-
     def _record(self, asked: Sequence[Question]) -> None:
         """What plain vLLM says to these questions, for edges that know it."""
-        plain, num_tokens = self.targets[PLAIN], self.settings.tokens
-        for question in asked:
-            if question not in self._recorded:
-                answer = plain.converse(question.messages, num_tokens, temperature=0, **question.fields)
-                self._recorded[question] = answer.recording
+        new = [question for question in dict.fromkeys(asked) if question not in self._recorded]
+        bodies = [{**question.body, "temperature": 0} for question in new]
+        answers = self.targets[PLAIN].converse(bodies, self.settings.tokens) if bodies else []
+        self._recorded.update(zip(new, [answer.recording for answer in answers], strict=True))
         write_recordings(RECORDINGS, [self._recorded[question] for question in dict.fromkeys(asked)])
 
     def _ask(
@@ -201,13 +185,31 @@ class Start:
                 prompt="",
                 prompt_len=0,
                 expected_output_len=num_tokens,
-                chat_messages=list(map(dict, question.messages)),
+                chat_messages=question.body["messages"],
                 request_overrides={**question.fields, "seed": 1000 * self.number + number},
             )
             for number, question in enumerate(asked)
         ]
         load = {"per_s": per_s} if per_s else {"at_once": slot.requests}
         return asked_by_vllm(target, samples, LOGS, "openai-chat", body=body, seed=self.number, **load)
+
+
+def drafting_as(slot: Slot, target: Target, pair: Pair) -> AbstractContextManager[Edges | None]:
+    """The edges that a slot asks for: the pair's draft, or those that replay RECORDINGS."""
+    if slot.edge is None:
+        return nullcontext()
+    if slot.edge == REAL:
+        options = flags(draft=pair.draft_directory(CACHE), threads=1)
+        return drafting(target.server, slot.rtt_ms, CONNECT, options, LOGS / "edge.log")
+    connections = min(slot.requests, MAX_CONNECTIONS)
+    options = flags(
+        recordings=RECORDINGS,
+        pass_ms=REPLAYED_PASS_MS,
+        edges=connections,
+        max_requests=-(-slot.requests // connections),
+        **REPLAYED[slot.edge],
+    )
+    return drafting(target.server, slot.rtt_ms, REPLAY, options, LOGS / "edges.log", connections)
 
 
 def run_of_result(slot: Slot, result: dict[str, Any], used: dict[str, Any]) -> Run:

@@ -1,10 +1,12 @@
-"""What `make evidence` asks, and what its runs come to: harness/workload.py, evidence_figures.py."""
+"""What `make evidence` asks, and what its runs come to: harness/workload.py, evidence_figures.py,
+switched_figures.py."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from harness.load import Answer, Chunk
 from harness.runs import Run
 from harness.workload import MIXED, REFERENCE, chosen, questions
 from hypothesis import given
@@ -24,6 +26,9 @@ from benchmarks.evidence_figures import (
     ratios,
     summarise,
 )
+from benchmarks.switched_figures import ACTIVE, INERT, Period, periods
+from benchmarks.switched_figures import ratios as ratios_of_periods
+from benchmarks.switched_figures import summarise as switched_lines
 from examples.questions import QUESTIONS
 
 KINDS = ("chat", "turns", "code", "maths", "summary", "translation", "grounded", "structured", "editing")
@@ -95,6 +100,40 @@ def test_more_starts_that_agree_say_more() -> None:
 def test_a_goal_is_judged_by_the_whole_interval(measured: Interval, least: str, most: str) -> None:
     assert Goal(RATE, 0.98, True, "no edges").verdict(measured) == least
     assert Goal(RATE, 1.0, False, "no edges").verdict(measured) == most
+
+
+# -- one server that is switched -----------------------------------------------------------------------------------
+
+
+def answer(*chunks: tuple[float, int]) -> Answer:
+    return Answer(0.0, chunks=[Chunk(*each) for each in chunks])
+
+
+def test_a_period_counts_what_came_in_it_but_for_its_beginning() -> None:
+    came = [answer((2.5, 1), (3.1, 1), (3.5, 2), (4.5, 1), (6.4, 3)), answer((5.9, 1), (6.1, 1), (9.5, 1))]
+    assert periods(came, 3.0, from_s=2.0, until_s=9.9) == [Period(1, 4, (1.0,)), Period(2, 3, ())]
+
+
+def test_a_period_is_compared_with_both_beside_it() -> None:
+    """So a machine that gets slower all the time changes nothing."""
+    tokens = [[number, round(1000 - 10 * number)] for number in range(11)]
+    assert ratios_of_periods(tokens[0::2], tokens[1::2]) == pytest.approx([1.0] * 4)
+    doubled = [[number, 2 * num_tokens] for number, num_tokens in tokens[0::2]]
+    assert ratios_of_periods(doubled, tokens[1::2]) == pytest.approx([2.0] * 4)
+
+
+def test_a_server_that_is_switched_has_a_verdict() -> None:
+    gaps = {100: 99}
+    runs = [
+        Run(arm=arm, edge="poor", rtt_ms=20.0, num_tokens=1, seconds=1.0, gaps=gaps, answers=answers)
+        for arm, answers in (
+            (ACTIVE, [[number, 95] for number in range(0, 20, 2)]),
+            (INERT, [[number, 100] for number in range(1, 20, 2)]),
+        )
+    ]
+    [line] = switched_lines(runs)
+    assert (line["verdict"], line["gap_verdict"], line["periods"]) == (MISSED, MET, 9)
+    assert line[RATE].median == pytest.approx(0.95)
 
 
 # -- cells ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any, NamedTuple
 
 import httpx2 as httpx
@@ -155,6 +155,20 @@ async def ask_all(url: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]
     limits = httpx.Limits(max_connections=len(bodies), max_keepalive_connections=len(bodies))
     async with httpx.AsyncClient(trust_env=False, timeout=LIMIT_S, limits=limits) as client:
         return await asyncio.gather(*(_ask(client, url, body) for body in bodies))
+
+
+async def ask_for(url: str, bodies: Sequence[Mapping[str, Any]], at_once: int, seconds: float) -> list[Answer]:
+    """So many requests at a time, in turn and again; none begins after so many seconds. Returns all answers, whole."""
+    limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
+    left, until_s, answers = cycle(bodies), time.monotonic() + seconds, list[Answer]()
+
+    async def ask_on(client: httpx.AsyncClient) -> None:
+        while time.monotonic() < until_s:
+            answers.append(await _ask(client, url, next(left)))
+
+    async with httpx.AsyncClient(trust_env=False, timeout=LIMIT_S, limits=limits) as client:
+        await asyncio.gather(*(ask_on(client) for _ in range(at_once)))
+    return answers
 
 
 async def _ask(client: httpx.AsyncClient, url: str, body: Mapping[str, Any]) -> Answer:

@@ -18,7 +18,7 @@ import psutil
 from stack import EDGE_CORE, LARGE_PAGES, MODEL_NAME, Server, StackError, start_server, wait_for
 
 from harness.edges import Edges
-from harness.load import Answer, ask_all
+from harness.load import Answer, ask_all, ask_for
 from harness.relay import Traffic
 from harness.replay import Recording, write_recordings
 from harness.results import CACHE, console
@@ -46,12 +46,11 @@ class Target:
 
     def chat(self, question: str, num_tokens: int, **body: object) -> Answer:
         """The streamed answer to a question, of at most so many tokens."""
-        return self.converse([{"role": "user", "content": question}], num_tokens, **body)
+        return self.converse([{**body, "messages": [{"role": "user", "content": question}]}], num_tokens)[0]
 
-    def converse(self, messages: Sequence[Mapping[str, str]], num_tokens: int, **body: object) -> Answer:
-        """The same for a conversation's last turn."""
-        body |= {"messages": list(messages), "max_tokens": num_tokens, "stream": True}
-        return self._ask("chat/completions", [body])[0]
+    def converse(self, bodies: Sequence[Mapping[str, Any]], num_tokens: int) -> list[Answer]:
+        """The streamed answers to conversations that are sent at once."""
+        return self._ask("chat/completions", [{**body, "max_tokens": num_tokens, "stream": True} for body in bodies])
 
     def _ask(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
         named = [{**body, "model": self.server.model} for body in bodies]
@@ -67,6 +66,18 @@ class Target:
         recordings = [answer.recording for answer in self.ask(prompts, num_tokens)]
         write_recordings(path, recordings)
         return recordings
+
+    def converse_for(
+        self, bodies: Sequence[Mapping[str, Any]], num_tokens: int, at_once: int, seconds: float
+    ) -> list[Answer]:
+        """The same for so many conversations at a time, in turn and again, until so many seconds are over."""
+        named = [{**body, "max_tokens": num_tokens, "stream": True, "model": self.server.model} for body in bodies]
+        try:
+            answers = asyncio.run(ask_for(f"{self.server.url}/v1/chat/completions", named, at_once, seconds))
+        except (httpx.HTTPError, RuntimeError) as error:
+            raise self.server.process.fail(f"asking failed: {error!r}") from error
+        self.num_asked += sum(len(answer.tokens) for answer in answers)
+        return answers
 
     def counters(self) -> Counter[str]:
         """The engine's, with all that was asked so far in them; they come once a second."""

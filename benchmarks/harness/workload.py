@@ -25,6 +25,10 @@ class Question:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Of the request's body, beside its messages."""
 
+    @property
+    def body(self) -> dict[str, Any]:
+        return {**self.fields, "messages": list(map(dict, self.messages))}
+
 
 @cache
 def questions(file: Path = FILE) -> dict[str, list[Question]]:
