@@ -8,6 +8,7 @@ so that neither the start of a server nor a machine that drifts is between them.
 plugin costs without drafts, is the place "no edges" of `make evidence`.
 """
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,8 @@ class Settings:
     period_s: float
     seconds: float
     """Of a run."""
+    options: dict[str, Any]
+    """Of the server, beside its defaults."""
 
     def questions(self) -> list[Question]:
         return chosen(questions(), MIXED, sum(map(len, questions().values())))
@@ -95,7 +98,7 @@ def measure_all(settings: Settings, kept: Kept, slots: Sequence[Slot]) -> None:
                 answers = plain.converse(bodies, settings.tokens)
                 write_recordings(RECORDINGS, [answer.recording for answer in answers])
         env = {"PYTHONPATH": str(ROOT / "benchmarks" / "switching"), VARIABLE: str(settings.period_s)}
-        target = launch({OURS: edge(None)}, LOGS, stack, env=env, **shared)[OURS]
+        target = launch({OURS: edge(None, **settings.options)}, LOGS, stack, env=env, **shared)[OURS]
         kept.measure_all(
             slots,
             lambda slot: measure(settings, slot, target),
@@ -114,12 +117,13 @@ def main(
     period_s: Annotated[float, typer.Option(help="Of each half.", min=1)] = 3.0,
     seconds: Annotated[float, typer.Option(help="Of a run.", min=10)] = 60.0,
     tokens: Annotated[int, typer.Option(help="Of each answer, at most.", min=16)] = 64,
+    options: Annotated[str, typer.Option(help="Of the server, as JSON: '{\"max_stretch\": 1.2}'.")] = "{}",
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/switched-PAIR.json.")] = None,
 ) -> None:
     """What edges bring or cost within one server."""
     if pair not in PAIRS or (unknown := set(edges) - {*REPLAYED, REAL}):
         raise typer.BadParameter(f"there is no {pair if pair not in PAIRS else ', '.join(sorted(unknown))}")
-    settings = Settings(pair, DTYPES[pair], tokens, period_s, seconds)
+    settings = Settings(pair, DTYPES[pair], tokens, period_s, seconds, json.loads(options))
     kept = Kept.load(output_path(f"switched-{pair}.json", output), asdict(settings), is_resumed=True)
     LOGS.mkdir(parents=True, exist_ok=True)
     try:
