@@ -25,7 +25,7 @@ from harness import results
 from harness.edges import CONNECT, REPLAY, Edges, drafting, flags
 from harness.replay import Recording, write_recordings
 from harness.results import Kept, output_path
-from harness.runs import Run, Slot, digest, latencies, seconds_of
+from harness.runs import Run, Slot, digest, latencies
 from harness.servers import Target, edge, launch, metered, stand_aside, story, waiting
 from harness.vllm_bench import asked_by_vllm
 from harness.workload import MIXED, Question, chosen, questions
@@ -214,15 +214,18 @@ def drafting_as(slot: Slot, target: Target, pair: Pair) -> AbstractContextManage
 
 def run_of_result(slot: Slot, result: dict[str, Any], used: dict[str, Any]) -> Run:
     """What vLLM's benchmark says, as all benchmarks here keep it."""
-    in_all = [first_s + sum(gaps_s) for first_s, gaps_s in zip(result["ttfts"], result["itls"], strict=True)]
+    each = [
+        [round(first_s, 4), round(first_s + sum(gaps_s), 4), num_tokens]
+        for first_s, gaps_s, num_tokens in zip(result["ttfts"], result["itls"], result["output_lens"], strict=True)
+    ]
     return Run(
         **asdict(slot),
         **used,
         **latencies(result["ttfts"], [gap_s for gaps_s in result["itls"] for gap_s in gaps_s]),
-        request_s=seconds_of(in_all),
+        each=each,
         num_tokens=result["total_output_tokens"],
         seconds=result["duration"],
-        decode_tokens=result["total_output_tokens"] - len(in_all),
+        decode_tokens=result["total_output_tokens"] - len(each),
         decode_seconds=sum(map(sum, result["itls"])),
         answers=[digest(text) for text in result["generated_texts"]],
     )

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import ceil, exp, log
 from random import Random
 from typing import Any, NamedTuple
 
@@ -15,6 +15,10 @@ NUM_SAMPLES = 2000
 CONFIDENCE = 0.95
 LEAST_STARTS = 3
 """Of fewer starts nothing is said."""
+FIRST_TOKEN_S, TOKEN_TIMES = 2.0, 1.5
+"""Within which requests are served in time."""
+SERVER = ("worker", "front_end", "gateway")
+"""Whose CPU time is a server's; its engine core waits in a loop, so that its own says nothing."""
 MET, MISSED, UNDECIDED = "met", "missed", "undecided"
 
 
@@ -139,7 +143,30 @@ def _rate(run: Run) -> float:
 
 
 def _whole_p95_s(run: Run) -> float:
-    return run.request_s["p95"]
+    whole_s = sorted(whole_s for _, whole_s, _ in run.each)
+    return whole_s[ceil(0.95 * len(whole_s)) - 1] if whole_s else 0.0
+
+
+def _token_s(each: Sequence[float]) -> float:
+    """Of a request: seconds a token behind the first."""
+    first_s, whole_s, num_tokens = each
+    return (whole_s - first_s) / max(num_tokens - 1, 1)
+
+
+def served_in_time(own: Iterable[Run], plain: Iterable[Run]) -> float | None:
+    """The share of requests with a first token within FIRST_TOKEN_S, and tokens TOKEN_TIMES as slow as plain vLLM's
+    middle one's at most; None where requests were not kept."""
+    middle_s = statistics.median([_token_s(each) for run in plain for each in run.each] or [0.0])
+    all_of_them = [each for run in own for each in run.each]
+    if not middle_s or not all_of_them:
+        return None
+    in_time = [each[0] <= FIRST_TOKEN_S and _token_s(each) <= TOKEN_TIMES * middle_s for each in all_of_them]
+    return sum(in_time) / len(in_time)
+
+
+def _cpu_s_per_token(runs: Sequence[Run], *processes: str) -> float:
+    used_s = sum(run.cpu_s.get(name, 0.0) for run in runs for name in processes)
+    return used_s / sum(run.num_tokens for run in runs)
 
 
 def summarise(runs: Sequence[Run], pair: str) -> list[dict[str, Any]]:
@@ -179,6 +206,11 @@ def _summary(cell: Slot, runs: Sequence[Run], goals: Sequence[Goal]) -> dict[str
         },
         "tokens_per_step": share(counts, "committed_tokens", "steps"),
         "acceptance": share(counts, "accepted_tokens", "verified_tokens"),
+        "served_in_time": served_in_time(own, plain),
+        "plain_served_in_time": served_in_time(plain, plain),
+        "server_ms_a_token": 1000 * _cpu_s_per_token(own, *SERVER),
+        "plain_server_ms_a_token": 1000 * _cpu_s_per_token(plain, *SERVER),
+        "edge_ms_a_token": 1000 * _cpu_s_per_token(own, "edges"),
         "answers_unlike_plain": _num_unlike(own, plain),
         "verdicts": verdicts,
     }
@@ -213,6 +245,12 @@ def _num_unlike(own: Iterable[Run], plain: Sequence[Run]) -> int:
     )
 
 
+def _beside(cell: dict[str, Any], name: str, form: str) -> str | None:
+    """A figure, and plain vLLM's."""
+    value, plain = cell[name], cell[f"plain_{name}"]
+    return None if value is None else f"{value:{form}} ({plain:{form}})"
+
+
 def as_table(cells: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     columns = (
@@ -226,6 +264,9 @@ def as_table(cells: Sequence[dict[str, Any]]) -> str:
         Column("p95 request x", "request_p95"),
         Column("tokens a step", "tokens_per_step", ".2f"),
         Column("accepted", "acceptance", ".0%"),
+        Column("in time", lambda cell: _beside(cell, "served_in_time", ".0%")),
+        Column("server ms a token", lambda cell: _beside(cell, "server_ms_a_token", ".0f")),
+        Column("edges' ms", "edge_ms_a_token", ".0f"),
         Column("unlike plain", "answers_unlike_plain"),
         Column("verdicts", lambda cell: ", ".join(f"{goal}: {said}" for goal, said in cell["verdicts"].items()) or "-"),
     )

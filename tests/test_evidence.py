@@ -24,6 +24,7 @@ from benchmarks.evidence_figures import (
     goals_of,
     interval,
     ratios,
+    served_in_time,
     summarise,
 )
 from benchmarks.switched_figures import ACTIVE, INERT, Period, periods
@@ -35,7 +36,7 @@ KINDS = ("chat", "turns", "code", "maths", "summary", "translation", "grounded",
 
 
 def run(arm: str, start: int = 0, seconds: float = 10.0, **fields: Any) -> Run:
-    given = {"num_tokens": 100, "gaps": {100: 99}, "first_token_s": {"p50": 0.1}, "request_s": {"p95": 1.0}, **fields}
+    given = {"num_tokens": 100, "gaps": {100: 99}, "first_token_s": {"p50": 0.1}, "each": [[0.1, 5.1, 51]], **fields}
     return Run(arm=arm, repeat=start, seconds=seconds, **given)
 
 
@@ -100,6 +101,14 @@ def test_more_starts_that_agree_say_more() -> None:
 def test_a_goal_is_judged_by_the_whole_interval(measured: Interval, least: str, most: str) -> None:
     assert Goal(RATE, 0.98, True, "no edges").verdict(measured) == least
     assert Goal(RATE, 1.0, False, "no edges").verdict(measured) == most
+
+
+def test_requests_are_in_time_by_their_first_token_and_their_pace() -> None:
+    plain = [run(PLAIN, each=[[0.5, 5.5, 51], [0.5, 6.5, 51], [3.0, 8.0, 51]])]
+    assert served_in_time(plain, plain) == pytest.approx(2 / 3)
+    own = [run("edge", each=[[0.1, 7.7, 51], [0.1, 7.5, 51]])]
+    assert served_in_time(own, plain) == pytest.approx(1 / 2), "0.152 s a token is too slow, 0.148 is not"
+    assert served_in_time([run("edge", each=[])], plain) is None
 
 
 # -- one server that is switched -----------------------------------------------------------------------------------

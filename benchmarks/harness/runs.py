@@ -81,8 +81,8 @@ class Run(Slot):
     """By core: the share that the hypervisor gave to others."""
     first_token_s: dict[str, float] = field(default_factory=dict)
     """p50, p99 and max over the requests."""
-    request_s: dict[str, float] = field(default_factory=dict)
-    """From a request to its last token: p50, p95, p99."""
+    each: list[list[float]] = field(default_factory=list)
+    """Of each request, where that is kept: seconds to its first token, to its last, and its tokens."""
     gap_ms: dict[str, float] = field(default_factory=dict)
     """Between two chunks of a stream: p50, p95, p99."""
     token_gap_ms: dict[str, float] = field(default_factory=dict)
@@ -180,12 +180,6 @@ def latencies(first_s: Sequence[float], gaps_s: Iterable[float]) -> dict[str, An
     p99 = ordered[ceil(0.99 * len(ordered)) - 1]
     first_token_s = {"p50": statistics.median(ordered), "p99": p99, "max": ordered[-1]}
     return {"first_token_s": first_token_s, **gap_figures("gap", gaps_s)}
-
-
-def seconds_of(values_s: Iterable[float]) -> dict[str, float]:
-    """Their p50, p95 and p99."""
-    ordered = sorted(values_s)
-    return {f"p{part}": ordered[ceil(part / 100 * len(ordered)) - 1] for part in (50, 95, 99)}
 
 
 def gap_figures(name: str, seconds: Iterable[float]) -> dict[str, Any]:
