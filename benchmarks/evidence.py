@@ -240,6 +240,8 @@ def measure_start(settings: Settings, kept: Kept, places: Sequence[str], loads: 
             {name: configs[name] for name in names},
             LOGS,
             stack,
+            # Places that share a server would find what the one before asked, and plain vLLM would not.
+            "--no-enable-prefix-caching",
             max_seqs=MAX_SEQS,
             kv_bytes=400 << 20,
             model=PAIRS[settings.pair].target_directory(CACHE),

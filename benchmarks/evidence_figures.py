@@ -68,19 +68,19 @@ class Goal:
         return MET if low >= bound else MISSED if high < bound else UNDECIDED
 
 
-RATE, P99_GAP = "tokens_per_s", "gap_p99"
-ALL_EDGES = ("edge, 5 ms", "edge, 20 ms", "edge, 80 ms")
+RATE, WHOLE, P99_GAP = "tokens_per_s", "whole_tokens_per_s", "gap_p99"
+"""Tokens a second of a request while it streams; of the server, prompts included; between two chunks of a stream."""
+ALL_EDGES = (
+    *(f"{kind} edges, 20 ms" for kind in ("good", "poor", "stalling", "dead")),
+    *(f"edge, {rtt_ms} ms" for rtt_ms in (5, 20, 80)),
+)
 GOALS = (
-    Goal(RATE, 0.98, True, "no edges"),
+    *(Goal(figure, 0.98, True, "no edges") for figure in (RATE, WHOLE)),
     *(
         goal
-        for kind in ("good", "poor", "stalling", "dead")
-        for goal in (
-            Goal(RATE, 0.97, True, f"{kind} edges, 20 ms"),
-            Goal(P99_GAP, 1.15, False, f"{kind} edges, 20 ms"),
-        )
+        for arm in ALL_EDGES
+        for goal in (*(Goal(figure, 0.97, True, arm) for figure in (RATE, WHOLE)), Goal(P99_GAP, 1.15, False, arm))
     ),
-    *(goal for arm in ALL_EDGES for goal in (Goal(RATE, 0.97, True, arm), Goal(P99_GAP, 1.15, False, arm))),
 )
 GOALS_OF_GOOD_EDGES = {
     "qwen": {1: 2.0, 4: 1.6, 8: 1.3},
@@ -139,6 +139,10 @@ def ratios(own: Iterable[Run], plain: Sequence[Run], of: Figure) -> dict[int, fl
 
 
 def _rate(run: Run) -> float:
+    return run.tokens_per_s
+
+
+def _whole_rate(run: Run) -> float:
     return run.whole_tokens_per_s
 
 
@@ -183,6 +187,7 @@ def _summary(cell: Slot, runs: Sequence[Run], goals: Sequence[Goal]) -> dict[str
     plain = [run for run in runs if run.arm == PLAIN and _load(run) == _load(cell)]
     measured = {
         RATE: ratios(own, plain, _rate),
+        WHOLE: ratios(own, plain, _whole_rate),
         "first_token": ratios(own, plain, lambda run: run.first_token_p50_s),
         "request_p95": ratios(own, plain, _whole_p95_s),
     }
@@ -259,6 +264,7 @@ def as_table(cells: Sequence[dict[str, Any]]) -> str:
         Column("sampling", lambda cell: "own" if cell["temperature"] is None else f"T {cell['temperature']:g}"),
         Column("starts", lambda cell: cell[RATE].num_starts),
         Column("tokens/s x", RATE),
+        Column("with prompts x", WHOLE),
         Column("first token x", "first_token"),
         Column("p99 gap x", lambda cell: cell.get(P99_GAP)),
         Column("p95 request x", "request_p95"),

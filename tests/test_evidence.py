@@ -36,7 +36,15 @@ KINDS = ("chat", "turns", "code", "maths", "summary", "translation", "grounded",
 
 
 def run(arm: str, start: int = 0, seconds: float = 10.0, **fields: Any) -> Run:
-    given = {"num_tokens": 100, "gaps": {100: 99}, "first_token_s": {"p50": 0.1}, "each": [[0.1, 5.1, 51]], **fields}
+    given = {
+        "decode_tokens": 100,
+        "decode_seconds": seconds,
+        "num_tokens": 100,
+        "gaps": {100: 99},
+        "first_token_s": {"p50": 0.1},
+        "each": [[0.1, 5.1, 51]],
+        **fields,
+    }
     return Run(arm=arm, repeat=start, seconds=seconds, **given)
 
 
@@ -167,10 +175,14 @@ def test_cells_have_verdicts_and_a_line() -> None:
     by_arm = {cell["arm"]: cell for cell in summarise(plain + edges + without, "smollm2")}
     assert by_arm["good edges, 20 ms"]["verdicts"] == {
         "tokens_per_s >= 0.97": MET,
+        "whole_tokens_per_s >= 0.97": MET,
         "gap_p99 <= 1.15": MET,
         "tokens_per_s >= 1.45": MET,
     }
-    assert by_arm["no edges"]["verdicts"] == {"tokens_per_s >= 0.98": UNDECIDED}
+    assert by_arm["no edges"]["verdicts"] == {
+        "tokens_per_s >= 0.98": UNDECIDED,
+        "whole_tokens_per_s >= 0.98": UNDECIDED,
+    }
     assert by_arm["good edges, 20 ms"]["answers_unlike_plain"] == 5
     assert by_arm["no edges"]["answers_unlike_plain"] == 0
     lines = as_table(list(by_arm.values())).splitlines()
