@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_specedge.estimators import Rate
-from vllm_specedge.policy.slo import Queue, Target, Targets, forecast, is_admitted, num_admissible, retry_after_s
+from vllm_specedge.policy.slo import (
+    Queue,
+    Target,
+    Targets,
+    forecast,
+    is_admitted,
+    is_ever_admitted,
+    num_admissible,
+    retry_after_s,
+)
 from vllm_specedge.policy.step_cost import StepCost
 
 COST = StepCost({1: 0.02, 64: 0.03, 1024: 0.2})
@@ -75,6 +84,19 @@ def test_what_would_not_get_its_target_would_not_behind_more_that_wait(
     wanted = Targets(default=target)
     if not is_admitted(queue, 0, num_tokens, wanted, COST):
         assert not is_admitted(replace(queue, waiting=[*queue.waiting, (0, more)]), 0, num_tokens, wanted, COST)
+
+
+@given(queues, targets, st.integers(1, 2000))
+def test_what_is_let_in_now_is_let_in_ever(queue: Queue, target: Target, num_tokens: int) -> None:
+    wanted = Targets(default=target)
+    is_now = is_admitted(queue, 0, num_tokens, wanted, COST)
+    assert is_ever_admitted(queue, 0, num_tokens, wanted, COST) or not is_now
+
+
+def test_a_target_below_a_step_s_time_is_never_met() -> None:
+    assert not is_ever_admitted(IDLE, 0, 1, Targets(default=Target(itl_s=0.001)), COST)
+    full = replace(IDLE, running=[0] * 64, waiting=[(0, 100_000)] * 9)
+    assert is_ever_admitted(full, 0, 1, Targets(default=Target(ttft_s=1.0, itl_s=0.1)), COST)
 
 
 def test_without_targets_everybody_is_let_in() -> None:

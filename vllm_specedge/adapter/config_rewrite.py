@@ -14,7 +14,8 @@ from vllm_specedge.adapter import hooks, hybrids
 from vllm_specedge.adapter.start import ENDPOINT_VARIABLE, engine_options, new_endpoint
 from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, parse_options
 from vllm_specedge.errors import UserError
-from vllm_specedge.frontend.admission import LOAD_VARIABLE
+from vllm_specedge.frontend.load_file import CLASSES, LOAD_VARIABLE
+from vllm_specedge.frontend.request_classes import RequestClasses, read_key_groups
 from vllm_specedge.gateway.startup_checks import check_start
 
 logger = logging.getLogger("vllm.specedge.config")
@@ -160,12 +161,21 @@ def _prepare(options: EdgeOptions) -> None:
     if multiprocessing.parent_process() is not None:
         return
     if options.slo:
+        classes = _classes(options)
         os.environ[LOAD_VARIABLE] = directory = tempfile.mkdtemp(prefix="specedge-load-")
+        classes.write(Path(directory) / CLASSES)
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
     if not options.gateway:
         check_start(options)
         os.environ[ENDPOINT_VARIABLE] = endpoint = new_endpoint()
         atexit.register(shutil.rmtree, Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+
+
+def _classes(options: EdgeOptions) -> RequestClasses:
+    """How the front tells classes of requests apart. Raises UserError."""
+    priorities = options.slo_priorities
+    keys = read_key_groups(Path(options.slo_keys_file), priorities) if options.slo_by == "key" else {}
+    return RequestClasses(priorities, options.slo_by, options.slo_header, keys)
 
 
 def check_config(config: Any) -> None:

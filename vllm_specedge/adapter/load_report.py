@@ -1,28 +1,58 @@
-"""What an engine tells the front of its load, where there are targets for latency (admission.py, slo.py)."""
+"""What an engine tells the front of its load, where there are targets for latency (frontend/admission.py, slo.py)."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_specedge.config import EdgeOptions
 from vllm_specedge.estimators import Rate
-from vllm_specedge.frontend.admission import DEFAULT_CLASS, LOAD_VARIABLE, LoadFile
-from vllm_specedge.policy.slo import Queue, Targets, num_admissible, retry_after_s
+from vllm_specedge.frontend.load_file import LOAD_VARIABLE, Load, LoadFile
+from vllm_specedge.policy.slo import (
+    DEFAULT_CLASS,
+    Queue,
+    Targets,
+    is_ever_admitted,
+    num_admissible,
+    retry_after_s,
+)
 from vllm_specedge.policy.step_cost import StepCost
 
 EVERY_S = 0.1
 LOWEST_PRIORITY = 1 << 31
-"""Requests of the default class are thought to come after all that have a class."""
+"""Requests of the default class, where they may have any priority, are thought to come after all that have a class."""
+
+
+def load_of(
+    queue: Queue,
+    num_tokens: int,
+    priorities: Mapping[str, int],
+    targets: Targets,
+    cost: StepCost,
+    now_s: float,
+) -> Load:
+    """What an engine could take on: of each class, requests with a prompt of so many tokens."""
+    classes = {DEFAULT_CLASS: LOWEST_PRIORITY, **priorities}
+    return Load(
+        said_s=now_s,
+        room={name: num_admissible(queue, each, num_tokens, targets, cost) for name, each in classes.items()},
+        unserved=frozenset(
+            name for name, each in classes.items() if not is_ever_admitted(queue, each, num_tokens, targets, cost)
+        ),
+        retry_after_s=retry_after_s(queue),
+    )
 
 
 class LoadReport:
     """Writes now and then how many more requests of each class would get what they are to get."""
 
-    def __init__(self, vllm_config: Any, targets: Targets) -> None:
+    def __init__(self, vllm_config: Any, options: EdgeOptions) -> None:
         rank = vllm_config.parallel_config.data_parallel_index
         directory = os.environ.get(LOAD_VARIABLE)
         self.num_finished = 0
         self._file = LoadFile(Path(directory) / f"{rank}.json") if directory else None
-        self._targets = targets
+        self._targets = options.targets
+        self._priorities = options.slo_priorities
         self._finished = Rate()
         self._last_s = 0.0
 
@@ -32,15 +62,10 @@ class LoadReport:
         self._last_s = now_s
         self._finished.observe(self.num_finished, now_s)
         self.num_finished = 0
-        queue = _queue(scheduler, self._finished.per_s)
         prompts = [request.num_prompt_tokens for request in scheduler.running]
         typical = sum(prompts) // len(prompts) if prompts else 1
-        room = {
-            str(priority): num_admissible(queue, priority, typical, self._targets, cost)
-            for priority in self._targets.priorities
-        }
-        room[DEFAULT_CLASS] = num_admissible(queue, LOWEST_PRIORITY, typical, self._targets, cost)
-        self._file.write(room, retry_after_s(queue))
+        queue = _queue(scheduler, self._finished.per_s)
+        self._file.write(load_of(queue, typical, self._priorities, self._targets, cost, now_s))
 
 
 def _queue(scheduler: Any, finished_per_s: float) -> Queue:

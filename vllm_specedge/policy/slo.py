@@ -11,6 +11,9 @@ from math import ceil, inf
 
 from vllm_specedge.policy.step_cost import StepCost
 
+DEFAULT_CLASS = "default"
+"""Of the requests that have no class of their own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -88,6 +91,12 @@ def is_admitted(queue: Queue, priority: int, num_tokens: int, targets: Targets, 
     others = {*queue.running, *(other for other, _ in queue.waiting)}
     itl_s = min([target.itl_s, *(targets.of(other).itl_s for other in others)])
     return expected.ttft_s <= target.ttft_s and expected.itl_s <= itl_s
+
+
+def is_ever_admitted(queue: Queue, priority: int, num_tokens: int, targets: Targets, cost: StepCost) -> bool:
+    """Whether a request would get what its class is to get on an engine with nothing else to do."""
+    idle = replace(queue, running=[], waiting=[], context=0)
+    return is_admitted(idle, priority, num_tokens, targets, cost)
 
 
 def num_admissible(
