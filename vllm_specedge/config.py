@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vllm_specedge.addresses import is_loopback
 from vllm_specedge.errors import UserError
 from vllm_specedge.policy.situation import HoldLimits
-from vllm_specedge.policy.slo import DEFAULT_CLASS, Target, Targets
+from vllm_specedge.policy.slo import DEFAULT_CLASS, MAX_CLASSES, Target, Targets
 
 DEFAULT_SPEC_TOKENS = 5
 _HOLD = HoldLimits()
@@ -20,10 +20,6 @@ MAX_SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
 """Of a socket in the file system (unix(7), sun_path)."""
 MAX_SPEC_TOKENS = 128
 """vLLM's rejection sampler takes no longer draft (v1/sample/rejection_sampler.py, MAX_SPEC_LEN)."""
-
-
-MAX_CLASSES = 16
-"""They are labels of metrics."""
 
 
 class SloTarget(BaseModel):
@@ -102,7 +98,7 @@ class EdgeOptions(GatewayOptions):
     max_stretch: float = Field(_HOLD.max_stretch, ge=1)
     """A step takes at most so many times what it takes without drafts, waiting included, unless it makes tokens come
     twice as fast. Bounds the time between two chunks of a stream; costs throughput where verifying takes long."""
-    slo: dict[str, SloTarget] = Field(default_factory=dict, max_length=MAX_CLASSES)
+    slo: dict[str, SloTarget] = Field(default_factory=dict, max_length=MAX_CLASSES - 1)
     """Targets, `ttft_ms` and `itl_ms`, by class: vLLM's priorities, as text, or what `slo_by` says, and "default".
     Speculation is shed before a target is missed; with `--middleware vllm_specedge.admission.AdmissionMiddleware`
     requests that would miss or break one are refused: 429, or 503 where no retry could help."""

@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from vllm_specedge.frontend.load_file import LOAD_VARIABLE, Load, LoadFile
-from vllm_specedge.frontend.shared_places import OFFERED, SharedPlaces
+from vllm_specedge.frontend.shared_places import SharedPlaces
 from vllm_specedge.policy.slo import DEFAULT_CLASS
 
 from .conftest import IMPATIENT, MODEL_NAME, Target, until
@@ -84,7 +84,7 @@ def test_behind_vllm_s_own_middlewares_a_request_without_a_key_takes_no_place_an
         middleware=["vllm_specedge.admission.AdmissionMiddleware"],
     )
     init_entrypoints_middleware(args, app, ())
-    LoadFile(tmp_path / "0.json").write(Load(time.monotonic(), {DEFAULT_CLASS: 1}))
+    LoadFile(tmp_path / "0.json").write(Load(time.monotonic(), {DEFAULT_CLASS: 0}))
 
     async def statuses() -> list[int]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
@@ -93,8 +93,8 @@ def test_behind_vllm_s_own_middlewares_a_request_without_a_key_takes_no_place_an
             strangers = [(await each).status_code for each in asked]
             return [*strangers, (await client.post("/v1/completions", json=BODY, headers=with_key)).status_code]
 
-    assert asyncio.run(statuses()) == [401] * 20 + [200]
+    assert asyncio.run(statuses()) == [401] * 20 + [429]
     places = SharedPlaces(tmp_path / "places")
     with places.locked():
-        assert places.counts(0)[OFFERED] == 1
+        assert places.refused()[0] == 1
     places.close()

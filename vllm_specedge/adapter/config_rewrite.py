@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specedge.adapter import hooks, hybrids
+from vllm_specedge.adapter.demand_report import note_start
 from vllm_specedge.adapter.start import ENDPOINT_VARIABLE, engine_options, new_endpoint
 from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, parse_options
 from vllm_specedge.errors import UserError
@@ -160,6 +161,7 @@ def _prepare(options: EdgeOptions) -> None:
     """Once, in the front end's main process: choose the engines' socket, and say early if the port is taken."""
     if multiprocessing.parent_process() is not None:
         return
+    note_start()
     if options.slo:
         classes = _classes(options)
         os.environ[LOAD_VARIABLE] = directory = tempfile.mkdtemp(prefix="specedge-load-")

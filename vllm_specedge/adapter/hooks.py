@@ -71,6 +71,7 @@ PARTS = {
             (f"{_SCHEDULER}.__init__", "self.block_size"),
             (f"{_SCHEDULER}.__init__", "self.kv_cache_config"),
             ("vllm.v1.core.kv_cache_manager:KVCacheManager.__init__", "block_pool"),
+            ("vllm.v1.core.block_pool:BlockPool.__init__", "self.num_gpu_blocks"),
             ("vllm.v1.request:Request.__init__", "next_decode_eligible_step"),
             ("vllm.v1.request:Request.__init__", "num_output_placeholders"),
             ("vllm.v1.engine.core:EngineCoreProc.__init__", "input_queue"),

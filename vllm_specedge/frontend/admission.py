@@ -28,7 +28,7 @@ from vllm_specedge.frontend.request_classes import (
     RequestClasses,
     with_priority,
 )
-from vllm_specedge.frontend.shared_places import ADMITTED, OFFERED, REFUSED, Place, SharedPlaces
+from vllm_specedge.frontend.shared_places import Place, SharedPlaces
 
 logger = logging.getLogger("vllm_specedge.frontend.admission")
 
@@ -79,9 +79,8 @@ class Front:
             room = {engine: self._room(engine, load, class_) for engine, load in loads.items()}
             best = max(room, key=room.__getitem__, default=None)
             if best is not None and room[best] <= 0:
-                self.places.count(number, OFFERED, REFUSED)
+                self.places.refuse(number)
             else:
-                self.places.count(number, OFFERED, ADMITTED)
                 return Verdict(True, None if best is None else self.places.take(best, now_s))
         if all(class_ in load.unserved for load in loads.values()):
             return Verdict(False)

@@ -3,7 +3,7 @@
 Rule 1: it is read and written under a lock (flock(2)), which the system lets go of with a process that dies.
 Rule 2: places are kept by when they were taken. What an engine reports knows of all that reached it by then, so what is
 older counts no more, and a process that dies with places taken takes them from nobody for longer than a report.
-Rule 3: what each class asked for only grows, until the server ends.
+Rule 3: what was refused of each class only grows, until the server ends.
 
 A file and not a counter in each process: with four API processes each would let in all that there is room for. A share
 each would refuse where the connections, which the system deals out, are uneven. And not a process to ask: that takes a
@@ -20,19 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-OFFERED, ADMITTED, REFUSED = range(3)
-NUM_OUTCOMES: Final = 3
-MAX_CLASSES: Final = 16
+from vllm_specedge.policy.slo import MAX_CLASSES
+
 MAX_ENGINES: Final = 64
 """Of one machine; of more, some share places, and fewer requests are let in than could be."""
 SLICE_S: Final = 0.05
 NUM_SLICES: Final = 64
 """So places are known for 3.2 s, longer than a report counts."""
 _WORD_BYTES: Final = array("q").itemsize
-_COUNTS: Final = MAX_CLASSES * NUM_OUTCOMES
 _BLOCK: Final = 2 * NUM_SLICES
 """Words of an engine: of each slice its number, and the places taken in it."""
-_SIZE_BYTES: Final = _WORD_BYTES * (_COUNTS + MAX_ENGINES * _BLOCK)
+_SIZE_BYTES: Final = _WORD_BYTES * (MAX_CLASSES + MAX_ENGINES * _BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +90,14 @@ class SharedPlaces:
         if then == place.slice_number:
             self._write(at, (then, max(0, taken - 1)))
 
-    # -- what was asked for, under the lock ------------------------------------------------------------------------
+    # -- what was refused, under the lock --------------------------------------------------------------------------
 
-    def count(self, class_number: int, *outcomes: int) -> None:
-        at = class_number * NUM_OUTCOMES
-        counts = self._read(at, NUM_OUTCOMES)
-        for outcome in outcomes:
-            counts[outcome] += 1
-        self._write(at, counts)
+    def refuse(self, class_number: int) -> None:
+        self._write(class_number, (self._read(class_number, 1)[0] + 1,))
 
-    def counts(self, class_number: int) -> Sequence[int]:
-        """Requests of a class so far, by outcome."""
-        return self._read(class_number * NUM_OUTCOMES, NUM_OUTCOMES)
+    def refused(self) -> Sequence[int]:
+        """Requests so far, by class number."""
+        return self._read(0, MAX_CLASSES)
 
     # -- the file --------------------------------------------------------------------------------------------------
 
@@ -117,4 +111,4 @@ class SharedPlaces:
 
 
 def _at(engine: int) -> int:
-    return _COUNTS + engine % MAX_ENGINES * _BLOCK
+    return MAX_CLASSES + engine % MAX_ENGINES * _BLOCK

@@ -13,6 +13,8 @@ from vllm_specedge.policy.step_cost import StepCost
 
 DEFAULT_CLASS = "default"
 """Of the requests that have no class of their own."""
+MAX_CLASSES = 16
+"""This one included: they are labels of metrics."""
 
 
 @dataclass(frozen=True, slots=True)
