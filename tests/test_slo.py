@@ -17,7 +17,9 @@ from vllm_specedge.policy.slo import (
     is_admitted,
     is_ever_admitted,
     num_admissible,
+    num_reserved,
     retry_after_s,
+    rooms,
 )
 from vllm_specedge.policy.step_cost import StepCost
 
@@ -97,6 +99,39 @@ def test_a_target_below_a_step_s_time_is_never_met() -> None:
     assert not is_ever_admitted(IDLE, 0, 1, Targets(default=Target(itl_s=0.001)), COST)
     full = replace(IDLE, running=[0] * 64, waiting=[(0, 100_000)] * 9)
     assert is_ever_admitted(full, 0, 1, Targets(default=Target(ttft_s=1.0, itl_s=0.1)), COST)
+
+
+def test_a_step_has_prompts_beside_the_tokens_of_answers() -> None:
+    queue = replace(IDLE, running=[0] * 20)
+    assert forecast(replace(queue, prompt_per_token=1.0), 0, 100, COST).itl_s == pytest.approx(
+        COST(21, 42, 100, 21), rel=1e-6
+    )
+    assert forecast(replace(queue, prompt_per_token=1.0), 0, 100, COST).itl_s > forecast(queue, 0, 100, COST).itl_s
+
+
+def test_who_came_of_late_is_expected_and_has_a_say_in_how_long_a_step_may_be() -> None:
+    wanted = Targets({1: Target(itl_s=0.0215)})
+    full = replace(IDLE, running=[0] * 30)
+    assert is_admitted(full, 0, 100, wanted, COST)
+    assert not is_admitted(replace(full, lately=frozenset({1})), 0, 100, wanted, COST)
+
+
+CLASSES = {"gold": -1, "default": 0}
+
+
+def test_less_important_classes_leave_places_free_for_those_that_are_expected() -> None:
+    queue, wanted = replace(IDLE, finished_per_s=4.0), Targets(default=Target(itl_s=0.025))
+    alone = rooms(queue, CLASSES, 10, wanted, COST)
+    assert alone["gold"] == alone["default"] > 10
+    found = rooms(queue, CLASSES, 10, wanted, COST, {"gold": 2.0, "default": 50.0})
+    assert found["gold"] == alone["gold"]
+    assert found["default"] == alone["default"] - 1  # at half of what becomes free
+    assert rooms(queue, CLASSES, 10, wanted, COST, {"gold": 5.0})["default"] == 0
+
+
+@given(st.floats(0, 50), st.floats(0, 50), st.floats(0, 50))
+def test_more_is_kept_free_the_more_come(offered: float, more: float, freed: float) -> None:
+    assert 0 <= num_reserved(offered, freed) <= num_reserved(offered + more, freed) <= 64
 
 
 def test_without_targets_everybody_is_let_in() -> None:

@@ -71,6 +71,7 @@ def test_what_comes_and_what_was_refused_is_counted_by_class(places: SharedPlace
         places.refuse(0)
         places.refuse(1)
         places.refuse(1)
+    made.look(scheduler(), 1.0)
     said = counted(made)
     assert said.keys() == {"default", "-1"}
     assert (said["default"]["admitted_requests"], said["default"]["refused_requests"]) == (2, 1)
@@ -84,6 +85,8 @@ def test_engines_that_share_a_front_share_what_it_refused(places: SharedPlaces) 
     with places.locked():
         for _ in range(7):
             places.refuse(0)
+    for rank in ranks:
+        rank.look(scheduler(), 1.0)
     assert sum(counted(rank)["default"]["refused_requests"] for rank in ranks) == 7
 
 

@@ -43,7 +43,7 @@ class DemandReport:
         priorities = options.slo_priorities
         self._classes = {priority: name for name, priority in priorities.items()}
         self._names = RequestClasses(priorities).names
-        self._demand = Demand(self._names)
+        self.demand = Demand(self._names)
         self._counted = {name: CountedSince(DEMAND_COUNTERS) for name in self._names}
         self._limits = EngineLimits(1, 1)
         targets = options.targets
@@ -63,10 +63,10 @@ class DemandReport:
     # -- the scheduler's thread ------------------------------------------------------------------------------------
 
     def added(self, request: Any) -> None:
-        self._demand.admitted(self._class_of(request))
+        self.demand.admitted(self._class_of(request))
 
     def freed(self, request: Any) -> None:
-        self._demand.ended(self._class_of(request), request.num_prompt_tokens, request.num_output_tokens)
+        self.demand.ended(self._class_of(request), request.num_prompt_tokens, request.num_output_tokens)
 
     def look(self, scheduler: Any, now_s: float) -> None:
         """After a step."""
@@ -80,6 +80,8 @@ class DemandReport:
             pool.num_gpu_blocks * scheduler.block_size,
             self._step_s,
         )
+        self._count_refused()
+        self.demand.sample(now_s)
         if scheduler.running:
             self._drafts = self._driver.edge_drafts
         waiting: dict[str, bool] = {}
@@ -87,22 +89,8 @@ class DemandReport:
             is_counted = self._waiting.get(request.request_id)
             waiting[request.request_id] = is_counted is not None
             if is_counted is False:
-                self._demand.deferred(self._class_of(request), 1)
+                self.demand.deferred(self._class_of(request), 1)
         self._waiting = waiting
-
-    def _class_of(self, request: Any) -> str:
-        return self._classes.get(request.priority, DEFAULT_CLASS)
-
-    # -- the link's thread -----------------------------------------------------------------------------------------
-
-    def frames(self, num_welcomes: int) -> list[Frame]:
-        """`num_welcomes`: as CountedSince has it."""
-        self._count_refused()
-        said = [
-            engine_frames.Demand(name, self._counted[name].values(self._demand.counters[name], num_welcomes))
-            for name in self._names
-        ]
-        return [*said, self._capacity()]
 
     def _count_refused(self) -> None:
         if self._places is None:
@@ -114,11 +102,24 @@ class DemandReport:
             for number, name in enumerate(self._names):
                 own = (refused[number] + index) // size
                 if own > self._refused[number]:
-                    self._demand.refused(name, own - self._refused[number])
+                    self.demand.refused(name, own - self._refused[number])
                     self._refused[number] = own
 
+    def _class_of(self, request: Any) -> str:
+        return self._classes.get(request.priority, DEFAULT_CLASS)
+
+    # -- the link's thread -----------------------------------------------------------------------------------------
+
+    def frames(self, num_welcomes: int) -> list[Frame]:
+        """`num_welcomes`: as CountedSince has it."""
+        said = [
+            engine_frames.Demand(name, self._counted[name].values(self.demand.counters[name], num_welcomes))
+            for name in self._names
+        ]
+        return [*said, self._capacity()]
+
     def _capacity(self) -> Frame:
-        cost, mix = self._driver.cost, self._demand.mix
+        cost, mix = self._driver.cost, self.demand.mix
         drafts: EdgeDrafts = self._drafts if self._driver.num_edges else NO_DRAFTS
         plain = capacity_tokens_per_s(cost, mix, self._limits)
         return capacity_frame(capacity_tokens_per_s(cost, mix, self._limits, drafts), plain, self._start_s)

@@ -332,9 +332,9 @@ def start_drafting(scheduler: Any, engine: EngineHandle) -> tuple[Drafting, Serv
     shared = SharedDriver(StepDriver(vocab_size, num_spec_tokens, options.hold_limits, cost), engine)
     tokenizer = getattr(scheduler.structured_output_manager, "tokenizer", None)
     predictions = Predictions(tokenizer, max_model_len)
-    load_report = LoadReport(config, options) if options.slo else None
     demand = DemandReport(config, options, shared.driver)
     shared.more_stats = demand.frames
+    load_report = LoadReport(config, options, demand) if options.slo else None
     spans = request_spans(config)
     drafting = Drafting(
         scheduler,

@@ -19,6 +19,11 @@ class Mix:
     prompt_tokens: float
     answer_tokens: float
 
+    @property
+    def prompt_per_token(self) -> float:
+        """Tokens of prompts that are computed for each token of an answer."""
+        return self.prompt_tokens / self.answer_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -47,11 +52,10 @@ NO_DRAFTS = EdgeDrafts(0.0, ())
 
 def capacity_tokens_per_s(cost: StepCost, mix: Mix, limits: EngineLimits, drafts: EdgeDrafts = NO_DRAFTS) -> float:
     """0 before anything is known of steps."""
-    prompt_per_token = mix.prompt_tokens / mix.answer_tokens
     most = min(
         limits.slots,
         limits.cache_tokens / (mix.prompt_tokens + mix.answer_tokens),
-        limits.step_tokens / (1.0 + prompt_per_token),
+        limits.step_tokens / (1.0 + mix.prompt_per_token),
     )
     return max(_rate(cost, mix, limits, drafts, requests) for requests in _sizes(max(1, int(most))))
 
@@ -73,7 +77,7 @@ def _rate(cost: StepCost, mix: Mix, limits: EngineLimits, drafts: EdgeDrafts, re
     for length in range(len(drafts.survivals) + 1):
         num_verified = round(length * num_drafted)
         tokens_made = requests + num_drafted * sum(drafts.survivals[:length])
-        prefilled = round(tokens_made * mix.prompt_tokens / mix.answer_tokens)
+        prefilled = round(tokens_made * mix.prompt_per_token)
         step_s = cost(requests, requests + prefilled, context, prefilled)
         if num_verified:
             step_s += growth[num_verified - 1] + cost.verifying_s(requests)
