@@ -174,6 +174,40 @@ def test_demand_is_the_rate_of_what_is_offered_and_falls_when_nobody_asks() -> N
     assert exposed(book)["specedge_demand_tokens_per_second[('class', 'gold')]"] < 1.0
 
 
+def told(book: DemandBook, capacity: float, start_s: float) -> None:
+    for number, engine in enumerate((b"a", b"b")):
+        book.take(engine, number, capacity_frame(capacity, capacity / 2, start_s))
+
+
+def test_engines_needed_are_those_for_the_demand_when_a_new_one_is_there() -> None:
+    book, tokens = DemandBook(), 0
+    assert exposed(book)["specedge_engines_needed[]"] == 0
+    told(book, 100.0, 120.0)
+    for second in range(600):
+        tokens += 200
+        book.take(b"a", 0, said("gold", offered_tokens=tokens))
+        book.sample(float(second))
+    assert book.horizon_s == 120.0
+    assert exposed(book)["specedge_foreseen_demand_tokens_per_second[]"] == pytest.approx(200, rel=0.05)
+    assert exposed(book)["specedge_engines_needed[]"] == 3  # 1.2 times 200, of 100 each
+    needed = [3]
+    for second in range(600, 900):
+        tokens += 200 + (second - 600)
+        book.take(b"a", 0, said("gold", offered_tokens=tokens))
+        book.sample(float(second))
+        needed.append(book.engines_needed)
+    assert needed[-1] > 1.2 * 500 / 100  # of what is asked for now
+    assert needed == sorted(needed)
+
+
+def test_the_slowest_start_says_how_far_ahead_and_an_unknown_one_is_a_minute() -> None:
+    book = DemandBook()
+    assert book.horizon_s == 60.0
+    told(book, 100.0, 90.0)
+    book.take(b"c", 2, capacity_frame(100.0, 100.0, 300.0))
+    assert book.horizon_s == 300.0
+
+
 def test_whatever_engines_call_their_classes_there_are_few_labels() -> None:
     book = DemandBook()
     for engine in range(10):

@@ -193,6 +193,25 @@ def simulate_overload(
     raise typer.Exit(overload_report.show(base, _numbers("--times", times), seeds, as_json))
 
 
+@app.command("simulate-scaling")
+def simulate_scaling(
+    days: Annotated[float, typer.Option(help="The first is not counted.", min=1.1)] = 3.0,
+    mean: Annotated[float, typer.Option(help="Tokens of answers a second, over a day.", min=1)] = 1000.0,
+    capacity: Annotated[float, typer.Option(help="Tokens of answers a second of an engine.", min=1)] = 200.0,
+    start_s: Annotated[float, typer.Option(help="An engine takes to start.", min=0)] = 180.0,
+    surges: Annotated[float, typer.Option(help="Of a day.", min=0.1)] = 8.0,
+    ramp_s: Annotated[float, typer.Option(help="A surge takes to rise, about.", min=1)] = 360.0,
+    seeds: Annotated[int, typer.Option(help="Traces.", min=1)] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: int = 0,
+) -> None:
+    """Engines that are started ahead of demand, or when requests wait: hours and misses (docs/operate.md)."""
+    from vllm_specedge.simulation import scaling  # noqa: PLC0415 - as above
+
+    trace = scaling.Trace(days=days, mean=mean, surges_per_day=surges, ramp_s=ramp_s, seed=seed)
+    raise typer.Exit(scaling.show(trace, scaling.Fleet(capacity, start_s), seeds, as_json))
+
+
 def _numbers(option: str, text: str) -> list[float]:
     try:
         numbers = [float(part) for part in text.split(",")]

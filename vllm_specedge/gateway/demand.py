@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from vllm_specedge.estimators import Rate
+from vllm_specedge.policy.foresight import DEFAULT_HORIZON_S, Foresight, engines_needed
 from vllm_specedge.wire.engine_frames import Capacity, Demand
 from vllm_specedge.wire.telemetry import DEMAND_COUNTERS, WRAP
 
@@ -40,6 +41,7 @@ class DemandBook:
     def __init__(self) -> None:
         self.classes: dict[str, ClassTotals] = {}
         self._engines: dict[bytes, _Engine] = {}
+        self._foresight = Foresight()
 
     def take(self, engine: bytes, number: int, frame: Demand | Capacity) -> None:
         """What an engine of this number says."""
@@ -69,11 +71,30 @@ class DemandBook:
             offered = totals.counters[_OFFERED]
             totals.offered.observe(offered - totals.num_rated, now_s)
             totals.num_rated = offered
+        self._foresight.observe(self.offered_tokens_per_s, now_s, self.horizon_s)
 
     @property
     def offered_tokens_per_s(self) -> float:
         """Of all classes."""
         return sum(totals.offered.per_s for totals in self.classes.values())
+
+    @property
+    def horizon_s(self) -> float:
+        """What an engine takes to start, the slowest that is here."""
+        starts_s = [capacity.start_ms / 1e3 for _, capacity in self.capacities() if capacity.start_ms]
+        return max(starts_s, default=DEFAULT_HORIZON_S)
+
+    @property
+    def foreseen_tokens_per_s(self) -> float:
+        """What will be asked for when an engine that is started now is there."""
+        return self._foresight.foreseen(self.horizon_s)
+
+    @property
+    def engines_needed(self) -> int:
+        """For that, engines like those that are here; 0 while none has said its capacity."""
+        capacities = [capacity.with_edges / 1e3 for _, capacity in self.capacities() if capacity.with_edges]
+        mean = sum(capacities) / len(capacities) if capacities else 0.0
+        return engines_needed(self.foreseen_tokens_per_s, mean)
 
     def capacities(self) -> Iterator[tuple[int, Capacity]]:
         """Of each engine that has said its own, by its number."""

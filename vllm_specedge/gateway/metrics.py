@@ -134,6 +134,10 @@ class DemandCollector(Collector):
             demand.add_metric([class_], totals.offered.per_s)
         yield demand
         yield from self._capacity()
+        text = "Tokens of answers a second that will be asked for when an engine that is started now is there."
+        yield GaugeMetricFamily("specedge_foreseen_demand_tokens_per_second", text, self._book.foreseen_tokens_per_s)
+        text = "Engines like those that are here that this takes; 0 while no engine has said its capacity."
+        yield GaugeMetricFamily("specedge_engines_needed", text, self._book.engines_needed)
 
     def _capacity(self) -> Iterator[Metric]:
         text = "Tokens of answers a second that an engine can make and meet its targets, by its own cost model"
