@@ -200,6 +200,16 @@ def test_engines_needed_are_those_for_the_demand_when_a_new_one_is_there() -> No
     assert needed == sorted(needed)
 
 
+def test_the_page_shows_each_engine_s_capacity() -> None:
+    book = DemandBook()
+    assert book.view() == {"demand": 0.0, "foreseen": 0.0, "engines_needed": 0, "engines": []}
+    told(book, 100.5, 60.0)
+    assert book.view()["engines"] == [
+        {"number": number, "with_edges": 100.5, "without_edges": 50.25} for number in range(2)
+    ]
+    assert book.view()["engines_needed"] == 1
+
+
 def test_the_slowest_start_says_how_far_ahead_and_an_unknown_one_is_a_minute() -> None:
     book = DemandBook()
     assert book.horizon_s == 60.0

@@ -35,7 +35,8 @@ def test_what_stays_is_foreseen_to_stay() -> None:
 def test_what_rises_is_foreseen_to_rise_on_and_what_falls_not_to_be_below_what_it_is() -> None:
     rising, falling = [100.0 + 10 * slot for slot in range(60)], [1000.0 - 10 * slot for slot in range(60)]
     assert 1.1 * rising[-1] < after(rising).foreseen(HORIZON_S) < 2.0 * rising[-1]
-    assert after(falling).foreseen(HORIZON_S) >= falling[-1]
+    fallen = after(falling)
+    assert fallen.foreseen(10 * HORIZON_S) == fallen.foreseen(0.0) >= falling[-1]
 
 
 def test_the_further_ahead_the_more_of_a_rise() -> None:

@@ -96,6 +96,18 @@ class DemandBook:
         mean = sum(capacities) / len(capacities) if capacities else 0.0
         return engines_needed(self.foreseen_tokens_per_s, mean)
 
+    def view(self) -> dict[str, object]:
+        """What the status page shows of it, in tokens of answers a second."""
+        return {
+            "demand": round(self.offered_tokens_per_s, 1),
+            "foreseen": round(self.foreseen_tokens_per_s, 1),
+            "engines_needed": self.engines_needed,
+            "engines": [
+                {"number": number, "with_edges": said.with_edges / 1e3, "without_edges": said.without_edges / 1e3}
+                for number, said in self.capacities()
+            ],
+        }
+
     def capacities(self) -> Iterator[tuple[int, Capacity]]:
         """Of each engine that has said its own, by its number."""
         for engine in self._engines.values():

@@ -80,7 +80,8 @@ class Gateway:
     def view(self, is_from_here: bool) -> dict[str, object]:
         """What the status page shows, to a reader on this machine or elsewhere."""
         has_names = self._has_public_names or is_from_here
-        return self._overview.view(self.router, self.edges.rtts_s, time.monotonic(), has_names)
+        shown = self._overview.view(self.router, self.edges.rtts_s, time.monotonic(), has_names)
+        return {**shown, "capacity": self.demand.view()}
 
     def served_vocabularies(self) -> list[dict[str, object]]:
         """Of each vocabulary that an edge may fetch, its fingerprint, how large it is, and the models that have it."""
