@@ -25,6 +25,7 @@ from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.telemetry import DEMAND_COUNTERS, CountedSince, capacity_frame
 
 LOOK_EVERY_S = 0.1
+RECKON_EVERY_S = 5.0
 STARTED_VARIABLE = "SPECEDGE_STARTED"
 """When the server's first process began, on the machine's monotonic clock: set by the front end for its engines."""
 
@@ -49,6 +50,8 @@ class DemandReport:
         targets = options.targets
         self._step_s = min(targets.of(priority).itl_s for priority in (*targets.priorities, 1 << 31))
         self._drafts = NO_DRAFTS
+        self._capacity: Frame | None = None
+        self._reckoned_s = 0.0
         self._waiting: dict[str, bool] = {}
         """The requests that wait to run, and whether that was counted: at the second look at them."""
         self._looked_s = 0.0
@@ -116,9 +119,13 @@ class DemandReport:
             engine_frames.Demand(name, self._counted[name].values(self.demand.counters[name], num_welcomes))
             for name in self._names
         ]
-        return [*said, self._capacity()]
+        now_s = time.monotonic()
+        if self._capacity is None or now_s - self._reckoned_s >= RECKON_EVERY_S:
+            self._capacity, self._reckoned_s = self._reckoned(), now_s
+        return [*said, self._capacity]
 
-    def _capacity(self) -> Frame:
+    def _reckoned(self) -> Frame:
+        """It takes about a millisecond of this process."""
         cost, mix = self._driver.cost, self.demand.mix
         drafts: EdgeDrafts = self._drafts if self._driver.num_edges else NO_DRAFTS
         plain = capacity_tokens_per_s(cost, mix, self._limits)

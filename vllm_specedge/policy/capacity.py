@@ -61,10 +61,10 @@ def capacity_tokens_per_s(cost: StepCost, mix: Mix, limits: EngineLimits, drafts
 
 
 def _sizes(most: int) -> Sequence[int]:
-    """Numbers of requests that are tried: each a tenth more, about. The best one is flat."""
+    """Numbers of requests that are tried: each an eighth more, about. Around the best one the rate is flat."""
     sizes = [1]
     while sizes[-1] < most:
-        sizes.append(min(most, max(sizes[-1] + 1, round(1.1 * sizes[-1]))))
+        sizes.append(min(most, max(sizes[-1] + 1, round(1.125 * sizes[-1]))))
     return sizes
 
 
@@ -73,14 +73,13 @@ def _rate(cost: StepCost, mix: Mix, limits: EngineLimits, drafts: EdgeDrafts, re
     even it does, the engine does what it can."""
     context = round(requests * (mix.prompt_tokens + mix.answer_tokens / 2))
     best, num_drafted = 0.0, drafts.share * requests
-    growth = cost.growth(requests, round(len(drafts.survivals) * num_drafted))
     for length in range(len(drafts.survivals) + 1):
         num_verified = round(length * num_drafted)
         tokens_made = requests + num_drafted * sum(drafts.survivals[:length])
         prefilled = round(tokens_made * mix.prompt_per_token)
-        step_s = cost(requests, requests + prefilled, context, prefilled)
+        step_s = cost(requests, requests + num_verified + prefilled, context, prefilled)
         if num_verified:
-            step_s += growth[num_verified - 1] + cost.verifying_s(requests)
+            step_s += cost.verifying_s(requests)
         if step_s > 0.0 and (step_s <= limits.step_s or (requests == 1 and not length)):
             best = max(best, tokens_made / step_s)
     return best
