@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vllm_specedge.cli
+from benchmarks.overload import Cell, problems
 from vllm_specedge.simulation.arrivals import Kind, arrivals
 from vllm_specedge.simulation.models import SERVERS
 from vllm_specedge.simulation.overload import CLASSES, Overload, OverloadOutcome, simulate_overload
@@ -107,3 +108,22 @@ def test_the_command_prints_a_table_or_json() -> None:
         "met",
         "verified_per_step",
     }
+
+
+# -- make bench-overload -------------------------------------------------------------------------------------------
+
+
+def cell(arm: str, times: float, goodput: float, simulated: float | None = None) -> Cell:
+    return Cell("poisson", arm, times, goodput, goodput if simulated is None else simulated, {}, 0)
+
+
+def test_the_benchmark_says_which_goals_are_missed() -> None:
+    good = [cell("cost model", 1.0, 2.0), cell("cost model", 2.0, 1.9), cell("queue time", 2.0, 1.0)]
+    assert problems(good) == []
+    [missed] = problems([*good[:1], cell("cost model", 2.0, 1.7), cell("queue time", 2.0, 0.1)])
+    assert "at capacity" in missed
+    [missed] = problems([*good[:2], cell("queue time", 2.0, 1.2)])
+    assert "queue time" in missed
+    [missed] = problems([cell("cost model", 1.0, 2.0, 2.5)])
+    assert "25%" in missed
+    assert problems([cell("none", 3.0, 0.0, 1.0)]) == []
