@@ -1453,3 +1453,16 @@ def test_a_request_may_wait_for_its_draft_once_drafts_have_made_it_faster() -> N
     assert serving.plan().holds
     serve(serving, 200, 0, 1.2 * STEP_S)
     assert serving.plan() == StepPlan()
+
+
+def test_what_edges_bring_is_the_share_of_requests_that_have_one_and_how_right_drafts_are_here() -> None:
+    assert new_driver().edge_drafts.share == 0.0
+    serving = Serving()
+    assert serving.driver.edge_drafts.share == 1.0
+    serving.driver.open("other", list(PROMPT), "")
+    assert serving.driver.edge_drafts.share == 0.5
+    before = serving.driver.edge_drafts.survivals
+    assert before == sorted(before, reverse=True)
+    serving.propose([23, 24])
+    serving.decode(23, 24, 25, num_verified=2)
+    assert serving.driver.edge_drafts.survivals > before
