@@ -355,17 +355,61 @@ def test_a_place_goes_back_to_all_and_what_a_dead_process_took_is_its_own_for_a_
 # -- classes -------------------------------------------------------------------------------------------------------
 
 
+async def priority_of(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the priority that vLLM would take from the headers, and the body."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    asked = json.loads(message["body"])
+    found = [value.decode() for name, value in scope["headers"] if name == b"x-vllm-priority"]
+    await JSONResponse([found, asked])(scope, receive, send)
+
+
 def test_a_header_names_the_class_and_gives_it_its_priority_whatever_the_request_says(directory: Path) -> None:
     RequestClasses({"gold": -1, DEFAULT_CLASS: 0}, "header", "x-slo-class").write(directory / CLASSES)
     say(directory, {DEFAULT_CLASS: 0, "gold": 9})
-    front = Client()
+    front = Client(priority_of)
+    gold, forged = (b"x-slo-class", b"gold"), (b"x-vllm-priority", b"-1")
+    own = BODY | {"priority": 7}
+    assert json.loads(front.ask(own, headers=(gold, forged, forged))[1]) == [["-1"], own]
+    assert front.ask(own, headers=(forged,))[0] == 429
+    assert front.ask(own, headers=((b"x-slo-class", b"silver"),))[0] == 429
+    say(directory, {DEFAULT_CLASS: 9})
+    assert json.loads(Client(priority_of).ask(own, headers=(forged,))[1]) == [["0"], own]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/batch", "/inference/v1/generate", "/cohere/v2/chat"])
+def test_where_vllm_knows_no_header_the_body_gets_the_priority(directory: Path, path: str) -> None:
+    RequestClasses({"gold": -1, DEFAULT_CLASS: 0}, "header", "x-slo-class").write(directory / CLASSES)
+    say(directory, {DEFAULT_CLASS: 9, "gold": 9})
     gold = ((b"x-slo-class", b"gold"),)
-    assert json.loads(front.ask(BODY | {"priority": 7}, headers=gold)[1]) == BODY | {"priority": -1}
-    assert json.loads(front.ask({}, headers=gold)[1]) == {"priority": -1}
-    assert front.ask(BODY | {"priority": -1})[0] == 429
-    assert front.ask(BODY, headers=((b"x-slo-class", b"silver"),))[0] == 429
-    say(directory, {DEFAULT_CLASS: 1})
-    assert json.loads(Client().ask(BODY | {"priority": -1})[1])["priority"] == 0
+    assert json.loads(Client(priority_of).ask(BODY | {"priority": 7}, path, headers=gold)[1])[1]["priority"] == -1
+    assert json.loads(Client(priority_of).ask({}, path, headers=gold)[1])[1] == {"priority": -1}
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+def test_a_body_that_is_not_looked_at_comes_whole(directory: Path, parts: int) -> None:
+    RequestClasses({"gold": -1, DEFAULT_CLASS: 0}, "header", "x-slo-class").write(directory / CLASSES)
+    say(directory, {DEFAULT_CLASS: 9, "gold": 9})
+    data = b"x" * (2 * MAX_BODY_BYTES)
+    assert Client().ask(data, parts=parts)[1] == data
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/completions", ((b"x-vllm-priority", b"-5"),), 200),
+        ("/v1/completions", ((b"x-vllm-priority", b" 3 "), (b"x-vllm-priority", b"-5")), 429),
+        ("/v1/completions", ((b"x-vllm-priority", b"high"),), 200),
+        ("/cohere/v2/chat", ((b"x-vllm-priority", b"3"),), 200),
+    ],
+)
+def test_a_priority_in_vllm_s_header_comes_before_the_body_s_where_vllm_sees_it_so(
+    directory: Path, path: str, headers: Any, status: int
+) -> None:
+    RequestClasses({"-5": -5}).write(directory / CLASSES)
+    say(directory, {DEFAULT_CLASS: 0, "-5": 9})
+    assert Client().ask(BODY | {"priority": -5}, path, headers=headers)[0] == status
 
 
 def test_the_group_of_a_key_is_its_class(directory: Path) -> None:
@@ -409,7 +453,7 @@ def test_a_body_that_cannot_get_its_class_s_priority_is_refused(
     assert MAX_REWRITTEN_BYTES > 1000
     RequestClasses({DEFAULT_CLASS: 0}, "header", "x-slo-class").write(directory / CLASSES)
     say(directory, {DEFAULT_CLASS: 9})
-    assert Client().ask(BODY | {"prompt": "x" * 2000}, parts=4)[0] == 413
+    assert Client().ask(BODY | {"prompt": "x" * 2000}, "/inference/v1/generate", parts=4)[0] == 413
 
 
 @pytest.mark.parametrize("body", [b"[" * MAX_BODY_BYTES, b'{"a":' * 200_000, b'{"a":[' + b"[]," * 300_000 + b"1]}"])

@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from vllm_specedge.frontend.load_file import LOAD_VARIABLE, Load, LoadFile
+from vllm_specedge.frontend.request_classes import PRIORITY_HEADER
 from vllm_specedge.frontend.shared_places import SharedPlaces
 from vllm_specedge.policy.slo import DEFAULT_CLASS
 
@@ -65,7 +66,10 @@ def test_behind_vllm_s_own_middlewares_a_request_without_a_key_takes_no_place_an
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the order in which vLLM puts them: its users' are outermost."""
+    from vllm.entrypoints.generate.base.serving import PRIORITY_HEADER as OF_VLLM
     from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+
+    assert OF_VLLM.lower().encode() == PRIORITY_HEADER
 
     monkeypatch.setenv(LOAD_VARIABLE, str(tmp_path))
     app = FastAPI()

@@ -176,6 +176,9 @@ def _prepare(options: EdgeOptions) -> None:
 def _classes(options: EdgeOptions) -> RequestClasses:
     """How the front tells classes of requests apart. Raises UserError."""
     priorities = options.slo_priorities
+    missing = hooks.problems(hooks.CLASSES) if options.slo_by != "priority" else []
+    if missing:
+        raise UserError(f"This vLLM takes no priority from a header ({missing[0]}): leave slo_by out.")
     keys = read_key_groups(Path(options.slo_keys_file), priorities) if options.slo_by == "key" else {}
     return RequestClasses(priorities, options.slo_by, options.slo_header, keys)
 

@@ -45,6 +45,7 @@ NGRAMS, TRACING, SAMPLING, VERIFICATION, VERIFICATION_V2, DISCARDS, COUPLING, CO
     "V2 noise",
     "hybrid models",
 )
+CLASSES = "classes of requests"
 PARTS = {
     DRAFTING: Part(
         "Edges cannot be used",
@@ -235,6 +236,11 @@ PARTS = {
             Hook("vllm.v1.worker.gpu.sample.states:SamplingStates.add_request", ("req_idx", "sampling_params")),
         ),
         (("vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler._verify", "rejection_sample("),),
+    ),
+    CLASSES: Part(
+        "No classes of requests by header or key",
+        (Hook("vllm.entrypoints.generate.base.serving:PRIORITY_HEADER"),),
+        (("vllm.entrypoints.generate.base.serving:GenerateBaseServing._get_priority", "headers.get(PRIORITY_HEADER)"),),
     ),
     HYBRIDS: Part(
         "Models with linear attention are refused",

@@ -25,6 +25,9 @@ from vllm_specedge.frontend.request_body import pass_on
 from vllm_specedge.frontend.request_classes import (
     MAX_BODY_BYTES,
     MAX_REWRITTEN_BYTES,
+    PATHS_BY_BODY,
+    PATHS_BY_HEADER,
+    Headers,
     RequestClasses,
     with_priority,
 )
@@ -36,15 +39,6 @@ STALE_S = 2.0
 LOOK_AGAIN_S = 0.02
 ON_THE_WAY_S = 0.05
 """What was let in so shortly before an engine's report may not have reached it by then, and is counted once more."""
-_PATHS = (
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/chat/completions/batch",
-    "/v1/responses",
-    "/v1/messages",
-    "/inference/v1/generate",
-    "/cohere/v2/chat",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +125,11 @@ class AdmissionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         front = self._front
-        if front is None or scope["type"] != "http" or not scope["path"].endswith(_PATHS):
+        if front is None or scope["type"] != "http" or not scope["path"].endswith(PATHS_BY_HEADER + PATHS_BY_BODY):
             await self._app(scope, receive, send)
             return
-        request = _Request(front, front.classes.of_headers(scope["headers"]))
+        request = _Request(front, scope["path"], scope["headers"])
+        scope = {**scope, "headers": request.headers}
         try:
             await pass_on(self._app, scope, receive, send, request.limit_bytes, request.look, request.before)
         finally:
@@ -145,13 +140,16 @@ class AdmissionMiddleware:
 class _Request:
     """One on its way in."""
 
-    def __init__(self, front: Front, class_: str | None) -> None:
-        """`class_`: None if its body says it."""
+    def __init__(self, front: Front, path: str, headers: Headers) -> None:
         self.place: Place | None = None
         self._front = front
-        self._class = class_
-        self._is_rewritten = front.classes.source != "priority"
-        self.limit_bytes = MAX_REWRITTEN_BYTES if self._is_rewritten else MAX_BODY_BYTES if class_ is None else 0
+        self._class = front.classes.of_headers(path, headers)
+        """None if its body says it."""
+        self.headers = headers
+        if self._class is not None:
+            self.headers = front.classes.with_priority(self._class, headers)
+        self._is_rewritten = front.classes.source != "priority" and path.endswith(PATHS_BY_BODY)
+        self.limit_bytes = MAX_BODY_BYTES if self._class is None else MAX_REWRITTEN_BYTES * self._is_rewritten
 
     def before(self) -> Response | None:
         return self._ask(self._class) if self._class is not None else None

@@ -1,7 +1,8 @@
 """The class of a request, whose targets it is to meet: by vLLM's priority, a header, or the group of its API key.
 
 Rule 1: where the operator's header or key names the class, the request gets that class's priority, whatever it says
-itself: the engine goes by priorities alone.
+itself: the engine goes by priorities alone. vLLM takes one from a header, and prefers it to the body's; on some paths
+it knows the body's only.
 Rule 2: a body is looked at only where nothing else names the class, up to MAX_BODY_BYTES, and nothing is built of it
 but one number: however long, or deeply nested, it costs some milliseconds at most.
 """
@@ -9,6 +10,7 @@ but one number: however long, or deeply nested, it costs some milliseconds at mo
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,6 +24,13 @@ MAX_BODY_BYTES = 1 << 20
 """The priority is not looked for in a longer body: it counts as of the default class."""
 MAX_REWRITTEN_BYTES = 64 << 20
 """Where a body gets its class's priority, a longer one is refused."""
+PRIORITY_HEADER = b"x-vllm-priority"
+"""vLLM's own (entrypoints/generate/base/serving.py)."""
+PATHS_BY_HEADER = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+"""Paths that generate, where vLLM looks for it."""
+PATHS_BY_BODY = ("/v1/chat/completions/batch", "/inference/v1/generate", "/cohere/v2/chat")
+"""Paths that generate, where it does not."""
+Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 Source: TypeAlias = Literal["priority", "header", "key"]
 
 
@@ -51,10 +60,13 @@ class RequestClasses:
         """All of them, in an order that stays."""
         return [DEFAULT_CLASS, *sorted(self.priorities.keys() - {DEFAULT_CLASS})]
 
-    def of_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+    def of_headers(self, path: str, headers: Headers) -> str | None:
         """The class that a request's headers name; None where they do not tell, but its body."""
         match self.source:
             case "priority":
+                with suppress(ValueError):
+                    if path.endswith(PATHS_BY_HEADER):
+                        return self._known(str(int(_value(headers, PRIORITY_HEADER))))
                 length = _value(headers, b"content-length")
                 return DEFAULT_CLASS if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES else None
             case "header":
@@ -63,6 +75,13 @@ class RequestClasses:
                 scheme, _, key = _value(headers, b"authorization").partition(" ")
                 digest = hashlib.sha256(key.encode("latin-1")).hexdigest() if scheme.lower() == "bearer" else ""
                 return self._known(self.keys.get(digest, DEFAULT_CLASS))
+
+    def with_priority(self, class_: str, headers: Headers) -> Headers:
+        """The headers of a request of this class as vLLM is to have them."""
+        if self.source == "priority":
+            return headers
+        priority = str(self.priorities.get(class_, 0)).encode()
+        return [*(pair for pair in headers if pair[0] != PRIORITY_HEADER), (PRIORITY_HEADER, priority)]
 
     def of_body(self, body: bytes) -> str:
         """The class that a request's own priority names."""
@@ -88,9 +107,9 @@ class RequestClasses:
             return cls()
 
 
-def _value(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> str:
-    """The last one of a header, as a text; empty if there is none. ASGI has names in lower case."""
-    return next((value.decode("latin-1") for each, value in reversed(headers) if each == name), "")
+def _value(headers: Headers, name: bytes) -> str:
+    """The first one of a header, as Starlette reads it; empty if there is none. ASGI has names in lower case."""
+    return next((value.decode("latin-1") for each, value in headers if each == name), "")
 
 
 def with_priority(body: bytes, priority: int) -> bytes:
