@@ -15,11 +15,11 @@ from vllm_specedge.policy.slo import (
     Targets,
     forecast,
     is_admitted,
-    is_ever_admitted,
     num_admissible,
     num_reserved,
     retry_after_s,
     rooms,
+    unserved,
 )
 from vllm_specedge.policy.step_cost import StepCost
 
@@ -91,14 +91,28 @@ def test_what_would_not_get_its_target_would_not_behind_more_that_wait(
 @given(queues, targets, st.integers(1, 2000))
 def test_what_is_let_in_now_is_let_in_ever(queue: Queue, target: Target, num_tokens: int) -> None:
     wanted = Targets(default=target)
-    is_now = is_admitted(queue, 0, num_tokens, wanted, COST)
-    assert is_ever_admitted(queue, 0, num_tokens, wanted, COST) or not is_now
+    if is_admitted(queue, 0, num_tokens, wanted, COST):
+        assert not unserved(queue, {"default": 0}, num_tokens, wanted, COST)
 
 
-def test_a_target_below_a_step_s_time_is_never_met() -> None:
-    assert not is_ever_admitted(IDLE, 0, 1, Targets(default=Target(itl_s=0.001)), COST)
+def test_a_target_below_a_step_s_time_is_never_met_and_nothing_to_the_others() -> None:
+    """Nor while such a request runs, that was let in in doubt, or others of its class come and are refused."""
+    wanted = Targets({-7: Target(itl_s=0.001)}, Target(ttft_s=1.0, itl_s=0.1))
+    classes = {"hasty": -7, "default": 1 << 31}
     full = replace(IDLE, running=[0] * 64, waiting=[(0, 100_000)] * 9)
-    assert is_ever_admitted(full, 0, 1, Targets(default=Target(ttft_s=1.0, itl_s=0.1)), COST)
+    assert unserved(full, classes, 1, wanted, COST) == {"hasty"}
+    come = replace(IDLE, running=[0, -7], lately=frozenset({-7, 0}), finished_per_s=1.0)
+    found = rooms(come, classes, 10, wanted, COST, {"hasty": 50.0})
+    assert found["hasty"] == 0
+    alone = replace(IDLE, running=[0, 0], finished_per_s=1.0)
+    assert found["default"] == rooms(alone, classes, 10, wanted, COST)["default"] > 0
+
+
+def test_a_default_class_that_is_never_served_is_nothing_to_the_others_either() -> None:
+    wanted = Targets({-1: Target(itl_s=0.1)}, Target(itl_s=0.001))
+    found = rooms(replace(IDLE, running=[0, 3]), {"gold": -1, "default": 1 << 31}, 10, wanted, COST)
+    assert found["default"] == 0
+    assert found["gold"] > 0
 
 
 def test_a_step_has_prompts_beside_the_tokens_of_answers() -> None:

@@ -9,7 +9,7 @@ from vllm_specedge.adapter.demand_report import DemandReport
 from vllm_specedge.config import EdgeOptions
 from vllm_specedge.estimators import Rate
 from vllm_specedge.frontend.load_file import LOAD_VARIABLE, Load, LoadFile
-from vllm_specedge.policy.slo import DEFAULT_CLASS, Queue, is_ever_admitted, retry_after_s, rooms
+from vllm_specedge.policy.slo import DEFAULT_CLASS, Queue, retry_after_s, rooms, unserved
 from vllm_specedge.policy.step_cost import StepCost
 
 EVERY_S = 0.1
@@ -43,13 +43,9 @@ class LoadReport:
         prompts = [request.num_prompt_tokens for request in scheduler.running]
         typical = sum(prompts) // len(prompts) if prompts else 1
         queue, targets = self._queue(scheduler, now_s), self._targets
-        unserved = {
-            name
-            for name, priority in self._classes.items()
-            if not is_ever_admitted(queue, priority, typical, targets, cost)
-        }
+        never = unserved(queue, self._classes, typical, targets, cost)
         room = rooms(queue, self._classes, typical, targets, cost, self._demand.demand.offered_per_s)
-        return Load(now_s, room, frozenset(unserved), retry_after_s(queue))
+        return Load(now_s, room, never, retry_after_s(queue))
 
     def _queue(self, scheduler: Any, now_s: float) -> Queue:
         waiting = [*scheduler.waiting, *scheduler.kv_holding_waiting]

@@ -5,7 +5,7 @@ are refused at the front, before they cost anything: so that those admitted meet
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, inf, log
 from types import MappingProxyType
@@ -39,6 +39,11 @@ class Targets:
 
     def of(self, priority: int) -> Target:
         return self.by_priority.get(priority, self.default)
+
+    def without(self, priorities: Collection[int]) -> "Targets":
+        """The same without those of these priorities; without the default's where one of them has none of its own."""
+        kept = {each: Target() if each in priorities else target for each, target in self.by_priority.items()}
+        return Targets(kept, self.default if set(priorities) <= kept.keys() else Target())
 
     @property
     def priorities(self) -> list[int]:
@@ -105,12 +110,6 @@ def is_admitted(queue: Queue, priority: int, num_tokens: int, targets: Targets, 
     return expected.ttft_s <= target.ttft_s and expected.itl_s <= itl_s
 
 
-def is_ever_admitted(queue: Queue, priority: int, num_tokens: int, targets: Targets, cost: StepCost) -> bool:
-    """Whether a request would get what its class is to get on an engine with nothing else to do."""
-    idle = replace(queue, running=[], waiting=[], context=0)
-    return is_admitted(idle, priority, num_tokens, targets, cost)
-
-
 def num_admissible(
     queue: Queue, priority: int, num_tokens: int, targets: Targets, cost: StepCost, limit: int = 64
 ) -> int:
@@ -132,6 +131,17 @@ def num_reserved(offered_per_s: float, freed_per_s: float) -> int:
     return MAX_RESERVED if ratio >= 1.0 else min(MAX_RESERVED, ceil(log(MAX_BLOCKED) / log(ratio)))
 
 
+def unserved(
+    queue: Queue, classes: Mapping[str, int], num_tokens: int, targets: Targets, cost: StepCost
+) -> frozenset[str]:
+    """The classes, of these priorities, whose targets this engine could not meet with nothing else to do. Whatever they
+    ask for, they are nothing to the others."""
+    idle = replace(queue, running=[], waiting=[], context=0, lately=frozenset())
+    return frozenset(
+        name for name, priority in classes.items() if not is_admitted(idle, priority, num_tokens, targets, cost)
+    )
+
+
 def rooms(
     queue: Queue,
     classes: Mapping[str, int],
@@ -142,8 +152,10 @@ def rooms(
 ) -> dict[str, int]:
     """By class, of these priorities: how many requests with a prompt of so many tokens could come now. `offered_per_s`:
     by class, requests that come, admitted or not."""
-    found, ahead_per_s = dict[str, int](), 0.0
-    for name in sorted(classes, key=classes.__getitem__):
+    never = unserved(queue, classes, num_tokens, targets, cost)
+    found, ahead_per_s = dict.fromkeys(never, 0), 0.0
+    targets = targets.without({classes[name] for name in never})
+    for name in sorted(classes.keys() - never, key=classes.__getitem__):
         room = num_admissible(queue, classes[name], num_tokens, targets, cost)
         found[name] = max(0, room - num_reserved(ahead_per_s, queue.finished_per_s))
         ahead_per_s += offered_per_s.get(name, 0.0)
