@@ -226,7 +226,7 @@ def main(
     figures = {"settings": settings, "session": circumstances(), "cells": [asdict(cell) for cell in cells]}
     path.write_text(json.dumps(figures, indent=1) + "\n")
     print("Requests a second that met their targets, [in simulation], (part of class gold, of the default class):")
-    for kind in KINDS:
+    for kind in [kind for kind in KINDS if any(cell.kind == kind for cell in cells)]:
         print(f"\n{_table(kind, loads, cells)}")
     missed = problems(cells)
     print("\n" + "\n".join(missed or ["All goals are met."]))
