@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench evidence bench-switched bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-other-tokenizer clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench evidence bench-switched bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-overload bench-other-tokenizer clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench-switched  what edges bring or cost within one server, whose drafts count every other few seconds"
 	@echo "make bench-emulated  server, wire and edges at an accelerator's speed, without one (some minutes)"
 	@echo "make bench-timeline  a second of a real run, drawn: the server verifies while edges draft (two minutes)"
+	@echo "make bench-overload  goodput at 1 to 3 times capacity, by who is let in (an hour; ARGS=--quick)"
 	@echo "make bench-messages  frames through a gateway: latency, and what one costs"
 	@echo "make bench-overhead  memory, start-up, latency and parking costs"
 	@echo "make bench-ahead     what drafting ahead is worth at 0, 5, 20 and 80 ms (half an hour; ARGS=--quick)"
@@ -146,6 +147,10 @@ bench-emulated: $(VENV)/.installed model
 
 bench-timeline: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/timeline.py $(ARGS)
+
+# An hour; ARGS=--quick for a look. What it prints in brackets is the simulator's.
+bench-overload: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python benchmarks/overload.py $(ARGS)
 
 bench-messages: $(VENV)/.installed
 	PYTHONPATH=examples $(BIN)/python benchmarks/gateway_load.py messages $(ARGS)

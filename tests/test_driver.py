@@ -1060,7 +1060,7 @@ def test_what_a_request_made_in_its_last_step_is_priced_by_that_step() -> None:
         serving.tokens += [1] * (1 + num_right_at_last)
         outcome = RequestOutcome("r", 1 + num_right_at_last, num_right_at_last, is_over=True)
         serving.driver.end(plan, [outcome], Step(started_s, serving.now_s))
-        return serving.driver.speedup
+        return serving.driver.speedups.ratio
 
     assert speedup(4) > speedup(0) == pytest.approx(1, rel=0.02)
 
@@ -1415,9 +1415,9 @@ def serve(serving: Serving, num_steps: int, num_right: int, took_s: float = STEP
 @pytest.mark.parametrize("num_right", [0, 1, 4])
 def test_the_speedup_is_how_many_tokens_a_plain_step_s_time_brings(num_right: int) -> None:
     serving = Serving()
-    assert serving.driver.speedup == 1.0
+    assert serving.driver.speedups.ratio == 1.0
     serve(serving, 400, num_right)
-    assert serving.driver.speedup == pytest.approx(1 + num_right, rel=0.02)
+    assert serving.driver.speedups.ratio == pytest.approx(1 + num_right, rel=0.02)
 
 
 def test_neither_prompts_nor_an_idle_server_count_as_slow() -> None:
@@ -1426,14 +1426,14 @@ def test_neither_prompts_nor_an_idle_server_count_as_slow() -> None:
     for _ in range(20):
         serving.plan()
         serving.step(1, took_s=10 * STEP_S, prefilled=1000)
-    assert serving.driver.speedup == pytest.approx(2, rel=0.02)
+    assert serving.driver.speedups.ratio == pytest.approx(2, rel=0.02)
     serving.driver.close("r")
     serving.now_s += 1000.0
     serving.tokens = list(PROMPT)
     serving.driver.open("r", serving.tokens, "")
     serving.step(1, prefilled=len(PROMPT))
     serve(serving, 1, 1)
-    assert serving.driver.speedup == pytest.approx(2, rel=0.02)
+    assert serving.driver.speedups.ratio == pytest.approx(2, rel=0.02)
 
 
 def test_a_wait_counts_as_time_spent() -> None:
@@ -1442,7 +1442,7 @@ def test_a_wait_counts_as_time_spent() -> None:
         serving.plan()
         serving.now_s += STEP_S
         serving.step(1, 1, num_verified=1)
-    assert serving.driver.speedup == pytest.approx(1, rel=0.02)
+    assert serving.driver.speedups.ratio == pytest.approx(1, rel=0.02)
 
 
 def test_a_request_may_wait_for_its_draft_once_drafts_have_made_it_faster() -> None:
@@ -1453,3 +1453,16 @@ def test_a_request_may_wait_for_its_draft_once_drafts_have_made_it_faster() -> N
     assert serving.plan().holds
     serve(serving, 200, 0, 1.2 * STEP_S)
     assert serving.plan() == StepPlan()
+
+
+def test_what_edges_bring_is_the_share_of_requests_that_have_one_and_how_right_drafts_are_here() -> None:
+    assert new_driver().edge_drafts.share == 0.0
+    serving = Serving()
+    assert serving.driver.edge_drafts.share == 1.0
+    serving.driver.open("other", list(PROMPT), "")
+    assert serving.driver.edge_drafts.share == 0.5
+    before = serving.driver.edge_drafts.survivals
+    assert before == sorted(before, reverse=True)
+    serving.propose([23, 24])
+    serving.decode(23, 24, 25, num_verified=2)
+    assert serving.driver.edge_drafts.survivals > before

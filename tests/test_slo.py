@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_specedge.estimators import Rate
-from vllm_specedge.policy.slo import Queue, Target, Targets, forecast, is_admitted, num_admissible, retry_after_s
+from vllm_specedge.policy.slo import (
+    Queue,
+    Target,
+    Targets,
+    forecast,
+    is_admitted,
+    num_admissible,
+    num_reserved,
+    retry_after_s,
+    rooms,
+    unserved,
+)
 from vllm_specedge.policy.step_cost import StepCost
 
 COST = StepCost({1: 0.02, 64: 0.03, 1024: 0.2})
@@ -75,6 +86,66 @@ def test_what_would_not_get_its_target_would_not_behind_more_that_wait(
     wanted = Targets(default=target)
     if not is_admitted(queue, 0, num_tokens, wanted, COST):
         assert not is_admitted(replace(queue, waiting=[*queue.waiting, (0, more)]), 0, num_tokens, wanted, COST)
+
+
+@given(queues, targets, st.integers(1, 2000))
+def test_what_is_let_in_now_is_let_in_ever(queue: Queue, target: Target, num_tokens: int) -> None:
+    wanted = Targets(default=target)
+    if is_admitted(queue, 0, num_tokens, wanted, COST):
+        assert not unserved(queue, {"default": 0}, num_tokens, wanted, COST)
+
+
+def test_a_target_below_a_step_s_time_is_never_met_and_nothing_to_the_others() -> None:
+    """Nor while such a request runs, that was let in in doubt, or others of its class come and are refused."""
+    wanted = Targets({-7: Target(itl_s=0.001)}, Target(ttft_s=1.0, itl_s=0.1))
+    classes = {"hasty": -7, "default": 1 << 31}
+    full = replace(IDLE, running=[0] * 64, waiting=[(0, 100_000)] * 9)
+    assert unserved(full, classes, 1, wanted, COST) == {"hasty"}
+    come = replace(IDLE, running=[0, -7], lately=frozenset({-7, 0}), finished_per_s=1.0)
+    found = rooms(come, classes, 10, wanted, COST, {"hasty": 50.0})
+    assert found["hasty"] == 0
+    alone = replace(IDLE, running=[0, 0], finished_per_s=1.0)
+    assert found["default"] == rooms(alone, classes, 10, wanted, COST)["default"] > 0
+
+
+def test_a_default_class_that_is_never_served_is_nothing_to_the_others_either() -> None:
+    wanted = Targets({-1: Target(itl_s=0.1)}, Target(itl_s=0.001))
+    found = rooms(replace(IDLE, running=[0, 3]), {"gold": -1, "default": 1 << 31}, 10, wanted, COST)
+    assert found["default"] == 0
+    assert found["gold"] > 0
+
+
+def test_a_step_has_prompts_beside_the_tokens_of_answers() -> None:
+    queue = replace(IDLE, running=[0] * 20)
+    assert forecast(replace(queue, prompt_per_token=1.0), 0, 100, COST).itl_s == pytest.approx(
+        COST(21, 42, 100, 21), rel=1e-6
+    )
+    assert forecast(replace(queue, prompt_per_token=1.0), 0, 100, COST).itl_s > forecast(queue, 0, 100, COST).itl_s
+
+
+def test_who_came_of_late_is_expected_and_has_a_say_in_how_long_a_step_may_be() -> None:
+    wanted = Targets({1: Target(itl_s=0.0215)})
+    full = replace(IDLE, running=[0] * 30)
+    assert is_admitted(full, 0, 100, wanted, COST)
+    assert not is_admitted(replace(full, lately=frozenset({1})), 0, 100, wanted, COST)
+
+
+CLASSES = {"gold": -1, "default": 0}
+
+
+def test_less_important_classes_leave_places_free_for_those_that_are_expected() -> None:
+    queue, wanted = replace(IDLE, finished_per_s=4.0), Targets(default=Target(itl_s=0.025))
+    alone = rooms(queue, CLASSES, 10, wanted, COST)
+    assert alone["gold"] == alone["default"] > 10
+    found = rooms(queue, CLASSES, 10, wanted, COST, {"gold": 2.0, "default": 50.0})
+    assert found["gold"] == alone["gold"]
+    assert found["default"] == alone["default"] - 1  # at half of what becomes free
+    assert rooms(queue, CLASSES, 10, wanted, COST, {"gold": 5.0})["default"] == 0
+
+
+@given(st.floats(0, 50), st.floats(0, 50), st.floats(0, 50))
+def test_more_is_kept_free_the_more_come(offered: float, more: float, freed: float) -> None:
+    assert 0 <= num_reserved(offered, freed) <= num_reserved(offered + more, freed) <= 64
 
 
 def test_without_targets_everybody_is_let_in() -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -148,6 +149,67 @@ def simulate(
         _numbers("--requests", requests), _numbers("--rtt-ms", rtt_ms), edge, all_modes, oracle, break_even
     )
     raise typer.Exit(report.show(base, asked, curve, as_json))
+
+
+@app.command("simulate-overload")
+def simulate_overload(
+    server: Annotated[str, typer.Option(help="a100-14b, h100-70b-tp4, h100-8b or cpu-135m.")] = "cpu-135m",
+    times: Annotated[str, typer.Option(help="The capacity, so many times; several with commas.")] = "1,1.5,2,3",
+    edges: Annotated[int, typer.Option(help="Edges, each for one request at a time.", min=0)] = 0,
+    max_running: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 32,
+    max_step_tokens: Annotated[int, typer.Option(help="Tokens of a step.", min=16)] = 512,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each request.", min=2)] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Of each answer, on average.", min=4)] = 64,
+    gold_itl_ms: Annotated[float, typer.Option(help="Target of class gold, between tokens.", min=1)] = 80.0,
+    itl_ms: Annotated[float, typer.Option(help="Target of the default class.", min=1)] = 160.0,
+    seconds: Annotated[float, typer.Option(help="For so long requests come.", min=20)] = 60.0,
+    seeds: Annotated[int, typer.Option(help="Runs of each, with other chances.", min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: int = 0,
+) -> None:
+    """Goodput when more is asked for than a server can do, by who is let in (docs/simulate.md)."""
+    from vllm_specedge.simulation import overload, overload_report  # noqa: PLC0415 - as above
+    from vllm_specedge.simulation.models import SERVERS  # noqa: PLC0415
+    from vllm_specedge.simulation.scenario import Scenario  # noqa: PLC0415
+
+    chosen = SERVERS.get(server)
+    if chosen is None:
+        raise UserError(f"There is no server '{server}': --server takes {', '.join(SERVERS)}.")
+    scenario = Scenario(
+        server=chosen,
+        requests=edges,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        max_running=max_running,
+        max_step_tokens=max_step_tokens,
+        seed=seed,
+    )
+    gold, default = overload.CLASSES
+    classes = (
+        replace(gold, target=replace(gold.target, itl_s=gold_itl_ms / 1e3)),
+        replace(default, target=replace(default.target, itl_s=itl_ms / 1e3)),
+    )
+    base = overload.Overload(scenario, classes=classes, duration_s=seconds, warm_up_s=seconds / 4)
+    raise typer.Exit(overload_report.show(base, _numbers("--times", times), seeds, as_json))
+
+
+@app.command("simulate-scaling")
+def simulate_scaling(
+    days: Annotated[float, typer.Option(help="The first is not counted.", min=1.1)] = 3.0,
+    mean: Annotated[float, typer.Option(help="Tokens of answers a second, over a day.", min=1)] = 1000.0,
+    capacity: Annotated[float, typer.Option(help="Tokens of answers a second of an engine.", min=1)] = 200.0,
+    start_s: Annotated[float, typer.Option(help="An engine takes to start.", min=0)] = 180.0,
+    surges: Annotated[float, typer.Option(help="Of a day.", min=0.1)] = 8.0,
+    ramp_s: Annotated[float, typer.Option(help="A surge takes to rise, about.", min=1)] = 360.0,
+    seeds: Annotated[int, typer.Option(help="Traces.", min=1)] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: int = 0,
+) -> None:
+    """Engines that are started ahead of demand, or when requests wait: hours and misses (docs/operate.md)."""
+    from vllm_specedge.simulation import scaling  # noqa: PLC0415 - as above
+
+    trace = scaling.Trace(days=days, mean=mean, surges_per_day=surges, ramp_s=ramp_s, seed=seed)
+    raise typer.Exit(scaling.show(trace, scaling.Fleet(capacity, start_s), seeds, as_json))
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -1,6 +1,7 @@
 """What an operator can set, each option documented where it is defined. Unknown keys are errors."""
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from math import inf
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vllm_specedge.addresses import is_loopback
 from vllm_specedge.errors import UserError
 from vllm_specedge.policy.situation import HoldLimits
-from vllm_specedge.policy.slo import Target, Targets
+from vllm_specedge.policy.slo import DEFAULT_CLASS, MAX_CLASSES, Target, Targets
 
 DEFAULT_SPEC_TOKENS = 5
 _HOLD = HoldLimits()
@@ -22,7 +23,7 @@ MAX_SPEC_TOKENS = 128
 
 
 class SloTarget(BaseModel):
-    """What requests of one priority are to get."""
+    """What requests of one class are to get."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -30,6 +31,8 @@ class SloTarget(BaseModel):
     """To the first token."""
     itl_ms: float = Field(inf, gt=0)
     """From one token to the next."""
+    priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31)
+    """vLLM's, for a class that a header or a key names: the lower, the more important. Of the default class 0."""
 
 
 class GatewayOptions(BaseModel):
@@ -95,9 +98,18 @@ class EdgeOptions(GatewayOptions):
     max_stretch: float = Field(_HOLD.max_stretch, ge=1)
     """A step takes at most so many times what it takes without drafts, waiting included, unless it makes tokens come
     twice as fast. Bounds the time between two chunks of a stream; costs throughput where verifying takes long."""
-    slo: dict[str, SloTarget] = Field(default_factory=dict)
-    """Targets by vLLM's priority, as text, and "default". Speculation is shed before a target is missed; with
-    `--middleware vllm_specedge.admission.AdmissionMiddleware` requests that would miss or break one are refused."""
+    slo: dict[str, SloTarget] = Field(default_factory=dict, max_length=MAX_CLASSES - 1)
+    """Targets, `ttft_ms` and `itl_ms`, by class: vLLM's priorities, as text, or what `slo_by` says, and "default".
+    Speculation is shed before a target is missed; with `--middleware vllm_specedge.admission.AdmissionMiddleware`
+    requests that would miss or break one are refused: 429, or 503 where no retry could help."""
+    slo_by: Literal["priority", "header", "key"] = "priority"
+    """What tells a request's class: its own priority; the header `slo_header`, which has the class's name; or its API
+    key, by `slo_keys_file`. Those two give it their class's `priority`, whatever it says itself. A header is the word
+    of whoever sends it: have a proxy set it, or use keys, where clients are not to choose."""
+    slo_header: str = Field("x-slo-class", pattern="^[a-z0-9-]{1,64}$")
+    """The header, in lower case."""
+    slo_keys_file: str = ""
+    """JSON: by class, SHA-256 hashes of API keys, in hexadecimal digits. Which keys are valid is vLLM's to say."""
     tell_seeds: bool = True
     """The edge that drafts for a sampled request is told its seed, and drafts with the target's noise; what an edge can
     do with a seed is in docs/security.md. A request's text does not depend on it, its speed does."""
@@ -124,8 +136,22 @@ class EdgeOptions(GatewayOptions):
     def targets(self) -> Targets:
         """The targets as the policy takes them."""
         by_name = {name: Target(each.ttft_ms / 1000, each.itl_ms / 1000) for name, each in self.slo.items()}
-        default = by_name.pop("default", Target())
-        return Targets({int(name): target for name, target in by_name.items()}, default)
+        default = by_name.pop(DEFAULT_CLASS, Target())
+        return Targets({self._priority(name): target for name, target in by_name.items()}, default)
+
+    @property
+    def slo_priorities(self) -> dict[str, int]:
+        """The priority of each class, by its name; of the default class where all of its requests have one."""
+        names = self.slo.keys() - {DEFAULT_CLASS}
+        if self.slo_by == "priority":
+            return {str(self._priority(name)): self._priority(name) for name in names}
+        return {name: self._priority(name) for name in {*names, DEFAULT_CLASS}}
+
+    def _priority(self, name: str) -> int:
+        if self.slo_by == "priority":
+            return int(name)
+        target = self.slo.get(name)
+        return (target.priority if target is not None else None) or 0
 
     @property
     def hold_limits(self) -> HoldLimits:
@@ -140,11 +166,26 @@ class EdgeOptions(GatewayOptions):
     def _of_engine(self) -> Self:
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError("prompt_lookup_min must not be above prompt_lookup_max")
-        if not all(name == "default" or name.lstrip("-").isdecimal() for name in self.slo):
-            raise ValueError('slo has targets by priority, such as {"default": {"itl_ms": 100}, "5": {}}')
+        self._check_classes()
         if self.gateway:
             check_endpoint(self.gateway, self.insecure)
         return self
+
+    def _check_classes(self) -> None:
+        names = self.slo.keys() - {DEFAULT_CLASS}
+        if bool(self.slo_keys_file) != (self.slo_by == "key"):
+            raise ValueError('slo_keys_file and "slo_by": "key" go together: give both or neither')
+        if self.slo_by == "priority":
+            if not all(re.fullmatch("-?[0-9]{1,9}", name) for name in names):
+                raise ValueError('slo has targets by priority, such as {"default": {"itl_ms": 100}, "5": {}}')
+            if any(target.priority is not None for target in self.slo.values()):
+                raise ValueError('a class of slo has a priority of its own where "slo_by" is "header" or "key"')
+            return
+        if not all(re.fullmatch("[a-z][a-z0-9_-]{0,31}", name) for name in names):
+            raise ValueError('slo has targets by name, such as {"gold": {"itl_ms": 100, "priority": -1}}')
+        given = [self.slo[name].priority for name in names]
+        if None in given or len({*given, self._priority(DEFAULT_CLASS)}) <= len(given):
+            raise ValueError('each class of slo needs a "priority" of its own, another than the default class\'s')
 
     def of_gateway(self) -> GatewayOptions:
         """Those of the gateway that is started with them."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -66,7 +67,7 @@ from vllm_specedge.gateway.known import ROLES
 from vllm_specedge.gateway.pages import is_from_here
 from vllm_specedge.gateway.server import make_app
 from vllm_specedge.wire.codec import Frame, encode, pack_tokens, unpack_tokens
-from vllm_specedge.wire.engine_frames import EngineHello, EngineOpen, Report
+from vllm_specedge.wire.engine_frames import Demand, EngineHello, EngineOpen, Report
 from vllm_specedge.wire.frames import (
     MAX_FRAME_BYTES,
     MAX_TOKENS_PER_FRAME,
@@ -82,7 +83,7 @@ from vllm_specedge.wire.frames import (
     Welcome,
 )
 from vllm_specedge.wire.session import State
-from vllm_specedge.wire.telemetry import REQUEST_COUNTERS
+from vllm_specedge.wire.telemetry import DEMAND_COUNTERS, REQUEST_COUNTERS, capacity_frame, engine_values
 
 
 def test_drafts_are_accepted(gateway: Running, engine: Engine) -> None:
@@ -331,6 +332,31 @@ def test_a_gateway_without_an_engine_is_alive_and_not_ready(tmp_path: Path) -> N
         wait_for(running.process, f"{running.url}/healthz", "engines", 1)
         assert client.get(f"{running.url}/livez").status_code == client.get(f"{running.url}/healthz").status_code == 200
         engine.link.stop()
+
+
+def test_one_gateway_shows_the_capacity_of_each_of_its_engines_and_the_demand_of_all(tmp_path: Path) -> None:
+    with running_gateway(tmp_path) as running, httpx.Client(trust_env=False, timeout=DEADLINE_S) as client:
+        engines = [Engine(running.endpoint) for _ in range(2)]
+        wait_for(running.process, f"{running.url}/healthz", "engines", 2)
+        offered = engine_values(Counter({"offered_requests": 3, "refused_requests": 1}), DEMAND_COUNTERS)
+        for engine, capacity in zip(engines, (100.0, 300.0), strict=True):
+            engine.link.send([Demand("gold", offered), capacity_frame(capacity, 50.0, 90.0)])
+
+        def samples() -> dict[str, list[float]]:
+            families = text_string_to_metric_families(client.get(f"{running.url}/metrics").text)
+            found: dict[str, list[float]] = {}
+            for sample in (sample for family in families for sample in family.samples):
+                found.setdefault(sample.name, []).append(sample.value)
+            return found
+
+        engines[0].wait(lambda: len(samples().get("specedge_capacity_tokens_per_second", ())) == 2)
+        assert sorted(samples()["specedge_capacity_tokens_per_second"]) == [100.0, 300.0]
+        assert samples()["specedge_offered_requests_total"] == [6.0]
+        assert samples()["specedge_engine_start_seconds"] == [90.0, 90.0]
+        shown = client.get(f"{running.url}/status.json").json()["capacity"]
+        assert sorted(each["with_edges"] for each in shown["engines"]) == [100.0, 300.0]
+        for engine in engines:
+            engine.link.stop()
 
 
 def test_what_finished_requests_came_to_is_served_newest_first(gateway: Running, engine: Engine) -> None:

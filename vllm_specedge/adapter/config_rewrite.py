@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specedge.adapter import hooks, hybrids
+from vllm_specedge.adapter.demand_report import note_start
 from vllm_specedge.adapter.start import ENDPOINT_VARIABLE, engine_options, new_endpoint
 from vllm_specedge.config import DEFAULT_SPEC_TOKENS, MAX_SPEC_TOKENS, EdgeOptions, parse_options
 from vllm_specedge.errors import UserError
-from vllm_specedge.frontend.admission import LOAD_VARIABLE
+from vllm_specedge.frontend.load_file import CLASSES, LOAD_VARIABLE
+from vllm_specedge.frontend.request_classes import RequestClasses, read_key_groups
 from vllm_specedge.gateway.startup_checks import check_start
 
 logger = logging.getLogger("vllm.specedge.config")
@@ -159,13 +161,26 @@ def _prepare(options: EdgeOptions) -> None:
     """Once, in the front end's main process: choose the engines' socket, and say early if the port is taken."""
     if multiprocessing.parent_process() is not None:
         return
+    note_start()
     if options.slo:
+        classes = _classes(options)
         os.environ[LOAD_VARIABLE] = directory = tempfile.mkdtemp(prefix="specedge-load-")
+        classes.write(Path(directory) / CLASSES)
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
     if not options.gateway:
         check_start(options)
         os.environ[ENDPOINT_VARIABLE] = endpoint = new_endpoint()
         atexit.register(shutil.rmtree, Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+
+
+def _classes(options: EdgeOptions) -> RequestClasses:
+    """How the front tells classes of requests apart. Raises UserError."""
+    priorities = options.slo_priorities
+    missing = hooks.problems(hooks.CLASSES) if options.slo_by != "priority" else []
+    if missing:
+        raise UserError(f"This vLLM takes no priority from a header ({missing[0]}): leave slo_by out.")
+    keys = read_key_groups(Path(options.slo_keys_file), priorities) if options.slo_by == "key" else {}
+    return RequestClasses(priorities, options.slo_by, options.slo_header, keys)
 
 
 def check_config(config: Any) -> None:

@@ -11,6 +11,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request
 from zmq import ZMQError
 
+from vllm_specedge.adapter.demand_report import DemandReport
 from vllm_specedge.adapter.engine_handle import EngineHandle
 from vllm_specedge.adapter.load_report import LoadReport
 from vllm_specedge.adapter.look import look, num_waiting
@@ -90,6 +91,7 @@ class Drafting:
         predictions: Predictions | None = None,
         spans: RequestSpans | None = None,
         load_report: LoadReport | None = None,
+        demand: DemandReport | None = None,
         noise: int | None = None,
     ) -> None:
         """`noise`: the kind that edges are told of, with how a request is sampled and its seed."""
@@ -102,6 +104,7 @@ class Drafting:
         self._predictions = predictions
         self._spans = spans
         self._load_report = load_report
+        self._demand = demand
         self._noise = noise
         self._alone: set[str] = set()
         """Requests beside which nothing may be verified."""
@@ -213,6 +216,8 @@ class Drafting:
         self._trace(outcomes, step.started_s)
         if self._load_report is not None:
             self._load_report.report(self._scheduler, self.driver.cost, step.ended_s)
+        if self._demand is not None:
+            self._demand.look(self._scheduler, step.ended_s)
         self._look_up()
 
     def _trace(self, outcomes: list[RequestOutcome], started_s: float) -> None:
@@ -247,6 +252,8 @@ class Drafting:
         is_new = self._scheduler.requests.get(request.request_id) is request
         if parameters is None:
             return
+        if self._demand is not None and is_new:
+            self._demand.added(request)
         how = treatment(parameters)
         if how is Treatment.ALONE:
             self._alone.add(request.request_id)
@@ -273,6 +280,8 @@ class Drafting:
         self._alone.discard(request_id)
         if self._load_report is not None:
             self._load_report.num_finished += 1
+        if self._demand is not None:
+            self._demand.freed(request)
         if self._ngrams is not None:
             self._ngrams.close(request_id)
         if self._spans is not None:
@@ -323,7 +332,9 @@ def start_drafting(scheduler: Any, engine: EngineHandle) -> tuple[Drafting, Serv
     shared = SharedDriver(StepDriver(vocab_size, num_spec_tokens, options.hold_limits, cost), engine)
     tokenizer = getattr(scheduler.structured_output_manager, "tokenizer", None)
     predictions = Predictions(tokenizer, max_model_len)
-    load_report = LoadReport(config, options.targets) if options.slo else None
+    demand = DemandReport(config, options, shared.driver)
+    shared.more_stats = demand.frames
+    load_report = LoadReport(config, options, demand) if options.slo else None
     spans = request_spans(config)
     drafting = Drafting(
         scheduler,
@@ -334,6 +345,7 @@ def start_drafting(scheduler: Any, engine: EngineHandle) -> tuple[Drafting, Serv
         predictions,
         spans,
         load_report,
+        demand,
         noise=noise_kind(config) if options.tell_seeds else None,
     )
     process = None

@@ -45,6 +45,7 @@ NGRAMS, TRACING, SAMPLING, VERIFICATION, VERIFICATION_V2, DISCARDS, COUPLING, CO
     "V2 noise",
     "hybrid models",
 )
+CLASSES = "classes of requests"
 PARTS = {
     DRAFTING: Part(
         "Edges cannot be used",
@@ -71,6 +72,7 @@ PARTS = {
             (f"{_SCHEDULER}.__init__", "self.block_size"),
             (f"{_SCHEDULER}.__init__", "self.kv_cache_config"),
             ("vllm.v1.core.kv_cache_manager:KVCacheManager.__init__", "block_pool"),
+            ("vllm.v1.core.block_pool:BlockPool.__init__", "self.num_gpu_blocks"),
             ("vllm.v1.request:Request.__init__", "next_decode_eligible_step"),
             ("vllm.v1.request:Request.__init__", "num_output_placeholders"),
             ("vllm.v1.engine.core:EngineCoreProc.__init__", "input_queue"),
@@ -234,6 +236,11 @@ PARTS = {
             Hook("vllm.v1.worker.gpu.sample.states:SamplingStates.add_request", ("req_idx", "sampling_params")),
         ),
         (("vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler._verify", "rejection_sample("),),
+    ),
+    CLASSES: Part(
+        "No classes of requests by header or key",
+        (Hook("vllm.entrypoints.generate.base.serving:PRIORITY_HEADER"),),
+        (("vllm.entrypoints.generate.base.serving:GenerateBaseServing._get_priority", "headers.get(PRIORITY_HEADER)"),),
     ),
     HYBRIDS: Part(
         "Models with linear attention are refused",

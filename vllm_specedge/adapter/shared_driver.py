@@ -38,6 +38,8 @@ class SharedDriver:
         self._plan: StepPlan | None = None
         """What was planned, while it still holds: the engine asks several times whether there is something to do."""
         self._counted = CountedSince()
+        self.more_stats: Callable[[int], list[Frame]] = lambda num_welcomes: []
+        """What else the gateway is told, by how many times the engine was welcomed."""
 
     # -- the scheduler's thread ------------------------------------------------------------------------------------
 
@@ -131,4 +133,5 @@ class SharedDriver:
             Stats(self._counted.values(self.driver.counters, num_welcomes)),
             step_times(*self.driver.cost.parts_s),
             groups_frame(self.driver.take_groups(), time.monotonic()),
+            *self.more_stats(num_welcomes),
         ]

@@ -23,6 +23,7 @@ from vllm_specedge.engine.predicted_output import Prediction
 from vllm_specedge.engine.requests import DraftedRequest, Source
 from vllm_specedge.engine.speedup import Speedup
 from vllm_specedge.policy.acceptance import Acceptance
+from vllm_specedge.policy.capacity import EdgeDrafts
 from vllm_specedge.policy.decision import decide
 from vllm_specedge.policy.edge_record import EdgeRecord
 from vllm_specedge.policy.ngram_budget import NgramBudget
@@ -71,9 +72,9 @@ class StepDriver:
         return self._ledger.num_edges
 
     @property
-    def speedup(self) -> float:
-        """Tokens per second of late, over what plain steps are thought to give."""
-        return self.speedups.ratio
+    def edge_drafts(self) -> EdgeDrafts:
+        """What edges bring at present, for whatever load."""
+        return EdgeDrafts(self._ledger.drafted_share, self._ledger.acceptances.edge.survivals(self._max_draft))
 
     @property
     def locally_drafted(self) -> set[str]:
@@ -147,7 +148,7 @@ class StepDriver:
                 num_plain += 1
         load = replace(load, probe=self._probing.next, num_others=load.num_others + num_plain)
         candidates = [choice.candidate for choice in choices.values()]
-        decision = decide(Situation(candidates, load, self.cost, self.speedup, self._limits, now_s))
+        decision = decide(Situation(candidates, load, self.cost, self.speedups.ratio, self._limits, now_s))
         return StepPlan(
             drafts={key: list(choices[key].draft[:length]) for key, length in decision.lengths.items()},
             holds=decision.holds,

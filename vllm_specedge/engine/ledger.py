@@ -52,6 +52,12 @@ class RequestLedger:
     def __len__(self) -> int:
         return len(self._requests)
 
+    @property
+    def drafted_share(self) -> float:
+        """Of the live requests, those that have an edge; 0 of none."""
+        num_drafted = sum(request.edge is not None for request in self._requests.values())
+        return num_drafted / len(self._requests) if self._requests else 0.0
+
     def find(self, request_id: str) -> DraftedRequest | None:
         """The request of that id, if it may get drafts and is not over."""
         return self._requests.get(request_id)

@@ -3,107 +3,117 @@
     vllm serve MODEL --speculative-config '{"method": "edge", "slo": {"default": {"ttft_ms": 2000, "itl_ms": 100}}}' \\
         --middleware vllm_specedge.admission.AdmissionMiddleware
 
-Each engine writes a few numbers to a file beside its socket, some times a second (`LoadFile`); the front looks at them.
+Each engine writes a few numbers to a file beside its socket, some times a second (`LoadFile`); the fronts look at them,
+and at what all of them have let in since (`SharedPlaces`).
 Rule 1: in doubt a request is let in. An engine that has nothing to do writes nothing, so what is old does not count.
 Rule 2: what is refused by somebody else, and what is over, has no place.
-Rule 3: the same answer as an overloaded OpenAI service gives, which its clients know to try again: 503, Retry-After.
+Rule 3: who may come again gets 429 and Retry-After, which OpenAI's clients know; who could never be served gets 503.
 """
 
-import json
+import logging
 import os
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vllm_specedge.frontend.load_file import CLASSES, LOAD_VARIABLE, PLACES, Load, LoadFile
 from vllm_specedge.frontend.request_body import pass_on
+from vllm_specedge.frontend.request_classes import (
+    MAX_BODY_BYTES,
+    MAX_REWRITTEN_BYTES,
+    PATHS_BY_BODY,
+    PATHS_BY_HEADER,
+    Headers,
+    RequestClasses,
+    with_priority,
+)
+from vllm_specedge.frontend.shared_places import Place, SharedPlaces
 
-LOAD_VARIABLE = "SPECEDGE_LOAD"
-"""The directory of the engines' load files; set by the front end when there are targets, inherited by its engines."""
+logger = logging.getLogger("vllm_specedge.frontend.admission")
+
 STALE_S = 2.0
 LOOK_AGAIN_S = 0.02
-DEFAULT_CLASS = "default"
-MAX_BODY_BYTES = 1 << 20
-"""The priority is not looked for in a longer body: it counts as of the default class."""
-_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+ON_THE_WAY_S = 0.05
+"""What was let in so shortly before an engine's report may not have reached it by then, and is counted once more."""
 
 
 @dataclass(frozen=True, slots=True)
-class LoadFile:
-    """Where one engine says how many more requests it could take."""
+class Verdict:
+    """Whether one more request may come."""
 
-    path: Path
-
-    def write(self, room: Mapping[str, int], retry_after_s: int) -> None:
-        """`room`: by class, a priority or DEFAULT_CLASS, how many more requests would meet their targets.
-
-        What cannot be written (a full disk) is left out: what was said before grows old, and then all are let in.
-        """
-        text = json.dumps({"room": room, "retry_after_s": retry_after_s})
-        new = self.path.with_suffix(".new")
-        with suppress(OSError):
-            new.write_text(text)
-            new.replace(self.path)
+    is_admitted: bool
+    place: Place | None = None
+    """To be given back when it is over; None: nothing is known of an engine."""
+    retry_after_s: int | None = None
+    """Of one that may not; None: there is no use in it."""
 
 
 @dataclass(slots=True)
-class _Front:
-    """What the engines said last, less what was let in since."""
+class Front:
+    """One API process: what the engines said last, less what all such processes have let in since."""
 
     directory: Path
-    looked_s: float = 0.0
-    versions: dict[str, int] = field(default_factory=dict)
-    room: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By engine and class."""
-    retry_after_s: int = 1
+    places: SharedPlaces
+    classes: RequestClasses
+    _looked_s: float = float("-inf")
+    _versions: dict[str, int] = field(default_factory=dict)
+    _loads: dict[int, Load] = field(default_factory=dict)
+    """By engine."""
 
-    def look(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self.looked_s < LOOK_AGAIN_S:
+    def ask(self, class_: str, now_s: float) -> Verdict:
+        """Whether a request of this class may come now; it has taken its place then."""
+        self._look(now_s)
+        loads = {engine: load for engine, load in self._loads.items() if now_s - load.said_s <= STALE_S}
+        number = self.classes.names.index(class_)
+        with self.places.locked():
+            room = {engine: self._room(engine, load, class_) for engine, load in loads.items()}
+            best = max(room, key=room.__getitem__, default=None)
+            if best is not None and room[best] <= 0:
+                self.places.refuse(number)
+            else:
+                return Verdict(True, None if best is None else self.places.take(best, now_s))
+        if all(class_ in load.unserved for load in loads.values()):
+            return Verdict(False)
+        return Verdict(False, retry_after_s=min(load.retry_after_s for load in loads.values()))
+
+    def _room(self, engine: int, load: Load, class_: str) -> int:
+        return load.room_of(class_) - self.places.taken(engine, load.said_s - ON_THE_WAY_S)
+
+    def give_back(self, place: Place) -> None:
+        """A request is over, which an engine may have had or not. One that has reported since knows by itself."""
+        with self.places.locked():
+            self.places.give_back(place)
+
+    def _look(self, now_s: float) -> None:
+        if now_s - self._looked_s < LOOK_AGAIN_S:
             return
-        self.looked_s = now_s
-        with suppress(OSError):  # a server that ends takes its directory with it
-            self._read()
-
-    def _read(self) -> None:
-        current = {entry.name: entry for entry in os.scandir(self.directory) if entry.name.endswith(".json")}
-        for name, entry in current.items():
-            written_ns = entry.stat().st_mtime_ns
-            if time.time() - written_ns / 1e9 > STALE_S:
-                self.room.pop(name, None)
-            elif self.versions.get(name) != written_ns:
-                self.versions[name] = written_ns
-                said = json.loads(Path(entry.path).read_text())
-                self.room[name], self.retry_after_s = dict(said["room"]), said["retry_after_s"]
-
-    def take(self, class_: str) -> dict[str, int] | None:
-        """A place for one more request, to be given back when it is over: what an engine said that has room for it.
-
-        None if no engine has. If none has said anything of late, all have.
-        """
-        self.look()
-        best = max(self.room.values(), key=lambda room: _room(room, class_), default=None)
-        if best is None:
-            return {}
-        if _room(best, class_) <= 0:
-            return None
-        for name in best:
-            best[name] -= 1
-        return best
-
-    def give_back(self, place: dict[str, int]) -> None:
-        """A request is over, which an engine may have had or not. What the engine says later knows of that by itself,
-        and is another place than this."""
-        for name in place:
-            place[name] += 1
+        self._looked_s = now_s
+        with suppress(OSError, ValueError):  # a server that ends takes its directory with it
+            for entry in os.scandir(self.directory):
+                name, suffix = os.path.splitext(entry.name)
+                if suffix != ".json" or not name.isdecimal():
+                    continue
+                version = entry.stat().st_mtime_ns
+                if self._versions.get(name) != version:
+                    self._versions[name] = version
+                    self._loads[int(name)] = LoadFile(Path(entry.path)).read()
 
 
-def _room(room: Mapping[str, int], class_: str) -> int:
-    return room.get(class_, room[DEFAULT_CLASS])
+def _front() -> Front | None:
+    """That of this process; None where there are no targets."""
+    directory = os.environ.get(LOAD_VARIABLE)
+    if not directory:
+        return None
+    path = Path(directory)
+    try:
+        return Front(path, SharedPlaces(path / PLACES), RequestClasses.read(path / CLASSES))
+    except OSError as error:
+        logger.error("All requests are let in: %s cannot be used (%s)", path / PLACES, error.strerror)
+        return None
 
 
 class AdmissionMiddleware:
@@ -111,36 +121,61 @@ class AdmissionMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        directory = os.environ.get(LOAD_VARIABLE)
-        self._front = _Front(Path(directory)) if directory else None
+        self._front = _front()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         front = self._front
-        if front is None or scope["type"] != "http" or not scope["path"].endswith(_PATHS):
+        if front is None or scope["type"] != "http" or not scope["path"].endswith(PATHS_BY_HEADER + PATHS_BY_BODY):
             await self._app(scope, receive, send)
             return
-        place: dict[str, int] | None = None
-
-        def look(body: bytes, is_whole: bool) -> JSONResponse | None:
-            nonlocal place
-            place = front.take(_priority(body))
-            return _refusal(front.retry_after_s) if place is None else None
-
+        request = _Request(front, scope["path"], scope["headers"])
+        scope = {**scope, "headers": request.headers}
         try:
-            await pass_on(self._app, scope, receive, send, MAX_BODY_BYTES, look)
+            await pass_on(self._app, scope, receive, send, request.limit_bytes, request.look, request.before)
         finally:
-            front.give_back(place or {})
+            if request.place is not None:
+                front.give_back(request.place)
 
 
-def _priority(body: bytes) -> str:
-    try:
-        priority = json.loads(body).get("priority", 0)
-    except (ValueError, AttributeError, RecursionError):
-        return DEFAULT_CLASS  # the application has something to say about it
-    return str(priority)
+class _Request:
+    """One on its way in."""
+
+    def __init__(self, front: Front, path: str, headers: Headers) -> None:
+        self.place: Place | None = None
+        self._front = front
+        self._class = front.classes.of_headers(path, headers)
+        """None if its body says it."""
+        self.headers = headers
+        if self._class is not None:
+            self.headers = front.classes.with_priority(self._class, headers)
+        self._is_rewritten = front.classes.source != "priority" and path.endswith(PATHS_BY_BODY)
+        self.limit_bytes = MAX_BODY_BYTES if self._class is None else MAX_REWRITTEN_BYTES * self._is_rewritten
+
+    def before(self) -> Response | None:
+        return self._ask(self._class) if self._class is not None else None
+
+    def look(self, body: bytes, is_whole: bool) -> bytes | Response | None:
+        if self._class is None:
+            return self._ask(self._front.classes.of_body(body) if is_whole else self._front.classes.names[0])
+        if not self._is_rewritten:
+            return None
+        if not is_whole and len(body) >= MAX_REWRITTEN_BYTES:
+            return _error(413, "invalid_request_error", f"A request has at most {MAX_REWRITTEN_BYTES} bytes here.")
+        return with_priority(body, self._front.classes.priorities.get(self._class, 0)) if is_whole else None
+
+    def _ask(self, class_: str) -> Response | None:
+        verdict = self._front.ask(class_, time.monotonic())
+        self.place = verdict.place
+        return None if verdict.is_admitted else _refusal(verdict.retry_after_s)
 
 
-def _refusal(retry_after_s: int) -> JSONResponse:
+def _refusal(retry_after_s: int | None) -> Response:
+    if retry_after_s is None:
+        text = "This server cannot meet the latency targets of this request's class, whatever else it has to do."
+        return _error(503, "overloaded_error", text, {"x-should-retry": "false"})
     text = "The server is at its limit: it could not answer within its latency targets. Try again later."
-    error = {"message": text, "type": "overloaded_error", "param": None, "code": 503}
-    return JSONResponse({"error": error}, 503, {"retry-after": str(retry_after_s)})
+    return _error(429, "overloaded_error", text, {"retry-after": str(retry_after_s)})
+
+
+def _error(status: int, kind: str, text: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"error": {"message": text, "type": kind, "param": None, "code": status}}, status, headers)

@@ -14,10 +14,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 Look: TypeAlias = Callable[[bytes, bool], bytes | Response | None]
 """Of a body, and whether that is all of it: what the application gets instead, an answer in the application's place, or
 None: what came."""
+Ask: TypeAlias = Callable[[], Response | None]
+"""An answer in the application's place, before anything of the body is read; None: go on."""
 
 
-async def pass_on(app: ASGIApp, scope: Scope, receive: Receive, send: Send, limit_bytes: int, look: Look) -> None:
-    """Run an application. `look` is called once, with the body up to the message that reaches the limit."""
+async def pass_on(
+    app: ASGIApp,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    limit_bytes: int,
+    look: Look,
+    before: Ask = lambda: None,
+) -> None:
+    """Run an application. When it asks for the body, first `before` is called, once, and then `look`, once, with the
+    body up to the message that reaches the limit."""
     inner = {**scope, "headers": list(scope["headers"])}
     again: Receive | None = None
     is_refused = False
@@ -25,8 +36,11 @@ async def pass_on(app: ASGIApp, scope: Scope, receive: Receive, send: Send, limi
     async def looked_at() -> Message:
         nonlocal again, is_refused
         if again is None:
-            body, is_whole, again = await _read_body(receive, limit_bytes)
-            found = look(body, is_whole)
+            found: bytes | Response | None = before()
+            again = receive
+            if found is None:
+                body, is_whole, again = await _read_body(receive, limit_bytes)
+                found = look(body, is_whole)
             if isinstance(found, Response):
                 is_refused = True
                 await found(scope, receive, send)

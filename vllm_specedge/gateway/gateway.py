@@ -11,15 +11,16 @@ from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from vllm_specedge.config import GatewayOptions
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.gateway.connections import Connections
+from vllm_specedge.gateway.demand import DemandBook
 from vllm_specedge.gateway.effects import Effect, RequestReport, ToEdge, ToEngine
 from vllm_specedge.gateway.engine_socket import EngineSocket
 from vllm_specedge.gateway.known import RouterLimits
-from vllm_specedge.gateway.metrics import RequestHistograms, RouterCollector
+from vllm_specedge.gateway.metrics import DemandCollector, RequestHistograms, RouterCollector
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.gateway.status import Overview
 from vllm_specedge.gateway.vocabulary_store import VocabularyStore
 from vllm_specedge.wire.codec import FrameReader, encode
-from vllm_specedge.wire.engine_frames import EngineHello, Groups, VocabularyPart
+from vllm_specedge.wire.engine_frames import Capacity, Demand, EngineHello, Groups, VocabularyPart
 from vllm_specedge.wire.frames import Ping
 from vllm_specedge.wire.telemetry import groups_of
 
@@ -42,6 +43,8 @@ class Gateway:
         self.vocabularies = VocabularyStore()
         self.registry = CollectorRegistry()
         self.registry.register(RouterCollector(self.router))
+        self.demand = DemandBook()
+        self.registry.register(DemandCollector(self.demand))
         self._histograms = RequestHistograms(self.registry)
         self._overview = Overview()
         ProcessCollector(registry=self.registry)
@@ -77,7 +80,8 @@ class Gateway:
     def view(self, is_from_here: bool) -> dict[str, object]:
         """What the status page shows, to a reader on this machine or elsewhere."""
         has_names = self._has_public_names or is_from_here
-        return self._overview.view(self.router, self.edges.rtts_s, time.monotonic(), has_names)
+        shown = self._overview.view(self.router, self.edges.rtts_s, time.monotonic(), has_names)
+        return {**shown, "capacity": self.demand.view()}
 
     def served_vocabularies(self) -> list[dict[str, object]]:
         """Of each vocabulary that an edge may fetch, its fingerprint, how large it is, and the models that have it."""
@@ -100,6 +104,8 @@ class Gateway:
                 self._carry_out(self.router.from_engine(engine, frame))
                 if isinstance(frame, EngineHello | Ping | VocabularyPart):
                     self._learn_vocabulary(engine, frame)
+                elif isinstance(frame, Demand | Capacity) and engine in self.router.engines:
+                    self.demand.take(engine, self.router.engines[engine].number, frame)
         except RemoteProtocolError as error:
             self._carry_out(self.router.engine_left(engine))
             logger.warning("An engine was dropped: %s", error)
@@ -148,6 +154,8 @@ class Gateway:
     def _watch(self, now_s: float) -> None:
         self.edges.watch(now_s)
         self._overview.sample(self.router, now_s)
+        self.demand.keep(self.router.engines.keys())
+        self.demand.sample(now_s)
         for engine, heard_s in list(self._engine_heard_s.items()):
             if now_s - heard_s > ENGINE_DEAD_S:
                 del self._engine_heard_s[engine]

@@ -6,10 +6,11 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from vllm_specedge.gateway.demand import DemandBook
 from vllm_specedge.gateway.effects import RequestReport
 from vllm_specedge.gateway.router import Router
 from vllm_specedge.policy.step_cost import KNOTS
-from vllm_specedge.wire.telemetry import ENGINE_COUNTERS, REQUEST_COUNTERS
+from vllm_specedge.wire.telemetry import DEMAND_COUNTERS, ENGINE_COUNTERS, REQUEST_COUNTERS
 
 GATEWAY_COUNTERS = (
     ("proposed_tokens", "Draft tokens that edges sent and the gateway passed on."),
@@ -113,3 +114,44 @@ class RouterCollector(Collector):
             for family, time_ns in zip(others, each_ns, strict=True):
                 family.add_metric([str(number)], time_ns / 1e9)
         yield from (curve, *others)
+
+
+class DemandCollector(Collector):
+    """Demand by class of request, and capacity by engine. Tokens are those of answers."""
+
+    def __init__(self, book: DemandBook) -> None:
+        self._book = book
+
+    def collect(self) -> Iterator[Metric]:
+        for index, (name, help_text) in enumerate(DEMAND_COUNTERS):
+            family = CounterMetricFamily(f"specedge_{name}", help_text, labels=("class",))
+            for class_, totals in self._book.classes.items():
+                family.add_metric([class_], totals.counters[index])
+            yield family
+        text = "Tokens of answers a second that requests ask for, refused ones included."
+        demand = GaugeMetricFamily("specedge_demand_tokens_per_second", text, labels=("class",))
+        for class_, totals in self._book.classes.items():
+            demand.add_metric([class_], totals.offered.per_s)
+        yield demand
+        yield from self._capacity()
+        text = "Tokens of answers a second that will be asked for when an engine that is started now is there."
+        yield GaugeMetricFamily("specedge_foreseen_demand_tokens_per_second", text, self._book.foreseen_tokens_per_s)
+        text = "Engines like those that are here that this takes; 0 while no engine has said its capacity."
+        yield GaugeMetricFamily("specedge_engines_needed", text, self._book.engines_needed)
+
+    def _capacity(self) -> Iterator[Metric]:
+        text = "Tokens of answers a second that an engine can make and meet its targets, by its own cost model"
+        capacity = GaugeMetricFamily(
+            "specedge_capacity_tokens_per_second", f"{text}, with the edges it has.", labels=("engine",)
+        )
+        alone = GaugeMetricFamily(
+            "specedge_capacity_without_edges_tokens_per_second", f"{text}, without edges.", labels=("engine",)
+        )
+        start = GaugeMetricFamily(
+            "specedge_engine_start_seconds", "From the start of an engine's server to its own.", labels=("engine",)
+        )
+        for number, said in self._book.capacities():
+            capacity.add_metric([str(number)], said.with_edges / 1e3)
+            alone.add_metric([str(number)], said.without_edges / 1e3)
+            start.add_metric([str(number)], said.start_ms / 1e3)
+        yield from (capacity, alone, start)

@@ -28,6 +28,8 @@ from vllm_specedge.gateway.prefix_memory import PrefixMemory
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.engine_frames import (
     Assign,
+    Capacity,
+    Demand,
     Edges,
     EngineHello,
     EngineOpen,
@@ -111,8 +113,8 @@ class Router:
                 return self._report(engine, known, frame)
             case Groups():
                 return [frame]
-            case VocabularyPart():
-                pass  # for edges that are to know what they draft for: the gateway's
+            case VocabularyPart() | Demand() | Capacity():
+                pass  # the gateway's: for edges that are to know what they draft for, and for people
             case _:
                 self.counters["unexpected_engine_frames"] += 1
         return []

@@ -5,11 +5,21 @@ are refused at the front, before they cost anything: so that those admitted meet
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, inf
+from math import ceil, inf, log
+from types import MappingProxyType
 
 from vllm_specedge.policy.step_cost import StepCost
+
+DEFAULT_CLASS = "default"
+"""Of the requests that have no class of their own."""
+MAX_CLASSES = 16
+"""This one included: they are labels of metrics."""
+
+MAX_BLOCKED = 0.5
+"""Of the more important requests so many may find no place because of less important ones."""
+MAX_RESERVED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,11 @@ class Targets:
 
     def of(self, priority: int) -> Target:
         return self.by_priority.get(priority, self.default)
+
+    def without(self, priorities: Collection[int]) -> "Targets":
+        """The same without those of these priorities; without the default's where one of them has none of its own."""
+        kept = {each: Target() if each in priorities else target for each, target in self.by_priority.items()}
+        return Targets(kept, self.default if set(priorities) <= kept.keys() else Target())
 
     @property
     def priorities(self) -> list[int]:
@@ -54,6 +69,10 @@ class Queue:
     """Requests that ended per second, of late."""
     is_by_priority: bool
     """The more important are admitted first, else who came first."""
+    prompt_per_token: float = 0.0
+    """Tokens of prompts that are computed for each token of an answer, of late: steps have them beside."""
+    lately: frozenset[int] = frozenset()
+    """The priorities of requests that came of late, admitted or not: more of them are expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +97,15 @@ def forecast(queue: Queue, priority: int, num_tokens: int, cost: StepCost) -> Fo
         ttft_s += num_too_many / queue.finished_per_s if queue.finished_per_s > 0.0 else 0.0
     num_then = min(queue.slots, num_running + len(queue.waiting) + 1)
     context = queue.context + sum(tokens for _, tokens in queue.waiting) + num_tokens
-    return Forecast(ttft_s, cost(num_then, num_then, context))
+    prefilled = min(room, round(num_then * queue.prompt_per_token))
+    return Forecast(ttft_s, cost(num_then, num_then + prefilled, context, prefilled))
 
 
 def is_admitted(queue: Queue, priority: int, num_tokens: int, targets: Targets, cost: StepCost) -> bool:
     """Whether one more request would get what its class is to get, and leave the others what theirs are to get."""
     expected = forecast(queue, priority, num_tokens, cost)
     target = targets.of(priority)
-    others = {*queue.running, *(other for other, _ in queue.waiting)}
+    others = {*queue.running, *(other for other, _ in queue.waiting), *queue.lately}
     itl_s = min([target.itl_s, *(targets.of(other).itl_s for other in others)])
     return expected.ttft_s <= target.ttft_s and expected.itl_s <= itl_s
 
@@ -100,6 +120,46 @@ def num_admissible(
         return not is_admitted(more, priority, num_tokens, targets, cost)
 
     return bisect_left(range(limit), True, key=is_full)
+
+
+def num_reserved(offered_per_s: float, freed_per_s: float) -> int:
+    """How many places a less important class leaves free for more important requests that come at this rate, where
+    places become free at the other (trunk reservation): with r of them about ratio ** r of these find none."""
+    if offered_per_s <= 0.0 or freed_per_s <= 0.0:
+        return 0
+    ratio = min(offered_per_s / freed_per_s, 1.0)
+    return MAX_RESERVED if ratio >= 1.0 else min(MAX_RESERVED, ceil(log(MAX_BLOCKED) / log(ratio)))
+
+
+def unserved(
+    queue: Queue, classes: Mapping[str, int], num_tokens: int, targets: Targets, cost: StepCost
+) -> frozenset[str]:
+    """The classes, of these priorities, whose targets this engine could not meet with nothing else to do. Whatever they
+    ask for, they are nothing to the others."""
+    idle = replace(queue, running=[], waiting=[], context=0, lately=frozenset())
+    return frozenset(
+        name for name, priority in classes.items() if not is_admitted(idle, priority, num_tokens, targets, cost)
+    )
+
+
+def rooms(
+    queue: Queue,
+    classes: Mapping[str, int],
+    num_tokens: int,
+    targets: Targets,
+    cost: StepCost,
+    offered_per_s: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, int]:
+    """By class, of these priorities: how many requests with a prompt of so many tokens could come now. `offered_per_s`:
+    by class, requests that come, admitted or not."""
+    never = unserved(queue, classes, num_tokens, targets, cost)
+    found, ahead_per_s = dict.fromkeys(never, 0), 0.0
+    targets = targets.without({classes[name] for name in never})
+    for name in sorted(classes.keys() - never, key=classes.__getitem__):
+        room = num_admissible(queue, classes[name], num_tokens, targets, cost)
+        found[name] = max(0, room - num_reserved(ahead_per_s, queue.finished_per_s))
+        ahead_per_s += offered_per_s.get(name, 0.0)
+    return found
 
 
 def retry_after_s(queue: Queue) -> int:

@@ -99,6 +99,25 @@ class VocabularyPart(Coded, code=41):
 
 
 @dataclass(frozen=True, slots=True)
+class Demand(Coded, code=43):
+    """Engine to gateway, with Stats, for each class of requests: its counters, in the order of
+    telemetry.DEMAND_COUNTERS, as Stats has its own."""
+
+    name: str
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity(Coded, code=44):
+    """Engine to gateway, with Stats: how many tokens of answers a second it could make, in thousandths, with the edges
+    it has and without, and milliseconds from the start of its server to its own."""
+
+    with_edges: int
+    without_edges: int
+    start_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOpen(Coded, code=42):
     """Engine to gateway: a request begins. As Open, but how far an edge may propose is the gateway's to say."""
 
@@ -109,6 +128,8 @@ class EngineOpen(Coded, code=42):
     sampling: tuple[int, ...] = field(default=(), repr=False)
 
 
-FromEngine: TypeAlias = EngineHello | EngineOpen | Stats | Report | StepTimes | Groups | VocabularyPart
+FromEngine: TypeAlias = (
+    EngineHello | EngineOpen | Stats | Report | StepTimes | Groups | VocabularyPart | Demand | Capacity
+)
 ToEngine: TypeAlias = EngineWelcome | Edges | Assign | WantVocabulary
 """What an engine says, and hears, beside frames that edges have too."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from vllm_specedge.wire.engine_frames import Groups, StepTimes
+from vllm_specedge.wire.engine_frames import Capacity, Groups, StepTimes
 from vllm_specedge.wire.frames import MAX_UINT32
 
 REQUEST_COUNTERS = (
@@ -62,12 +62,24 @@ ENGINE_COUNTERS = (
 """What an engine reports in Stats, in this order: the same over all requests, and what is counted only in total."""
 
 
+DEMAND_COUNTERS = (
+    ("offered_requests", "Requests that came, admitted or refused."),
+    ("admitted_requests", "Requests that engines took in."),
+    ("refused_requests", "Requests that were refused because of latency targets."),
+    ("deferred_requests", "Requests that waited for a tenth of a second or more before an engine began with them."),
+    ("offered_tokens", "Tokens of answers that these ask for, by what answers of their class have of late."),
+    ("admitted_tokens", "Tokens of answers that admitted requests ask for, likewise."),
+    ("refused_tokens", "Tokens of answers that refused requests asked for, likewise."),
+    ("deferred_tokens", "Tokens of answers that deferred requests ask for, likewise."),
+)
+"""What an engine reports in Demand, for each class of requests, in this order."""
+
 WRAP = 2**32
-"""Where counters in Stats begin again at 0."""
+"""Where counters in Stats and Demand begin again at 0."""
 
 
-def engine_values(counters: Counter[str]) -> tuple[int, ...]:
-    return tuple(counters[name] % WRAP for name, _ in ENGINE_COUNTERS)
+def engine_values(counters: Counter[str], table: Sequence[tuple[str, str]] = ENGINE_COUNTERS) -> tuple[int, ...]:
+    return tuple(counters[name] % WRAP for name, _ in table)
 
 
 class CountedSince:
@@ -77,7 +89,8 @@ class CountedSince:
     the same one anew. The first is told everything, since an engine may serve before it finds a gateway.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, table: Sequence[tuple[str, str]] = ENGINE_COUNTERS) -> None:
+        self._table = table
         self._before: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
         self._num_welcomes = 1
@@ -87,7 +100,8 @@ class CountedSince:
         if num_welcomes > self._num_welcomes:
             self._before, self._num_welcomes = self._reported, num_welcomes
         self._reported = Counter(counters)
-        return engine_values(Counter({name: counters[name] - self._before[name] for name, _ in ENGINE_COUNTERS}))
+        since = Counter({name: counters[name] - self._before[name] for name, _ in self._table})
+        return engine_values(since, self._table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +133,11 @@ def groups_of(frame: Groups, now_s: float) -> list[Group]:
 def step_times(curve_s: Sequence[float], *others_s: float) -> StepTimes:
     """What the engine has learnt its steps to take (`StepCost.parts_s`), as StepTimes carries it."""
     return StepTimes(tuple(_whole(seconds * 1e6) for seconds in curve_s), *(_whole(each * 1e9) for each in others_s))
+
+
+def capacity_frame(with_edges: float, without_edges: float, start_s: float) -> Capacity:
+    """Tokens a second, and seconds, as Capacity carries them."""
+    return Capacity(_whole(1e3 * with_edges), _whole(1e3 * without_edges), _whole(1e3 * start_s))
 
 
 def _whole(number: float) -> int:

@@ -65,6 +65,23 @@ function edgeRow(edge) {
   }));
 }
 
+function engineRow(engine) {
+  const cells = [["it could make", number(engine.with_edges)], ["without edges", number(engine.without_edges)]];
+  return element("tr", undefined, element("td", `engine ${engine.number}`), ...cells.map(([label, value]) => {
+    const cell = element("td", value);
+    cell.dataset.label = label;
+    return cell;
+  }));
+}
+
+function showCapacity(capacity) {
+  at("servers").hidden = capacity.engines.length === 0;
+  say("demand", number(capacity.demand));
+  say("foreseen", number(capacity.foreseen));
+  say("needed", capacity.engines_needed || "–");
+  at("engines").replaceChildren(...capacity.engines.map(engineRow));
+}
+
 function show(view) {
   say("model", view.models.join(", ") || "no vLLM engine is connected");
   say("speedup", times(view.now.speedup));
@@ -77,6 +94,7 @@ function show(view) {
   say("acceptance-hour", part(view.hour.acceptance));
   showRungs(view.now);
   showTimeline(view.groups);
+  showCapacity(view.capacity);
   say("num-edges", view.edges.length);
   at("edges").replaceChildren(...view.edges.map(edgeRow));
   at("no-edges").hidden = view.edges.length > 0;

@@ -1,0 +1,237 @@
+"""`make bench-overload`: goodput of a real server when more is asked for than it can do, by who is let in.
+
+    PYTHONPATH=examples python benchmarks/overload.py [--times 1,1.5,2,3] [--seconds 60] [--quick]
+
+SmolLM2 on one core, two classes with different targets, requests that come whether or not others have ended: evenly by
+chance and in bursts, the same ones for each arm. Each cell stands beside the simulator's, which is given the step times
+that this server has learnt, and ends with status 1 if a goal is missed or the simulator is off by more than 15 %.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+import httpx2 as httpx
+import typer
+from harness.load import LIMIT_S, Answer
+from harness.results import CACHE, LOGS, circumstances, console, markdown, output_path
+from harness.servers import Target, edge, launch, stand_aside, story
+from overload_middleware import CLASS_HEADER, COST_MODEL
+
+from edge_client.forecast import knowledge
+from vllm_specedge.simulation.arrivals import Arrival, Kind, arrivals
+from vllm_specedge.simulation.overload import CLASSES, Overload, simulate_overload
+from vllm_specedge.simulation.overload_arms import ARMS
+from vllm_specedge.simulation.overload_report import KINDS
+from vllm_specedge.simulation.scenario import Scenario
+
+MAX_SEQS, STEP_TOKENS, PROMPT_TOKENS, ANSWER_TOKENS = 32, 512, 64, 64
+KV_BYTES = 1 << 30
+WARM_UP = (1, 2, 4, 8, 12, 16, 24, 32)
+"""Requests at a time, by which the server learns what its steps take."""
+VOCABULARY = range(1000, 40_000)
+MIN_GOODPUT, MIN_RATIO, AGREEMENT = 0.9, 1.8, 0.15
+SETTLE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm under one load."""
+
+    kind: Kind
+    arm: str
+    times: float
+    goodput_per_s: float
+    simulated_per_s: float
+    met: dict[str, float]
+    """By class, the part of all its requests that had their targets met."""
+    refused: int
+
+
+@dataclass
+class Asked:
+    """A request, and what came of it."""
+
+    arrival: Arrival
+    answer: Answer
+    status: int = 0
+
+    @property
+    def is_good(self) -> bool:
+        chunks, target = self.answer.chunks, self.arrival.class_.target
+        if self.status != 200 or sum(each.num_tokens for each in chunks) < self.arrival.answer_tokens:
+            return False
+        itl_s = (chunks[-1].at_s - chunks[0].at_s) / max(1, self.arrival.answer_tokens - 1)
+        return self.answer.first_token_s <= target.ttft_s and itl_s <= target.itl_s
+
+
+async def _ask(client: httpx.AsyncClient, url: str, model: str, arrival: Arrival, tokens: list[int]) -> Asked:
+    body = {"model": model, "prompt": tokens, "max_tokens": arrival.answer_tokens, "ignore_eos": True, "stream": True}
+    body |= {"temperature": 0, "return_token_ids": True, "priority": arrival.class_.priority}
+    asked = Asked(arrival, Answer(time.monotonic()))
+    async with client.stream("POST", url, json=body, headers={CLASS_HEADER: arrival.class_.name}) as response:
+        asked.status = response.status_code
+        if response.status_code == 200:
+            async for line in response.aiter_lines():
+                asked.answer.take(line, time.monotonic())
+    return asked
+
+
+async def _ask_all(target: Target, coming: Iterable[Arrival], seed: int) -> list[Asked]:
+    """Each when it is to come, by the clock."""
+    chance, url, tasks = Random(seed), f"{target.server.url}/v1/completions", list[asyncio.Task[Asked]]()
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(trust_env=False, timeout=LIMIT_S, limits=limits) as client:
+        started_s = time.monotonic()
+        for arrival in coming:
+            await asyncio.sleep(max(0.0, started_s + arrival.at_s - time.monotonic()))
+            tokens = [chance.choice(VOCABULARY) for _ in range(PROMPT_TOKENS)]
+            tasks.append(asyncio.create_task(_ask(client, url, target.server.model, arrival, tokens)))
+        return [await task for task in tasks]
+
+
+def _learn(target: Target) -> None:
+    chance = Random(0)
+    for number in WARM_UP:
+        target.ask([[chance.choice(VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in range(number)], ANSWER_TOKENS)
+    time.sleep(SETTLE_S)  # engines report once a second
+
+
+def _simulated(target: Target, seconds: float, gold_itl_ms: float, itl_ms: float) -> Overload:
+    """The simulator's server is this one, as it has learnt itself."""
+    text = httpx.get(f"{target.server.gateway_url}/metrics", trust_env=False).text
+    server = knowledge(text).server
+    if server is None:
+        raise target.server.process.fail("the engine has not said what its steps take")
+    gold, default = CLASSES
+    classes = (
+        replace(gold, target=replace(gold.target, itl_s=gold_itl_ms / 1e3)),
+        replace(default, target=replace(default.target, itl_s=itl_ms / 1e3)),
+    )
+    scenario = Scenario(
+        server=server,
+        requests=0,
+        prompt_tokens=PROMPT_TOKENS,
+        output_tokens=ANSWER_TOKENS,
+        max_running=MAX_SEQS,
+        max_step_tokens=STEP_TOKENS,
+    )
+    return Overload(scenario, classes=classes, duration_s=seconds, warm_up_s=seconds / 4)
+
+
+def _measure(target: Target, run: Overload) -> Cell:
+    itl_ms = {each.name: 1e3 * each.target.itl_s for each in run.classes}
+    said = {"arm": run.arm, "limit": run.limit, "gold_itl_ms": itl_ms["gold"], "itl_ms": itl_ms["default"]}
+    httpx.post(f"{target.server.url}/arm", json=said, trust_env=False).raise_for_status()
+    per_s, seed = run.times * run.capacity_per_s, run.scenario.seed
+    coming = arrivals(run.kind, per_s, run.duration_s, run.classes, ANSWER_TOKENS, seed)
+    asked = [each for each in asyncio.run(_ask_all(target, coming, seed)) if each.arrival.at_s >= run.warm_up_s]
+    by_class = {each.name: [one for one in asked if one.arrival.class_.name == each.name] for each in run.classes}
+    return Cell(
+        run.kind,
+        run.arm,
+        run.times,
+        sum(one.is_good for one in asked) / (run.duration_s - run.warm_up_s),
+        simulate_overload(run).goodput_per_s,
+        {name: sum(one.is_good for one in of) / max(1, len(of)) for name, of in by_class.items()},
+        sum(one.status == 429 for one in asked),
+    )
+
+
+def _table(kind: Kind, times: Sequence[float], cells: Sequence[Cell]) -> str:
+    def text(cell: Cell) -> str:
+        met = " ".join(f"{part:.2f}" for part in cell.met.values())
+        return f"{cell.goodput_per_s:.2f} [{cell.simulated_per_s:.2f}] ({met})"
+
+    rows = [
+        [arm, *(text(cell) for cell in cells if cell.kind == kind and cell.arm == arm)]
+        for arm in ARMS
+        if any(cell.arm == arm for cell in cells)
+    ]
+    return markdown([f"{kind} arrivals", *(f"{each:g} times" for each in times)], rows)
+
+
+def problems(cells: Sequence[Cell]) -> list[str]:
+    """The goals that are missed, a sentence each."""
+    found = []
+    by_key = {(cell.kind, cell.arm, cell.times): cell for cell in cells}
+    for cell in cells:
+        if cell.arm == COST_MODEL and cell.times >= 2.0:
+            at_capacity = by_key.get((cell.kind, COST_MODEL, 1.0))
+            queue_time = by_key.get((cell.kind, "queue time", cell.times))
+            where = f"{cell.kind}, {cell.times:g} times"
+            if at_capacity is not None and cell.goodput_per_s < MIN_GOODPUT * at_capacity.goodput_per_s:
+                found.append(f"{where}: {cell.goodput_per_s:.2f}, at capacity {at_capacity.goodput_per_s:.2f}")
+            if queue_time is not None and cell.goodput_per_s < MIN_RATIO * queue_time.goodput_per_s:
+                found.append(f"{where}: {cell.goodput_per_s:.2f}, by queue time {queue_time.goodput_per_s:.2f}")
+        if cell.arm in (COST_MODEL, "fixed"):
+            off = abs(cell.simulated_per_s - cell.goodput_per_s) / max(cell.goodput_per_s, 1e-9)
+            if off > AGREEMENT:
+                found.append(f"{cell.kind}, {cell.arm}, {cell.times:g} times: the simulator is off by {off:.0%}")
+    return found
+
+
+def main(
+    times: Annotated[str, typer.Option(help="The capacity, so many times; several with commas.")] = "1,1.5,2,3",
+    arms: Annotated[str, typer.Option(help="Several with commas.")] = ",".join(ARMS),
+    seconds: Annotated[float, typer.Option(help="For so long requests come, in each cell.", min=4)] = 60.0,
+    gold_itl_ms: Annotated[float, typer.Option(help="Target of class gold, between tokens.")] = 80.0,
+    itl_ms: Annotated[float, typer.Option(help="Target of the default class.")] = 160.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Two arms, one load, Poisson: whether it works.")] = False,
+    output: Annotated[Path | None, typer.Option(help="The results file.")] = None,
+) -> None:
+    loads: list[float] = [2.0] if quick else [float(each) for each in times.split(",")]
+    chosen = [COST_MODEL, "none"] if quick else arms.split(",")
+    path = output_path("overload.json", output, quick)
+    slo: dict[str, Any] = {
+        "-1": {"ttft_ms": 1000, "itl_ms": gold_itl_ms},
+        "default": {"ttft_ms": 4000, "itl_ms": itl_ms},
+    }
+    with story("bench-overload") as stack:
+        LOGS.mkdir(parents=True, exist_ok=True)
+        env = {"PYTHONPATH": str(Path(__file__).parent)}
+        middleware = ("--middleware", "overload_middleware.ArmMiddleware", "--no-enable-prefix-caching")
+        limits = ("--max-num-batched-tokens", str(STEP_TOKENS))
+        config = {"overload": edge(None, ngram=False, slo=slo)}
+        targets = launch(
+            config,
+            LOGS,
+            stack,
+            *middleware,
+            *limits,
+            max_seqs=MAX_SEQS,
+            kv_bytes=KV_BYTES,
+            env=env,
+            model=CACHE / "smollm2",
+        )
+        target = targets["overload"]
+        stand_aside()
+        _learn(target)
+        base = _simulated(target, seconds, gold_itl_ms, itl_ms)
+        console.print(f"Capacity: {base.capacity_per_s:.2f} requests a second, {base.limit} at a time")
+        cells = []
+        for kind in KINDS[:1] if quick else KINDS:
+            for arm in chosen:
+                for each in loads:
+                    cells.append(_measure(target, replace(base, kind=kind, arm=arm, times=each)))
+                    console.print(cells[-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"seconds": seconds, "capacity_per_s": base.capacity_per_s, "limit": base.limit, "slo": slo}
+    figures = {"settings": settings, "session": circumstances(), "cells": [asdict(cell) for cell in cells]}
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+    print("Requests a second that met their targets, [in simulation], (part of class gold, of the default class):")
+    for kind in [kind for kind in KINDS if any(cell.kind == kind for cell in cells)]:
+        print(f"\n{_table(kind, loads, cells)}")
+    missed = problems(cells)
+    print("\n" + "\n".join(missed or ["All goals are met."]))
+    sys.exit(1 if missed and not quick else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,170 @@
+"""Ways to choose whom a server under overload lets in: those that others have, and ours, which is the shipping one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import inf, sqrt
+from typing import Protocol
+
+from vllm_specedge.policy.admitted_rate import AdmittedRates
+from vllm_specedge.policy.slo import Queue, Target, Targets, rooms
+from vllm_specedge.policy.step_cost import StepCost
+from vllm_specedge.simulation.arrivals import RequestClass
+
+STALE_S = 2.0
+"""As frontend/admission.py has it."""
+
+
+class Arm(Protocol):
+    """What decides who comes in, and is told what becomes of those."""
+
+    def ask(self, class_: RequestClass, now_s: float) -> bool: ...
+
+    def reported(
+        self, queue: Queue, num_tokens: int, cost: StepCost, offered_per_s: Mapping[str, float], now_s: float
+    ) -> None:
+        """The engine's report, every tenth of a second: its prompts have so many tokens, so many requests come."""
+
+    def began(self, waited_s: float, now_s: float) -> None:
+        """The engine begins with a request, that waited for so long."""
+
+    def got(self, class_: RequestClass, took_s: float, is_first: bool) -> None:
+        """A request got its first token, so long after it came; or others, so long each on average by now."""
+
+    def ended(self, took_s: float) -> None:
+        """A request is over."""
+
+
+class _Told:
+    """An arm that takes no notice."""
+
+    def reported(
+        self, queue: Queue, num_tokens: int, cost: StepCost, offered_per_s: Mapping[str, float], now_s: float
+    ) -> None:
+        pass
+
+    def began(self, waited_s: float, now_s: float) -> None:
+        pass
+
+    def got(self, class_: RequestClass, took_s: float, is_first: bool) -> None:
+        pass
+
+    def ended(self, took_s: float) -> None:
+        pass
+
+
+class Everybody(_Told):
+    """No admission."""
+
+    def ask(self, class_: RequestClass, now_s: float) -> bool:
+        return True
+
+
+class FixedLimit(_Told):
+    """So many requests at a time, as an operator sets it by hand."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._num_in = 0
+
+    def ask(self, class_: RequestClass, now_s: float) -> bool:
+        if self._num_in >= self._limit:
+            return False
+        self._num_in += 1
+        return True
+
+    def ended(self, took_s: float) -> None:
+        self._num_in -= 1
+
+
+class QueueTime(_Told):
+    """CoDel (RFC 8289) at the door: requests are refused while even the shortest wait of an interval is over a target,
+    the longer that lasts the more of them. DAGOR and Breakwater go by queueing delay too."""
+
+    def __init__(self, target_s: float = 0.1, interval_s: float = 1.0) -> None:
+        """Longer than a step, for which every request waits; an interval is long enough for some to begin."""
+        self._target_s, self._interval_s = target_s, interval_s
+        self._since_s = 0.0
+        self._shortest_s = inf
+        self._is_dropping = False
+        self._num_dropped = 0
+        self._next_s = 0.0
+
+    def began(self, waited_s: float, now_s: float) -> None:
+        self._shortest_s = min(self._shortest_s, waited_s)
+
+    def _look(self, now_s: float) -> None:
+        if now_s - self._since_s < self._interval_s:
+            return
+        was_dropping, self._is_dropping = self._is_dropping, self._target_s < self._shortest_s < inf
+        if self._is_dropping and not was_dropping:
+            self._num_dropped, self._next_s = 1, now_s
+        self._since_s, self._shortest_s = now_s, inf
+
+    def ask(self, class_: RequestClass, now_s: float) -> bool:
+        self._look(now_s)
+        if not self._is_dropping or now_s < self._next_s:
+            return True
+        self._num_dropped += 1
+        self._next_s += self._interval_s / sqrt(self._num_dropped)
+        return False
+
+
+class CostModel(_Told):
+    """Ours: as many as would meet their targets and leave others theirs, by what steps are known to cost."""
+
+    def __init__(self, classes: Sequence[RequestClass]) -> None:
+        self._targets = targets_of(classes)
+        self._priorities = {each.name: each.priority for each in classes}
+        self._room: dict[str, int] = {}
+        self._said_s = -inf
+
+    def reported(
+        self, queue: Queue, num_tokens: int, cost: StepCost, offered_per_s: Mapping[str, float], now_s: float
+    ) -> None:
+        self._room = rooms(queue, self._priorities, num_tokens, self._targets, cost, offered_per_s)
+        self._said_s = now_s
+
+    def has_room(self, class_: RequestClass, now_s: float) -> bool:
+        return now_s - self._said_s > STALE_S or self._room[class_.name] > 0
+
+    def ask(self, class_: RequestClass, now_s: float) -> bool:
+        if not self.has_room(class_, now_s):
+            return False
+        for name in self._room:
+            self._room[name] -= 1
+        return True
+
+
+class Adaptive(_Told):
+    """Ours: a rate for each class, raised and lowered by what latencies came of it."""
+
+    def __init__(self, classes: Sequence[RequestClass]) -> None:
+        by_importance = sorted(classes, key=lambda each: each.priority)
+        self.rates = AdmittedRates([each.name for each in by_importance])
+
+    def reported(
+        self, queue: Queue, num_tokens: int, cost: StepCost, offered_per_s: Mapping[str, float], now_s: float
+    ) -> None:
+        self.rates.decide(now_s)
+
+    def ask(self, class_: RequestClass, now_s: float) -> bool:
+        return self.rates.ask(class_.name, now_s)
+
+    def got(self, class_: RequestClass, took_s: float, is_first: bool) -> None:
+        self.rates.observe(class_.name, took_s / (class_.target.ttft_s if is_first else class_.target.itl_s))
+
+    def ended(self, took_s: float) -> None:
+        self.rates.ended(took_s)
+
+
+def targets_of(classes: Sequence[RequestClass]) -> Targets:
+    return Targets({each.priority: each.target for each in classes}, Target())
+
+
+ARMS: dict[str, Callable[[Sequence[RequestClass], int], Arm]] = {
+    "none": lambda classes, limit: Everybody(),
+    "fixed": lambda classes, limit: FixedLimit(limit),
+    "queue time": lambda classes, limit: QueueTime(),
+    "cost model": lambda classes, limit: CostModel(classes),
+    "adaptive": lambda classes, limit: Adaptive(classes),
+}
+"""By name; `limit`: of the fixed one."""
