@@ -22,7 +22,7 @@ CONNECT_TIMEOUT_S = 10.0
 SILENCE_HEARTBEATS = 3
 FIRST_SILENCE_S = 15.0
 MAX_QUEUED_BYTES = 1 << 20
-HELD_BACK = "a proxy in between may hold streams back, or refuse the one up (see docs/operate.md, 'Behind a proxy')"
+HELD_BACK = "a proxy in between may hold streams back, or refuse the one up (see docs/proxies.md)"
 
 
 class LinkError(Exception):
