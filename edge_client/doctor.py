@@ -29,7 +29,8 @@ from edge_client.forecast import (
     verdict,
     would_help,
 )
-from edge_client.gateway_link import BROKEN, Gateway, Link, LinkError, OtherVocabularyError, what_is_wrong
+from edge_client.gateway_link import Gateway, Link, LinkError, OtherVocabularyError
+from edge_client.link_faults import BROKEN, what_is_wrong
 from edge_client.mismatch import fitted
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
@@ -187,8 +188,7 @@ async def _look_at_gateway(asked: Asked, drafter: Drafter | None, found: Diagnos
     try:
         answer = await _get(asked.gateway, "/healthz")
     except LinkError as error:
-        todo = "start the server with --speculative-config edge, or mend the URL"
-        found.bad("gateway", f"{asked.gateway.url} does not answer ({error}): {todo}.")
+        found.bad("gateway", f"{asked.gateway.url} cannot be used: {str(error).rstrip('.')}.")
         return None
     found.good("gateway", f"{asked.gateway.url} answers")
     if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:

@@ -400,7 +400,8 @@ def test_tokens_and_tls(tmp_path: Path) -> None:
             with edge_in_thread(EdgeClient(Gateway(gateway.url, pool, ca), NgramDrafter(), "edge")):
                 assert engine.generate("over TLS", 20) > 0
             assert "does not allow the role 'pool'" in str(refused(gateway.url, hello(), private, ca))
-            for wrong in ("", "se-wrong", expired):
+            assert "asks for a token" in str(refused(gateway.url, hello(), "", ca))
+            for wrong in ("se-wrong", expired):
                 assert "refused this token" in str(refused(gateway.url, hello(), wrong, ca))
             assert "certificate" in str(refused(gateway.url, hello(), pool)).lower()
             # As the document says: numbers are open to all, as /metrics and /healthz are.
