@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options picture dist check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-other-tokenizer clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options picture docs dist check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-other-tokenizer clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-faults     what can go wrong around a server under load: a table (ten minutes)"
 	@echo "make soak            two hours of load while edges come and go: what grows, what is left behind"
 	@echo "make fuzz            a minute of coverage-guided fuzzing of each of what parses (FUZZ_S=1800: half an hour)"
+	@echo "make docs            the documents as a site, .cache/site/index.html"
 	@echo "make picture         the README's picture, of a demo's results (RESULTS=.cache/demo.json PICTURE=demo.svg: of yours)"
 	@echo "make dist            wheel and sdist in dist/, checked (half a minute)"
 	@echo "make bench           edges against vLLM, its ngram, its draft_model (hours; ARGS=--quick: a quarter of an hour)"
@@ -102,6 +103,10 @@ RESULTS ?= benchmarks/results/demo.json
 PICTURE ?= docs/demo.svg
 picture: $(VENV)/.installed
 	PYTHONPATH=examples $(BIN)/python benchmarks/demo_picture.py $(RESULTS) $(PICTURE)
+
+# The documents as a site: .cache/site/index.html
+docs: $(VENV)/.installed
+	$(BIN)/python docs/site/build.py
 
 # Checked as what a user gets: the description of the package, its files, and commands in an empty environment.
 dist: $(VENV)/.installed
