@@ -80,7 +80,11 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def _versioned(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def _versioned(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     pass
 
 
