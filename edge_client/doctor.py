@@ -100,7 +100,7 @@ def diagnose(asked: Asked) -> Diagnosis:
     reached = asyncio.run(_look_at_gateway(asked, drafter, found))
     known = asyncio.run(_ask_metrics(asked, found)) if reached is not None else None
     if times is None or reached is None or known is None or known.server is None or not drafter:
-        found.verdict = "cannot be judged: mend what failed above first"
+        found.verdict = "cannot be judged: fix what failed above first"
         return found
     acceptance = _acceptance(asked, known, found)
     width = min(asked.max_width or drafter.max_width, drafter.max_width)
@@ -281,7 +281,7 @@ async def _ask_metrics(asked: Asked, found: Diagnosis) -> Knowledge | None:
     with suppress(LinkError, ValueError):
         known = knowledge((await _get(asked.gateway, "/metrics")).text)
     if known is None or known.server is None:
-        found.bad("server", "The server has not said yet what its steps take: send it a request, and try again.")
+        found.bad("server", "The server has not measured its steps yet: send it a request, and try again.")
         return None
     step_ms = 1e3 * known.server.step_s(1, 1)
     verifying_ms = 1e3 * known.server.step_s(1, 1 + asked.spec_tokens, is_verifying=True)

@@ -41,7 +41,7 @@ def _secret(text: str, where: str) -> str:
     """What goes into a header. Raises UserError."""
     secret = text.strip()
     if not (secret.isascii() and secret.isprintable()):
-        raise UserError(f"{where} holds more than one line of letters and digits: put nothing else into it.")
+        raise UserError(f"{where} must hold one line of letters and digits: put nothing else into it.")
     return secret
 
 

@@ -189,7 +189,7 @@ def test_doctor_examines(bin_folder: Path, env: dict[str, str]) -> None:
     done = run(bin_folder / "edge-client", "doctor", NOWHERE, env=env)
     assert done.returncode == 1
     assert "cannot be used: nothing listens there" in " ".join(done.stdout.split())
-    assert "This machine cannot be judged: mend what failed above first." in done.stdout
+    assert "This machine cannot be judged: fix what failed above first." in done.stdout
 
 
 @pytest.mark.parametrize(

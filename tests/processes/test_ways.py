@@ -62,9 +62,12 @@ WRONG = [
 
 @pytest.mark.parametrize("url", WRONG)
 def test_what_is_no_address_is_one_sentence(url: str) -> None:
-    with pytest.raises(UserError, match=r"is no gateway URL \(.*\): write it as https://gpu\.example\.org:8100\.$"):
+    with pytest.raises(UserError, match=r"is not a gateway URL \(.*\): write it as https://gpu\.example\.org:8100\.$"):
         checked_gateway_url(url)
-    with pytest.raises(UserError, match=r"is no server URL \(.*\): write it as https://gpu\.example\.org/v1\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"is not (a server URL|the URL of an OpenAI endpoint) \(.*\): write it as https://gpu\.example\.org/v1\.$",
+    ):
         checked_server_url(url)
 
 
@@ -79,11 +82,11 @@ def test_a_server_s_address_has_a_path() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["connect", "http://127.0.0.1:99999", "--draft", "ngram"], "is no gateway URL"),
-        (["doctor", "http://127.0.0.1:99999"], "is no gateway URL"),
-        (["serve", "http://127.0.0.1:1", "--server", "127.0.0.1:8000/v1"], "is no server URL"),
-        (["serve", "http://127.0.0.1:1", "--server", "http://127.0.0.1:8000"], "is no server URL"),
-        (["chat", "http://127.0.0.1:1", "--server", "http://::1:18438/v1"], "is no server URL"),
+        (["connect", "http://127.0.0.1:99999", "--draft", "ngram"], "is not a gateway URL"),
+        (["doctor", "http://127.0.0.1:99999"], "is not a gateway URL"),
+        (["serve", "http://127.0.0.1:1", "--server", "127.0.0.1:8000/v1"], "is not a server URL"),
+        (["serve", "http://127.0.0.1:1", "--server", "http://127.0.0.1:8000"], "is not the URL of an OpenAI endpoint"),
+        (["chat", "http://127.0.0.1:1", "--server", "http://::1:18438/v1"], "is not a server URL"),
     ],
 )
 def test_every_command_says_it_at_its_start(tmp_path: Path, arguments: list[str], said: str) -> None:
