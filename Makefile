@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options picture docs dist check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-other-tokenizer clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-other-tokenizer clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -98,6 +98,7 @@ test-v2-wheel: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
 options: $(VENV)/.installed
 	@$(BIN)/vllm-specedge options > docs/options.md
 
+.PHONY: picture docs dist
 # The README's picture. Of your own demo: make picture RESULTS=.cache/demo.json PICTURE=demo.svg
 RESULTS ?= benchmarks/results/demo.json
 PICTURE ?= docs/demo.svg
