@@ -63,6 +63,8 @@ def two_machines(directory: Path, server_name: str) -> Iterator[tuple[Machine, M
                 _ip("-n", machine.name, "address", "add", f"{machine.address}/24", "dev", end)
                 _ip("-n", machine.name, "link", "set", end, "up")
                 _ip("-n", machine.name, "link", "set", "lo", "up")
+                # Nothing is behind it; but vLLM asks which of its addresses is the way out.
+                _ip("-n", machine.name, "route", "add", "default", "dev", end)
                 (ETC / machine.name).mkdir(parents=True)
                 hosts = f"127.0.0.1 localhost\n{server.address} {server_name}\n"
                 (ETC / machine.name / "hosts").write_text(hosts)

@@ -2,17 +2,18 @@
 
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from stack import BIN, POLL_S, Process
+from stack import BIN, POLL_S, START_LIMIT_S, Process
 
 from tests.namespaces import Machine, two_machines
 from tests.test_documents import of
 
-from .conftest import DEADLINE_S, MODEL
+from .conftest import MODEL
 
 DRAFT = MODEL.parent / "smollm2-draft"
 TARGET, SIBLING = "Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct"
@@ -48,7 +49,8 @@ def stopped(process: Process) -> Iterator[Process]:
 
 def wait_until(process: Process, machine: Machine, words: list[str], is_there: Callable[[str], bool]) -> None:
     """Ask again and again, until what is waited for is in the answer."""
-    for _ in range(int(2 * DEADLINE_S)):
+    end_s = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < end_s:
         if is_there(machine.run(words).stdout):
             return
         with suppress(subprocess.TimeoutExpired):
