@@ -19,6 +19,9 @@ help:
 	@echo "make test-faults     what can go wrong around a server under load: a table (ten minutes)"
 	@echo "make soak            two hours of load while edges come and go: what grows, what is left behind"
 	@echo "make fuzz            a minute of coverage-guided fuzzing of each of what parses (FUZZ_S=1800: half an hour)"
+	@echo "make docs            the documents as a site, .cache/site/index.html"
+	@echo "make picture         the README's picture, of a demo's results (RESULTS=.cache/demo.json PICTURE=demo.svg: of yours)"
+	@echo "make dist            wheel and sdist in dist/, checked (half a minute)"
 	@echo "make bench           edges against vLLM, its ngram, its draft_model (hours; ARGS=--quick: a quarter of an hour)"
 	@echo "make evidence        a real pair, servers started five times, intervals and verdicts (hours; ARGS='--pair qwen')"
 	@echo "make bench-switched  what edges bring or cost within one server, whose drafts count every other few seconds"
@@ -97,6 +100,24 @@ test-v2-wheel: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
 # docs/options.md, from the models of vllm_specedge/config.py.
 options: $(VENV)/.installed
 	@$(BIN)/vllm-specedge options > docs/options.md
+
+.PHONY: picture docs dist
+# The README's picture. Of your own demo: make picture RESULTS=.cache/demo.json PICTURE=demo.svg
+RESULTS ?= benchmarks/results/demo.json
+PICTURE ?= docs/demo.svg
+picture: $(VENV)/.installed
+	PYTHONPATH=examples $(BIN)/python benchmarks/demo_picture.py $(RESULTS) $(PICTURE)
+
+# The documents as a site: .cache/site/index.html
+docs: $(VENV)/.installed
+	$(BIN)/python docs/site/build.py
+
+# Checked as what a user gets: the description of the package, its files, and commands in an empty environment.
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/pytest tests/processes/test_dist.py tests/processes/test_install.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -143,7 +143,7 @@ class Server:
             answer.raise_for_status()
             self.model = self.model or answer.json()["data"][0]["id"]
         except (httpx.HTTPError, ValueError, LookupError) as error:
-            raise UserError(f"{self.url} does not answer as an OpenAI endpoint ({error}): see --server.") from None
+            raise UserError(f"{self.url} does not answer as an OpenAI endpoint ({error}): correct --server.") from None
 
     async def ask(self, messages: Sequence[Message], session: str) -> AsyncIterator[Chunk]:
         """The answer, chunk by chunk; drafted for by the edge of that session, or by none. Raises UserError."""
@@ -160,7 +160,9 @@ class Server:
                     if chunk is not None:
                         yield chunk
         except httpx.HTTPError as error:
-            raise UserError(f"The server at {self.url} is gone ({error or type(error).__name__}).") from None
+            raise UserError(
+                f"The server at {self.url} can no longer be reached ({error or type(error).__name__}): try again."
+            ) from None
 
 
 def _message(body: bytes) -> str:
@@ -186,7 +188,7 @@ def chunk_of(line: str) -> Chunk | None:
         thought = delta.get("reasoning") or delta.get("reasoning_content")
         chunk = Chunk(tokens, as_text(delta.get("content")), as_text(thought))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"The server's answer is none of an OpenAI endpoint's ({data:.100}): see --server.") from None
+        raise UserError(f"The server does not answer as an OpenAI endpoint ({data:.100}): correct --server.") from None
     return chunk if chunk != Chunk(()) else None
 
 

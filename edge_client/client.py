@@ -179,7 +179,9 @@ class EdgeClient:
         if self.speculation.stats.num_too_long and not self._has_said_too_long:
             self._has_said_too_long = True
             limit = self.drafter.max_context_tokens
-            logger.warning("Requests that are longer than this draft takes, %s tokens, are given back", f"{limit:,}")
+            logger.warning(
+                "Requests that are longer than this draft's context, %s tokens, are given back", f"{limit:,}"
+            )
         self._wake.set()
 
     def _send(self, frames: Iterable[Frame]) -> None:

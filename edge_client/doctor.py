@@ -29,7 +29,8 @@ from edge_client.forecast import (
     verdict,
     would_help,
 )
-from edge_client.gateway_link import BROKEN, Gateway, Link, LinkError, OtherVocabularyError, what_is_wrong
+from edge_client.gateway_link import Gateway, Link, LinkError, OtherVocabularyError
+from edge_client.link_faults import BROKEN, what_is_wrong
 from edge_client.mismatch import fitted
 from vllm_specedge import __version__
 from vllm_specedge.errors import UserError
@@ -99,7 +100,7 @@ def diagnose(asked: Asked) -> Diagnosis:
     reached = asyncio.run(_look_at_gateway(asked, drafter, found))
     known = asyncio.run(_ask_metrics(asked, found)) if reached is not None else None
     if times is None or reached is None or known is None or known.server is None or not drafter:
-        found.verdict = "cannot be judged: mend what failed above first"
+        found.verdict = "cannot be judged: fix what failed above first"
         return found
     acceptance = _acceptance(asked, known, found)
     width = min(asked.max_width or drafter.max_width, drafter.max_width)
@@ -187,8 +188,7 @@ async def _look_at_gateway(asked: Asked, drafter: Drafter | None, found: Diagnos
     try:
         answer = await _get(asked.gateway, "/healthz")
     except LinkError as error:
-        todo = "start the server with --speculative-config edge, or mend the URL"
-        found.bad("gateway", f"{asked.gateway.url} does not answer ({error}): {todo}.")
+        found.bad("gateway", f"{asked.gateway.url} cannot be used: {str(error).rstrip('.')}.")
         return None
     found.good("gateway", f"{asked.gateway.url} answers")
     if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
@@ -281,7 +281,7 @@ async def _ask_metrics(asked: Asked, found: Diagnosis) -> Knowledge | None:
     with suppress(LinkError, ValueError):
         known = knowledge((await _get(asked.gateway, "/metrics")).text)
     if known is None or known.server is None:
-        found.bad("server", "The server has not said yet what its steps take: send it a request, and try again.")
+        found.bad("server", "The server has not measured its steps yet: send it a request, and try again.")
         return None
     step_ms = 1e3 * known.server.step_s(1, 1)
     verifying_ms = 1e3 * known.server.step_s(1, 1 + asked.spec_tokens, is_verifying=True)

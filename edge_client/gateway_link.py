@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
-from h2.exceptions import H2Error
 
+from edge_client.link_faults import BROKEN, what_is_wrong
 from edge_client.ways import checked_gateway_url, client_for, trusted
 from vllm_specedge.addresses import is_loopback
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
@@ -22,7 +22,7 @@ CONNECT_TIMEOUT_S = 10.0
 SILENCE_HEARTBEATS = 3
 FIRST_SILENCE_S = 15.0
 MAX_QUEUED_BYTES = 1 << 20
-HELD_BACK = "a proxy in between may hold streams back, or refuse the one up (see docs/operate.md, 'Behind a proxy')"
+HELD_BACK = "a proxy in between may hold streams back, or refuse the one up (see docs/proxies.md)"
 
 
 class LinkError(Exception):
@@ -74,12 +74,6 @@ class Gateway:
         )
 
 
-BROKEN = (httpx.HTTPError, httpx.StreamError, H2Error, OSError)
-"""What a connection ends by. H2Error: what follows a GOAWAY."""
-HANGING_UP = (httpx.RemoteProtocolError, H2Error, httpx.ReadError, httpx.WriteError)
-"""What a server that speaks no HTTP/2 looks like, by what is seen first: its answer, its reset or a closed pipe."""
-
-
 @dataclass(slots=True)
 class Link:
     """One connection, from Hello to Bye. `on_frame` gets every frame but the heartbeats, `on_pong` each round trip."""
@@ -125,9 +119,8 @@ class Link:
 
     async def _check(self, response: httpx.Response) -> None:
         if response.status_code in (401, 403):
-            raise UserError(
-                "The gateway refused this token: ask its operator for one, and name its file with --token-file."
-            )
+            fault = "refused this token" if self.gateway.token else "asks for a token"
+            raise UserError(f"The gateway {fault}: get one from its operator, and name its file with --token-file.")
         if response.status_code == 429 or response.status_code >= 500:
             raise LinkError(f"the gateway is busy or not ready (status {response.status_code})")
         if response.status_code != 200 or response.headers.get("content-type") != MEDIA_TYPE:
@@ -209,16 +202,6 @@ class Link:
         """Say Bye, so that the gateway gives this edge's requests to others at once."""
         if self.session.state is not State.CLOSED:
             self.send(Bye(ByeCode.GOING_AWAY, "the edge is stopping"))
-
-
-def what_is_wrong(error: Exception, is_answered: bool) -> str:
-    """Why a connection ended, in words for its user; one that was not answered may lead to something else."""
-    text = str(error) or type(error).__name__
-    if not is_answered and "WRONG_VERSION_NUMBER" in text:
-        return "what is there speaks no TLS: write http://, or name the gateway's port"
-    if not is_answered and isinstance(error, HANGING_UP):
-        return "what is there hangs up or speaks no HTTP/2: is the port the gateway's, and not the server's own?"
-    return text
 
 
 def _stamp_us() -> int:

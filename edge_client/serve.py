@@ -99,7 +99,7 @@ def make_app(
             return refusal
         below = path_below(path)
         if below is None:
-            return _error(404, "There is nothing but what is under /v1 here.", "invalid_request_error")
+            return _error(404, "Only paths under /v1 exist here.", "invalid_request_error")
         body = await _body(request)
         if body is None:
             return _error(413, f"A request has at most {MAX_BODY_BYTES >> 20} MiB.", "invalid_request_error")
@@ -107,9 +107,7 @@ def make_app(
             body = with_session(path, request.headers.get("content-type", ""), body, session() or NOBODY)
         elif request.method == "POST" and is_generating(path) and len(warned) < MAX_WARNED and path not in warned:
             warned.add(path)
-            logger.warning(
-                "Requests to /v1/%.100s cannot name this machine: an edge of others may draft for them", path
-            )
+            logger.warning("Requests to /v1/%.100s cannot be kept private: edges of others may draft for them", path)
         headers = [(name, value) for name, value in request.headers.items() if name not in NOT_PASSED_ON]
         if api_key:
             headers = [pair for pair in headers if pair[0] != "authorization"]

@@ -29,7 +29,7 @@ def read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"The configuration {file} cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration {file} is no TOML ({error!s:.100}): mend that line.") from None
+        raise UserError(f"The configuration {file} is not valid TOML ({error!s:.100}): correct that line.") from None
 
 
 def options_of(
@@ -63,7 +63,8 @@ def _named(values: Mapping[str, Any], known: Collection[str], table: str, file: 
     for name in named:
         if name in SECRETS:
             raise UserError(
-                f"In {where}, {name} is no place for a secret: name a file that holds it, as {SECRETS[name]}."
+                f"In {where}, {name} would be a secret in the clear: put it into a file of its own, and name that as "
+                f"{SECRETS[name]}."
             )
         if name not in known:
             raise UserError(f"In {where}, there is no option {name}: see edge-client {table or 'COMMAND'} --help.")

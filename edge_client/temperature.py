@@ -29,7 +29,7 @@ def hottest_c() -> float:
     read = getattr(psutil, "sensors_temperatures", dict)  # psutil has it on some systems only
     found = [each.current for sensors in read().values() for each in sensors]
     if not found:
-        text = "This machine does not say how hot it is: do without --max-temperature-c, or use --max-tokens-per-s."
+        text = "This machine has no temperature sensor to read: use --max-tokens-per-s instead of --max-temperature-c."
         raise UserError(text)
     return float(max(found))
 

@@ -24,7 +24,7 @@ def checked_server_url(text: str) -> str:
     url = _checked(text, "server", SERVER_EXAMPLE)
     if not urlsplit(url).path.strip("/"):
         raise UserError(
-            f"'{text}' is no server URL (it names no path, which is /v1 mostly): write {url.rstrip('/')}/v1."
+            f"'{text}' is not the URL of an OpenAI endpoint (it has no path, mostly /v1): write {url.rstrip('/')}/v1."
         )
     return url
 
@@ -32,7 +32,7 @@ def checked_server_url(text: str) -> str:
 def _checked(text: str, what: str, example: str) -> str:
     fault = _fault(text)
     if fault:
-        raise UserError(f"'{text}' is no {what} URL ({fault}): write it as {example}.")
+        raise UserError(f"'{text}' is not a {what} URL ({fault}): write it as {example}.")
     return text
 
 
@@ -43,13 +43,13 @@ def _fault(url: str) -> str:
         host, port = parts.hostname, parts.port
         httpx.URL(url)
     except (ValueError, httpx.InvalidURL):
-        return "host or port are none: a port is a number up to 65535, and an IPv6 address stands in brackets"
+        return "host or port are not valid: a port is a number up to 65535, and an IPv6 address stands in brackets"
     if parts.scheme not in ("http", "https"):
-        return "it starts with http:// or https://"
+        return "it must start with http:// or https://"
     if not host:
         return "it names no host"
     if port == 0:
-        return "no port is 0"
+        return "port 0 cannot be used"
     if any(letter.isspace() for letter in url):
         return "it has a space"
     return "it has a ? or a #" if parts.query or parts.fragment else ""
@@ -77,10 +77,12 @@ def client_for(url: str, has_proxy: bool = True, **options: Any) -> httpx.AsyncC
     try:
         return httpx.AsyncClient(base_url=url, proxy=proxy, trust_env=False, **options)
     except ImportError:
-        text = f"The proxy {_named(proxy)} is one for SOCKS: pip install 'vllm-specedge[socks]', or use --no-proxy."
+        text = f"The proxy {_named(proxy)} uses SOCKS: pip install 'vllm-specedge[socks]', or use --no-proxy."
         raise UserError(text) from None
     except (ValueError, httpx.InvalidURL):
-        raise UserError(f"The environment's proxy {_named(proxy)} is none: mend it, or use --no-proxy.") from None
+        raise UserError(
+            f"The environment's proxy {_named(proxy)} is not valid: correct it, or use --no-proxy."
+        ) from None
 
 
 def _named(proxy: str | None) -> str:

@@ -31,6 +31,8 @@ NUM_QUESTIONS = {QWEN.name: 1, SMOLLM2.name: 2}
 """Of each kind: a token of the large pair takes a core from a fifth of a second to a whole one."""
 PORT = 8000
 SERVER_OPTIONS = ("--max-model-len", "2048", "--max-num-seqs", "8")
+RESULTS = CACHE / "demo.json"
+"""The last line, for `make picture`."""
 INSTALL_SECONDS = Path(sys.prefix) / ".install-seconds"
 """What deploy/install took, if it made this environment."""
 EXACT = "float32"
@@ -239,7 +241,9 @@ def main(
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
         sys.exit("demo: interrupted; the same command goes on from here.")
-    print(json.dumps(results))
+    last_line = json.dumps(results)
+    RESULTS.write_text(last_line + "\n")
+    print(last_line)
     sys.exit(0 if results["identical"] or choice.dtype != EXACT else 1)
 
 

@@ -15,14 +15,32 @@ import edge_client.cli
 import vllm_specedge.cli
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*.md")])
+FOLDERS = (".", "docs", "deploy", ".github", "examples/distill_draft")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
+MAX_README_BYTES = 6 << 10
+OTHER_SITES = ("https://github.com/vllm-project/vllm", "https://arxiv.org/", "https://keepachangelog.com/")
+"""No test asks them: what links there is looked at by hand."""
 COMMANDS = {
     "edge-client": typer.main.get_command(edge_client.cli.app),
     "vllm-specedge": typer.main.get_command(vllm_specedge.cli.app),
 }
 ELSEWHERE = {"vllm"}
 """What a test on the real vLLM parses (tests/vllm/test_documents.py)."""
-OTHERS = {"cd", "curl", "docker", "promtool", "source", "python", "ssh", "systemctl", "mkdir", "cp", "launchctl", "git"}
+OTHERS = {
+    "cd",
+    "curl",
+    "docker",
+    "openssl",
+    "promtool",
+    "source",
+    "python",
+    "ssh",
+    "systemctl",
+    "mkdir",
+    "cp",
+    "launchctl",
+    "git",
+}
 
 
 @dataclass(frozen=True)
@@ -119,13 +137,45 @@ def test_an_extra_is_there(command: Command) -> None:
             assert set(names.split(",")) <= extras.keys()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def name_of(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+def without_code(text: str) -> str:
+    """Without blocks of code and what stands in the text as code."""
+    return re.sub(r"`[^`\n]+`", "`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors(document: Path) -> set[str]:
+    """Of its headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
-        assert (document.parent / target).exists(), target
+    for link in re.findall(r"\]\(([^)]+)\)", without_code(document.read_text())):
+        if "://" in link:
+            assert link.startswith(OTHER_SITES)
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_page_of_contents_has_every_page() -> None:
+    text = (ROOT / "docs" / "index.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", text)) == pages
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= MAX_README_BYTES
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_shell_blocks_are_shell(document: Path) -> None:
     for block in re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE):
         checked = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)

@@ -118,7 +118,7 @@ def simulate(
     break_even: Annotated[bool, typer.Option(help="Up to which RTT edges help, at the first load.")] = True,
     curve: Annotated[Path | None, typer.Option(help="Draw it, as .svg or .png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn: the same seed prints the same numbers.")] = 0,
 ) -> None:
     """What edges would bring: the shipping policy on a simulated server, network and draft model (docs/simulate.md)."""
     from vllm_specedge.simulation import report  # noqa: PLC0415 - the other commands need no simulator
@@ -260,7 +260,10 @@ def _shown(name: str) -> str:
 
 
 @token_app.command()
-def revoke(name: str, tokens_file: TokensFile = DEFAULT_TOKENS_FILE) -> None:
+def revoke(
+    name: Annotated[str, typer.Argument(help="The name that it was issued for.")],
+    tokens_file: TokensFile = DEFAULT_TOKENS_FILE,
+) -> None:
     """Take a token back: edges that use it are closed within seconds, and none can connect with it any more."""
     TokenFile(tokens_file).revoke(name)
 

@@ -50,7 +50,7 @@ class GatewayOptions(BaseModel):
     """Its private key, PEM (PKCS#8, PKCS#1 or SEC1), without a passphrase. When either file changes, the gateway starts
     anew with the new ones."""
     tls_client_ca: str = ""
-    """Take only edges that show a certificate of this authority (PEM), beside their token."""
+    """Take only edges that show a certificate of this authority (PEM), in addition to their token."""
     insecure: bool = False
     """Listen beyond loopback without TLS or without tokens. For closed networks only."""
     credit_tokens: int = Field(default=32, ge=1, le=64)
@@ -60,7 +60,7 @@ class GatewayOptions(BaseModel):
     max_requests_per_edge: int = Field(default=32, ge=1, le=4096)
     """Requests that one edge drafts for at once."""
     public_names: bool = False
-    """Show what edges call themselves to all who can reach the status page, not on the gateway's machine only."""
+    """Show the names of edges to everybody who can reach the status page, not on the gateway's machine only."""
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -93,10 +93,10 @@ class EdgeOptions(GatewayOptions):
     """`auto`: verify and hold what pays. For comparisons: `wait` (hold always, up to the limit, and verify all),
     `never-wait` (verify all that is there), `budget` (verify what pays, never hold)."""
     max_slowdown: float = Field(_HOLD.max_slowdown, ge=1)
-    """Nobody's tokens come slower than so many times without drafts, of its own or of others; those that get more
-    tokens with each step may have longer ones."""
+    """A request's tokens take at most this many times as long as without any drafts, its own or others'; requests that
+    get more tokens with each step may have longer steps."""
     max_stretch: float = Field(_HOLD.max_stretch, ge=1)
-    """A step takes at most so many times what it takes without drafts, waiting included, unless it makes tokens come
+    """A step takes at most this many times what it takes without drafts, waiting included, unless it makes tokens come
     twice as fast. Bounds the time between two chunks of a stream; costs throughput where verifying takes long."""
     slo: dict[str, SloTarget] = Field(default_factory=dict, max_length=MAX_CLASSES - 1)
     """Targets, `ttft_ms` and `itl_ms`, by class: vLLM's priorities, as text, or what `slo_by` says, and "default".
@@ -116,7 +116,7 @@ class EdgeOptions(GatewayOptions):
     hybrid: bool = False
     """On GPUs, serve models with linear attention or state space layers too: untested there, and refused without."""
     ngram: bool = True
-    """Where no edge has anything to say, verify what vLLM's own n-gram lookup finds, when that pays."""
+    """Where no edge has a draft, verify what vLLM's own n-gram lookup finds, when that pays."""
     prompt_lookup_min: int = Field(5, ge=1)
     """The shortest run of tokens that the lookup looks for, as in vLLM's `ngram` method."""
     prompt_lookup_max: int = Field(5, ge=1)

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from operator import getitem
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
@@ -45,7 +46,7 @@ def _fields(group: Any) -> list[inspect.Parameter]:
 
 def _parameter(name: str, field: "FieldInfo") -> inspect.Parameter:
     flags = [f"--{name.replace('_', '-')}"] if field.annotation is bool else []
-    annotation: Any = Annotated.__class_getitem__((field.annotation, typer.Option(*flags, help=_sentence(field))))  # type: ignore[attr-defined]
+    annotation: Any = getitem(Annotated, (field.annotation, typer.Option(*flags, help=_sentence(field))))
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
 
 
@@ -79,7 +80,11 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def _versioned(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def _versioned(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     pass
 
 

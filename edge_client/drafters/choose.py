@@ -58,7 +58,7 @@ def load_drafter(options: DrafterOptions, say: Say = lambda line: None) -> Draft
     is_gguf = options.draft.lower().endswith(GGUF_SUFFIX)
     if is_gguf != (options.runtime == LLAMA_CPP) and options.runtime != "auto":
         takes = f"runs in {LLAMA_CPP} alone" if is_gguf else f"does not run in {LLAMA_CPP}, which takes GGUF files"
-        raise UserError(f"'{options.draft}' {takes}: do without --runtime.")
+        raise UserError(f"'{options.draft}' {takes}: leave --runtime out.")
     try:
         return _load_gguf(options, say) if is_gguf else fastest(_runtimes(options), say, time.perf_counter)
     except ImportError as error:
@@ -81,7 +81,7 @@ def fastest(there: Sequence[Runtime], say: Say, clock: Clock) -> Drafter:
         except Exception as error:
             if is_last:
                 raise
-            say(f"Not with {runtime.name}: {error!s:.160}")
+            say(f"{runtime.name} cannot run it: {error!s:.160}")
             continue
         if len(there) > 1:
             say(f"{runtime.name} on {runtime.where}: {1e3 * took_s:.1f} ms a draft token.")
@@ -108,7 +108,9 @@ def _load_gguf(options: DrafterOptions, say: Say) -> Drafter:
     file = Path(options.draft)
     check_gguf(file)
     if options.draft_vocab or options.draft_vocab_file:
-        raise UserError("A GGUF file is drafted with as it is: do without --draft-vocab and --draft-vocab-file.")
+        raise UserError(
+            "The vocabulary of a GGUF file cannot be reduced: leave --draft-vocab and --draft-vocab-file out."
+        )
     device, why = choose_device(options.device, devices_of_llama_cpp())
     say(f"Drafting on {device} ({why}), with llama.cpp: a GGUF file.")
     return GgufDrafter(file, device, options.threads)
@@ -120,7 +122,7 @@ def _runtimes(options: DrafterOptions) -> list[Runtime]:
     if options.runtime != MLX and (find_spec("torch") is not None or not there):
         there += _of_torch(options)
     if not there:
-        raise UserError(f"'{options.draft}' does not run in {options.runtime} on this machine: do without --runtime.")
+        raise UserError(f"'{options.draft}' does not run in {options.runtime} on this machine: leave --runtime out.")
     return there
 
 

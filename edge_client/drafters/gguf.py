@@ -224,7 +224,7 @@ def _best(logits: NDArray[np.float32], width: int) -> list[Candidate]:
 
 
 def _unusable(file: Path, reason: str) -> UserError:
-    return UserError(f"{file} cannot be drafted with ({reason:.160}): name another GGUF file, or draft with 'ngram'.")
+    return UserError(f"{file} cannot be used as a draft ({reason:.160}): name another GGUF file, or 'ngram'.")
 
 
 def devices_of_llama_cpp() -> list[str]:
@@ -245,4 +245,4 @@ def check_gguf(file: Path) -> None:
     except OSError as error:
         raise UserError(f"The draft {file} cannot be read: {error.strerror}.") from None
     if magic != MAGIC:
-        raise UserError(f"{file} is no GGUF file: name one, or a model directory without the ending .gguf.")
+        raise UserError(f"{file} is not a GGUF file: name one, or a model directory without the ending .gguf.")

@@ -34,11 +34,11 @@ def fetch(draft: str, is_quiet: bool) -> Path:
         disable_progress_bars()
     owner, repo, file = [*draft.removeprefix(PREFIX).split("/", 2), "", ""][:3]
     if draft.startswith(PREFIX) and not file:
-        raise UserError(f"'{draft}' names no file: hf:OWNER/NAME/FILE.gguf does.")
+        raise UserError(f"'{draft}' names no file: write hf:OWNER/NAME/FILE.gguf.")
     try:
         return Path(hf_hub_download(f"{owner}/{repo}", file)) if file else _snapshot(snapshot_download, draft)
     except HFValidationError:
-        raise UserError(f"'{draft}' is no name on the hub: it looks like OWNER/NAME.") from None
+        raise UserError(f"'{draft}' is not a name on the hub: write OWNER/NAME.") from None
     except LocalEntryNotFoundError:
         text = f"'{draft}' is not on this machine and no model hub can be reached: name a local draft, or 'ngram'."
         raise UserError(text) from None

@@ -27,7 +27,7 @@ def draft_vocabulary(model: str, count: int | None, file: Path | None, vocab_siz
         text = f"The draft vocabulary {path} cannot be read ({error!s:.100}): name one with --draft-vocab-file."
         raise UserError(text) from None
     if not isinstance(ranked, list) or not all(type(id_) is int and 0 <= id_ < vocab_size for id_ in ranked):
-        raise UserError(f"{path} is no JSON array of token ids below {vocab_size}.")
+        raise UserError(f"{path} is not a JSON array of token ids below {vocab_size}.")
     if count is not None and count > len(ranked):
         raise UserError(f"{path} has {len(ranked)} token ids: --draft-vocab can be at most that.")
     return sorted(set(ranked[:count]))

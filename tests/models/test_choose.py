@@ -77,7 +77,7 @@ def test_what_fails_is_passed_over_while_there_is_another() -> None:
     for there in ((broken, machine.runtime(INT8, 1, 1)), (machine.runtime(INT8, 1, 1), broken)):
         machine.said.clear()
         assert machine.fastest(*there).description == INT8
-        assert "Not with transformers: it has no room" in machine.said
+        assert "transformers cannot run it: it has no room" in machine.said
     with pytest.raises(UserError, match="no room"):
         machine.fastest(broken, broken)
 
@@ -111,7 +111,7 @@ def test_beside_a_gpu_the_cpu_is_tried_too(model: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(hf_drafter, "devices_of_torch", lambda: ["cuda", "cpu"])
     said: list[str] = []
     assert isinstance(load_drafter(DrafterOptions(model), said.append), LlamaDrafter)
-    assert said[0].startswith("Not with transformers: "), "there is no CUDA here after all"
+    assert said[0].startswith("transformers cannot run it: "), "there is no CUDA here after all"
     for options in (DrafterOptions(model, runtime=TRANSFORMERS), DrafterOptions(model, device="cuda")):
         with pytest.raises((RuntimeError, AssertionError)):
             load_drafter(options)

@@ -172,12 +172,16 @@ def test_what_is_no_gguf_file_is_the_users_fault(tmp_path: Path) -> None:
     missing, other, cut = tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "c.gguf"
     other.write_bytes(b"PK\x03\x04")
     cut.write_bytes(GGUF.read_bytes()[:100_000])
-    for file, expected in ((missing, "cannot be read"), (other, "is no GGUF file"), (cut, "cannot be drafted with")):
+    for file, expected in (
+        (missing, "cannot be read"),
+        (other, "is not a GGUF file"),
+        (cut, "cannot be used as a draft"),
+    ):
         with pytest.raises(UserError, match=expected):
             load_drafter(DrafterOptions(str(file)))
     with pytest.raises(UserError, match=r"There is no device 'cuda' here: choose cpu\."):
         load_drafter(DrafterOptions(str(GGUF), device="cuda"))
-    with pytest.raises(UserError, match="do without --draft-vocab"):
+    with pytest.raises(UserError, match="leave --draft-vocab"):
         load_drafter(DrafterOptions(str(GGUF), draft_vocab=100))
 
 

@@ -118,8 +118,8 @@ def test_the_client_fetches_and_shows_a_bar_unless_quiet(hub: str, tmp_path: Pat
         ),
         ("owner/none", True, "'owner/none' cannot be fetched (404"),
         ("hf:owner/draft/none.gguf", True, "cannot be fetched (404"),
-        ("hf:owner/draft", True, "names no file: hf:OWNER/NAME/FILE.gguf does."),
-        ("-owner-/draft--", True, "is no name on the hub: it looks like OWNER/NAME."),
+        ("hf:owner/draft", True, "names no file: write hf:OWNER/NAME/FILE.gguf."),
+        ("-owner-/draft--", True, "is not a name on the hub: write OWNER/NAME."),
     ],
 )
 def test_what_cannot_be_fetched_is_one_sentence(

@@ -126,7 +126,7 @@ def test_what_it_cannot_draft_with_is_said(tmp_path: Path, monkeypatch: pytest.M
         load_mlx_drafter(str(tmp_path), None, "f")
     saved(PLAIN, tmp_path)
     monkeypatch.setattr(MlxPasses, "mask", lambda passes, window: None)
-    with pytest.raises(UserError, match="no trees in MLX"):
+    with pytest.raises(UserError, match="cannot draft trees in MLX"):
         load_mlx_drafter(str(tmp_path), None, "f")
     assert MlxDrafter.max_shared_rows > MlxDrafter.max_width > 1
     assert not mlx_drafter.is_gpu_there()

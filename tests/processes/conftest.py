@@ -1,6 +1,9 @@
 """One gateway a module of tests, and one engine that it knows."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from stack import wait_for
@@ -20,3 +23,13 @@ def engine(gateway: Running) -> Iterator[Engine]:
     wait_for(gateway.process, f"{gateway.url}/healthz", "engines", 1)
     yield engine
     engine.link.stop()
+
+
+@pytest.fixture(scope="session")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the wheel and the sdist of this tree, as `make dist` makes them: the wheel from the sdist."""
+    directory, root = tmp_path_factory.mktemp("dist"), Path(__file__).parents[2]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(directory), str(root)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return directory

@@ -1,4 +1,4 @@
-"""A real nginx in front of a gateway, for tests; Debian's package."""
+"""Real proxies in front of a gateway, for tests: nginx, Caddy and HAProxy, of Debian's packages."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,9 +11,13 @@ from stack import Process, start
 from tests.ports import free_port
 from tests.processes.gateways import wait_for_port
 
-needs_nginx = pytest.mark.skipif(
-    shutil.which("nginx") is None, reason="needs nginx: apt-get install nginx (.ci/run does)"
-)
+
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        shutil.which(program) is None, reason=f"needs {program}: apt-get install {program} (.ci/run does)"
+    )
+
+
 CONFIGURATION = """
 daemon off;
 worker_processes 1;
@@ -42,9 +46,35 @@ def running_nginx(directory: Path, location: str, listen: str = "") -> Iterator[
     """Its address. `location`: what it does with every request; `listen`: what stands behind its address and port."""
     port, configuration = free_port(), directory / "nginx.conf"
     configuration.write_text(CONFIGURATION.format(directory=directory, port=port, location=location, listen=listen))
-    process: Process = start(["nginx", "-c", str(configuration), "-p", str(directory)], directory / "nginx.log")
+    with _running(["nginx", "-c", str(configuration), "-p", str(directory)], directory, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def running_caddy(directory: Path, site: str, certificate: str, key: str) -> Iterator[str]:
+    """Its address, of localhost. `site`: what it does there, as its file has it."""
+    port, configuration = free_port(), directory / "Caddyfile"
+    options = "{\nadmin off\nauto_https disable_redirects\nskip_install_trust\n}\n"
+    configuration.write_text(f"{options}https://localhost:{port} {{\ntls {certificate} {key}\n{site}\n}}\n")
+    command = ["caddy", "run", "--adapter", "caddyfile", "--config", str(configuration)]
+    with _running(command, directory, port, {"XDG_DATA_HOME": str(directory), "XDG_CONFIG_HOME": str(directory)}):
+        yield f"https://localhost:{port}"
+
+
+@contextmanager
+def running_haproxy(directory: Path, configuration: str, port: int) -> Iterator[str]:
+    """Its address, of localhost; its whole configuration says the port too."""
+    file = directory / "haproxy.cfg"
+    file.write_text(configuration)
+    with _running(["haproxy", "-db", "-f", str(file)], directory, port):
+        yield f"https://localhost:{port}"
+
+
+@contextmanager
+def _running(command: list[str], directory: Path, port: int, env: dict[str, str] | None = None) -> Iterator[Process]:
+    process = start(command, directory / f"{command[0]}.log", env)
     try:
         wait_for_port(process, port)
-        yield f"http://127.0.0.1:{port}"
+        yield process
     finally:
         process.stop()

@@ -100,7 +100,7 @@ def test_another_vocabulary_is_said(gateway: Running) -> None:
     assert list(failed(found)) == ["vocabulary"]
     assert "The draft model's tokenizer is not that of toy" in failed(found)["vocabulary"]
     assert "round trip" in [check.name for check in found.checks if check.is_good]
-    assert found.verdict == "cannot be judged: mend what failed above first"
+    assert found.verdict == "cannot be judged: fix what failed above first"
 
 
 def test_a_draft_that_cannot_be_loaded_is_one_check_of_several(gateway: Running) -> None:
@@ -125,7 +125,7 @@ def test_no_gateway_and_no_server(tmp_path: Path) -> None:
         assert failed(look(running.url)) == {"server": "No vLLM server is connected to this gateway: start one."}
         link = learnt(running.endpoint, "f" * 64, StepTimes((), 0, 0, 0))
         wait_for(running.process, f"{running.url}/healthz", "engines", 1)
-        assert "has not said yet what its steps take" in failed(look(running.url))["server"]
+        assert "has not measured its steps yet" in failed(look(running.url))["server"]
         link.stop()
 
 
@@ -154,7 +154,7 @@ def test_it_takes_no_requests_from_others(tmp_path: Path) -> None:
 
 
 def test_a_users_fault_ends_with_2() -> None:
-    with pytest.raises(UserError, match="is no gateway URL"):
+    with pytest.raises(UserError, match="is not a gateway URL"):
         look("localhost:8100")
     with pytest.raises(UserError, match="CA file"):
         look("https://localhost:1", ca="/nowhere")
@@ -234,4 +234,4 @@ def test_a_draft_that_fails_on_real_requests_does_not_pass(
     found = look(gateway.url)
     assert list(failed(found)) == ["forward pass"]
     assert "choose another draft" in failed(found)["forward pass"]
-    assert found.verdict == "cannot be judged: mend what failed above first"
+    assert found.verdict == "cannot be judged: fix what failed above first"

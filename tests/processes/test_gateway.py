@@ -188,7 +188,7 @@ def test_a_request_that_is_too_long_is_given_back_and_that_is_said_once(
         for number in range(2):
             engine.link.send(engine.driver.close(f"long {number}"))
     said = [record.message for record in caplog.records if "longer" in record.message]
-    assert said == ["Requests that are longer than this draft takes, 64 tokens, are given back"]
+    assert said == ["Requests that are longer than this draft's context, 64 tokens, are given back"]
 
 
 def test_another_edge_takes_over_when_one_dies(gateway: Running, engine: Engine) -> None:
@@ -435,7 +435,8 @@ def test_tokens_and_tls(tmp_path: Path) -> None:
             with edge_in_thread(EdgeClient(Gateway(gateway.url, pool, ca), NgramDrafter(), "edge")):
                 assert engine.generate("over TLS", 20) > 0
             assert "does not allow the role 'pool'" in str(refused(gateway.url, hello(), private, ca))
-            for wrong in ("", "se-wrong", expired):
+            assert "asks for a token" in str(refused(gateway.url, hello(), "", ca))
+            for wrong in ("se-wrong", expired):
                 assert "refused this token" in str(refused(gateway.url, hello(), wrong, ca))
             assert "certificate" in str(refused(gateway.url, hello(), pool)).lower()
             # As the document says: numbers are open to all, as /metrics and /healthz are.

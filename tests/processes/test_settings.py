@@ -38,8 +38,8 @@ def test_a_tilde_is_the_home_folder() -> None:
         ({"connect": {"port": 1}}, r"In edge.toml, \[connect\], there is no option port"),
         ({"serve": {"max_requests": 1}}, r"In edge.toml, \[serve\], there is no option max_requests"),
         ({"fly": {}}, r"there is no command \[fly\]: tables are connect, serve"),
-        ({"api-key": "x"}, "api_key is no place for a secret: name a file that holds it, as api_key_file"),
-        ({"serve": {"token": "x"}}, "token is no place for a secret"),
+        ({"api-key": "x"}, "put it into a file of its own, and name that as api_key_file"),
+        ({"serve": {"token": "x"}}, "token would be a secret in the clear"),
     ],
 )
 def test_what_no_command_knows_is_said(values: dict[str, Any], sentence: str) -> None:
@@ -146,7 +146,7 @@ def test_a_file_is_named_on_the_command_line(tmp_path: Path) -> None:
     assert (status, "The configuration" in said, "cannot be read" in said) == (2, True, True)
     file = tmp_path / "mine.toml"
     file.write_text("[connect\n")
-    assert "is no TOML" in edge_client(tmp_path, "connect", "--config", str(file))[1]
+    assert "is not valid TOML" in edge_client(tmp_path, "connect", "--config", str(file))[1]
     file.write_text("max_requests = -1\n")
     said = edge_client(tmp_path, "connect", "--config", str(file))[1]
     assert said == f"edge-client: In {file}, max_requests is -1: it takes a whole number from 0 to 4096.\n"

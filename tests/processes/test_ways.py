@@ -6,14 +6,17 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpcore2  # noqa: F401 - which looks for socksio once, and not while a test hides it
 import pytest
 import trustme
 import uvicorn
 from certificates import write_certificate
 
+from edge_client import gateway_link
 from edge_client.client import EdgeClient
 from edge_client.drafters.ngram import NgramDrafter
 from edge_client.gateway_link import Gateway, Link, LinkError
@@ -59,9 +62,12 @@ WRONG = [
 
 @pytest.mark.parametrize("url", WRONG)
 def test_what_is_no_address_is_one_sentence(url: str) -> None:
-    with pytest.raises(UserError, match=r"is no gateway URL \(.*\): write it as https://gpu\.example\.org:8100\.$"):
+    with pytest.raises(UserError, match=r"is not a gateway URL \(.*\): write it as https://gpu\.example\.org:8100\.$"):
         checked_gateway_url(url)
-    with pytest.raises(UserError, match=r"is no server URL \(.*\): write it as https://gpu\.example\.org/v1\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"is not (a server URL|the URL of an OpenAI endpoint) \(.*\): write it as https://gpu\.example\.org/v1\.$",
+    ):
         checked_server_url(url)
 
 
@@ -76,11 +82,11 @@ def test_a_server_s_address_has_a_path() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["connect", "http://127.0.0.1:99999", "--draft", "ngram"], "is no gateway URL"),
-        (["doctor", "http://127.0.0.1:99999"], "is no gateway URL"),
-        (["serve", "http://127.0.0.1:1", "--server", "127.0.0.1:8000/v1"], "is no server URL"),
-        (["serve", "http://127.0.0.1:1", "--server", "http://127.0.0.1:8000"], "is no server URL"),
-        (["chat", "http://127.0.0.1:1", "--server", "http://::1:18438/v1"], "is no server URL"),
+        (["connect", "http://127.0.0.1:99999", "--draft", "ngram"], "is not a gateway URL"),
+        (["doctor", "http://127.0.0.1:99999"], "is not a gateway URL"),
+        (["serve", "http://127.0.0.1:1", "--server", "127.0.0.1:8000/v1"], "is not a server URL"),
+        (["serve", "http://127.0.0.1:1", "--server", "http://127.0.0.1:8000"], "is not the URL of an OpenAI endpoint"),
+        (["chat", "http://127.0.0.1:1", "--server", "http://::1:18438/v1"], "is not a server URL"),
     ],
 )
 def test_every_command_says_it_at_its_start(tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -226,7 +232,7 @@ def test_an_edge_drafts_through_a_proxy(
 # -- what is no gateway --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scheme", "said"), [("http", "is the port the gateway's"), ("https", "write http://")])
+@pytest.mark.parametrize(("scheme", "said"), [("http", "it is no edge gateway"), ("https", "write http://")])
 def test_a_port_that_is_no_gateway_s_is_said(tmp_path: Path, scheme: str, said: str) -> None:
     with served(Toy()) as url:
         for command in (
@@ -263,8 +269,55 @@ def hanging_up(answer: bytes, is_reset: bool) -> Iterator[str]:
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n"])
 def test_whatever_hangs_up_is_said_alike(answer: bytes, is_reset: bool) -> None:
     hello = Hello(PROTOCOL_VERSION, "test", "near", "pool", "", 1)
-    with hanging_up(answer, is_reset) as url, pytest.raises(LinkError, match="is the port the gateway's"):
+    with hanging_up(answer, is_reset) as url, pytest.raises(LinkError, match="it is no edge gateway"):
         asyncio.run(Link(Gateway(url), hello, on_frame=lambda frame: None).run())
+
+
+def why_not(url: str, ca_file: str = "") -> str:
+    """Why an edge cannot connect there."""
+    hello = Hello(PROTOCOL_VERSION, "test", "near", "pool", "", 1)
+    with pytest.raises(LinkError) as refusal:
+        asyncio.run(Link(Gateway(url, ca_file=ca_file), hello, on_frame=lambda frame: None).run())
+    return str(refusal.value)
+
+
+def test_an_address_where_nothing_listens_is_said() -> None:
+    assert why_not(f"http://127.0.0.1:{free_port()}").startswith("nothing listens there; start the server")
+
+
+def test_a_host_that_is_not_known_is_said() -> None:
+    assert why_not("http://no-such-host.invalid:8100").startswith("no host of that name is known here; correct it")
+
+
+def test_a_host_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener that takes no connection any more, its queue being full."""
+    monkeypatch.setattr(gateway_link, "CONNECT_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as waiting:
+        port = listener.getsockname()[1]
+        for _ in range(4):
+            peer = waiting.enter_context(socket.socket())
+            peer.setblocking(False)
+            peer.connect_ex(("127.0.0.1", port))
+        assert why_not(f"http://127.0.0.1:{port}").startswith("it does not answer; correct host and port")
+
+
+@pytest.mark.parametrize(
+    ("name", "ca_file", "lasts_days", "said"),
+    [
+        ("localhost", "", 1, "its certificate is of an authority that is not trusted here; name that authority"),
+        ("gpu.example.org", "ca.pem", 1, "its certificate is for another name"),
+        ("localhost", "ca.pem", -1, "its certificate has expired"),
+    ],
+)
+def test_what_is_wrong_with_a_certificate_is_said(
+    tmp_path: Path, name: str, ca_file: str, lasts_days: int, said: str
+) -> None:
+    end = datetime.now(UTC) + timedelta(days=lasts_days)
+    _, certificate, _, key = write_certificate(tmp_path, trustme.CA(), name, not_after=end)
+    config = uvicorn.Config(Toy(), log_level="error", ssl_certfile=certificate, ssl_keyfile=key)
+    with served(config) as served_url:
+        url = served_url.replace("http", "https", 1).replace("127.0.0.1", "localhost")
+        assert why_not(url, str(tmp_path / ca_file) if ca_file else "").startswith(said)
 
 
 # -- authorities ---------------------------------------------------------------------------------------------------

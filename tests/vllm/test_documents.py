@@ -8,6 +8,8 @@ from itertools import filterfalse
 from pathlib import Path
 
 import pytest
+import trustme
+from certificates import write_certificate
 from stack import BIN
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -23,6 +25,8 @@ except ModuleNotFoundError:  # where it was before
     from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
 
 DRAFT = MODEL.parent / "smollm2-draft"
+PAIR = {"Qwen/Qwen2.5-Coder-1.5B-Instruct": MODEL, "Qwen/Qwen2.5-Coder-0.5B-Instruct": DRAFT}
+"""What stands here for the pair that the documents name."""
 LIMIT_S = 120
 ENDLESS = {
     ("edge-client", "connect"): "connected",
@@ -41,6 +45,7 @@ def filled(command: Command, of_server: dict[str, str], directory: Path) -> list
     """Its words, with this machine's names in the place of the document's."""
     names = {
         **of_server,
+        **{name: str(path) for name, path in PAIR.items()},
         "DRAFT_MODEL": str(DRAFT),
         "MODEL": str(DRAFT),
         "ipc:///run/specedge/engines": f"ipc://{directory}/engines",
@@ -69,7 +74,9 @@ def test_a_command_that_asks_no_server_does_what_it_says(command: Command, tmp_p
 
 
 def run(command: Command, words: Sequence[str], tmp_path: Path) -> None:
-    """The command, with these words; it ends well."""
+    """The command, with these words and the files that it names; it ends well."""
+    write_certificate(tmp_path, trustme.CA())
+    (tmp_path / "token").write_text("a-token")
     sign = ENDLESS.get((command.words[0], command.words[1]))
     if command.words[1:3] in (["token", "list"], ["token", "revoke"]):
         issue = [words[0], "token", "issue", "anna", "--tokens-file", "tokens.json"]
@@ -114,7 +121,7 @@ def test_a_server_s_command_is_one_that_vllm_takes(command: Command, capsys: pyt
     load_general_plugins()
     try:
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(
-            [str(MODEL) if word == "MODEL" else word for word in words]
+            [str(MODEL) if word == "MODEL" or word in PAIR else word for word in words]
         )
     except SystemExit:
         raise AssertionError(capsys.readouterr().err) from None

@@ -1,4 +1,4 @@
-"""`make play`, as the README says it: the status page, and a chat whose drafts are coloured."""
+"""`make play`, as docs/demo.md says it: the status page, and a chat whose drafts are coloured."""
 
 import os
 import re

@@ -74,7 +74,9 @@ class HfDrafter:
     def __init__(self, model: Any, fingerprint: str, name: str, kept: list[int] | None) -> None:
         """Raises UserError for a model that does not go on from a cache: it would see the last tokens alone."""
         if "past_key_values" not in inspect.signature(model.forward).parameters:
-            raise UserError(f"'{name}' keeps no keys and values to go on from (Mamba, say): choose another draft.")
+            raise UserError(
+                f"'{name}' has no key-value cache to resume from (Mamba, for instance): choose another draft."
+            )
         self.model = model
         self.kept = None if kept is None else torch.tensor(kept, device=model.device)
         self.fingerprint = fingerprint

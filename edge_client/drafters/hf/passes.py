@@ -225,7 +225,7 @@ class HfPasses:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError) as error:
-                logger.warning("Passes of this model cannot be recorded, and take longer: %.120s", error)
+                logger.warning("Passes of this model cannot be recorded as CUDA graphs, and take longer: %.120s", error)
                 self._is_recording = False
                 return None
         recorded = self._recorded[shape]

@@ -45,8 +45,10 @@ def with_trees(chains: HfDrafter) -> HfDrafter | SlotDrafter:
         drafter = SlotDrafter(chains)
         if is_sound(drafter.open, paths, alone):
             return drafter
-        logger.warning("The draft says otherwise behind a mask of attention: it drafts chains, a request a pass.")
+        logger.warning(
+            "The draft's output changes under an attention mask: it drafts chains, one request in each pass."
+        )
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        logger.warning("The draft takes no trees (%.120s): it drafts chains, a request a pass.", error)
+        logger.warning("The draft model cannot run trees (%.120s): it drafts chains, one request in each pass.", error)
     chains.model.set_attn_implementation(before)
     return chains

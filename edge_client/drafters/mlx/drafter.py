@@ -37,7 +37,7 @@ class MlxDrafter:
         caches = make_prompt_cache(model)
         if any(type(layer) not in ENTRIES_OF for layer in caches):
             raise UserError(
-                f"'{name}' has layers with a state, which MLX does not take back: use --runtime transformers."
+                f"'{name}' has layers with a state, which cannot be rolled back in MLX: use --runtime transformers."
             )
         self._passes = MlxPasses(model, len(caches), kept)
         try:
@@ -48,7 +48,7 @@ class MlxDrafter:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             can_branch = False
         if not can_branch:
-            raise UserError(f"'{name}' drafts no trees in MLX: use --runtime transformers.")
+            raise UserError(f"'{name}' cannot draft trees in MLX: use --runtime transformers.")
 
     def open(self) -> SlotSequence:
         return SlotSequence(self._passes)

@@ -1,0 +1,196 @@
+"""The flags of `edge-client`'s commands, in the groups that several of them share, and the user's file of defaults."""
+
+import os
+import platform
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+import typer
+
+from edge_client import settings
+from edge_client.drafters import DrafterOptions
+from edge_client.gateway_link import Gateway
+from vllm_specedge.errors import UserError
+from vllm_specedge.option_flags import command_line
+
+app = command_line("Draft tokens for a vLLM server.")
+CONNECTION, DRAFT_MODEL, LIMITS, ENDPOINT, OUTPUT = "Connection", "Draft model", "Limits", "Endpoint", "Output"
+"""Panels of --help. What matters most is in none of them, and so comes first."""
+
+TOKEN_VARIABLE = "SPECEDGE_TOKEN"  # noqa: S105 - a name, not a secret
+THIS_MACHINE = platform.node()
+
+
+def _token(file: Path | None) -> str:
+    if file is not None:
+        return _read(file, "token")
+    return _secret(os.environ.get(TOKEN_VARIABLE, ""), f"The environment's {TOKEN_VARIABLE}")
+
+
+def _read(file: Path, what: str) -> str:
+    try:
+        return _secret(file.read_bytes().decode(errors="replace"), f"The {what} file {file}")
+    except OSError as error:
+        raise UserError(f"The {what} file {file} cannot be read: {error.strerror}.") from None
+
+
+def _secret(text: str, where: str) -> str:
+    """What goes into a header. Raises UserError."""
+    secret = text.strip()
+    if not (secret.isascii() and secret.isprintable()):
+        raise UserError(f"{where} must hold one line of letters and digits: put nothing else into it.")
+    return secret
+
+
+def _configure(context: typer.Context, file: Path | None) -> Path | None:
+    """Make what the user's file says this command's defaults: what its line says comes before them."""
+    chosen = file or settings.folder(sys.platform, os.environ, Path.home()) / "edge.toml"
+    if file is None and not chosen.exists():
+        return None
+    functions = {command.callback.__name__: command.callback for command in app.registered_commands if command.callback}
+    kinds = {name: get_type_hints(function, include_extras=True) for name, function in functions.items()}
+    names = {name: kinds[name].keys() - {"config", "return"} for name in kinds}
+    command = str(context.info_name)
+    values = settings.options_of(command, settings.read(chosen), names, chosen)
+    for name, value in values.items():
+        settings.kind_of(kinds[command][name]).check(name, value, chosen)
+        is_secret = name in settings.SECRETS.values() and os.name == "posix" and Path(value).exists()
+        if is_secret and Path(value).stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            raise UserError(f"In {chosen}, {name} is {value}, which others may read: chmod 600 {value}.")
+    if TOKEN_VARIABLE in os.environ:  # the environment comes before the file
+        values.pop("token_file", None)
+    context.default_map = values
+    return file
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file with options; default: ~/.config/specedge/edge.toml, on Windows %APPDATA%/specedge/edge.toml.",
+        callback=_configure,
+        is_eager=True,
+    ),
+]
+Draft = Annotated[
+    str,
+    typer.Option(
+        help="Draft model: a directory, a GGUF file, OWNER/NAME or hf:OWNER/NAME/FILE.gguf on the Hugging Face hub, or "
+        "'ngram' for prompt lookup."
+    ),
+]
+Role = Annotated[
+    str, typer.Option(help="pool: draft for any request; private: only for requests that name this edge's session.")
+]
+MaxRequests = Annotated[
+    int,
+    typer.Option(
+        help="Requests to draft for at once; 0: as many as this machine is fast enough for.",
+        min=0,
+        max=4096,
+        rich_help_panel=LIMITS,
+    ),
+]
+MaxWidth = Annotated[
+    int,
+    typer.Option(
+        help="Draft tokens of a request in one forward pass; 1: no branches; 0: as many as the model can.",
+        min=0,
+        rich_help_panel=LIMITS,
+    ),
+]
+MaxTemperature = Annotated[
+    float,
+    typer.Option(
+        help="Draft less of the time while the hottest sensor is above this; 0: no limit.",
+        min=0.0,
+        rich_help_panel=LIMITS,
+    ),
+]
+Wait = Annotated[
+    float,
+    typer.Option(help="Seconds to keep trying if the gateway is not there yet.", rich_help_panel=CONNECTION),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", rich_help_panel=OUTPUT)]
+
+
+@dataclass(frozen=True)
+class ToGateway:
+    """How a gateway is reached, and what this edge shows there."""
+
+    url: Annotated[str, typer.Argument(help="The gateway, such as https://gpu.example.org:8100.")]
+    token_file: Annotated[Path | None, typer.Option(help=f"File with your token; or set {TOKEN_VARIABLE}.")] = None
+    ca_file: Annotated[str, typer.Option(help="Trust this certificate authority (PEM), for --server too.")] = ""
+    cert_file: Annotated[
+        str,
+        typer.Option(
+            help="Your own certificate and its key (PEM), if the gateway asks for one.", rich_help_panel=CONNECTION
+        ),
+    ] = ""
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Send the token to another machine without TLS.", rich_help_panel=CONNECTION),
+    ] = False
+    no_proxy: Annotated[
+        bool,
+        typer.Option("--no-proxy", help="Ignore the proxies that the environment names.", rich_help_panel=CONNECTION),
+    ] = False
+    name: Annotated[str, typer.Option(help="Name that the operator sees.", rich_help_panel=CONNECTION)] = THIS_MACHINE
+    config: Config = None
+
+    def gateway(self) -> Gateway:
+        """The gateway. What cannot be used of it is said before a model is loaded: raises UserError."""
+        token = _token(self.token_file)
+        gateway = Gateway(self.url, token, self.ca_file, self.insecure, self.cert_file, not self.no_proxy)
+        gateway.client()
+        return gateway
+
+
+@dataclass(frozen=True)
+class DraftWith:
+    """How a draft model is run."""
+
+    device: Annotated[str, typer.Option(help="Where it runs: auto, cuda, mps or cpu.", rich_help_panel=DRAFT_MODEL)] = (
+        "auto"
+    )
+    runtime: Annotated[
+        str,
+        typer.Option(
+            help="What runs it: auto (the fastest), int8, transformers, mlx or llama.cpp.", rich_help_panel=DRAFT_MODEL
+        ),
+    ] = "auto"
+    threads: Annotated[
+        int,
+        typer.Option(help="CPU threads; 0: one for each core that this process may use.", rich_help_panel=DRAFT_MODEL),
+    ] = 0
+    draft_vocab: Annotated[
+        int | None,
+        typer.Option(
+            help="Draft with the N most frequent tokens only; 0: with all.", min=0, rich_help_panel=DRAFT_MODEL
+        ),
+    ] = None
+    draft_vocab_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Token ids by frequency; default: draft_vocab.json beside the model.", rich_help_panel=DRAFT_MODEL
+        ),
+    ] = None
+
+    def options(self, draft: str) -> DrafterOptions:
+        """The same with the name of the draft."""
+        return DrafterOptions(draft, self.device, self.threads, self.draft_vocab, self.draft_vocab_file, self.runtime)
+
+
+@dataclass(frozen=True)
+class ToServer:
+    """An OpenAI endpoint to be asked."""
+
+    server: Annotated[str, typer.Option(help="The server's OpenAI endpoint, such as https://gpu.example.org/v1.")]
+    api_key_file: Annotated[Path | None, typer.Option(help="File with the server's API key.")] = None
+
+    @property
+    def key(self) -> str:
+        """What the endpoint asks for; empty: nothing. Raises UserError."""
+        return _read(self.api_key_file, "key") if self.api_key_file is not None else ""

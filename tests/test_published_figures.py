@@ -1,0 +1,79 @@
+"""Figures in README and docs/results.md are those of the files in benchmarks/results/."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import demo_picture
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README, PAGE, DEMO = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "demo.md"
+
+
+def cells(name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((RESULTS / name).read_text())["cells"]
+    return found
+
+
+def row(document: Path, begin: str) -> list[float]:
+    """The numbers of the one row of a table that begins so."""
+    (cells_of_row,) = re.findall(rf"^\| {re.escape(begin)} \|(.+)\|$", document.read_text(), re.MULTILINE)
+    return [float(cell.strip(" *")) for cell in cells_of_row.split("|")]
+
+
+@pytest.mark.parametrize("document", [README, PAGE], ids=["README", "results"])
+@pytest.mark.parametrize(
+    ("begin", "rtt_ms", "temperature"),
+    [("0 ms", 0, 0), ("20 ms", 20, 0), ("80 ms", 80, 0), ("20 ms, at temperature 0.7", 20, 0.7)],
+)
+def test_a_real_pair(document: Path, begin: str, rtt_ms: float, temperature: float) -> None:
+    (cell,) = [
+        cell for cell in cells("pair-qwen.json") if (cell["rtt_ms"], cell["temperature"]) == (rtt_ms, temperature)
+    ]
+    medians = [cell["by_kind"][kind]["times"][0] for kind in ("chat", "code", "editing")]
+    assert row(document, begin) == [round(each, 2) for each in (*medians, cell["mean"][0])]
+
+
+@pytest.mark.parametrize(
+    ("begin", "arm"),
+    [
+        ("draft, wait, verify (as the paper does)", "chain-and-wait"),
+        ("drafting ahead, with branches, and the server's own lookup", "ngram"),
+    ],
+)
+def test_drafting_ahead(begin: str, arm: str) -> None:
+    measured = [cell["ratio"] for cell in cells("ahead.json") if cell["arm"] == arm]
+    assert row(PAGE, begin) == [round(each, 2) for each in measured]
+
+
+@pytest.mark.parametrize("edge", ["good", "poor"])
+def test_never_slower(edge: str) -> None:
+    both = [*cells("never-slower.json"), *cells("never-slower-16-32.json")]  # the later ones stand for the earlier
+    measured = {cell["requests"]: cell["ratio"] for cell in both if (cell["rtt_ms"], cell["edge"]) == (20, edge)}
+    assert row(PAGE, f"{edge} edges") == [round(measured[requests], 2) for requests in (1, 4, 8, 16, 32)]
+
+
+def test_where_it_was_slower_is_said() -> None:
+    ratios = [round(cell["ratio"], 2) for cell in cells("never-slower-16-32.json")]
+    num_good = sum(ratio >= 0.97 for ratio in ratios)
+    for document in (README, PAGE):
+        assert f"{min(ratios):.2f} to {max(ratios):.2f}" in document.read_text()
+    assert f"in {num_good} of {len(ratios)} cells" in " ".join(PAGE.read_text().split())
+
+
+def test_the_demo_s_last_line_and_picture(tmp_path: Path) -> None:
+    results = json.loads((RESULTS / "demo.json").read_text())
+    (line,) = re.findall(r"^```json\n(.+)\n```$", DEMO.read_text(), re.MULTILINE)
+    assert json.loads(line) == results
+    demo_picture.draw(results, tmp_path / "demo.svg")
+    drawn = [said_in(path) for path in (tmp_path / "demo.svg", ROOT / "docs" / "demo.svg")]
+    assert drawn[0] == drawn[1]
+    assert {f"{times:.2f}" for times in demo_picture.bars(results).values()} <= set(drawn[1])
+
+
+def said_in(picture: Path) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", picture.read_text())
