@@ -165,7 +165,7 @@ def simulate_overload(
     seconds: Annotated[float, typer.Option(help="For so long requests come.", min=20)] = 60.0,
     seeds: Annotated[int, typer.Option(help="Runs of each, with other chances.", min=1)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of all chances.")] = 0,
 ) -> None:
     """Goodput when more is asked for than a server can do, by who is let in (docs/simulate.md)."""
     from vllm_specedge.simulation import overload, overload_report  # noqa: PLC0415 - as above
@@ -203,7 +203,7 @@ def simulate_scaling(
     ramp_s: Annotated[float, typer.Option(help="A surge takes to rise, about.", min=1)] = 360.0,
     seeds: Annotated[int, typer.Option(help="Traces.", min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of all chances.")] = 0,
 ) -> None:
     """Engines that are started ahead of demand, or when requests wait: hours and misses (docs/operate.md)."""
     from vllm_specedge.simulation import scaling  # noqa: PLC0415 - as above
