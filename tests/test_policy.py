@@ -403,6 +403,9 @@ def test_more_of_a_prompt_never_means_more_draft_tokens(situation: Situation, mo
 
 @given(situations(load=quiet, cost=st.just(FLAT), limits=in_mode["budget"]))
 def test_where_more_tokens_cost_nothing_all_are_verified(situation: Situation) -> None:
+    """Unless all of them together would bring next to nothing."""
+    load, gained = situation.load, sum(sum(row.survivals) for row in situation.candidates)
+    assume(gained > 1.01 * LEAST_GAIN * (len(situation.candidates) + load.num_others + load.prefill))
     assert situation.decide().lengths == {row.key: len(row.survivals) for row in situation.candidates if row.survivals}
 
 
