@@ -15,7 +15,7 @@ from tests.ports import free_port
 from .conftest import MODEL, MODEL_NAME, until
 
 KEY = "se-key-of-this-test"
-SLO = {"default": {"ttft_ms": 15_000, "itl_ms": 1000}, "gold": {"itl_ms": 1000, "priority": -1}}
+SLO = {"default": {"ttft_ms": 3000, "itl_ms": 1000}, "gold": {"itl_ms": 1000, "priority": -1}}
 NUM_ASKED, TOKENS, MAX_SEQS = 64, 50, 4
 
 
