@@ -1,12 +1,14 @@
 """What `make evidence` asks, and what its runs come to: harness/workload.py, evidence_figures.py,
 switched_figures.py."""
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import pytest
 from harness.load import Answer, Chunk
+from harness.replay import Recording
 from harness.runs import Run
 from harness.workload import MIXED, REFERENCE, chosen, questions
 from hypothesis import given
@@ -124,6 +126,18 @@ def test_requests_are_in_time_by_their_first_token_and_their_pace() -> None:
 
 def answer(*chunks: tuple[float, int]) -> Answer:
     return Answer(0.0, chunks=[Chunk(*each) for each in chunks])
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_an_answer_knows_its_prompt_s_tokens(is_chat: bool) -> None:
+    """Edges that replay it find it by them. In a chat the event has them, else the choice."""
+    prompt = {"prompt_token_ids": [1, 2]}
+    choice = {"index": 0, "token_ids": [7]}
+    event = {**prompt, "choices": [choice]} if is_chat else {"choices": [{**choice, **prompt}]}
+    one = answer()
+    one.take(f"data: {json.dumps(event)}", 1.0)
+    one.take(f"data: {json.dumps({'choices': [choice]})}", 1.1)
+    assert one.recording == Recording((1, 2), (7, 7))
 
 
 def test_a_period_counts_what_came_in_it_but_for_its_beginning() -> None:

@@ -129,6 +129,8 @@ class Answer:
         event = json.loads(text)
         if "error" in event:
             raise RuntimeError(f"the server says {event['error']}")
+        # Of a completion a choice has them, of a chat the event.
+        self.prompt = tuple(event.get("prompt_token_ids") or self.prompt)
         for choice in event["choices"]:
             self.prompt = tuple(choice.get("prompt_token_ids") or self.prompt)
             tokens = choice.get("token_ids") or ()
