@@ -54,7 +54,7 @@ class Goal:
     is_least: bool
     arm: str
     requests: tuple[int, ...] = ()
-    """None: all."""
+    """Empty: all."""
 
     def concerns(self, cell: Slot) -> bool:
         return cell.arm == self.arm and not cell.rate and (not self.requests or cell.requests in self.requests)

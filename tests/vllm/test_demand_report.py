@@ -90,6 +90,15 @@ def test_engines_that_share_a_front_share_what_it_refused(places: SharedPlaces) 
     assert sum(counted(rank)["default"]["refused_requests"] for rank in ranks) == 7
 
 
+@pytest.mark.timeout(60)
+def test_an_engine_does_not_wait_for_a_front_that_stands_still_with_the_lock(places: SharedPlaces) -> None:
+    made = report()
+    with places.locked():
+        places.refuse(0)
+        made.look(scheduler(), 1.0)
+    assert counted(made)["default"]["refused_requests"] == 1
+
+
 def test_who_still_waits_at_the_second_look_was_deferred_once() -> None:
     made, one, other = report(), request("one"), request("other", -1)
     for look, waiting in enumerate([(one,), (one, other), (one,), (one,), ()], start=1):

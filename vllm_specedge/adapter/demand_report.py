@@ -99,8 +99,7 @@ class DemandReport:
         if self._places is None:
             return
         with suppress(OSError):
-            with self._places.locked():
-                refused = self._places.refused()
+            refused = self._places.refused()
             index, size = self._sharing
             for number, name in enumerate(self._names):
                 own = (refused[number] + index) // size

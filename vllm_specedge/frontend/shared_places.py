@@ -90,13 +90,14 @@ class SharedPlaces:
         if then == place.slice_number:
             self._write(at, (then, max(0, taken - 1)))
 
-    # -- what was refused, under the lock --------------------------------------------------------------------------
+    # -- what was refused: written under the lock ------------------------------------------------------------------
 
     def refuse(self, class_number: int) -> None:
         self._write(class_number, (self._read(class_number, 1)[0] + 1,))
 
     def refused(self) -> Sequence[int]:
-        """Requests so far, by class number."""
+        """Requests so far, by class number. Without the lock: words that only grow are read whole, and an engine never
+        waits for a front."""
         return self._read(0, MAX_CLASSES)
 
     # -- the file --------------------------------------------------------------------------------------------------

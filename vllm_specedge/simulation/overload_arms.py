@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from math import inf, sqrt
 from typing import Protocol
 
-from vllm_specedge.policy.admitted_rate import AdmittedRates
 from vllm_specedge.policy.slo import Queue, Target, Targets, rooms
 from vllm_specedge.policy.step_cost import StepCost
+from vllm_specedge.simulation.admitted_rate import AdmittedRates
 from vllm_specedge.simulation.arrivals import RequestClass
 
 STALE_S = 2.0
