@@ -107,6 +107,7 @@ class Overview:
             "tokens_per_step": _ratio(more["committed_tokens"], more["steps"]),
             "speedup": _ratio(more["plain_decode_us"], more["decode_us"]),
             "acceptance": _ratio(accepted, verified),
+            "from_edges": _ratio(more["accepted_tokens"], more["committed_tokens"]),
             "verified_per_s": _ratio(verified, seconds),
             "edge_share": _ratio(more["verified_drafts"], more["steps"]),
             "ngram_share": _ratio(more["ngram_verified_drafts"], more["steps"]),
@@ -124,6 +125,7 @@ class Overview:
             "rtt_ms": round(1e3 * rtt_s, 1) if rtt_s is not None else None,
             "requests": len(info.requests),
             "proposed": info.num_proposed_tokens,
+            "accepted": info.num_accepted_tokens,
             "acceptance": _ratio(info.num_accepted_tokens, info.num_verified_tokens),
             "tokens_per_s": round(self._edge_rates.get(edge, 0.0), 1),
         }
