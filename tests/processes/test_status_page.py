@@ -67,12 +67,13 @@ CONTRAST = """
   };
   const found = [];
   for (const mark of document.querySelectorAll(".legend i"))
-    found.push(["shape", contrast(rgb(getComputedStyle(mark).backgroundColor), behind(mark.parentElement)), mark.className]);
+    found.push(["shape", contrast(behind(mark), behind(mark.parentElement)), mark.className]);
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const node = texts.currentNode.parentElement;
     if (!texts.currentNode.textContent.trim() || !node.checkVisibility()) continue;
-    found.push(["text", contrast(rgb(getComputedStyle(node).color), behind(node)), texts.currentNode.textContent.trim()]);
+    const seen = contrast(rgb(getComputedStyle(node).color), behind(node));
+    found.push(["text", seen, texts.currentNode.textContent.trim()]);
   }
   return found;
 }
