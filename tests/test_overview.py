@@ -66,6 +66,7 @@ def test_figures_are_those_of_the_last_seconds_and_the_last_hour() -> None:
         assert figures["acceptance"] == pytest.approx(0.5)  # type: ignore[index]
         assert figures["edge_share"] == pytest.approx(0.5)  # type: ignore[index]
         assert figures["plain_share"] == pytest.approx(0.5)  # type: ignore[index]
+    assert now["from_edges"] == pytest.approx(10 / 40)  # type: ignore[index]
 
 
 @given(
@@ -122,6 +123,7 @@ def test_an_edge_s_numbers() -> None:
         "rtt_ms": 21.5,
         "requests": 1,
         "proposed": 2,
+        "accepted": 3,
         "acceptance": 0.75,
         "tokens_per_s": 4 / SAMPLE_S,
     }
