@@ -2,60 +2,75 @@
 
     PYTHONPATH=examples python benchmarks/sampling.py [--pair smollm2] [--tokens 64]
 
-The target answers with seeds, by the noise of vLLM's CPU build; at each position of an answer the draft model says what
-it thinks most probable. Compared: its most probable token (and its first two); what noise makes of its 64 most probable
-ones (and the first two of those); and what drafts that are sampled from it could have at most (1 - total variation).
-Nothing is timed.
+The target answers the questions of workload.toml with seeds, by the noise of vLLM's CPU build; at each position of an
+answer the draft model says what it thinks most probable. Compared: its most probable token (and its first two); what
+noise makes of its 64 most probable ones (and the first two of those), with the draft's probabilities as they are and as
+an edge takes them; and what drafts that are sampled from it could have at most (1 - total variation). Tokens a step are
+those of drafts of DRAFT tokens that are always there. Nothing is timed.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import chain
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 import vllm._C  # noqa: F401 - the CPU build's operators
-from harness.results import Column, table
+from harness.results import Column, circumstances, output_path, table
+from harness.workload import Question, questions
 from pairs import CACHE, PAIRS, prepare
-from questions import QUESTIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edge_client.drafters.torch_passes import candidates
-from edge_client.drafting.belief import FACTORS, Belief
-from edge_client.drafting.noise import NUM_CANDIDATES, Noise, SplitMix
+from edge_client.drafting.noise import NUM_CANDIDATES, SHARPNESS, Noise, SplitMix
 from vllm_specedge.wire.sampling import Sampling
 
-TEMPERATURES = (0.7, 1.0)
-EVERYDAY = (
-    "What is the tallest mountain?",
-    "Write a short story about a lost dog.",
-    "List five healthy breakfasts.",
-    "How do bees make honey?",
-    "Give me tips for learning to cook.",
-)
-"""Questions of kinds that the demo's are not."""
 FIRST_SEED = 1000
+DRAFT = 5
+ALL = "all"
+MOST_PROBABLE, WITH_NOISE, SHARPER = "most probable", "with noise", "as an edge does"
+TWO_MOST_PROBABLE, TWO_SHARPER = "two most probable", "two as an edge does"
 
 
 @dataclass
 class Counts:
-    """Tokens of answers, and how many of them a draft had."""
+    """Positions of answers, and at which of them a draft was right."""
 
     temperature: float
+    kind: str
     num_tokens: int = 0
-    most_probable: int = 0
-    with_noise: int = 0
-    noise_as_learnt: int = 0
-    two_most_probable: int = 0
-    two_with_noise: int = 0
+    right: dict[str, list[list[bool]]] = field(default_factory=dict)
+    """By the way to draft, for each answer."""
     optimum: float = 0.0
-    belief: Belief = field(default_factory=Belief)
 
-    def shares(self) -> dict[str, float]:
-        counted = asdict(self)
-        del counted["temperature"], counted["num_tokens"], counted["belief"]
-        return {name: value / self.num_tokens for name, value in counted.items()}
+    def begin(self) -> None:
+        """An answer."""
+        for answers in self.right.values():
+            answers.append([])
+
+    def add(self, way: str, is_right: bool) -> None:
+        self.right.setdefault(way, [[]])[-1].append(is_right)
+
+    def row(self) -> dict[str, Any]:
+        shares = {way: sum(map(sum, answers)) / self.num_tokens for way, answers in self.right.items()}
+        steps = {
+            f"{way}, tokens a step": self.num_tokens / sum(map(num_steps, self.right[way]))
+            for way in (MOST_PROBABLE, WITH_NOISE, SHARPER)
+        }
+        common = {"temperature": self.temperature, "kind": self.kind, "tokens": self.num_tokens}
+        return {**common, **shares, "optimum": self.optimum / self.num_tokens, **steps}
+
+
+def num_steps(right: Sequence[bool]) -> int:
+    """Steps that an answer takes if each verifies DRAFT tokens: what is right before the first that is not, and one."""
+    at = steps = 0
+    while at < len(right):
+        draft = right[at : at + DRAFT]
+        at += 1 + (draft.index(False) if False in draft else len(draft))
+        steps += 1
+    return steps
 
 
 class Pair:
@@ -70,11 +85,12 @@ class Pair:
             for directory in (pair.target_directory(CACHE), pair.draft_directory(CACHE))
         )
 
-    def prompts(self) -> Iterator[list[int]]:
-        for question in chain(*QUESTIONS.values(), EVERYDAY):
-            said = [{"role": "user", "content": question}]
-            asked = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
-            yield asked["input_ids"]
+    def prompt(self, question: Question) -> list[int]:
+        asked = self.tokenizer.apply_chat_template(
+            question.body["messages"], add_generation_prompt=True, return_dict=True
+        )
+        ids: list[int] = asked["input_ids"]
+        return ids
 
     @torch.inference_mode()
     def answer(
@@ -109,34 +125,48 @@ def count(counts: Counts, models: Pair, prompt: list[int], sampling: Sampling, n
     size = min(logits.shape[1], target_logits.shape[1])  # of both heads, which may be padded to other sizes
     target, draft = target_logits[:, :size].softmax(-1), (logits[:, :size] / counts.temperature).softmax(-1)
     counts.optimum += float(torch.minimum(target, draft).sum())
-    belief = counts.belief.of_request()
+    counts.num_tokens += len(answer)
+    counts.begin()
     for index, (token, likely) in enumerate(zip(answer, candidates(logits, NUM_CANDIDATES, None), strict=True)):
-        scored = noise.scored(likely, len(prompt) + index)
-        assert scored is not None
-        chosen = scored.best(2, 1.0)
-        counts.noise_as_learnt += scored.best(1, belief.factor)[0].token == token
-        belief.observe(scored.guesses(FACTORS), token)
-        counts.num_tokens += 1
-        counts.most_probable += likely[0].token == token
-        counts.with_noise += chosen[0].token == token
-        counts.two_most_probable += token in [each.token for each in likely[:2]]
-        counts.two_with_noise += token in [each.token for each in chosen]
+        position = len(prompt) + index
+        sharper = noise.chosen(likely, position, 2, SHARPNESS)
+        counts.add(MOST_PROBABLE, likely[0].token == token)
+        counts.add(WITH_NOISE, noise.chosen(likely, position, 1, 1.0)[0].token == token)
+        counts.add(SHARPER, sharper[0].token == token)
+        counts.add(TWO_MOST_PROBABLE, token in [each.token for each in likely[:2]])
+        counts.add(TWO_SHARPER, token in [each.token for each in sharper])
+
+
+def together(of_kinds: Sequence[Counts]) -> Counts:
+    """All kinds, in which each token counts alike."""
+    right = {way: [answer for counts in of_kinds for answer in counts.right[way]] for way in of_kinds[0].right}
+    num_tokens, optimum = sum(each.num_tokens for each in of_kinds), sum(each.optimum for each in of_kinds)
+    return Counts(of_kinds[0].temperature, ALL, num_tokens, right, optimum)
 
 
 def main(
     pair: Annotated[str, typer.Option(help="smollm2 or qwen.")] = "smollm2",
     tokens: Annotated[int, typer.Option(help="Of each answer, at most.")] = 64,
+    each: Annotated[int, typer.Option(help="Questions of each kind.", min=1)] = 5,
+    temperature: Annotated[list[float], typer.Option(help="May be given again.")] = [0.7, 1.0],  # noqa: B006
+    output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/sampling-drafts-PAIR.json.")] = None,
 ) -> None:
+    """How often drafts are right where the target samples, with and without its noise."""
     torch.set_num_threads(1)
-    models = Pair(pair)
-    rows = []
-    for temperature in TEMPERATURES:
-        counts = Counts(temperature)
-        for number, prompt in enumerate(models.prompts()):
-            count(counts, models, prompt, Sampling(temperature, 0, 1.0, FIRST_SEED + number, len(prompt)), tokens)
-        rows.append({"temperature": temperature, "tokens": counts.num_tokens, **counts.shares()})
-    forms = {"temperature": "", "tokens": ""}
-    print(table([Column(name.replace("_", " "), name, forms.get(name, ".3f")) for name in rows[0]], rows))
+    models, rows = Pair(pair), list[dict[str, Any]]()
+    for of_target in temperature:
+        of_kinds = []
+        for kind, asked in questions().items():
+            of_kinds.append(counts := Counts(of_target, kind))
+            for number, question in enumerate(asked[:each]):
+                prompt = models.prompt(question)
+                sampling = Sampling(of_target, 0, 1.0, FIRST_SEED + number, len(prompt))
+                count(counts, models, prompt, sampling, tokens)
+        rows += [counts.row() for counts in (*of_kinds, together(of_kinds))]
+    forms = {"temperature": "", "kind": "", "tokens": ""}
+    print(table([Column(name, name, forms.get(name, ".3f")) for name in rows[0]], rows))
+    path = output_path(f"sampling-drafts-{pair}.json", output)
+    path.write_text(json.dumps({**circumstances(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

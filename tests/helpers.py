@@ -11,7 +11,6 @@ from typing import Any
 from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate, DraftSequence
-from edge_client.drafting.noise import Noise
 from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import Speculation
 from tests.offers import Offers
@@ -180,14 +179,6 @@ class ListSequence(DraftSequence):
         assert all(0 <= parent < start for parent in parents)
         self.entries += zip(tokens, parents, strict=True)
         return [list(self._guess(self.past(start + row)))[:width] for row in range(len(tokens))]
-
-
-def with_noise(
-    noise: Noise, candidates: Sequence[Candidate], position: int, limit: int, factor: float = 1.0
-) -> list[Candidate]:
-    """What noise makes of a draft's candidates, as far as it has a part."""
-    scored = noise.scored(candidates, position)
-    return scored.best(limit, factor) if scored is not None else list(candidates[:limit])
 
 
 def virtual_edge(

@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_client.drafters import Candidate
-from edge_client.drafting.noise import Hash, Murmur, Noise, SplitMix, splitmix64
-from tests.helpers import with_noise
+from edge_client.drafting.noise import SHARPNESS, Hash, Murmur, Noise, SplitMix, splitmix64
 from vllm_specedge.wire.engine_frames import EngineOpen
 from vllm_specedge.wire.frames import Open
 from vllm_specedge.wire.sampling import MURMUR, SPLITMIX, Sampling, sampling_of
@@ -163,7 +162,7 @@ def test_the_example_client_chooses_as_an_edge_does(fields: tuple[int, ...]) -> 
     assert sampling is not None
     known = [Candidate(token, count / counts.total()) for token, count in counts.most_common()]
     example, noise = raw_client.Sampling(list(fields)), Noise(sampling)
-    chosen = [with_noise(noise, known, position, 1)[0].token for position in range(5, 400)]
+    chosen = [noise.chosen(known, position, 1, sharpness=1.0)[0].token for position in range(5, 400)]
     assert [example.best(counts, position) for position in range(5, 400)] == chosen
     assert len(set(chosen)) > 1
 
@@ -176,7 +175,7 @@ def test_the_chosen_is_the_best_with_noise_and_the_others_follow(kind: int) -> N
     for position in range(50):
         key = drawn.key(position)
         scores = {token: log(p) / 0.8 + drawn.gumbel(key, token) for token, p in candidates}
-        chosen = with_noise(noise, candidates, position, 3)
+        chosen = noise.chosen(candidates, position, 3, sharpness=1.0)
         assert [each.token for each in chosen] == sorted(scores, key=scores.__getitem__, reverse=True)[:3]
         assert 1.0 >= chosen[0].probability >= chosen[1].probability >= chosen[2].probability > 0.0
 
@@ -186,19 +185,31 @@ def test_top_k_and_top_p_leave_what_they_leave_of_the_target() -> None:
     of = {"top-k": Sampling(1.0, 1, 1.0, 5, 0), "top-p": Sampling(1.0, 0, 0.4, 5, 0)}
     for sampling in of.values():
         noise = Noise(sampling)
-        assert {with_noise(noise, candidates, position, 1)[0].token for position in range(200)} == {1}
+        assert {noise.chosen(candidates, position, 1)[0].token for position in range(200)} == {1}
 
 
 def test_tokens_come_as_often_as_they_are_probable() -> None:
     candidates = [Candidate(1, 0.5), Candidate(2, 0.3), Candidate(3, 0.2), *OTHERS]
     noise = Noise(Sampling(1.0, 0, 1.0, 5, 0))
-    said = [with_noise(noise, candidates, position, 1)[0].token for position in range(4000)]
+    said = [noise.chosen(candidates, position, 1, sharpness=1.0)[0].token for position in range(4000)]
     for token, probability in candidates[:3]:
         assert said.count(token) / 4000 == pytest.approx(probability, abs=0.03)
 
 
 def test_a_token_of_the_prompt_and_few_candidates_have_no_noise() -> None:
     candidates = [Candidate(1, 0.5), Candidate(2, 0.3)]
-    assert with_noise(Noise(Sampling(1.0, 0, 1.0, 5, 9)), [*candidates, *OTHERS], 8, 1) == candidates[:1]
+    assert Noise(Sampling(1.0, 0, 1.0, 5, 9)).chosen([*candidates, *OTHERS], 8, 1) == candidates[:1]
     for position in range(9, 60):
-        assert with_noise(Noise(Sampling(1.0, 0, 1.0, 5, 9)), candidates, position, 2) == candidates
+        assert Noise(Sampling(1.0, 0, 1.0, 5, 9)).chosen(candidates, position, 2) == candidates
+
+
+def test_the_target_is_taken_to_be_surer_than_the_draft() -> None:
+    """As if the draft's probabilities were its own to the power of SHARPNESS."""
+    candidates = [Candidate(1, 0.5), Candidate(2, 0.3), Candidate(3, 0.2), *OTHERS]
+    sharp = sorted((each.probability**SHARPNESS for each in candidates), reverse=True)
+    sharper = [Candidate(each.token, share / sum(sharp)) for each, share in zip(candidates, sharp, strict=True)]
+    noise = Noise(Sampling(1.0, 0, 1.0, 5, 0))
+    for position in range(200):
+        chosen, expected = noise.chosen(candidates, position, 1), noise.chosen(sharper, position, 1, sharpness=1.0)
+        assert chosen[0].token == expected[0].token
+        assert chosen[0].probability == pytest.approx(expected[0].probability)

@@ -16,7 +16,7 @@ from edge_client.drafting.pacing import Pace
 from edge_client.drafting.pass_times import PassTimes
 from edge_client.drafting.passes import MAX_CHAIN
 from edge_client.drafting.speculation import MAX_ENTRIES, MAX_SHORT, Speculation
-from tests.helpers import Guess, ListSequence, with_noise
+from tests.helpers import Guess, ListSequence
 from vllm_specedge.engine.proposal_tree import Fate, ProposalTree
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.frames import Close, CloseReason, Commit, Open, Ping, Propose
@@ -1094,6 +1094,6 @@ def test_where_the_target_samples_the_draft_has_its_noise() -> None:
     frames = edge.finish() + edge.draft_and_wait()
     proposed = [token for frame in frames if isinstance(frame, Propose) for token in frame.tokens]
     noise = Noise(sampling)
-    wanted = [with_noise(noise, likely, len(PROMPT) + depth, 1)[0].token for depth in range(CREDIT)]
+    wanted = [noise.chosen(likely, len(PROMPT) + depth, 1)[0].token for depth in range(CREDIT)]
     assert wanted != [0] * CREDIT, "noise changes nothing here"
     assert proposed == [PROMPT[-1], *wanted]

@@ -17,18 +17,7 @@ from vllm_specedge.wire.frames import Propose
 class Node:
     """One draft token, or the root."""
 
-    __slots__ = (
-        "children",
-        "claimed",
-        "entry",
-        "guesses",
-        "is_expanded",
-        "is_sent",
-        "parent",
-        "position",
-        "survival",
-        "token",
-    )
+    __slots__ = ("children", "claimed", "entry", "is_expanded", "is_sent", "parent", "position", "survival", "token")
 
     def __init__(self, token: int, position: int, parent: "Node | None", survival: float, claimed: float) -> None:
         self.token = token
@@ -40,8 +29,6 @@ class Node:
         self.children: list[Node] = []
         self.entry: int | None = None
         """Its place in the drafter's cache, once it is run or being run."""
-        self.guesses: tuple[int, ...] = ()
-        """What would follow it by each of several ways to choose; none: there is one way."""
         self.is_expanded = False
         self.is_sent = False
 

@@ -19,6 +19,9 @@ from vllm_specedge.wire.sampling import MURMUR, SPLITMIX, Sampling
 
 NUM_CANDIDATES = 64
 """A draft's most probable tokens, of which noise chooses."""
+SHARPNESS = 1.25
+"""How much surer a target is than its draft: what the draft's log probabilities are multiplied by. Measured with two
+pairs of models and twelve kinds of answers at temperatures 0.6 and 1 (benchmarks/LOG.md, 2026-11-27)."""
 _MIN_CANDIDATES = 8
 """A drafter that names fewer, as prompt lookup does, says nothing of how probable others are."""
 _MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
@@ -89,37 +92,25 @@ class Noise:
         self._sampling = sampling
         self._hash: Hash = _KINDS[sampling.noise](sampling)
 
-    def scored(self, candidates: Sequence[Candidate], position: int) -> "Scored | None":
-        """A draft's candidates, most probable first, with what the target adds at a position; None: it adds nothing,
-        or they are too few to tell."""
-        if position < self._sampling.first or len(candidates) < _MIN_CANDIDATES:
-            return None
-        key, gumbel = self._hash.key(position), self._hash.gumbel
-        return Scored([(weight, gumbel(key, token), token) for token, weight in _weighted(candidates, self._sampling)])
+    def chosen(
+        self, candidates: Sequence[Candidate], position: int, limit: int, sharpness: float = SHARPNESS
+    ) -> list[Candidate]:
+        """The `limit` of a draft's candidates that the target most probably says at a position, best first.
 
-
-class Scored:
-    """Tokens at a position: log probabilities by the temperature, noise, and ids."""
-
-    def __init__(self, tokens: Sequence[tuple[float, float, int]]) -> None:
-        self._tokens = tokens
-
-    def best(self, limit: int, factor: float) -> list[Candidate]:
-        """Those that the target most probably says, best first, if log probabilities count `factor` times.
-
-        Their probabilities are those with which each is said, as the draft sees it: for their order by noise is known,
-        and how far the target's logits are from the draft's is not.
+        `candidates`: most probable first. Their probabilities become those with which each is said, as the draft sees
+        it: for their order by noise is known, and how far the target's logits are from the draft's is not.
+        `sharpness`: what the draft's log probabilities are multiplied by before noise is added.
         """
-        scores = sorted(((factor * weight + noise, token) for weight, noise, token in self._tokens), reverse=True)
-        best = scores[0][0]
+        if position < self._sampling.first or len(candidates) < _MIN_CANDIDATES:
+            return list(candidates[:limit])
+        key, gumbel = self._hash.key(position), self._hash.gumbel
+        scores = [
+            (sharpness * weight + gumbel(key, token), token) for token, weight in _weighted(candidates, self._sampling)
+        ]
+        best = max(score for score, _ in scores)
         total = sum(exp(score - best) for score, _ in scores)
+        scores.sort(reverse=True)
         return [Candidate(token, exp(score - best) / total) for score, token in scores[:limit]]
-
-    def guesses(self, factors: Sequence[float]) -> tuple[int, ...]:
-        """The best by each factor."""
-        return tuple(
-            max((factor * weight + noise, token) for weight, noise, token in self._tokens)[1] for factor in factors
-        )
 
 
 def _weighted(candidates: Sequence[Candidate], sampling: Sampling) -> list[tuple[int, float]]:

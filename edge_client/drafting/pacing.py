@@ -6,7 +6,6 @@ Pure: times come as arguments. Rule: nothing here is tuned to a machine; what is
 import math
 from dataclasses import dataclass, field
 
-from edge_client.drafting.belief import Belief
 from edge_client.drafting.pass_times import PassTimes
 from vllm_specedge.estimators import Smoothed
 
@@ -58,8 +57,6 @@ class Pace:
     calibration: Calibration = field(default_factory=Calibration)
     sampled_calibration: Calibration = field(default_factory=Calibration)
     """Of requests that the target samples, where noise chooses among the draft's candidates."""
-    belief: Belief = field(default_factory=Belief)
-    """How far noise is believed, of all requests."""
     rtt_s: float = 0.0
     round_s: Smoothed = field(default_factory=Smoothed)
     """From one commit of a request to the next."""

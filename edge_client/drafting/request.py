@@ -1,10 +1,7 @@
 """What an edge knows of one request that it drafts for. Pure."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from edge_client.drafters import Candidate
-from edge_client.drafting.belief import FACTORS, Belief
 from edge_client.drafting.draft_tree import DraftTree, Node
 from edge_client.drafting.noise import Noise
 from edge_client.drafting.pacing import Calibration, Pace
@@ -19,8 +16,6 @@ class DraftedRequest:
     max_draft: int
     noise: Noise | None = None
     """What the target adds where it samples; None: it is greedy, or nothing is known of that."""
-    belief: Belief = field(default_factory=Belief)
-    """How far noise is believed."""
     tree: DraftTree = field(default_factory=DraftTree)
     running: list[Node] | None = None
     """What the job under way runs; empty: committed tokens."""
@@ -42,11 +37,3 @@ class DraftedRequest:
     def calibration(self, pace: Pace) -> Calibration:
         """How often what is drafted for such requests is right."""
         return pace.calibration if self.noise is None else pace.sampled_calibration
-
-    def chosen(self, node: Node, known: Sequence[Candidate], limit: int) -> list[Candidate]:
-        """Of a draft's candidates behind a token those that are kept, with noise where the target samples."""
-        scored = self.noise.scored(known, node.position + 1) if self.noise is not None else None
-        if scored is None:
-            return list(known[:limit])
-        node.guesses = scored.guesses(FACTORS)
-        return scored.best(limit, self.belief.factor)

@@ -114,9 +114,7 @@ class Speculation:
         self._kept.forget(frame.request)  # its sequence is this one's from now on
         sampling = sampling_of(frame.sampling)
         noise = Noise(sampling) if sampling is not None else None
-        self._requests[frame.request] = DraftedRequest(
-            frame.num_tokens, frame.credit, frame.max_draft, noise, self.pace.belief.of_request()
-        )
+        self._requests[frame.request] = DraftedRequest(frame.num_tokens, frame.credit, frame.max_draft, noise)
         self.stats.num_requests += 1
         return []
 
@@ -165,7 +163,6 @@ class Speculation:
         for parent, token in zip(parents, tokens, strict=False):
             for child in parent.children:
                 calibration.observe(child.claimed, child.token == token)
-            request.belief.observe(parent.guesses, token)
         num_on_trunk = sum(
             1 for node, said in zip(trunk, tokens, strict=False) if node.token == said and node in foreseen
         )
@@ -268,7 +265,9 @@ class Speculation:
         for node, candidates in zip(nodes or [tree.root], said, strict=True):
             if tree.contains(node):
                 known = [candidate for candidate in candidates if candidate.token < self.vocab_size]
-                tree.expand(node, request.chosen(node, known, self._num_kept), request.calibration(self.pace))
+                if request.noise is not None:
+                    known = request.noise.chosen(known, node.position + 1, self._num_kept)
+                tree.expand(node, known, request.calibration(self.pace))
                 self.stats.drafted_tokens += 1
         return self._propose(job.request, request, now_s)
 

@@ -13,7 +13,6 @@ from vllm.platforms import current_platform
 
 from edge_client.drafters import Candidate
 from edge_client.drafting.noise import Noise
-from tests.helpers import with_noise
 from vllm_specedge.adapter import hooks
 from vllm_specedge.adapter.worker import coupling, cpu_kernels, verification
 from vllm_specedge.adapter.worker.sampling import shorten
@@ -186,7 +185,7 @@ def test_an_edge_with_the_target_s_own_logits_foresees_all_it_says(limits: dict[
         for at, token in enumerate(said[request]):
             best, ids = logits[request, at].softmax(-1).sort(descending=True)
             candidates = [Candidate(*pair) for pair in zip(ids.tolist(), best.tolist(), strict=True)]
-            assert with_noise(noise, candidates, 5 + at, 1)[0].token == token
+            assert noise.chosen(candidates, 5 + at, 1, sharpness=1.0)[0].token == token
 
 
 def test_rows_behind_a_token_that_was_not_right_are_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
