@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench evidence bench-switched bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-overload bench-other-tokenizer clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench evidence bench-switched bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-overload bench-other-tokenizer published clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -24,6 +24,7 @@ help:
 	@echo "make dist            wheel and sdist in dist/, checked (half a minute)"
 	@echo "make bench           edges against vLLM, its ngram, its draft_model (hours; ARGS=--quick: a quarter of an hour)"
 	@echo "make evidence        a real pair, servers started five times, intervals and verdicts (hours; ARGS='--pair qwen')"
+	@echo "make published       the documents' tables that come from benchmarks/results, written anew"
 	@echo "make bench-switched  what edges bring or cost within one server, whose drafts count every other few seconds"
 	@echo "make bench-emulated  server, wire and edges at an accelerator's speed, without one (some minutes)"
 	@echo "make bench-timeline  a second of a real run, drawn: the server verifies while edges draft (two minutes)"
@@ -159,6 +160,9 @@ bench: $(VENV)/.installed model
 
 evidence: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/evidence.py $(ARGS)
+
+published: $(VENV)/.installed
+	$(BIN)/python benchmarks/published.py --write
 
 bench-switched: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/switched.py $(ARGS)

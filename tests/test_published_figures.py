@@ -2,12 +2,13 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import demo_picture
+from benchmarks import demo_picture, published
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,3 +78,47 @@ def test_the_demo_s_last_line_and_picture(tmp_path: Path) -> None:
 
 def said_in(picture: Path) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", picture.read_text())
+
+
+@pytest.mark.parametrize(
+    ("begin", "requests", "kind", "temperature"),
+    [
+        ("1 request, mixed prompts", 1, "mixed", 0.0),
+        ("4 requests, mixed prompts", 4, "mixed", 0.0),
+        ("4 requests, rewriting a text", 4, "rewrite", 0.0),
+        ("1 request, temperature 0.7", 1, "mixed", 0.7),
+    ],
+)
+def test_against_vllm_s_own_methods(begin: str, requests: int, kind: str, temperature: float) -> None:
+    runs = [
+        run
+        for run in json.loads((RESULTS / "bench.json").read_text())["runs"]
+        if (run["requests"], run["kind"], run["temperature"]) == (requests, kind, temperature)
+    ]
+
+    def times(arm: str, rtt_ms: float | None) -> list[float]:
+        """Of each repeat."""
+        rate = {run["repeat"]: run["tokens_per_s"] for run in runs if (run["arm"], run["rtt_ms"]) == (arm, rtt_ms)}
+        plain = {run["repeat"]: run["tokens_per_s"] for run in runs if run["arm"] == "vanilla"}
+        return [rate[repeat] / plain[repeat] for repeat in sorted(rate)]
+
+    def shown(arm: str, rtt_ms: float | None = None) -> str:
+        return f"{statistics.median(times(arm, rtt_ms)):.2f}"
+
+    def with_range(rtt_ms: float) -> str:
+        found = times("edge", rtt_ms)
+        return f"{shown('edge', rtt_ms)} ({min(found):.2f}..{max(found):.2f})"
+
+    (line,) = re.findall(rf"^\| {re.escape(begin)} \|(.+)\|$", PAGE.read_text(), re.MULTILINE)
+    assert [cell.replace("*", "").strip() for cell in line.split("|")] == [
+        shown("ngram"),
+        shown("draft_model"),
+        f"{shown('wait', 5.0)} / {shown('wait', 80.0)}",
+        with_range(5.0),
+        with_range(80.0),
+    ]
+
+
+def test_tables_that_a_command_makes_are_what_the_files_say() -> None:
+    """`make published`."""
+    assert [str(document) for document in published.DOCUMENTS if published.unlike(document, should_write=False)] == []
