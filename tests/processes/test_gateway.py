@@ -188,7 +188,7 @@ def test_a_request_that_is_too_long_is_given_back_and_that_is_said_once(
         for number in range(2):
             engine.link.send(engine.driver.close(f"long {number}"))
     said = [record.message for record in caplog.records if "longer" in record.message]
-    assert said == ["Requests that are longer than this draft's context, 64 tokens, are given back"]
+    assert said == ["Requests that are longer than this draft's context (64 tokens) are declined"]
 
 
 def test_another_edge_takes_over_when_one_dies(gateway: Running, engine: Engine) -> None:
