@@ -1,9 +1,9 @@
-"""How far noise may move a draft's own order of tokens, learnt from what the target said. Pure.
+"""How strongly noise reorders a draft's candidates, learnt from the tokens of the target. Pure.
 
-A draft knows the target's noise and guesses its probabilities. Where the target is surer than the draft thinks, as of a
-text that it copies, noise makes the draft say another token where it does not move the target; where the draft is too
-sure it is the other way round. So the draft's log probabilities are taken times a factor before noise is added. Each
-committed token shows for every factor whether it would have been right, whichever was used.
+A draft knows the target's noise but only estimates its probabilities. If the target is more certain than the draft, for
+instance where it copies text, noise changes the draft's token but not the target's; if the draft is too certain, it is
+the other way round. So the draft's log probabilities are multiplied by a factor before noise is added. Each committed
+token shows for every factor, not only the one in use, whether its guess would have been right.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ PRIOR_WEIGHT = 8.0
 
 @dataclass(slots=True)
 class Belief:
-    """How often each factor was right, what is old counting less."""
+    """How often each factor was right; older tokens count less."""
 
     memory: float = COMMON_MEMORY
     common: "Belief | None" = None
-    """Of all requests: what is thought before a request has shown something itself."""
+    """The belief over all requests, the prior until a request has its own evidence."""
     _seen: float = 0.0
     _right: list[float] = field(default_factory=lambda: [0.0] * len(FACTORS))
 
@@ -30,7 +30,7 @@ class Belief:
         return Belief(OWN_MEMORY, self)
 
     def observe(self, guesses: Sequence[int], token: int) -> None:
-        """The target said `token`, where each factor would have guessed one of `guesses`; none: noise had no part."""
+        """Record the target's `token` and the guess that each factor gave; no guesses: noise had no part in it."""
         if not guesses:
             return
         self._seen = self.memory * self._seen + 1.0
@@ -41,7 +41,7 @@ class Belief:
 
     @property
     def factor(self) -> float:
-        """That which is right most often; of equals the nearest to 1."""
+        """The factor that is right most often; of equals the nearest to 1."""
         return max(FACTORS, key=lambda factor: (round(self._rate(FACTORS.index(factor)), 9), -abs(log(factor))))
 
     def _rate(self, index: int) -> float:
