@@ -570,7 +570,7 @@ def test_whoever_sends_too_many_bytes_is_closed(gateway: Running, engine: Engine
         finally:
             flooding.cancel()
 
-    with pytest.raises(UserError, match="KiB a second"):
+    with pytest.raises(UserError, match="KiB per second"):
         asyncio.run(run())
 
 
