@@ -246,7 +246,7 @@ class StepDriver:
         return self._ledger.publish(request, ended_s)
 
     def _commit(self, request: DraftedRequest, outcome: RequestOutcome, plan: StepPlan, ended_s: float) -> list[Frame]:
-        """Process a request's decided tokens. Only what the next plan needs is done at once; the rest is for `learn`."""
+        """Process a request's decided tokens. Only what the next plan needs is done at once, the rest later."""
         tree, edge, num_verified = request.tree, request.edge, outcome.num_verified
         if edge is None and not num_verified and request.is_without_drafts:
             return self._commit_plain(request, ended_s)

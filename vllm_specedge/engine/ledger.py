@@ -198,7 +198,7 @@ class RequestLedger:
 
 
 def _count_insertion(request: DraftedRequest, num_tokens: int, done: Insertion, is_trunk: bool) -> None:
-    """Count the tokens of a run by outcome. The known token in front of a trunk is no draft token: it does not count."""
+    """Count the tokens of a run by outcome. The known token in front of a trunk is no draft token, and not counted."""
     late, repeated, discarded = done.late, done.repeated, done.discarded
     if is_trunk and late:
         late -= 1
