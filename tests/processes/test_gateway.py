@@ -107,7 +107,7 @@ def test_an_edge_whose_cache_is_full_gives_its_requests_back(
     with edge_in_thread(EdgeClient(Gateway(gateway.url), FullDrafter(), "full")):
         engine.wait(lambda: engine.driver.num_edges == 1)
         engine.link.send(engine.driver.open("for nobody", [1, 2, 3], ""))
-        engine.wait(lambda: any("is given back" in record.message for record in caplog.records))
+        engine.wait(lambda: any("is declined" in record.message for record in caplog.records))
         engine.link.send(engine.driver.close("for nobody"))
         with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "other")):
             engine.wait(lambda: engine.driver.num_edges == 2)
@@ -153,7 +153,7 @@ def test_drafts_that_are_no_numbers_give_their_requests_back_in_one_line(
             engine.wait(lambda so_many=number: client.speculation.stats.num_failed == so_many)
             engine.link.send(engine.driver.close(f"sick {number}"))
         assert engine.generate("well", 20) > 0
-    said = [record for record in caplog.records if "is given back" in record.message]
+    said = [record for record in caplog.records if "is declined" in record.message]
     assert [(record.exc_info, "not finite" in record.message) for record in said] == [(False, True)]
 
 

@@ -58,7 +58,7 @@ _RECORDS = TypeAdapter(list[TokenRecord])
 def expiry_s(days: float, now_s: float) -> float:
     """The unix time at which a token of this many days expires; 0 for 0 days: never. Raises UserError."""
     if not 0 <= days <= MAX_DAYS:  # also false for nan
-        raise UserError(f"--days takes 0 (for ever) to {MAX_DAYS}, not {days:g}.")
+        raise UserError(f"--days takes 0 to {MAX_DAYS} (0: for ever), not {days:g}.")
     return now_s + days * _DAY_S if days else 0.0
 
 
