@@ -137,7 +137,7 @@ class ToGateway:
         bool,
         typer.Option("--no-proxy", help="Ignore proxies set in the environment.", rich_help_panel=CONNECTION),
     ] = False
-    name: Annotated[str, typer.Option(help="Name that the operator sees.", rich_help_panel=CONNECTION)] = THIS_MACHINE
+    name: Annotated[str, typer.Option(help="Name shown to the operator.", rich_help_panel=CONNECTION)] = THIS_MACHINE
     config: Config = None
 
     def gateway(self) -> Gateway:
@@ -150,15 +150,13 @@ class ToGateway:
 
 @dataclass(frozen=True)
 class DraftWith:
-    """How a draft model is run."""
+    """How to run the draft model."""
 
-    device: Annotated[str, typer.Option(help="Where it runs: auto, cuda, mps or cpu.", rich_help_panel=DRAFT_MODEL)] = (
-        "auto"
-    )
+    device: Annotated[str, typer.Option(help="Device: auto, cuda, mps or cpu.", rich_help_panel=DRAFT_MODEL)] = "auto"
     runtime: Annotated[
         str,
         typer.Option(
-            help="What runs it: auto (the fastest), int8, transformers, mlx or llama.cpp.", rich_help_panel=DRAFT_MODEL
+            help="Runtime: auto (the fastest), int8, transformers, mlx or llama.cpp.", rich_help_panel=DRAFT_MODEL
         ),
     ] = "auto"
     threads: Annotated[
@@ -174,7 +172,7 @@ class DraftWith:
     draft_vocab_file: Annotated[
         Path | None,
         typer.Option(
-            help="Token ids by frequency; default: draft_vocab.json beside the model.", rich_help_panel=DRAFT_MODEL
+            help="Token ids by frequency; default: draft_vocab.json next to the model.", rich_help_panel=DRAFT_MODEL
         ),
     ] = None
 

@@ -19,7 +19,7 @@ NO_GATEWAY = (
 CERTIFICATE_FAULTS = {
     "mismatch": "its certificate is for another name; use a name or an address that the certificate has",
     "expired": "its certificate has expired; ask its operator for a new one",
-    "not yet valid": "its certificate is not valid yet; is the time of this machine right?",
+    "not yet valid": "its certificate is not valid yet; check the clock of this machine",
 }
 """Messages by the part of OpenSSL's message that identifies each fault."""
 UNKNOWN_AUTHORITY = "its certificate is from an authority that is not trusted here; name that authority with --ca-file"
@@ -42,7 +42,7 @@ def what_is_wrong(error: Exception, is_answered: bool) -> str:
                 said = cause.verify_message
                 return next((each for part, each in CERTIFICATE_FAULTS.items() if part in said), UNKNOWN_AUTHORITY)
     if "WRONG_VERSION_NUMBER" in text:
-        return "it speaks no TLS; write http://, or name the gateway's port"
+        return "it does not speak TLS; write http://, or name the gateway's port"
     return NO_GATEWAY if isinstance(error, HANGING_UP) else text
 
 

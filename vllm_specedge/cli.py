@@ -89,7 +89,9 @@ def doctor() -> None:
 
 @app.command()
 def simulate(
-    server: Annotated[str, typer.Option(help="a100-14b, h100-70b-tp4, h100-8b, cpu-135m or custom.")] = "a100-14b",
+    server: Annotated[
+        str, typer.Option(help="Simulated server: a100-14b, h100-70b-tp4, h100-8b, cpu-135m or custom.")
+    ] = "a100-14b",
     requests: Annotated[str, typer.Option(help="Concurrent requests; several with commas.")] = "1,4,16,64",
     rtt_ms: Annotated[str, typer.Option(help="RTT between edges and gateway; several with commas.")] = "20",
     acceptance: Annotated[float, typer.Option(help="Probability that a draft token is right.", min=0, max=1)] = 0.75,
@@ -102,13 +104,15 @@ def simulate(
     shared_rows: Annotated[int, typer.Option(help="Maximum rows of a pass that requests share; 0: none.", min=0)] = 16,
     spec_tokens: Annotated[int, typer.Option(help="Draft tokens per request and step to verify.", min=1)] = 5,
     credit_tokens: Annotated[int, typer.Option(help="Tokens that edges may draft ahead.", min=1, max=64)] = 32,
-    uplink_bytes_per_token: Annotated[float | None, typer.Option(help="As edge-client's option.", min=8)] = None,
+    uplink_bytes_per_token: Annotated[
+        float | None, typer.Option(help="Uplink limit, as edge-client's option.", min=8)
+    ] = None,
     jitter_ms: Annotated[float, typer.Option(help="Maximum extra delay each way.", min=0)] = 0.0,
-    edge: Annotated[str, typer.Option(help="good, poor, stalling, dead or half.")] = "good",
+    edge: Annotated[str, typer.Option(help="Kind of edges: good, poor, stalling, dead or half.")] = "good",
     share: Annotated[float, typer.Option(help="Share of the requests that have an edge.", min=0, max=1)] = 1.0,
     requests_per_edge: Annotated[int, typer.Option(help="Requests that one edge drafts for.", min=1)] = 1,
     max_edges: Annotated[int, typer.Option(help="Maximum edges; they share the requests.", min=1)] = 1 << 20,
-    hold_limit_ms: Annotated[int, typer.Option(help="As the server's option.", min=0)] = 100,
+    hold_limit_ms: Annotated[int, typer.Option(help="Hold limit, as the server's option.", min=0)] = 100,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", min=2)] = 64,
     output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 256,
     weights_ms: Annotated[float, typer.Option(help="--server custom: time to read the weights.", min=0)] = 0.0,
@@ -116,7 +120,9 @@ def simulate(
     token_us: Annotated[float, typer.Option(help="--server custom: time to compute a token.", min=0)] = 0.0,
     overhead_ms: Annotated[float, typer.Option(help="--server custom: fixed overhead of a step.", min=0)] = 0.5,
     gap_ms: Annotated[float | None, typer.Option(help="Asynchronous engine: overhead of synchronous steps.")] = None,
-    draft_step_ms: Annotated[float, typer.Option(help="--server custom: a draft step on the server.", min=0)] = 0.0,
+    draft_step_ms: Annotated[
+        float, typer.Option(help="--server custom: time of an in-server draft step.", min=0)
+    ] = 0.0,
     all_modes: Annotated[bool, typer.Option("--all-modes", help="Also run the comparison modes.")] = False,
     oracle: Annotated[bool, typer.Option("--oracle", help="Also run a policy that need not learn.")] = False,
     break_even: Annotated[bool, typer.Option(help="Find the RTT up to which edges help, at the first load.")] = True,
@@ -157,7 +163,9 @@ def simulate(
 
 @app.command("simulate-overload")
 def simulate_overload(
-    server: Annotated[str, typer.Option(help="a100-14b, h100-70b-tp4, h100-8b or cpu-135m.")] = "cpu-135m",
+    server: Annotated[
+        str, typer.Option(help="Simulated server: a100-14b, h100-70b-tp4, h100-8b or cpu-135m.")
+    ] = "cpu-135m",
     times: Annotated[str, typer.Option(help="Load as a multiple of the capacity; several with commas.")] = "1,1.5,2,3",
     edges: Annotated[int, typer.Option(help="Edges, each for one request at a time.", min=0)] = 0,
     max_running: Annotated[int, typer.Option(help="Maximum requests running at once.", min=1)] = 32,

@@ -89,7 +89,7 @@ class EdgeOptions(GatewayOptions):
     gateway: str = ""
     """Use a gateway that already runs: its engine endpoint, `ipc:///...` or `tcp://127.0.0.1:...`."""
     hold_limit_ms: int = Field(round(1000 * _HOLD.hold_limit_s), ge=0, le=10_000)
-    """Never hold a request for its draft longer than this; 0: never hold."""
+    """Maximum time to hold a request for its draft; 0: never hold."""
     mode: Literal["auto", "wait", "never-wait", "budget"] = "auto"
     """`auto`: verify and hold when it pays. For comparisons: `wait` (always hold, up to the limit, and verify all),
     `never-wait` (verify all drafts that are there), `budget` (verify what pays, never hold)."""

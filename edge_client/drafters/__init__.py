@@ -14,7 +14,7 @@ class Candidate(NamedTuple):
 
 
 class CacheFullError(Exception):
-    """A drafter's cache has no room for a pass; what the context holds afterwards is not defined."""
+    """A drafter's cache has no room for a pass. The content of the context is undefined afterwards."""
 
 
 class DraftSequence(Protocol):

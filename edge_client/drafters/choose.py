@@ -44,7 +44,7 @@ class Runtime(NamedTuple):
 
     name: str
     where: str
-    """The device, and why that one."""
+    """The device, and why it was chosen."""
     load: Callable[[], Drafter]
 
 
@@ -87,7 +87,7 @@ def fastest(there: Sequence[Runtime], say: Say, clock: Clock) -> Drafter:
             say(f"{runtime.name} on {runtime.where}: {1e3 * took_s:.1f} ms per draft token.")
         if best is None or took_s < best[0]:
             best = (took_s, runtime, drafter)
-    assert best is not None, "there is one runtime at least"
+    assert best is not None, "there is at least one runtime"
     say(f"Drafting on {best[1].where}, with {_SHOWN[best[1].name]}.")
     return best[2]
 

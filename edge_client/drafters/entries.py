@@ -38,7 +38,7 @@ class Entries:
     def append(self, count: int) -> None:
         """Add a chain of `count` entries behind the last one; the existing entries must be a chain."""
         if not self.is_chain:
-            raise ValueError("a chain is appended to a chain only, not to branches")
+            raise ValueError("a chain can only be appended to a chain, not to branches")
         self.trunk += count
 
     def branch(self, parents: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import log
 
 FACTORS = (0.7, 1.0, 1.5, 2.5, 4.0)
-"""With the last, noise hardly moves anything."""
+"""With the largest, noise hardly changes the order."""
 OWN_MEMORY, COMMON_MEMORY = 0.97, 0.995
 PRIOR_WEIGHT = 8.0
 

@@ -39,7 +39,7 @@ class Node:
         """Its probability given its parent, according to the draft."""
         self.children: list[Node] = []
         self.entry: int | None = None
-        """Its place in the drafter's cache, once it is run or being run."""
+        """Its entry in the drafter's cache, once its pass has started."""
         self.guesses: tuple[int, ...] = ()
         """The token that would follow it under each factor of `belief`; empty: there is no noise to weigh."""
         self.is_expanded = False

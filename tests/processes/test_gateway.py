@@ -266,7 +266,7 @@ def test_a_rogue_is_closed_and_the_others_stay(gateway: Running, engine: Engine,
         ([3, 5], (1,), "do not add up"),
         ([3, 5], (1, 3), "do not add up"),
         ([3, 5], (4, 1), "do not add up"),
-        ([3, 5], (0, 2), "a token of their trunk in front"),
+        ([3, 5], (0, 2), "must start with a token of their trunk"),
     ],
 )
 def test_a_proposal_that_cannot_be_meant_never_reaches_the_engine(

@@ -315,7 +315,7 @@ class Drafting:
         if plan.wait_until_s is None:
             return False
         self._carry_out(plan)
-        self.shared.changed()  # time goes by
+        self.shared.changed()  # the plan ages while the engine sleeps
         return self.shared.park(plan.wait_until_s)
 
 

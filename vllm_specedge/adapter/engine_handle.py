@@ -33,7 +33,7 @@ class EngineHandle:
         return bool(self._core.is_running())
 
     def wake(self) -> None:
-        """Make its loop look again. Any thread may call this."""
+        """Make its loop check for work again. Any thread may call this."""
         self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     @property

@@ -103,7 +103,7 @@ class EdgeScheduler(Scheduler):
         try:
             return drafting.shared.locked(lambda: act(drafting))
         except Exception:
-            logger.exception("Drafting failed and is off; serving goes on without it")
+            logger.exception("Drafting failed and is off; serving continues without it")
             self._drafting = None
             drafting.stop()
             for request in self.running:

@@ -77,7 +77,7 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
 
 
 def pages(gateway: Gateway) -> FastAPI:
-    """Everything but the streams."""
+    """The app with everything but the streams."""
     app = FastAPI(title="vLLM-SpecEdge gateway", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(Refused, _refuse)
     _add_status(app, gateway)

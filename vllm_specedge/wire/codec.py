@@ -159,7 +159,7 @@ def unpack_tokens(data: bytes) -> tuple[int, ...]:
         return ()
     width, packed = data[0], data[1:]
     if not 1 <= width <= _WORD_BYTES or not packed or len(packed) % width:
-        raise RemoteProtocolError(f"{len(packed)} bytes are no token ids of {width} bytes")
+        raise RemoteProtocolError(f"{len(packed)} bytes are not token ids of {width} bytes")
     wide = bytearray(len(packed) // width * _WORD_BYTES)
     for index in range(width):
         wide[index::_WORD_BYTES] = packed[index::width]

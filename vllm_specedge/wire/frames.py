@@ -127,7 +127,7 @@ class Propose(Coded, code=7):
         if num_trunk < 0 or len(self.branches) % 2 or max(self.branches[::2]) > self.base + num_trunk:
             raise ValueError("a proposal's branches do not add up to its tokens")
         if not num_trunk:
-            raise ValueError("a proposal of branches has a token of their trunk in front")
+            raise ValueError("a proposal with branches must start with a token of their trunk")
 
     @property
     def num_drafted(self) -> int:

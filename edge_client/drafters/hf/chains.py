@@ -63,7 +63,7 @@ class HfSequence:
         return candidates(output.logits[0].float(), width, self._kept)[0]
 
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
-        raise NotImplementedError("a drafter of width 1 is not asked for branches")
+        raise NotImplementedError("a drafter of width 1 does not branch")
 
 
 class HfDrafter:

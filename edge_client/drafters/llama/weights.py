@@ -42,11 +42,11 @@ class Shape:
         family, rope = config.get("model_type"), config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if family not in BIASED or kind != "default" or config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"Llama, Qwen2 and Qwen3 with default RoPE are understood, not {family} with {kind} RoPE")
+            raise ValueError(f"Llama, Qwen2 and Qwen3 with default RoPE are supported, not {family} with {kind} RoPE")
         if config.get("attention_bias") or config.get("mlp_bias"):
-            raise ValueError(f"{family} checkpoints with additional biases are not understood")
+            raise ValueError(f"{family} checkpoints with additional biases are not supported")
         if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-            raise ValueError("attention within a window is not understood")
+            raise ValueError("sliding-window attention is not supported")
         return cls(
             layers=config["num_hidden_layers"],
             width=config["hidden_size"],
