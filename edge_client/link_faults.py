@@ -26,7 +26,7 @@ UNKNOWN_AUTHORITY = "its certificate is from an authority that is not trusted he
 
 
 def what_is_wrong(error: Exception, is_answered: bool) -> str:
-    """Why a connection ended. Without an answer (`is_answered`) the other end may not be a gateway at all."""
+    """Why a connection ended. If it was not answered (`is_answered`), the other end may not be a gateway at all."""
     text = str(error) or type(error).__name__
     if is_answered:
         return text

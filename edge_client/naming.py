@@ -125,7 +125,7 @@ def is_own_name(header: str, is_opened: bool, names: Collection[str]) -> bool:
     """Whether a Host header names this endpoint. `names`: the host names that its user allows, * for any.
 
     A web page that points its own name here (DNS rebinding) sends that name, never an IP address. IP addresses other
-    than loopback are accepted only if the user `is_opened` the endpoint to other machines.
+    than loopback are accepted only if the user has opened the endpoint to other machines (`is_opened`).
     """
     try:
         host = (urlsplit(f"//{header}").hostname or "").rstrip(".")

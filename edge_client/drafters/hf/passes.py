@@ -63,7 +63,7 @@ class SlotLayer(StaticLayer):  # type: ignore[misc]
         slots, extent = self._where.slots, self._where.extent
         if not self.is_initialized or self.keys.shape[2] < self._where.size:
             self._grow(keys, values)
-        # NaN and infinite values would reach every context: attention multiplies masked values by 0, not ignores them.
+        # NaN and infinite values would reach every context: attention multiplies masked values by 0.
         self.keys[:, :, slots] = keys.nan_to_num(0.0, 0.0, 0.0)
         self.values[:, :, slots] = values.nan_to_num(0.0, 0.0, 0.0)
         return self.keys[:, :, :extent], self.values[:, :, :extent]

@@ -46,7 +46,7 @@ class _Layer:
         if before < size:
             more = mx.zeros((1, kv_heads, size - before, dim), new.dtype)
             held = more if held is None else mx.concatenate([held, more], axis=2)
-        # NaN and infinite values would reach every context: attention multiplies masked values by 0, not ignores them.
+        # NaN and infinite values would reach every context: attention multiplies masked values by 0.
         held[:, :, self._passes.into] = mx.nan_to_num(new, 0.0, 0.0, 0.0)
         return held
 
