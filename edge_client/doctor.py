@@ -152,7 +152,7 @@ def _look_at_draft(asked: Asked, found: Diagnosis) -> tuple[Drafter | None, dict
 def rehearse(drafter: Drafter, clock: Callable[[], float]) -> int:
     """Draft for a request of realistic length, whose answer follows the trunk, a branch and neither in turn.
 
-    Returns the request's tokens; a slow draft stops early. Raises what the draft model's code raises, and
+    Returns the request's number of tokens; a slow draft stops early. Raises what the draft model's code raises, and
     NotFiniteError.
     """
     num_prompt = max(1, min(REHEARSED_PROMPT_TOKENS, drafter.max_context_tokens - 4 * REHEARSED_CREDIT))

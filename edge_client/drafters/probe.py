@@ -26,7 +26,7 @@ def probed_paths(size: int) -> list[list[int]]:
 def is_sound(
     open_context: Callable[[], DraftSequence], paths: Sequence[Sequence[int]], alone: Sequence[Sequence[Candidate]]
 ) -> bool:
-    """Whether the output at the leaves of a small tree equals the output after the same tokens as chains.
+    """Whether the output at the leaves of a small tree agrees with the output after the same tokens as chains.
 
     `paths`: from `probed_paths`. `alone`: PROBED candidates behind each path, from the model without a tree.
     """

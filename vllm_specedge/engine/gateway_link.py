@@ -26,7 +26,7 @@ logger = logging.getLogger("vllm_specedge.engine.gateway_link")
 
 _BEAT_S = 1.0
 _LOST_S = 15.0
-"""Silence after which a gateway counts as lost. This is for one that hangs: a dead one is noticed by its socket."""
+"""Silence after which a gateway counts as lost, as it hangs or gets no time to run. A dead one shows at its socket."""
 _UNANSWERED_S = 60.0
 _MAX_RECEIVED = 256
 _MAX_INBOX = 65_536
