@@ -1,9 +1,9 @@
-"""A chat in the terminal that shows what drafting does: which tokens were accepted drafts, and how fast they come.
+"""A chat in the terminal that shows which tokens were accepted drafts, and the speed of the answer.
 
-A server sends a chunk a step. All tokens of a chunk but the last were drafts that the target accepted, this machine's
-or those of the server's own lookup; the last is the target's own. (A client that reads slowly may get two steps in one
-chunk: then one token too many counts as a draft.) What is shown and sent back is the answer's text: tokens, of which
-some never get into it, give it their colours.
+A server sends one chunk per step. All tokens of a chunk but the last are accepted drafts, from this machine or from the
+server's own n-gram lookup; the last is the target's own. (A client that reads slowly may get two steps in one chunk;
+one token too many then counts as a draft.) The text of the answer is what is shown and sent back in the next request.
+Its colours come from the tokens, some of which never appear in the text.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ from vllm_specedge.errors import UserError
 
 DRAFTED, OWN = "green", "default"
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 120.0
-HELP = "/alone: the server without this machine; /with: with it again; /again: the last question once more; /quit"
+HELP = "/alone: the server without this machine; /with: with it again; /again: repeat the last question; /quit"
 
 MAX_PENDING_BYTES = 4096
-"""Of tokens whose text did not come yet."""
+"""Bytes kept of tokens whose text has not arrived yet."""
 
 Message = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What came at once: its tokens, as bytes, and what it adds to the answer, or to the thoughts before it."""
+    """One chunk of the stream: its tokens as bytes, and the text added to the answer or to the reasoning before it."""
 
     tokens: tuple[bytes, ...]
     text: str = ""
@@ -44,25 +44,25 @@ class Chunk:
 
 @dataclass
 class Colours:
-    """Which letters of an answer were drafts: its text found again in its tokens.
+    """Which characters of an answer were drafts, found by matching its text with its tokens.
 
-    A token may be in no text (an end mark), in one that comes later (held back by the server), or a part of a letter.
+    A token may appear in no text (an end mark), in a later text (held back by the server), or be part of a character.
     """
 
     _bytes: bytes = b""
-    """Of tokens, since the last text that was found."""
+    """Bytes of the tokens since the last text that was found."""
     _is_draft: bytes = b""
-    """Of each of these bytes, 1 or 0."""
+    """For each of these bytes, 1 if it was a draft, else 0."""
 
     def add(self, tokens: Sequence[bytes]) -> None:
-        """What came in one chunk: all but the last were drafts."""
+        """Add the tokens of one chunk: all but the last were drafts."""
         for number, token in enumerate(tokens, 1):
             self._bytes += token
             self._is_draft += bytes([number < len(tokens)]) * len(token)
         self._bytes, self._is_draft = self._bytes[-MAX_PENDING_BYTES:], self._is_draft[-MAX_PENDING_BYTES:]
 
     def of(self, text: str) -> list[tuple[str, bool]]:
-        """The text in pieces, and whether each was a draft; what is found nowhere counts as none."""
+        """The text in pieces, and whether each was a draft. Text that matches no token counts as not drafted."""
         at = self._bytes.find(text.encode())
         end = at + len(text.encode()) if at >= 0 else 0
         flags = self._is_draft[max(at, 0) : end]
@@ -79,7 +79,7 @@ class Colours:
 
 @dataclass
 class Answer:
-    """One answer, as it came. Times are seconds from the question on."""
+    """One answer as it arrived. Times are seconds since the question."""
 
     question: str
     is_helped: bool
@@ -101,7 +101,7 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float:
-        """After the first one; 0 for a shorter answer."""
+        """Tokens per second after the first token; 0 for a shorter answer."""
         return (self.num_tokens - 1) / (self.took_s - self.first_s) if self.took_s > self.first_s else 0.0
 
     def __str__(self) -> str:
@@ -115,15 +115,15 @@ class Answer:
 
 @dataclass
 class Server:
-    """An OpenAI endpoint that can be asked."""
+    """An OpenAI endpoint."""
 
     url: str
     api_key: str = ""
     model: str = ""
-    """Empty: the first that it names."""
+    """Empty: the first that it lists."""
     max_tokens: int = 512
     temperature: float | None = None
-    """None: as the server likes."""
+    """None: the server's default."""
     ca_file: str = ""
     has_proxy: bool = True
     client: httpx.AsyncClient = field(init=False)
@@ -137,7 +137,7 @@ class Server:
         self.client = client_for(url, self.has_proxy, verify=context, headers=headers, timeout=timeout)
 
     async def find_model(self) -> None:
-        """Choose a model, if none was. Raises UserError."""
+        """Choose a model if none was given. Raises UserError."""
         try:
             answer = await self.client.get("models")
             answer.raise_for_status()
@@ -146,7 +146,7 @@ class Server:
             raise UserError(f"{self.url} does not answer as an OpenAI endpoint ({error}): correct --server.") from None
 
     async def ask(self, messages: Sequence[Message], session: str) -> AsyncIterator[Chunk]:
-        """The answer, chunk by chunk; drafted for by the edge of that session, or by none. Raises UserError."""
+        """The answer, chunk by chunk. The edge with that session drafts for it, or none does. Raises UserError."""
         body: dict[str, Any] = {"model": self.model, "messages": list(messages), "max_tokens": self.max_tokens}
         body |= {"stream": True, "logprobs": True, "vllm_xargs": {"specedge": session or NOBODY}}
         if self.temperature is not None:
@@ -166,7 +166,7 @@ class Server:
 
 
 def _message(body: bytes) -> str:
-    """What an error says, in OpenAI's form or any other."""
+    """The message of an error, in OpenAI's form or any other."""
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -174,7 +174,7 @@ def _message(body: bytes) -> str:
 
 
 def chunk_of(line: str) -> Chunk | None:
-    """One line of the stream; None for those without tokens. Raises UserError for an error in the middle of it."""
+    """One line of the stream; None if it adds no tokens and no text. Raises UserError if it reports an error."""
     name, _, data = line.partition(":")
     if name != "data" or data.strip() in ("", "[DONE]"):
         return None
@@ -193,12 +193,12 @@ def chunk_of(line: str) -> Chunk | None:
 
 
 def _bytes(token: Mapping[str, Any]) -> bytes:
-    """A token may be a part of a letter, which only its bytes say."""
+    """A token's bytes. A token may be part of a character, which its text cannot represent."""
     return bytes(token["bytes"]) if token.get("bytes") else str(token["token"]).encode(errors="replace")
 
 
 def as_text(said: object) -> str:
-    """What can be written and sent: half a letter, which JSON and terminals may hold, cannot."""
+    """Text that can be written and sent. Lone surrogates, which JSON and terminals may hold, are replaced."""
     return str(said or "").encode(errors="replace").decode()
 
 
@@ -206,7 +206,7 @@ def as_text(said: object) -> str:
 class Chat:
     server: Server
     session: Callable[[], str]
-    """The edge's at the moment; empty while it is not connected."""
+    """The edge's current session; empty while it is not connected."""
     console: Console
     messages: list[Message] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
@@ -221,7 +221,7 @@ class Chat:
                 return
             try:
                 await self.say(line.strip())
-            except UserError as error:  # one question's fault; the next may be answered
+            except UserError as error:  # only this question failed; the next may be answered
                 self.console.print(str(error), style="red")
 
     async def say(self, line: str) -> None:
@@ -261,7 +261,7 @@ class Chat:
             self.console.print(Text(piece, DRAFTED if is_draft else OWN), end="", soft_wrap=True)
 
     def _compare(self, answer: Answer) -> None:
-        """With the last answer of the other kind to the same question."""
+        """Print the speedup over the last answer of the other kind (with or without this machine) to this question."""
         others = [each for each in self.answers if each.question == answer.question]
         other = next((each for each in reversed(others) if each.is_helped != answer.is_helped), None)
         if other is None or not other.tokens_per_s or not answer.tokens_per_s:
@@ -272,7 +272,7 @@ class Chat:
 
 
 async def read_line(console: Console) -> str | None:
-    """A line of the terminal's; None at its end. In a thread that nothing waits for: Ctrl-C ends the chat at once."""
+    """A line from the terminal; None at its end. Read in a daemon thread, so that Ctrl-C ends the chat at once."""
     loop = asyncio.get_running_loop()
     line: asyncio.Future[str | None] = loop.create_future()
 
@@ -292,7 +292,7 @@ async def read_line(console: Console) -> str | None:
 
 
 async def chat_beside(chat: Chat, questions: Sequence[str], client: EdgeClient, wait_s: float) -> None:
-    """Answer these questions, or those that are typed, while an edge drafts. Raises UserError, also the edge's."""
+    """Answer these questions, or typed ones if none, while an edge drafts. Raises UserError, the edge's too."""
     connected = asyncio.Event()
     client.on_change = lambda: connected.set() if client.state == "connected" else None
     drafting = asyncio.create_task(client.run(wait_s))

@@ -1,4 +1,4 @@
-"""`edge-client`: what a person with a laptop runs."""
+"""`edge-client`: the command line of an edge machine."""
 
 import asyncio
 import codecs
@@ -39,7 +39,7 @@ from vllm_specedge.option_flags import with_flags
 
 
 def _shown(name: str) -> str:
-    """A name that can be sent: the command line may hold half a letter."""
+    """A name that can be sent: the command line may hold lone surrogates."""
     return name.encode(errors="replace").decode()[:100]
 
 
@@ -55,7 +55,7 @@ def connect(
     max_tokens_per_s: Annotated[
         float,
         typer.Option(
-            help="Draft tokens per second at most, on battery for instance; 0: no limit.",
+            help="Limit on draft tokens per second, on battery for instance; 0: no limit.",
             min=0.0,
             rich_help_panel=LIMITS,
         ),
@@ -63,9 +63,7 @@ def connect(
     max_temperature_c: MaxTemperature = 0.0,
     uplink_bytes_per_token: Annotated[
         float,
-        typer.Option(
-            help="Bytes to send for each generated token at most, on average.", min=8.0, rich_help_panel=LIMITS
-        ),
+        typer.Option(help="Limit on the average bytes sent for each generated token.", min=8.0, rich_help_panel=LIMITS),
     ] = UPLINK_BYTES_PER_TOKEN,
     wait: Wait = 0.0,
     quiet: Quiet = False,
@@ -91,14 +89,14 @@ def serve(
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(
-            help="Let web pages of this origin use it, not only this machine's; may be repeated.",
+            help="Let web pages of this origin use the endpoint, not only this machine's; may be repeated.",
             rich_help_panel=ENDPOINT,
         ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Answer to this host name too, or to any with '*'; may be repeated.", rich_help_panel=ENDPOINT
+            help="Accept requests for this host name too, '*' for any; may be repeated.", rich_help_panel=ENDPOINT
         ),
     ] = None,
     max_requests: MaxRequests = 0,
@@ -106,13 +104,13 @@ def serve(
     wait: Wait = 0.0,
     quiet: Quiet = False,
 ) -> None:
-    """Run an OpenAI endpoint on this machine: requests go to the server, and this machine drafts for them alone."""
+    """Run an OpenAI endpoint on this machine: it forwards requests to the server and drafts for these requests only."""
     gateway, server, key = to.gateway(), to_server.server, to_server.key
     from edge_client import serve as endpoint  # noqa: PLC0415 - `connect` needs no web server
 
     client_of_server = partial(endpoint.server_client, checked_server_url(server), not to.no_proxy, to.ca_file)
-    client_of_server()  # what cannot be used is said before a model is loaded
-    with endpoint.listening(host, port) as listener:  # first: a port that is taken is said before a model is loaded
+    client_of_server()  # fails before a model is loaded
+    with endpoint.listening(host, port) as listener:  # first: a taken port fails before a model is loaded
         options = draft_with.options(draft)
         console, drafter, pass_s, fast_enough_for = begin(options, quiet)
         client = EdgeClient(
@@ -137,19 +135,19 @@ def chat(
     to: ToGateway,
     draft_with: DraftWith,
     draft: Draft = "ngram",
-    model: Annotated[str, typer.Option(help="Model to ask; default: the server's first.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1, rich_help_panel=OUTPUT)] = 512,
+    model: Annotated[str, typer.Option(help="Model to chat with; default: the server's first.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.", min=1, rich_help_panel=OUTPUT)] = 512,
     temperature: Annotated[
         float | None,
         typer.Option(help="Sampling temperature; default: the server's.", min=0, max=2, rich_help_panel=OUTPUT),
     ] = None,
     ask: Annotated[
         list[str] | None,
-        typer.Option(help="Ask this instead of reading from the terminal; may be repeated.", rich_help_panel=OUTPUT),
+        typer.Option(help="Send this question instead of reading input; may be repeated.", rich_help_panel=OUTPUT),
     ] = None,
     wait: Wait = 0.0,
 ) -> None:
-    """Chat in the terminal, with accepted drafts in green and the pace of the answer."""
+    """Chat in the terminal, with accepted drafts in green and the speed of the answer."""
     from edge_client.chat import Chat, Server, chat_beside  # noqa: PLC0415 - `connect` has no use for it
 
     gateway, options, url = to.gateway(), draft_with.options(draft), checked_server_url(to_server.server)
@@ -174,13 +172,11 @@ def doctor(
     max_width: MaxWidth = 0,
     acceptance: Annotated[
         float | None,
-        typer.Option(
-            help="Share of draft tokens that are right; default: what the server has counted, else 0.6.", min=0, max=1
-        ),
+        typer.Option(help="Assumed acceptance rate; default: what the server has measured, else 0.6.", min=0, max=1),
     ] = None,
     spec_tokens: Annotated[int, typer.Option(help="The server's --spec-tokens.", min=1, max=64)] = 5,
 ) -> None:
-    """Check this machine, its draft and the gateway, and predict whether it would help. Exits with 0 if so, else 1."""
+    """Check this machine, its draft model and the gateway, and predict whether it would help. Exit 0 if so, else 1."""
     from edge_client import doctor as examination  # noqa: PLC0415 - the other commands need no simulator
 
     options = draft_with.options(draft)
@@ -196,10 +192,10 @@ def doctor(
 
 
 def _take_any_letter() -> None:
-    """Any text is read and written, whatever a terminal can show: a letter that cannot be is a ?."""
+    """Read and write any text, whatever the terminal can show: a character that it cannot show becomes a ?."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            is_ascii = codecs.lookup(stream.encoding).name == "ascii"  # a locale that says nothing, as Python does
+            is_ascii = codecs.lookup(stream.encoding).name == "ascii"  # a locale that names no encoding, as Python does
             stream.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
 
 

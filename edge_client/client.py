@@ -1,4 +1,4 @@
-"""The edge's tasks: the link, the drafting, and coming back after a lost connection."""
+"""The edge's tasks: the link, drafting, and reconnecting after a lost connection."""
 
 import asyncio
 import logging
@@ -26,12 +26,12 @@ from vllm_specedge.wire.frames import PROTOCOL_VERSION, Hello, Propose, Welcome
 logger = logging.getLogger("edge_client")
 
 MAX_CLIENT = 120
-"""Of what is said of this client: file names are long."""
+"""Maximum length of the Hello's client description, which may hold a long file name."""
 BYE_S = 1.0
 
 
 class DraftModelError(UserError):
-    """The draft model cannot draft any more, for any request."""
+    """The draft model can no longer draft for any request."""
 
 
 @dataclass(slots=True)
@@ -44,23 +44,23 @@ class EdgeClient:
     role: str = "pool"
     max_requests: int = 8
     max_width: int = 0
-    """Rows of a forward pass at most; 1: no branches, 0: as many as the drafter can."""
+    """Maximum rows of a forward pass; 1: no branches, 0: the drafter's limit."""
     pace: Pace = field(default_factory=Pace)
-    """What was measured; outlives a connection."""
+    """Measurements, which outlive a connection."""
     on_change: Callable[[], None] = lambda: None
     pause_s: Callable[[float], float] = lambda limit_s: random.uniform(0.0, limit_s)
-    """How long it waits before it connects again, where it may wait for so long: at random, as many edges come back."""
+    """Seconds to wait before reconnecting, given the limit. Random, because many edges reconnect at the same time."""
     own_vocabulary: OwnVocabulary = dict
-    """The draft's, to say what differs if it is refused; empty: not known."""
+    """The draft model's vocabulary, for the report of differences if it is refused; empty: not known."""
     model: str = ""
-    """What the server serves; empty while not connected."""
+    """The model that the server serves; empty while not connected."""
     session: str = ""
-    """What a request names to be drafted for by this edge."""
+    """The session that a request names so that this edge drafts for it."""
     state: str = "connecting"
     speculation: Speculation = field(init=False)
     totals: list[SpeculationStats] = field(default_factory=list)
     _own_drafter: Drafter = field(init=False)
-    """As it was given: for a target of nearly its vocabulary, `drafter` translates."""
+    """The drafter as given. `drafter` wraps it with a translation if the target's vocabulary differs."""
     _was_admitted: bool = False
     _has_said_too_long: bool = False
     _has_said_not_finite: bool = False
@@ -75,7 +75,7 @@ class EdgeClient:
         self._renew()
 
     def _renew(self) -> None:
-        """A new connection starts from nothing: the gateway opens again what this edge is to draft for."""
+        """Reset the state for a new connection: the gateway sends Open again for each request of this edge."""
         hello = Hello(
             version=PROTOCOL_VERSION,
             client=f"edge-client/{__version__} ({self.drafter.description})"[:MAX_CLIENT],
@@ -99,7 +99,7 @@ class EdgeClient:
         self.model = ""
 
     def open_session(self) -> str:
-        """What a request names to be drafted for by this edge; empty while it is not connected."""
+        """The session that a request names so that this edge drafts for it; empty while not connected."""
         return self.session if self.model else ""
 
     @property
@@ -107,10 +107,10 @@ class EdgeClient:
         return self._link.rtt_s
 
     async def run(self, wait_s: float) -> None:
-        """Stay connected until cancelled. Raises UserError for what trying again cannot mend.
+        """Stay connected until cancelled. Raises UserError for faults that a retry cannot fix.
 
-        A gateway that cannot be reached at first is tried for `wait_s`; one that was reached, for ever. Many edges lose
-        a gateway at once: each comes back after a pause of its own, longer if its connections do not last.
+        The first connection is retried for `wait_s`; after one success, retries never end. Many edges lose a gateway
+        at once, so each reconnects after its own random pause, which grows if its connections do not last.
         """
         until_s, backoff = time.monotonic() + wait_s, Backoff()
         while True:
@@ -129,10 +129,10 @@ class EdgeClient:
             await asyncio.sleep(self.pause_s(backoff.ended(lasted_s)))
 
     async def _fit(self, refusal: OtherVocabularyError) -> None:
-        """Draft for the model whose vocabulary is most like the draft's. Raises UserError if none is like enough."""
+        """Draft for the model with the most similar vocabulary. Raises UserError if none is similar enough."""
         mismatch, translation = await fitted(refusal, self.gateway, self.own_vocabulary)
         if mismatch.fingerprint == self.drafter.fingerprint:
-            raise refusal  # whose it is has left
+            raise refusal  # the engine with this vocabulary has left
         if mismatch.found:
             logger.warning("%s", mismatch)
         if isinstance(translation, Retokenization):
@@ -141,7 +141,7 @@ class EdgeClient:
             self.drafter = translated(self._own_drafter, translation, mismatch.fingerprint)
 
     async def _run_once(self) -> float:
-        """One connection. Returns how long it lasted, in seconds; raises LinkError if it was not even admitted."""
+        """Run one connection. Returns how many seconds it lasted; raises LinkError if it was not even admitted."""
         self._renew()
         started_s = time.monotonic()
         drafting = asyncio.create_task(self._draft())
@@ -179,9 +179,7 @@ class EdgeClient:
         if self.speculation.stats.num_too_long and not self._has_said_too_long:
             self._has_said_too_long = True
             limit = self.drafter.max_context_tokens
-            logger.warning(
-                "Requests that are longer than this draft's context, %s tokens, are given back", f"{limit:,}"
-            )
+            logger.warning("Requests that are longer than this draft's context (%s tokens) are declined", f"{limit:,}")
         self._wake.set()
 
     def _send(self, frames: Iterable[Frame]) -> None:
@@ -195,7 +193,7 @@ class EdgeClient:
         self.on_change()
 
     async def _draft(self) -> None:
-        """Run what is to be run, one forward pass after the other, and say what is to be said meanwhile."""
+        """Run forward passes one after the other, and send proposals as they become due."""
         loop = asyncio.get_running_loop()
         while True:
             now_s = time.monotonic()
@@ -210,14 +208,14 @@ class EdgeClient:
                     self._executor, run_pass, jobs, self._sequences.of(jobs), self._together
                 )
             except CacheFullError as error:
-                logger.warning("Request %s is given back, as the draft's cache is full: %s", _numbers(jobs), error)
+                logger.warning("Request %s is declined, as the draft's cache is full: %s", _numbers(jobs), error)
                 self.speculation.forget_kept()
                 self._give_back(jobs)
                 continue
             except NotFiniteError as error:
                 self._fail(error.failed, error, is_known=True)
                 said, has_failed = error.said, True
-            except Exception as error:  # noqa: BLE001 - whatever a model does: it is reported
+            except Exception as error:  # noqa: BLE001 - a model may raise anything; it is reported
                 self._fail(jobs, error, is_known=False)
                 await loop.run_in_executor(self._executor, self._check_drafter)
                 continue
@@ -228,22 +226,22 @@ class EdgeClient:
                 await loop.run_in_executor(self._executor, self._check_drafter)
 
     def _fail(self, jobs: Sequence[Job], error: Exception, is_known: bool) -> None:
-        """Give back the requests that the draft model failed for. What is known is reported once, then counted only."""
+        """Decline the requests that the draft model failed for. A known fault is logged once, then only counted."""
         if not (is_known and self._has_said_not_finite):
             logger.warning(
-                "The draft model failed: request %s is given back: %s", _numbers(jobs), error, exc_info=not is_known
+                "The draft model failed: request %s is declined: %s", _numbers(jobs), error, exc_info=not is_known
             )
         self._has_said_not_finite |= is_known
         self.speculation.stats.num_failed += len(jobs)
         self._give_back(jobs)
 
     def _give_back(self, jobs: Sequence[Job]) -> None:
-        """Requests whose contexts hold what is not known, or nothing that can be gone on from."""
+        """Decline requests whose contexts are in an unknown state or cannot be continued."""
         for job in jobs:
             self._send(self.speculation.decline(job.request))
 
     def _check_drafter(self) -> None:
-        """Raises DraftModelError if the draft model does nothing any more, whatever it is asked: a device is gone."""
+        """Raises DraftModelError if the draft model fails for any input, for instance because its device is gone."""
         try:
             run_pass([Job(0, 0, (), (1,), (), 1)], [self.drafter.open()])
         except CacheFullError:
@@ -253,7 +251,7 @@ class EdgeClient:
             raise DraftModelError(text) from error
 
     async def _rest(self, now_s: float) -> None:
-        """Until a frame comes, or something is due."""
+        """Wait until a frame arrives or something is due."""
         due = [at_s for at_s in (self.speculation.due_s, self.pace.rest_until_s) if at_s is not None and at_s > now_s]
         self._wake.clear()
         with suppress(TimeoutError):

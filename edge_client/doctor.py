@@ -1,4 +1,4 @@
-"""`edge-client doctor`: tries a machine, its draft model and the way to a gateway, and says whether it would help."""
+"""`edge-client doctor`: tests a machine, its draft model and its gateway, and predicts whether it would help."""
 
 import asyncio
 import statistics
@@ -42,14 +42,14 @@ SAME_VOCABULARY = "the draft's is the server's"
 REHEARSED_PROMPT_TOKENS, REHEARSED_CREDIT, REHEARSED_ROUNDS, MAX_DRAFT = 1200, 16, 12, 5
 REHEARSAL_S = 8.0
 NUM_TOKENS_SAID = 64
-"""Token ids that a rehearsal uses."""
+"""Number of distinct token ids that a rehearsal uses."""
 DEADLINE_S = 20.0
 BYE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the table: what was found, or what to do."""
+    """One line of the table: the finding, or what to do."""
 
     name: str
     is_good: bool
@@ -63,10 +63,10 @@ class Asked:
     role: str
     name: str
     max_width: int
-    """Rows of a pass; 0: as the drafter can."""
+    """Maximum rows of a pass; 0: the drafter's limit."""
     spec_tokens: int
     acceptance: float | None
-    """None: what the server has counted, else ASSUMED_ACCEPTANCE."""
+    """None: what the server has measured, else ASSUMED_ACCEPTANCE."""
 
 
 class Reached(NamedTuple):
@@ -93,8 +93,8 @@ class Diagnosis:
 
 
 def diagnose(asked: Asked) -> Diagnosis:
-    """Check one thing after the other. Raises UserError for options that cannot be used."""
-    asked.gateway.client()  # what cannot be used of it is said at once
+    """Run the checks one after the other. Raises UserError for options that cannot be used."""
+    asked.gateway.client()  # fails at once on settings that cannot be used
     found = Diagnosis()
     drafter, times = _look_at_draft(asked, found)
     reached = asyncio.run(_look_at_gateway(asked, drafter, found))
@@ -141,7 +141,7 @@ def _look_at_draft(asked: Asked, found: Diagnosis) -> tuple[Drafter | None, dict
     try:
         times = profile(drafter, time.perf_counter)
         num_tokens = rehearse(drafter, time.perf_counter)
-    except Exception as error:  # noqa: BLE001 - whatever a model's code does: it cannot draft, which is what is asked
+    except Exception as error:  # noqa: BLE001 - a model's code may raise anything; it cannot draft then
         found.bad("forward pass", f"A forward pass fails ({error!s:.120}): choose another draft or --device cpu.")
         return drafter, None
     found.good("forward pass", in_words(times))
@@ -150,10 +150,10 @@ def _look_at_draft(asked: Asked, found: Diagnosis) -> tuple[Drafter | None, dict
 
 
 def rehearse(drafter: Drafter, clock: Callable[[], float]) -> int:
-    """Draft for a request as long as real ones are, whose answer follows the trunk, a branch and neither in turn.
+    """Draft for a request of realistic length, whose answer follows the trunk, a branch and neither in turn.
 
-    Returns how many tokens that were; a slow draft is not tried to the end. Raises what the draft model's code does,
-    and NotFiniteError.
+    Returns the request's number of tokens; a slow draft stops early. Raises what the draft model's code raises, and
+    NotFiniteError.
     """
     num_prompt = max(1, min(REHEARSED_PROMPT_TOKENS, drafter.max_context_tokens - 4 * REHEARSED_CREDIT))
     tokens = [1 + position % NUM_TOKENS_SAID for position in range(num_prompt)]
@@ -174,7 +174,7 @@ def rehearse(drafter: Drafter, clock: Callable[[], float]) -> int:
 
 
 def _drafted(speculation: Speculation, sequence: DraftSequence) -> list[Frame]:
-    """All that is said before the next commit."""
+    """All frames that are sent before the next commit."""
     frames: list[Frame] = []
     while jobs := speculation.next_pass():
         frames += speculation.drafted(jobs, run_pass(jobs, [sequence]), 0.001, 0.0)
@@ -195,7 +195,7 @@ async def _look_at_gateway(asked: Asked, drafter: Drafter | None, found: Diagnos
         found.bad("server", "No vLLM server is connected to this gateway: start one.")
         return None
     try:
-        # Without a vocabulary first: what is refused then is the token, the role or the protocol's version.
+        # Without a vocabulary first: a refusal is then about the token, the role or the protocol version.
         reached = await _reach(asked, "")
     except (LinkError, UserError) as error:
         found.bad("admission", _sentence(error))
@@ -235,7 +235,7 @@ def _sentence(error: Exception) -> str:
 
 
 async def _get(gateway: Gateway, path: str) -> httpx.Response:
-    """Raises LinkError."""
+    """The gateway's answer to a GET. Raises LinkError."""
     try:
         async with gateway.client() as client:
             return await client.get(path)
@@ -292,16 +292,16 @@ async def _ask_metrics(asked: Asked, found: Diagnosis) -> Knowledge | None:
 
 def _acceptance(asked: Asked, known: Knowledge, found: Diagnosis) -> float:
     if asked.acceptance is not None:
-        acceptance, source = asked.acceptance, "as --acceptance says"
+        acceptance, source = asked.acceptance, "set by --acceptance"
     elif known.acceptance is not None:
-        acceptance, source = known.acceptance, "of the edges that this server had until now"
+        acceptance, source = known.acceptance, "measured by this server on its edges so far"
     else:
-        acceptance, source = ASSUMED_ACCEPTANCE, "assumed: --acceptance says otherwise"
+        acceptance, source = ASSUMED_ACCEPTANCE, "assumed: change it with --acceptance"
     found.good("acceptance", f"{acceptance:.2f}, {source}")
     return acceptance
 
 
-# -- shown ---------------------------------------------------------------------------------------------------------
+# -- output --------------------------------------------------------------------------------------------------------
 
 
 def tables(found: Diagnosis) -> list[Table]:

@@ -1,4 +1,4 @@
-"""The flags of `edge-client`'s commands, in the groups that several of them share, and the user's file of defaults."""
+"""The options of `edge-client`'s commands, in groups that several commands share, and the user's file of defaults."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ from vllm_specedge.option_flags import command_line
 
 app = command_line("Draft tokens for a vLLM server.")
 CONNECTION, DRAFT_MODEL, LIMITS, ENDPOINT, OUTPUT = "Connection", "Draft model", "Limits", "Endpoint", "Output"
-"""Panels of --help. What matters most is in none of them, and so comes first."""
+"""Panels of --help. The most important options are in none of them, and so come first."""
 
 TOKEN_VARIABLE = "SPECEDGE_TOKEN"  # noqa: S105 - a name, not a secret
 THIS_MACHINE = platform.node()
@@ -38,7 +38,7 @@ def _read(file: Path, what: str) -> str:
 
 
 def _secret(text: str, where: str) -> str:
-    """What goes into a header. Raises UserError."""
+    """A secret that can be sent in a header. Raises UserError."""
     secret = text.strip()
     if not (secret.isascii() and secret.isprintable()):
         raise UserError(f"{where} must hold one line of letters and digits: put nothing else into it.")
@@ -46,7 +46,7 @@ def _secret(text: str, where: str) -> str:
 
 
 def _configure(context: typer.Context, file: Path | None) -> Path | None:
-    """Make what the user's file says this command's defaults: what its line says comes before them."""
+    """Make the options in the user's file this command's defaults. The command line takes precedence."""
     chosen = file or settings.folder(sys.platform, os.environ, Path.home()) / "edge.toml"
     if file is None and not chosen.exists():
         return None
@@ -87,7 +87,7 @@ Role = Annotated[
 MaxRequests = Annotated[
     int,
     typer.Option(
-        help="Requests to draft for at once; 0: as many as this machine is fast enough for.",
+        help="Maximum concurrent requests to draft for; 0: as many as this machine is fast enough for.",
         min=0,
         max=4096,
         rich_help_panel=LIMITS,
@@ -96,7 +96,7 @@ MaxRequests = Annotated[
 MaxWidth = Annotated[
     int,
     typer.Option(
-        help="Draft tokens of a request in one forward pass; 1: no branches; 0: as many as the model can.",
+        help="Maximum draft tokens of a request in one forward pass; 1: no branches; 0: the model's limit.",
         min=0,
         rich_help_panel=LIMITS,
     ),
@@ -104,21 +104,21 @@ MaxWidth = Annotated[
 MaxTemperature = Annotated[
     float,
     typer.Option(
-        help="Draft less of the time while the hottest sensor is above this; 0: no limit.",
+        help="Temperature (°C) of the hottest sensor above which to draft less of the time; 0: no limit.",
         min=0.0,
         rich_help_panel=LIMITS,
     ),
 ]
 Wait = Annotated[
     float,
-    typer.Option(help="Seconds to keep trying if the gateway is not there yet.", rich_help_panel=CONNECTION),
+    typer.Option(help="Seconds to keep trying while the gateway cannot be reached.", rich_help_panel=CONNECTION),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", rich_help_panel=OUTPUT)]
 
 
 @dataclass(frozen=True)
 class ToGateway:
-    """How a gateway is reached, and what this edge shows there."""
+    """How to reach the gateway, and the credentials to use there."""
 
     url: Annotated[str, typer.Argument(help="The gateway, such as https://gpu.example.org:8100.")]
     token_file: Annotated[Path | None, typer.Option(help=f"File with your token; or set {TOKEN_VARIABLE}.")] = None
@@ -126,7 +126,7 @@ class ToGateway:
     cert_file: Annotated[
         str,
         typer.Option(
-            help="Your own certificate and its key (PEM), if the gateway asks for one.", rich_help_panel=CONNECTION
+            help="Your own certificate and its key (PEM), if the gateway requires one.", rich_help_panel=CONNECTION
         ),
     ] = ""
     insecure: Annotated[
@@ -135,13 +135,13 @@ class ToGateway:
     ] = False
     no_proxy: Annotated[
         bool,
-        typer.Option("--no-proxy", help="Ignore the proxies that the environment names.", rich_help_panel=CONNECTION),
+        typer.Option("--no-proxy", help="Ignore proxies set in the environment.", rich_help_panel=CONNECTION),
     ] = False
-    name: Annotated[str, typer.Option(help="Name that the operator sees.", rich_help_panel=CONNECTION)] = THIS_MACHINE
+    name: Annotated[str, typer.Option(help="Name shown to the operator.", rich_help_panel=CONNECTION)] = THIS_MACHINE
     config: Config = None
 
     def gateway(self) -> Gateway:
-        """The gateway. What cannot be used of it is said before a model is loaded: raises UserError."""
+        """The gateway. Raises UserError for settings that cannot be used, before a model is loaded."""
         token = _token(self.token_file)
         gateway = Gateway(self.url, token, self.ca_file, self.insecure, self.cert_file, not self.no_proxy)
         gateway.client()
@@ -150,15 +150,13 @@ class ToGateway:
 
 @dataclass(frozen=True)
 class DraftWith:
-    """How a draft model is run."""
+    """How to run the draft model."""
 
-    device: Annotated[str, typer.Option(help="Where it runs: auto, cuda, mps or cpu.", rich_help_panel=DRAFT_MODEL)] = (
-        "auto"
-    )
+    device: Annotated[str, typer.Option(help="Device: auto, cuda, mps or cpu.", rich_help_panel=DRAFT_MODEL)] = "auto"
     runtime: Annotated[
         str,
         typer.Option(
-            help="What runs it: auto (the fastest), int8, transformers, mlx or llama.cpp.", rich_help_panel=DRAFT_MODEL
+            help="Runtime: auto (the fastest), int8, transformers, mlx or llama.cpp.", rich_help_panel=DRAFT_MODEL
         ),
     ] = "auto"
     threads: Annotated[
@@ -168,29 +166,29 @@ class DraftWith:
     draft_vocab: Annotated[
         int | None,
         typer.Option(
-            help="Draft with the N most frequent tokens only; 0: with all.", min=0, rich_help_panel=DRAFT_MODEL
+            help="Draft only with the N most frequent tokens; 0: with all.", min=0, rich_help_panel=DRAFT_MODEL
         ),
     ] = None
     draft_vocab_file: Annotated[
         Path | None,
         typer.Option(
-            help="Token ids by frequency; default: draft_vocab.json beside the model.", rich_help_panel=DRAFT_MODEL
+            help="Token ids by frequency; default: draft_vocab.json next to the model.", rich_help_panel=DRAFT_MODEL
         ),
     ] = None
 
     def options(self, draft: str) -> DrafterOptions:
-        """The same with the name of the draft."""
+        """These options for the draft model `draft`."""
         return DrafterOptions(draft, self.device, self.threads, self.draft_vocab, self.draft_vocab_file, self.runtime)
 
 
 @dataclass(frozen=True)
 class ToServer:
-    """An OpenAI endpoint to be asked."""
+    """The OpenAI endpoint of the server."""
 
     server: Annotated[str, typer.Option(help="The server's OpenAI endpoint, such as https://gpu.example.org/v1.")]
     api_key_file: Annotated[Path | None, typer.Option(help="File with the server's API key.")] = None
 
     @property
     def key(self) -> str:
-        """What the endpoint asks for; empty: nothing. Raises UserError."""
+        """The endpoint's API key; empty: none. Raises UserError."""
         return _read(self.api_key_file, "key") if self.api_key_file is not None else ""

@@ -1,6 +1,6 @@
-"""Whether a machine would help a server: the shipping simulator, with what was measured of both.
+"""Whether a machine would help a server: a run of the shipping simulator with measurements of both.
 
-Pure: what a gateway's /metrics say, and times of forward passes and round trips, are arguments.
+Pure: the text of a gateway's /metrics and the times of forward passes and round trips are arguments.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,28 +16,28 @@ from vllm_specedge.simulation.run import simulate
 from vllm_specedge.simulation.scenario import EdgeModel, Scenario
 
 ASSUMED_ACCEPTANCE = 0.6
-"""Where nothing was verified on the server yet."""
+"""Acceptance rate to assume if the server has not verified any drafts yet."""
 MIN_DRAFTS = 50
-"""After so many verified drafts the server's own count is believed."""
+"""Verified drafts after which the server's own acceptance rate is used."""
 TOKENS = 400
-"""Simulated for each number of requests."""
+"""Tokens to simulate for each number of requests."""
 LOADS = (1, 4)
-"""Requests at a time."""
+"""Numbers of concurrent requests to simulate."""
 _HALVINGS = 40
 _METRIC = "specedge_engine_"
 
 
 class Knowledge(NamedTuple):
-    """What a gateway knows."""
+    """What a gateway's metrics report."""
 
     server: FittedServer | None
-    """What the first engine has learnt its steps to take; None: no engine has said so yet."""
+    """Step times that the first engine has measured; None: no engine has reported any yet."""
     acceptance: float | None
-    """How often a draft token is right whose past is; None: too few drafts were verified."""
+    """Probability that a draft token is right if all before it are; None: too few drafts were verified."""
 
 
 class Speeds(NamedTuple):
-    """Of all answers together, in tokens per second."""
+    """Tokens per second over all requests, without (`plain`) and with (`edge`) this machine."""
 
     requests: int
     plain: float
@@ -50,12 +50,12 @@ class Speeds(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A machine, its way to a server, and the server."""
+    """Measurements of a machine, its link to a server, and the server."""
 
     pass_s: float
-    """A forward pass of one row."""
+    """Seconds of a forward pass with one row."""
     wide_pass_s: float
-    """One of `rows`."""
+    """Seconds of one with `rows` rows."""
     rows: int
     max_width: int
     rtt_s: float
@@ -63,18 +63,18 @@ class Measured:
     acceptance: float
     spec_tokens: int
     max_shared_rows: int = 0
-    """Of a pass that several requests share."""
+    """Maximum rows of a pass that several requests share."""
     max_requests: int = 1 << 10
-    """That this machine drafts for at once."""
+    """Maximum concurrent requests that this machine drafts for."""
 
     @property
     def row_s(self) -> float:
-        """What each further row adds to a pass."""
+        """Seconds that each further row adds to a pass."""
         return max(0.0, self.wide_pass_s - self.pass_s) / (self.rows - 1) if self.rows > 1 else 0.0
 
 
 def knowledge(metrics: str) -> Knowledge:
-    """From a gateway's /metrics, in Prometheus' text form."""
+    """Parse a gateway's /metrics in Prometheus' text format."""
     samples = [sample for family in text_string_to_metric_families(metrics) for sample in family.samples]
     totals = {sample.name: sample.value for sample in samples if not sample.labels}
     counted = [
@@ -98,9 +98,9 @@ def _server(parts: Mapping[str, Mapping[int, float]]) -> FittedServer:
 
 
 def acceptance_of(drafts: float, verified: float, accepted: float) -> float | None:
-    """How often a token is right whose past is, if so many tokens were accepted of drafts of that mean length.
+    """Probability that a token is right if all before it are, from the totals of drafts, verified and accepted tokens.
 
-    None for fewer drafts than MIN_DRAFTS. It takes all drafts for as long as their mean.
+    None for fewer drafts than MIN_DRAFTS. All drafts are assumed to have the mean length.
     """
     if drafts < MIN_DRAFTS:
         return None
@@ -109,13 +109,13 @@ def acceptance_of(drafts: float, verified: float, accepted: float) -> float | No
 
 
 def _accepted(acceptance: float, length: float) -> float:
-    """Tokens accepted of a draft of this length, on average; between two whole lengths on a straight line."""
+    """Mean accepted tokens of a draft of this length, interpolated linearly between whole lengths."""
     whole = int(length)
     return sum(acceptance**depth for depth in range(1, whole + 1)) + (length - whole) * acceptance ** (whole + 1)
 
 
 def forecast(measured: Measured, loads: Iterable[int] = LOADS) -> list[Speeds]:
-    """Tokens per second without this machine and with it, by requests at a time; it drafts for as many as it takes."""
+    """Tokens per second without and with this machine, for each load. It drafts for at most `max_requests` of them."""
     edge = EdgeModel(
         measured.pass_s,
         measured.row_s,
@@ -139,12 +139,12 @@ def forecast(measured: Measured, loads: Iterable[int] = LOADS) -> list[Speeds]:
 
 
 def would_help(speeds: Sequence[Speeds]) -> bool:
-    """At any of these loads."""
+    """Whether the machine helps at any of these loads."""
     return any(each.ratio >= HELPS for each in speeds)
 
 
 def verdict(measured: Measured, speeds: Sequence[Speeds]) -> str:
-    """Whether it would help, how much or why not, in plain words."""
+    """Whether the machine would help, and how much or why not, in plain words."""
     if would_help(speeds):
         best = max(speeds, key=lambda each: each.ratio)
         times = f"{best.ratio:.1f}" if best.ratio >= 1.1 else f"{best.ratio:.2f}"
@@ -158,14 +158,14 @@ def _requests(number: int) -> str:
 
 
 def _obstacle(measured: Measured) -> str:
-    """What most probably is in the way. It names numbers, so that whoever reads it can judge."""
+    """The most probable obstacle, with the numbers behind it."""
     server, pass_ms, rtt_ms = measured.server, 1e3 * measured.pass_s, 1e3 * measured.rtt_s
     step_ms = 1e3 * server.step_s(1, 1)
     verifying_ms = 1e3 * server.step_s(1, 1 + measured.spec_tokens, is_verifying=True)
     if pass_ms > step_ms / 2:
         return (
             f"a forward pass takes {pass_ms:.1f} ms here and a step of the server {step_ms:.1f} ms: "
-            "take a smaller draft or a faster device"
+            "use a smaller draft model or a faster device"
         )
     if verifying_ms > 1.5 * step_ms:
         return (
@@ -174,4 +174,4 @@ def _obstacle(measured: Measured) -> str:
         )
     if rtt_ms > 2 * step_ms:
         return f"the round trip takes {rtt_ms:.1f} ms and a step of the server {step_ms:.1f} ms"
-    return f"drafts that are right {measured.acceptance:.0%} of the time are worth too little: take a better draft"
+    return f"an acceptance rate of {measured.acceptance:.0%} is too low to help: use a better draft model"

@@ -22,33 +22,33 @@ CONNECT_TIMEOUT_S = 10.0
 SILENCE_HEARTBEATS = 3
 FIRST_SILENCE_S = 15.0
 MAX_QUEUED_BYTES = 1 << 20
-HELD_BACK = "a proxy in between may hold streams back, or refuse the one up (see docs/proxies.md)"
+HELD_BACK = "a proxy in between may hold streams back, or refuse the upward one (see docs/proxies.md)"
 
 
 class LinkError(Exception):
-    """The connection ended; a new one may do better."""
+    """The connection ended; a new one may succeed."""
 
 
 class OtherVocabularyError(UserError):
-    """No engine of the gateway's has the draft's vocabulary."""
+    """None of the gateway's engines has the draft model's vocabulary."""
 
 
 @dataclass(slots=True)
 class Gateway:
-    """Where to connect and what to show there."""
+    """Where to connect, and the credentials to use there."""
 
     url: str
     token: str = ""
     ca_file: str = ""
     insecure: bool = False
-    """Show the token without TLS, beyond this machine."""
+    """Send the token to other machines without TLS."""
     cert_file: str = ""
-    """This edge's own certificate and key (PEM), for gateways that ask for one."""
+    """This edge's own certificate and key (PEM), for gateways that require one."""
     has_proxy: bool = True
-    """It may be reached by the proxy that the environment names."""
+    """Use the proxy that is set in the environment, if any."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for what is no address."""
+        """Raises UserError if the URL is not valid."""
         checked_gateway_url(self.url)
 
     def client(self) -> httpx.AsyncClient:
@@ -76,7 +76,10 @@ class Gateway:
 
 @dataclass(slots=True)
 class Link:
-    """One connection, from Hello to Bye. `on_frame` gets every frame but the heartbeats, `on_pong` each round trip."""
+    """One connection, from Hello to Bye.
+
+    `on_frame` receives every frame but the heartbeats, `on_pong` each measured round trip in seconds.
+    """
 
     gateway: Gateway
     hello: Hello
@@ -91,8 +94,11 @@ class Link:
     _was_admitted: bool = False
 
     def send(self, frame: Frame) -> int:
-        """Queue a frame. Returns its bytes, 0 if it is dropped: where the queue is full, for then the link is too slow
-        for it to be of use, or the connection ended: a forward pass may be under way when the gateway says Bye."""
+        """Queue a frame. Returns its size in bytes, 0 if it was dropped.
+
+        A frame is dropped if the queue is full (it would arrive too late), or if the connection has ended (a forward
+        pass may still be running when the gateway sends Bye).
+        """
         if self._queued_bytes > MAX_QUEUED_BYTES or self.session.state is State.CLOSED:
             return 0
         data = self.session.send(frame)
@@ -102,7 +108,7 @@ class Link:
         return len(data)
 
     async def run(self) -> None:
-        """Stay connected. Raises LinkError when that ends, UserError when trying again cannot help."""
+        """Stay connected. Raises LinkError when the connection ends, UserError when a retry cannot help."""
         is_answered = False
         try:
             async with self.gateway.client() as client, client.stream("GET", "/edge/v1/down") as response:
@@ -112,7 +118,7 @@ class Link:
         except RemoteProtocolError as error:
             raise LinkError(f"the gateway broke the protocol: {error}") from error
         except (TimeoutError, httpx.ReadTimeout) as error:
-            raise LinkError(self._silent("nothing was heard from the gateway for too long")) from error
+            raise LinkError(self._silent("the gateway sent nothing for too long")) from error
         except BROKEN as error:
             raise LinkError(what_is_wrong(error, is_answered)) from error
         raise LinkError("the gateway ended the connection")
@@ -139,7 +145,7 @@ class Link:
                             self._take(frame)
                     silence.reschedule(loop.time() + SILENCE_HEARTBEATS * self._heartbeat_s)
         finally:
-            # httpx does not notice a dead peer on the uplink by itself.
+            # httpx does not detect a dead peer on the uplink.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -178,28 +184,28 @@ class Link:
             case Welcome():
                 self._was_admitted = True
                 self._heartbeat_s = frame.heartbeat_ms / 1000
-                self.ping()  # at once: how far away the gateway is decides how to draft
+                self.ping()  # at once: the round-trip time decides how to draft
                 self.on_frame(frame)
             case _:
                 self.on_frame(frame)
 
     def _silent(self, text: str) -> str:
-        """What to say of silence: from the start on it is hardly the network."""
+        """The message for a silent gateway. Silence from the start is probably not the network but a proxy."""
         return text if self._was_admitted else f"{text}; {HELD_BACK}"
 
     async def _ping(self) -> None:
-        """Ping every heartbeat: the gateway answers, so that each side hears from the other."""
+        """Ping at every heartbeat. The gateway answers, so both sides know that the other is alive."""
         while True:
             if self.session.state is State.LIVE:
                 self.ping()
             await asyncio.sleep(self._heartbeat_s)
 
     def ping(self) -> None:
-        """Measure the round trip: `rtt_s`, once it is answered."""
+        """Send a Ping; its Pong sets `rtt_s`."""
         self.send(Ping(_stamp_us()))
 
     def close(self) -> None:
-        """Say Bye, so that the gateway gives this edge's requests to others at once."""
+        """Send Bye, so that the gateway gives this edge's requests to others at once."""
         if self.session.state is not State.CLOSED:
             self.send(Bye(ByeCode.GOING_AWAY, "the edge is stopping"))
 

@@ -1,4 +1,4 @@
-"""Why a connection to a gateway failed, in words for its user: what is wrong, and what to type next. Pure."""
+"""Messages for a failed connection to a gateway: what is wrong, and what to do next. Pure."""
 
 import socket
 import ssl
@@ -8,24 +8,25 @@ import httpx2 as httpx
 from h2.exceptions import H2Error
 
 BROKEN = (httpx.HTTPError, httpx.StreamError, H2Error, OSError)
-"""What a connection ends by. H2Error: what follows a GOAWAY."""
+"""Errors that end a connection. H2Error: raised after a GOAWAY."""
 HANGING_UP = (httpx.RemoteProtocolError, H2Error, httpx.ReadError, httpx.WriteError)
-"""What a server that speaks no HTTP/2 looks like, by what is seen first: its answer, its reset or a closed pipe."""
+"""Errors from a server that does not speak HTTP/2. Which one depends on what comes first: its answer, a reset or a
+closed pipe."""
 NO_GATEWAY = (
-    "it is no edge gateway, since it hangs up or speaks no HTTP/2; name the gateway's port (8100 by default), "
+    "it is not an edge gateway: it hangs up or does not speak HTTP/2; name the gateway's port (8100 by default), "
     "not the OpenAI endpoint's, and write https:// if it has a certificate"
 )
 CERTIFICATE_FAULTS = {
     "mismatch": "its certificate is for another name; use a name or an address that the certificate has",
     "expired": "its certificate has expired; ask its operator for a new one",
-    "not yet valid": "its certificate is not valid yet; is the time of this machine right?",
+    "not yet valid": "its certificate is not valid yet; check the clock of this machine",
 }
-"""By what OpenSSL calls them."""
-UNKNOWN_AUTHORITY = "its certificate is of an authority that is not trusted here; name that authority with --ca-file"
+"""Messages by the part of OpenSSL's message that identifies each fault."""
+UNKNOWN_AUTHORITY = "its certificate is from an authority that is not trusted here; name that authority with --ca-file"
 
 
 def what_is_wrong(error: Exception, is_answered: bool) -> str:
-    """Why a connection ended. One that was not answered may lead to something else than a gateway."""
+    """Why a connection ended. If it was not answered (`is_answered`), the other end may not be a gateway at all."""
     text = str(error) or type(error).__name__
     if is_answered:
         return text
@@ -41,12 +42,12 @@ def what_is_wrong(error: Exception, is_answered: bool) -> str:
                 said = cause.verify_message
                 return next((each for part, each in CERTIFICATE_FAULTS.items() if part in said), UNKNOWN_AUTHORITY)
     if "WRONG_VERSION_NUMBER" in text:
-        return "it speaks no TLS; write http://, or name the gateway's port"
+        return "it does not speak TLS; write http://, or name the gateway's port"
     return NO_GATEWAY if isinstance(error, HANGING_UP) else text
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it comes from, the last first."""
+    """The error and its causes, from the latest to the first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""What to do about a draft that was refused: its vocabulary, held against those that the gateway's engines have."""
+"""How to use a draft model that was refused: compare its vocabulary with those of the gateway's engines."""
 
 import asyncio
 import json
@@ -18,18 +18,19 @@ from vllm_specedge.wire.vocabulary import MAX_PACKED_BYTES, Difference, differen
 PATH = "/edge/v1/vocabularies"
 MAX_LIST_BYTES = 64 << 10
 MAX_FETCHED = 8
-"""Vocabularies: a gateway has few, and this machine has little time."""
+"""Maximum vocabularies to fetch: a gateway has few, and this machine has little time."""
 FETCHING_S = 60.0
 LIST_PAUSES_S = (0.0, 0.5, 1.0)
 NUM_NAMED = 3
 MAX_MISSING_PART = 0.01
-"""Of the target's tokens. Fine-tunes and releases of a family differ in some dozens, families in a quarter and more."""
+"""Share of the target's tokens that a draft may lack and still be harmless. Fine-tunes and releases of one family
+differ in some dozens of tokens, different families in a quarter or more."""
 MIN_COVERAGE = 0.1
-"""Of the target's tokens those that are one of the draft's: with less, they are spelled as is not known here."""
+"""Minimum share of the target's tokens that are each one token of the draft. Below it, the spelling is unknown."""
 SPACES = ("Ġ", "▁", " ")
-"""A token that every model has seen much of, as vocabularies spell it."""
+"""Spellings of a token that every model knows well: a space."""
 MAX_SHOWN = 24
-"""Letters of somebody else's name."""
+"""Maximum characters shown of a name that the other side chose."""
 
 OwnVocabulary: TypeAlias = Callable[[], Mapping[str, int]]
 
@@ -40,17 +41,17 @@ class Mismatch(NamedTuple):
     model: str
     found: Sequence[Difference]
     num_tokens: int
-    """That either side has."""
+    """Tokens that at least one side has."""
     fingerprint: str = ""
-    """The target's."""
+    """The target's fingerprint."""
     is_retokenized: bool = False
-    """The draft is of another tokenizer, whose tokens become the target's by their bytes."""
+    """The draft has another tokenizer; its tokens are converted to the target's by their bytes."""
 
     @property
     def is_harmless(self) -> bool:
-        """Whether it drafts well all the same: it has all but few of the target's tokens, under whatever ids.
+        """Whether the draft has almost all of the target's tokens, under any ids, so that it drafts well anyway.
 
-        Where those few come it is wrong, which costs that draft and no more: the target decides every token.
+        Where it lacks a token its draft is wrong. That costs only this draft: the target decides every token.
         """
         num_of_draft = sum(each.target_id is None for each in self.found)
         num_missing = sum(each.draft_id is None for each in self.found)
@@ -59,9 +60,9 @@ class Mismatch(NamedTuple):
     def __str__(self) -> str:
         nearly, end = ("", "choose a draft of the same family, or draft with 'ngram'")
         if self.is_harmless:
-            nearly, end = "quite ", "it drafts all the same, and is wrong where the target says what it does not have"
+            nearly, end = "quite ", "it drafts anyway, and is wrong where the target generates a token that it lacks"
         elif self.is_retokenized:
-            end = "its tokens are translated, and fewer are right than of a draft of the same family"
+            end = "its tokens are translated, and fewer are accepted than with a draft of the same family"
         verb = "differs" if len(self.found) == 1 else "differ"
         such = "such as" if len(self.found) > NUM_NAMED else "namely"
         named = ", ".join(map(_named, self.found[:NUM_NAMED]))
@@ -72,7 +73,7 @@ class Mismatch(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What a draft is compared with, and what makes it fit."""
+    """The result of a comparison with a target, and the translation that makes the draft fit it."""
 
     mismatch: Mismatch
     translation: Translation | Retokenization
@@ -90,15 +91,15 @@ def _named(each: Difference) -> str:
 
 
 def _shown(text: str) -> str:
-    """What it says, and nothing that a terminal would take for more."""
+    """The text, shortened, with characters that a terminal could interpret replaced."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in text[:MAX_SHOWN])
     return f"{shown}..." if len(text) > MAX_SHOWN else shown
 
 
 async def fitted(refusal: OtherVocabularyError, gateway: Gateway, own: OwnVocabulary) -> Fit:
-    """How a draft that was refused can draft all the same, for the model that is most alike.
+    """How a refused draft can draft anyway, for the model with the most similar vocabulary.
 
-    Raises UserError: with what differs, or the refusal where that cannot be found out.
+    Raises UserError: with the differences, or the refusal itself if they cannot be determined.
     """
     fit = await _closest(gateway, own)
     if fit is None:
@@ -115,7 +116,7 @@ async def _closest(gateway: Gateway, own: OwnVocabulary) -> Fit | None:
         draft = await asyncio.to_thread(lambda: without_fillers(own()))
         fits = [await asyncio.to_thread(_compared, *target, draft) for target in targets] if draft else []
         return min(fits, key=lambda each: len(each.mismatch.found), default=None)
-    except Exception:  # noqa: BLE001 - the refusal stands, whatever goes wrong in explaining it
+    except Exception:  # noqa: BLE001 - the refusal stands if explaining it fails
         return None
 
 
@@ -130,7 +131,7 @@ def _compared(model: str, fingerprint: str, packed: bytes, draft: Mapping[str, i
 
 
 def _without_respelled(found: Sequence[Difference]) -> list[Difference]:
-    """Without tokens that one side writes with spaces in place of `▁`, as GGUF files do with some of Gemma's."""
+    """The differences, without those where one side writes spaces for `▁`, as GGUF files do in some Gemma tokens."""
 
     def written(each: Difference) -> tuple[int | None, str]:
         return each.draft_id if each.target_id is None else each.target_id, each.token.replace("▁", " ")
@@ -142,8 +143,11 @@ def _without_respelled(found: Sequence[Difference]) -> list[Difference]:
 
 
 def _translation(found: Sequence[Difference], target_ids: Set[int], draft: Mapping[str, int]) -> Translation:
-    """What is missing on a side is left as it is where that side has another token of this id: that may be its name for
-    it. Where it has none, the target's token is read as a space, and the draft's is not proposed.
+    """A translation between the two vocabularies.
+
+    If a token is missing on one side and that side has another token with its id, the id is kept: it may be the same
+    token under another name. If it has none, a token of the target is read as a space, and one of the draft is not
+    proposed.
     """
     draft_ids = set(draft.values())
     space = next((draft[token] for token in SPACES if token in draft), 0)
@@ -161,11 +165,11 @@ def _translation(found: Sequence[Difference], target_ids: Set[int], draft: Mappi
 
 
 async def _fetched(gateway: Gateway) -> list[tuple[str, str, bytes]]:
-    """The model, fingerprint and packed vocabulary of each that the gateway serves."""
+    """The model name, fingerprint and packed vocabulary of each model that the gateway serves."""
     found = []
     async with gateway.client() as client:
         listed: list[_Listed] = []
-        for pause_s in LIST_PAUSES_S:  # an engine that has just come may be bringing its own
+        for pause_s in LIST_PAUSES_S:  # an engine that has just connected may still be sending its own
             await asyncio.sleep(pause_s)
             if listed := _listed(await _get(client, PATH, MAX_LIST_BYTES))[:MAX_FETCHED]:
                 break
@@ -193,7 +197,7 @@ class _Listed(NamedTuple):
 
 
 def _listed(data: bytes) -> list[_Listed]:
-    """What a gateway lists. Raises RemoteProtocolError."""
+    """A gateway's list of vocabularies. Raises RemoteProtocolError."""
     try:
         entries = json.loads(data)["vocabularies"]
         listed = [_Listed(", ".join(each["models"]), each["fingerprint"], each["bytes"]) for each in entries]
@@ -201,11 +205,11 @@ def _listed(data: bytes) -> list[_Listed]:
             return listed
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
-    raise RemoteProtocolError("what should be a list of vocabularies is none")
+    raise RemoteProtocolError("the list of vocabularies is not valid")
 
 
 async def _get(client: httpx.AsyncClient, path: str, limit_bytes: int) -> bytes:
-    """A body as it comes over the wire. Raises RemoteProtocolError if it is too long, and what httpx raises."""
+    """The body, without content encoding. Raises RemoteProtocolError if it is too long, and httpx's errors."""
     async with client.stream("GET", path, headers={"accept-encoding": "identity"}) as answer:
         answer.raise_for_status()
         body = bytearray()

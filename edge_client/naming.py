@@ -1,8 +1,8 @@
-"""What `edge-client serve` changes of a request on its way: it names the edge that may draft for it. Pure.
+"""What `edge-client serve` changes in a request that it forwards: it adds the edge that may draft for it. Pure.
 
-Rule 1: nothing else is changed, not even how a number is written: what is no request is the server's to refuse.
-Rule 2: every request that makes the server generate names an edge, if only NOBODY: one that names none may be read by
-any pool edge.
+Rule 1: nothing else changes, not even how a number is written. Refusing invalid requests is the server's task.
+Rule 2: every request that makes the server generate names an edge, if only NOBODY. Any pool edge may read a request
+that names none.
 """
 
 import ipaddress
@@ -18,12 +18,12 @@ from vllm_specedge import exact_json
 from vllm_specedge.wire.request_fields import KEY, prediction_text
 
 NOBODY = "nobody"
-"""No edge has this session: gateways make them up, of 192 random bits."""
+"""No edge has this session: gateways generate sessions from 192 random bits."""
 ARGUMENTS = "vllm_xargs"
 IN_JSON = frozenset({"chat/completions", "chat/completions/batch", "completions", "responses", "messages"})
-"""Paths below /v1 that generate, and take what vLLM calls extra arguments in a JSON object."""
+"""Paths below /v1 that generate and take vLLM's extra arguments (`vllm_xargs`) in a JSON object."""
 IN_FORMS = frozenset({"audio/transcriptions", "audio/translations"})
-"""The same in a form."""
+"""Paths below /v1 that generate and take the extra arguments in a multipart form."""
 NAMED_PART = rb"\bname=\"?%b\"?\s*(;|\r|$)" % ARGUMENTS.encode()
 WITHOUT_TOKENS = frozenset(
     {
@@ -41,11 +41,11 @@ WITHOUT_TOKENS = frozenset(
         "unload_lora_adapter",
     }
 )
-"""Last parts of paths where nothing is generated, so that there is nothing to draft."""
+"""Last parts of the paths that generate nothing, so that there is nothing to draft."""
 
 
 def path_below(path: str) -> str | None:
-    """A path below /v1, written for a URL; None if it would lead elsewhere, however its dots are written."""
+    """A path below /v1, quoted for a URL; None if it has dot segments, in any quoting, that would lead elsewhere."""
     plain, before = path, ""
     while plain != before:
         plain, before = unquote(plain), plain
@@ -60,14 +60,14 @@ def is_named(path: str) -> bool:
 
 
 def is_generating(path: str) -> bool:
-    """Whether what is posted to a path below /v1 may make the server generate, as far as is known here."""
+    """Whether a POST to a path below /v1 may make the server generate, as far as is known here."""
     return path.strip("/").rpartition("/")[2] not in WITHOUT_TOKENS
 
 
 def with_session(path: str, kind: str, body: bytes, session: str) -> bytes:
-    """The same request, of content type `kind`, that names an edge, and its predicted output where the server reads it.
+    """The body of a request of content type `kind`, with the edge's session and the predicted output added to it.
 
-    What its program names itself comes first. A body that is not understood stays as it is.
+    Arguments that the program gave itself take precedence. A body that cannot be parsed stays as it is.
     """
     try:
         match path.strip("/"):
@@ -81,7 +81,7 @@ def with_session(path: str, kind: str, body: bytes, session: str) -> bytes:
 
 
 def _object_with_session(body: bytes, session: str) -> bytes:
-    """The arguments are written at the end of the object: of two with one name, the last counts."""
+    """Append the arguments at the end of the object: of two keys with the same name, the last counts."""
     encoding = json.detect_encoding(body)
     text = body.decode(encoding, "surrogatepass").rstrip(" \t\r\n")
     asked = exact_json.read(text)
@@ -89,7 +89,7 @@ def _object_with_session(body: bytes, session: str) -> bytes:
         return body
     more = {"specedge": session}
     if asked.get("prediction") is not None:
-        with suppress(ValueError):  # the server's to refuse
+        with suppress(ValueError):  # the server refuses it
             more[KEY] = prediction_text(asked["prediction"])
     comma = ", " if asked else ""
     merged = _merged(more, asked.get(ARGUMENTS))
@@ -97,7 +97,7 @@ def _object_with_session(body: bytes, session: str) -> bytes:
 
 
 def _form_with_session(kind: str, body: bytes, session: str) -> bytes:
-    """A part more, the first."""
+    """Add the arguments as the first part of the form."""
     header = Message()
     header["content-type"] = kind
     boundary = header.get_param("boundary")
@@ -115,17 +115,17 @@ def _form_with_session(kind: str, body: bytes, session: str) -> bytes:
 
 
 def _merged(more: dict[str, Any], given: Any) -> str:
-    """Arguments of both, those that were given before ours. Raises ValueError for what are no arguments."""
+    """The arguments of both; `given` takes precedence over `more`. Raises ValueError if `given` is not an object."""
     if not isinstance(given or {}, dict):
         raise ValueError(given)
     return exact_json.write({**more, **(given or {})})
 
 
 def is_own_name(header: str, is_opened: bool, names: Collection[str]) -> bool:
-    """Whether a Host header names this endpoint; `names`: those that its user allows, * for any.
+    """Whether a Host header names this endpoint. `names`: the host names that its user allows, * for any.
 
-    A page that has its name lead here (DNS rebinding) comes under that name, and never under an address. Other
-    machines' programs are answered only where the user has `opened` the endpoint to them.
+    A web page that points its own name here (DNS rebinding) sends that name, never an IP address. IP addresses other
+    than loopback are accepted only if the user has opened the endpoint to other machines (`is_opened`).
     """
     try:
         host = (urlsplit(f"//{header}").hostname or "").rstrip(".")
@@ -140,7 +140,7 @@ def is_own_name(header: str, is_opened: bool, names: Collection[str]) -> bool:
 
 
 def own_location(location: str, server_url: str) -> str:
-    """Where a redirect leads: what is below the server's /v1 is below the endpoint's."""
+    """The target of a redirect, with the server's /v1 replaced by this endpoint's."""
     there, server = urlsplit(location), urlsplit(server_url)
     base = server.path.rstrip("/") + "/"
     is_below = there.path.startswith(base) and there.netloc in ("", server.netloc)

@@ -1,8 +1,9 @@
-"""An OpenAI endpoint on this machine for its user's own programs: what they ask goes to the server, drafted for here.
+"""An OpenAI endpoint on this machine for its user's own programs: it forwards requests to the server and drafts for
+them.
 
-Everything under /v1 is passed on as it came and answered as the server answers, errors included; only a request that
-makes the server generate gets the name of this edge's session, so that the server lets this machine draft for it and no
-other. While there is no session it names none of an edge's, and no edge reads it.
+Everything under /v1 is forwarded unchanged, and the server's answers, errors included, are returned unchanged. Only a
+request that makes the server generate gets this edge's session added, so that only this machine drafts for it. While
+there is no session the request names one that no edge has, and no edge reads it.
 """
 
 import asyncio
@@ -40,21 +41,21 @@ HOP_BY_HOP = {
     "transfer-encoding",
     "upgrade",
 }
-"""Headers of one connection, not of what is said (RFC 9110, section 7.6.1), and those that httpx writes itself."""
+"""Headers of one connection, not of the message (RFC 9110, section 7.6.1), and those that httpx writes itself."""
 NOT_PASSED_ON = HOP_BY_HOP | {"origin"}
 MAX_BODY_BYTES = 64 << 20
 CONNECT_TIMEOUT_S = 10.0
 KEPT_S = 2.0
-"""A connection that is not in use; vLLM closes it after five seconds."""
+"""Seconds to keep an idle connection open; vLLM closes it after five."""
 GRACE_S = 1
-"""For answers on their way when the endpoint stops."""
+"""Seconds for unfinished answers when the endpoint stops."""
 MAX_WARNED = 32
-"""Paths that are named in a line of their own."""
+"""Maximum paths to log a warning for, one line each."""
 OF_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
 def server_client(server_url: str, has_proxy: bool = True, ca_file: str = "") -> httpx.AsyncClient:
-    """What passes requests on: it adds nothing to them. Raises UserError."""
+    """The client that forwards requests; it adds no headers of its own. Raises UserError."""
     timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=None, write=None, pool=None)
     limits = httpx.Limits(max_connections=None, keepalive_expiry=KEPT_S)
     context = trusted(ca_file, is_alone=False)
@@ -72,10 +73,10 @@ def make_app(
     is_opened: bool = False,
     client: Callable[[], httpx.AsyncClient] | None = None,
 ) -> FastAPI:
-    """`server_url`: the OpenAI endpoint that is passed on to, /v1 included, by a `client` for it. `session`: this
-    edge's at the moment, empty while it is not connected. `api_key`: said in the programs' place. Pages of other
-    `origins` than this machine's, and requests under other names (`hosts`) than its own, are refused: any page in a
-    browser can reach localhost. `is_opened`: other machines may reach it, by its addresses."""
+    """The endpoint's app. `server_url`: the OpenAI endpoint to forward to, /v1 included, through `client`. `session`:
+    this edge's current session, empty while it is not connected. `api_key`: sent instead of the programs' own. Any page
+    in a browser can reach localhost, so only pages of this machine and of `origins`, and only requests for this
+    machine's names and `hosts`, are accepted. `is_opened`: other machines may reach the endpoint by its addresses."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -102,12 +103,12 @@ def make_app(
             return _error(404, "Only paths under /v1 exist here.", "invalid_request_error")
         body = await _body(request)
         if body is None:
-            return _error(413, f"A request has at most {MAX_BODY_BYTES >> 20} MiB.", "invalid_request_error")
+            return _error(413, f"A request may have at most {MAX_BODY_BYTES >> 20} MiB.", "invalid_request_error")
         if request.method == "POST" and is_named(path):
             body = with_session(path, request.headers.get("content-type", ""), body, session() or NOBODY)
         elif request.method == "POST" and is_generating(path) and len(warned) < MAX_WARNED and path not in warned:
             warned.add(path)
-            logger.warning("Requests to /v1/%.100s cannot be kept private: edges of others may draft for them", path)
+            logger.warning("Requests to /v1/%.100s cannot be kept private: other edges may draft for them", path)
         headers = [(name, value) for name, value in request.headers.items() if name not in NOT_PASSED_ON]
         if api_key:
             headers = [pair for pair in headers if pair[0] != "authorization"]
@@ -126,7 +127,7 @@ def make_app(
 
 
 def _refusal(request: Request, origins: Sequence[str], hosts: Sequence[str], is_opened: bool) -> Response | None:
-    """What is said to pages that may not use this endpoint, and under names that are not its own."""
+    """The error for a request under a wrong host name or from a page that is not allowed; None for other requests."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if not is_own_name(host, is_opened, hosts):
         text = f"This endpoint does not answer to the name {host:.100}: allow it with --allow-host."
@@ -138,10 +139,10 @@ def _refusal(request: Request, origins: Sequence[str], hosts: Sequence[str], is_
 
 
 async def _sent(client: httpx.AsyncClient, asked: httpx.Request) -> httpx.Response:
-    """The beginning of the answer.
+    """Send a request. Returns the response once its headers have arrived.
 
-    A server closes a connection that was not used for a while; a request that meets this on its way was not read, and
-    is sent again, over another connection.
+    A server closes a connection that was idle for a while. A request that was sent at that moment was not read, and is
+    sent again over another connection.
     """
     events: set[str] = set()
 
@@ -160,7 +161,7 @@ async def _sent(client: httpx.AsyncClient, asked: httpx.Request) -> httpx.Respon
 
 
 async def _unless_left(request: Request, waiting: Coroutine[None, None, httpx.Response]) -> httpx.Response | None:
-    """What is waited for; None when the program hangs up first, which ends the server's work on its request."""
+    """The result of `waiting`; None if the program disconnects first, which also cancels its request at the server."""
     tasks = asyncio.create_task(waiting), asyncio.create_task(_left(request))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -172,13 +173,13 @@ async def _unless_left(request: Request, waiting: Coroutine[None, None, httpx.Re
 
 
 async def _left(request: Request) -> None:
-    """Until the program that asked hangs up; its request was read to the end."""
+    """Wait until the program disconnects; its request was read to the end before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def _passed_back(answer: httpx.Response, server_url: str) -> Response:
-    """An answer, as it comes."""
+    """The server's answer as a streaming response."""
     response = StreamingResponse(_raw(answer), answer.status_code)
     kept = [pair for pair in answer.headers.multi_items() if pair[0] not in HOP_BY_HOP]
     response.raw_headers = [
@@ -189,7 +190,7 @@ def _passed_back(answer: httpx.Response, server_url: str) -> Response:
 
 
 async def _body(request: Request) -> bytes | None:
-    """What was sent; None if it is too much."""
+    """The request's body; None if it is too long."""
     parts, num_bytes = [], 0
     async for part in request.stream():
         num_bytes += len(part)
@@ -200,7 +201,7 @@ async def _body(request: Request) -> bytes | None:
 
 
 async def _raw(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """As it comes; a program that hangs up ends the server's work on it."""
+    """The raw chunks of an answer. If the program disconnects, the request at the server is cancelled."""
     try:
         async for chunk in answer.aiter_raw():
             yield chunk
@@ -209,12 +210,12 @@ async def _raw(answer: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def _error(status: int, message: str, kind: str) -> JSONResponse:
-    """In OpenAI's form, which every client library understands."""
+    """An error in OpenAI's form, which every client library understands."""
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """Raises UserError if that is taken."""
+    """A listening socket. Raises UserError if the address is taken or cannot be used."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -223,7 +224,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def names_here(listener: socket.socket) -> tuple[bool, list[str]]:
-    """Whether other machines may reach what listens there, and the names that they know this one by."""
+    """Whether other machines may reach this listener, and the names that they know this machine by."""
     if is_loopback(listener.getsockname()[0]):
         return False, []
     name = socket.gethostname()
@@ -231,7 +232,7 @@ def names_here(listener: socket.socket) -> tuple[bool, list[str]]:
 
 
 class _Server(uvicorn.Server):
-    """Signals are its caller's: one that is interrupted has done as it was told, and ends with status 0."""
+    """A server that leaves signals to its caller: an interrupted command did what it was told, and exits with 0."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -239,12 +240,12 @@ class _Server(uvicorn.Server):
 
 
 async def serve_beside(app: FastAPI, listener: socket.socket, drafting: Coroutine[None, None, None]) -> None:
-    """Endpoint and drafting side by side; when one ends, so does the other."""
+    """Run the endpoint and the drafting together; when one ends, so does the other."""
     server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S))
     beside = asyncio.create_task(drafting)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({beside, serving}, return_when=asyncio.FIRST_COMPLETED)
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off from here on is meant to be
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # answers that are cut off from here on are no errors
     server.should_exit = True
     await serving
     beside.cancel()

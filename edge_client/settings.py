@@ -1,6 +1,6 @@
-"""A user's file of options: TOML, an option a key, a table a command over what is common to all.
+"""A user's file of options: TOML with one key per option. A command's table overrides the keys common to all commands.
 
-Pure but for `read`. What the values mean is the command line's to say; here is which of them a command gets.
+Pure but for `read`. The command line defines what the values mean; this module selects those for one command.
 """
 
 import tomllib
@@ -12,18 +12,18 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from vllm_specedge.errors import UserError
 
 SECRETS = {"token": "token_file", "api_key": "api_key_file"}
-"""No secret stands in the file itself: it names files that hold them."""
+"""Keys that are refused, with the option to use instead: the file names files with secrets, it holds none itself."""
 
 
 def folder(platform: str, environment: Mapping[str, str], home: Path) -> Path:
-    """Where a user's file of options is, by `sys.platform`: one place for macOS and Linux, as most tools have it."""
+    """The folder of a user's file of options, by `sys.platform`. macOS uses the same as Linux, as most tools do."""
     if platform == "win32":
         return Path(environment.get("APPDATA") or home / "AppData" / "Roaming") / "specedge"
     return Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "specedge"
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Raises UserError."""
+    """The values in a file of options. Raises UserError if it cannot be read or is not valid TOML."""
     try:
         return tomllib.loads(file.read_text())
     except OSError as error:
@@ -35,10 +35,10 @@ def read(file: Path) -> dict[str, Any]:
 def options_of(
     command: str, values: Mapping[str, Any], names: Mapping[str, Collection[str]], file: Path
 ) -> dict[str, Any]:
-    """What `command` takes from a file's values, by the options' names with underscores.
+    """The values for `command`, by the options' names with underscores.
 
-    `names` has every command's options. A key outside of a table is for every command that has such an option. Raises
-    UserError for a key that no command knows, or a table's does not.
+    `names` has every command's options. A key outside of a table is for every command that has this option. Raises
+    UserError for a key that no command has, or that the table's command does not have.
     """
     common = {key: value for key, value in values.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
@@ -63,8 +63,8 @@ def _named(values: Mapping[str, Any], known: Collection[str], table: str, file: 
     for name in named:
         if name in SECRETS:
             raise UserError(
-                f"In {where}, {name} would be a secret in the clear: put it into a file of its own, and name that as "
-                f"{SECRETS[name]}."
+                f"In {where}, {name} would be a secret in the clear: put it into its own file, and set "
+                f"{SECRETS[name]} to that file."
             )
         if name not in known:
             raise UserError(f"In {where}, there is no option {name}: see edge-client {table or 'COMMAND'} --help.")
@@ -72,11 +72,11 @@ def _named(values: Mapping[str, Any], known: Collection[str], table: str, file: 
 
 
 MEANT: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "true or false"}
-"""By an option's type, what users call it. All others are texts."""
+"""Names of the types in messages. All other types are texts."""
 
 
 class Kind(NamedTuple):
-    """What an option takes."""
+    """The type and range that an option accepts."""
 
     type: type
     is_list: bool = False
@@ -84,7 +84,7 @@ class Kind(NamedTuple):
     high: float | None = None
 
     def check(self, name: str, value: Any, file: Path) -> None:
-        """Raises UserError for a value of another kind."""
+        """Raises UserError for a value of another type or out of range."""
         meant = MEANT.get(self.type, "a text in quotes")
         accepted = {float: (int, float), int: (int,), bool: (bool,)}.get(self.type, (str,))
         values = value if self.is_list and isinstance(value, list) else [value]
@@ -100,7 +100,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(annotation: Any) -> Kind:
-    """Of a command's parameter, annotated as typer has it."""
+    """The kind of a command's parameter, from its typer annotation."""
     type_, *described = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     bounds = [(getattr(each, "min", None), getattr(each, "max", None)) for each in described]
     is_union = get_origin(type_) in (Union, UnionType)

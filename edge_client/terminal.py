@@ -1,4 +1,4 @@
-"""An edge while it runs, on a terminal or into a log: what is loaded, a panel or lines, and how it ends."""
+"""The output of a running edge, on a terminal or in a log: what it loaded, a panel or status lines, and a summary."""
 
 import asyncio
 import logging
@@ -30,21 +30,21 @@ PLAIN_STATUS_S = 10.0
 
 
 class Begun(NamedTuple):
-    """What an edge starts with."""
+    """What `begin` has set up."""
 
     console: Console
-    """Where to say things."""
+    """Where messages go."""
     drafter: Drafter
     pass_times: PassTimes
-    """Of the draft model, measured here."""
+    """Forward pass times of the draft model, measured on this machine."""
     max_requests: int
-    """As many as its passes are fast enough for."""
+    """Requests that these passes are fast enough for."""
 
 
 def begin(options: DrafterOptions, quiet: bool) -> Begun:
     """Load a draft model and time its forward passes. Raises UserError."""
     console = Console(stderr=True, highlight=False)
-    # A panel that is drawn in place moves down for what is logged, if it is logged through the same console.
+    # Log through the panel's console: then the panel, which is drawn in place, moves below each log line.
     plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(
         level=logging.ERROR if quiet else logging.WARNING,
@@ -52,12 +52,12 @@ def begin(options: DrafterOptions, quiet: bool) -> Begun:
         handlers=[plain if console.is_terminal else logging.StreamHandler(sys.stderr)],
     )
     lines: list[str] = []
-    options = fetched(options, is_quiet=quiet)  # it shows a bar of its own
+    options = fetched(options, is_quiet=quiet)  # it shows its own progress bar
     with console.status(f"Loading {options.draft} ...") if console.is_terminal and not quiet else nullcontext():
         drafter = load_drafter(options, lines.append)
         try:
             times = profile(drafter, time.perf_counter)
-        except Exception as error:  # whatever a model's code does: it cannot draft
+        except Exception as error:  # a model's code may raise anything; it cannot draft then
             text = f"A forward pass of {options.draft} fails ({error!s:.120}): choose another draft or --device cpu."
             raise UserError(text) from error
     if drafter.max_width > 1:
@@ -71,18 +71,18 @@ def begin(options: DrafterOptions, quiet: bool) -> Begun:
 
 
 async def outlived(drafting: Coroutine[None, None, None]) -> None:
-    """Drafting for an endpoint, which goes on passing requests on where the draft model cannot go on."""
+    """Draft for an endpoint. If the draft model fails for good, wait for ever: the endpoint still forwards requests."""
     try:
         await drafting
     except DraftModelError as error:
-        logger.error("%s Until then requests are passed on, and nobody drafts for them.", error)
+        logger.error("%s Until then requests are forwarded without drafts.", error)
         await asyncio.Event().wait()
 
 
 async def run(
     client: EdgeClient, drafting: Coroutine[None, None, None], console: Console, quiet: bool, cooler: Cooler
 ) -> None:
-    """Draft until it ends by itself, or is told to."""
+    """Run `drafting` until it ends, or until SIGINT or SIGTERM."""
     loop = asyncio.get_running_loop()
     running = asyncio.create_task(drafting)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -103,7 +103,7 @@ async def run(
 
 
 async def _show(client: EdgeClient, console: Console, cooler: Cooler) -> None:
-    """A panel that changes in place on a terminal; a line now and then elsewhere."""
+    """Show a panel that is updated in place on a terminal, and a status line every PLAIN_STATUS_S elsewhere."""
     rate = AcceptedRate(time.monotonic())
     client.on_change = lambda: _announce(client, console)
     if not console.is_terminal:
@@ -118,7 +118,7 @@ async def _show(client: EdgeClient, console: Console, cooler: Cooler) -> None:
 
 
 def _announce(client: EdgeClient, console: Console) -> None:
-    """A change of state; a private edge says what requests must name to be drafted for by it."""
+    """Print a change of state. A private edge prints the session that requests must name."""
     if not console.is_terminal:
         say(console, status_line(client, 0.0))
     if client.state == "connected" and client.role == "private":
@@ -126,6 +126,6 @@ def _announce(client: EdgeClient, console: Console) -> None:
 
 
 def say(console: Console, line: str | Text) -> None:
-    """Nothing stops drafting because it cannot be written down: the disk of a log is full, a terminal is gone."""
+    """Print a line. A failure to write (a full disk, a closed terminal) is ignored, so that drafting goes on."""
     with suppress(OSError):
         console.print(line, soft_wrap=True)

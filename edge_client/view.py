@@ -1,4 +1,4 @@
-"""What a user sees of an edge: a panel on a terminal, a line in a log, and at the end what it came to."""
+"""What a user sees of an edge: a panel on a terminal, a line in a log, and a summary at the end."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from edge_client.drafting.speculation import SpeculationStats
 
 @dataclass(slots=True)
 class AcceptedRate:
-    """Accepted tokens a second between one look and the next."""
+    """Accepted tokens per second since the previous call."""
 
     before_s: float
     before: int = 0
@@ -25,7 +25,7 @@ class AcceptedRate:
 
 
 def status_line(client: EdgeClient, accepted_per_s: float) -> Text:
-    """Who is served with what, how well, and how far away it is."""
+    """State, target and draft models, requests, acceptance rate and RTT, in one line."""
     return Text(
         f"{client.state} {client.model}".rstrip()
         + f" | {client.drafter.description} | {len(client.speculation)} requests | "
@@ -36,9 +36,9 @@ def status_line(client: EdgeClient, accepted_per_s: float) -> Text:
 
 
 def panel(client: EdgeClient, accepted_per_s: float, heat: str = "") -> Panel:
-    """The same and the totals, to be drawn anew in its place. `heat`: what is said of a temperature cap, if any.
+    """The same with the totals, to be redrawn in place. `heat`: text about the temperature cap, if any.
 
-    An accepted token is one for which the server took no step of its own: that is what is saved.
+    "Saved" are the accepted tokens: the server took no extra step for them.
     """
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
@@ -59,7 +59,7 @@ def panel(client: EdgeClient, accepted_per_s: float, heat: str = "") -> Panel:
 
 
 def heat(temperature_c: float | None, cap_c: float, share: float) -> str:
-    """What is said of a temperature cap; nothing where there is none."""
+    """Text about the temperature cap; empty without one."""
     if not cap_c:
         return ""
     now = "-" if temperature_c is None else f"{temperature_c:.0f} °C"
@@ -67,13 +67,13 @@ def heat(temperature_c: float | None, cap_c: float, share: float) -> str:
 
 
 def summary(client: EdgeClient) -> str:
-    """What this run came to."""
+    """The totals of this run, as a sentence."""
     requests, proposed, accepted = totals(client)
     return f"Drafted for {requests} requests: {proposed} tokens proposed, {accepted} accepted."
 
 
 def totals(client: EdgeClient) -> tuple[int, int, int]:
-    """Requests, proposed and accepted tokens, of all connections."""
+    """Requests, proposed tokens and accepted tokens over all connections."""
     stats: list[SpeculationStats] = list(client.totals)
     if not any(each is client.speculation.stats for each in stats):
         stats.append(client.speculation.stats)

@@ -1,4 +1,4 @@
-"""The way to a server: its address, the proxy in between, and whose certificates are believed."""
+"""How to reach a server: its address, the proxy in between, and the trusted certificate authorities."""
 
 import ssl
 from collections.abc import Callable, Mapping
@@ -15,12 +15,12 @@ GATEWAY_EXAMPLE, SERVER_EXAMPLE = "https://gpu.example.org:8100", "https://gpu.e
 
 
 def checked_gateway_url(text: str) -> str:
-    """A gateway's address. Raises UserError."""
+    """The checked address of a gateway. Raises UserError."""
     return _checked(text, "gateway", GATEWAY_EXAMPLE)
 
 
 def checked_server_url(text: str) -> str:
-    """The address of an OpenAI endpoint. Raises UserError."""
+    """The checked address of an OpenAI endpoint. Raises UserError."""
     url = _checked(text, "server", SERVER_EXAMPLE)
     if not urlsplit(url).path.strip("/"):
         raise UserError(
@@ -43,7 +43,7 @@ def _fault(url: str) -> str:
         host, port = parts.hostname, parts.port
         httpx.URL(url)
     except (ValueError, httpx.InvalidURL):
-        return "host or port are not valid: a port is a number up to 65535, and an IPv6 address stands in brackets"
+        return "host or port are not valid: a port is a number up to 65535, and an IPv6 address is written in brackets"
     if parts.scheme not in ("http", "https"):
         return "it must start with http:// or https://"
     if not host:
@@ -51,12 +51,12 @@ def _fault(url: str) -> str:
     if port == 0:
         return "port 0 cannot be used"
     if any(letter.isspace() for letter in url):
-        return "it has a space"
-    return "it has a ? or a #" if parts.query or parts.fragment else ""
+        return "it contains a space"
+    return "it contains a ? or a #" if parts.query or parts.fragment else ""
 
 
 def proxy_for(url: str, proxies: Mapping[str, str], is_bypassed: Callable[[str], Any]) -> str | None:
-    """The proxy to an address, by what the environment says of each scheme; None: the direct way. Never to loopback."""
+    """The proxy for an address, from the environment's proxies by scheme; None: connect directly, as to loopback."""
     parts = urlsplit(url)
     chosen = proxies.get(parts.scheme) or proxies.get("all")
     if not chosen or is_loopback(parts.hostname) or is_bypassed(parts.netloc.rpartition("@")[2]):
@@ -66,9 +66,9 @@ def proxy_for(url: str, proxies: Mapping[str, str], is_bypassed: Callable[[str],
 
 
 def client_for(url: str, has_proxy: bool = True, **options: Any) -> httpx.AsyncClient:
-    """A client for one server, through the proxy that the environment names if it `has_proxy`; the rest is httpx's.
+    """A client for one server, through the environment's proxy if `has_proxy`. `options` are httpx's.
 
-    HTTP/2 without TLS passes no HTTP proxy, so there is none where nothing else is spoken. Raises UserError.
+    HTTP/2 without TLS cannot pass an HTTP proxy, so a client that only speaks that uses none. Raises UserError.
     """
     proxy = proxy_for(url, getproxies(), proxy_bypass) if has_proxy else None
     is_only_http2 = not options.get("http1", True) and urlsplit(url).scheme == "http"
@@ -86,13 +86,13 @@ def client_for(url: str, has_proxy: bool = True, **options: Any) -> httpx.AsyncC
 
 
 def _named(proxy: str | None) -> str:
-    """A proxy without the name and password that it is used with: what is said may be in a log."""
+    """The proxy's URL without user name and password, for messages that may be logged."""
     scheme, _, rest = (proxy or "").partition("://")
     return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
 def trusted(ca_file: str, is_alone: bool) -> ssl.SSLContext:
-    """Certificates are believed by the system's authorities or, with a `ca_file`, by its own `is_alone` or too.
+    """A TLS context that trusts the system's authorities and those of `ca_file`, or only the latter if `is_alone`.
 
     Raises UserError.
     """

@@ -263,7 +263,7 @@ def test_without_room_for_what_is_shared_all_are_let_in(directory: Path, caplog:
     (directory / PLACES).mkdir()
     say(directory, {DEFAULT_CLASS: 0})
     assert Client().ask()[0] == 200
-    assert "All requests are let in" in caplog.text
+    assert "All requests are admitted" in caplog.text
 
 
 def test_what_could_never_be_served_is_told_not_to_come_again(directory: Path) -> None:

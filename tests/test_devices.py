@@ -19,7 +19,7 @@ def test_auto_takes_the_best_there_is(there: list[str], device: str, why: str) -
 
 
 def test_what_was_asked_for_is_taken_if_it_is_there() -> None:
-    assert choose_device("cpu", ["cuda", "cpu"]) == ("cpu", "as --device says")
+    assert choose_device("cpu", ["cuda", "cpu"]) == ("cpu", "set by --device")
     assert choose_device("cuda:1", ["cuda", "cpu"]).device == "cuda:1"
     for wanted in ("tpu", "mps"):
         with pytest.raises(UserError, match=rf"no device '{wanted}' here: choose cuda, cpu\."):

@@ -115,7 +115,7 @@ def test_what_cannot_be_kept(length: int, moved: list[int]) -> None:
 
 
 def test_what_cannot_be_added() -> None:
-    with pytest.raises(ValueError, match="a chain is appended to a chain only"):
+    with pytest.raises(ValueError, match="a chain can only be appended to a chain"):
         tree().append(1)
     for parent in (-1, 7):
         with pytest.raises(ValueError, match="of 7"):

@@ -94,7 +94,7 @@ def test_a_draft_that_is_never_right_would_not() -> None:
         ({"pass_s": 0.02}, "a forward pass takes 20.0 ms here and a step of the server 25.0 ms"),
         ({"server": FittedServer((1,), (0.025,), 0.01, 0.0)}, "verifies 5 tokens takes the server 75.0 ms"),
         ({"rtt_s": 0.2}, "the round trip takes 200.0 ms"),
-        ({"acceptance": 0.1}, "right 10% of the time"),
+        ({"acceptance": 0.1}, "an acceptance rate of 10%"),
     ],
 )
 def test_it_says_what_is_in_the_way(changes: dict[str, float], reason: str) -> None:

@@ -71,8 +71,8 @@ def test_a_slow_model_is_profiled_by_two_passes_of_a_width() -> None:
 
 
 def test_a_profile_in_words() -> None:
-    assert in_words({1: 0.002, 4: 0.0035}) == "2.0 ms of 1 row, 3.5 ms of 4 rows"
-    assert in_words({1: 0.002}) == "2.0 ms of 1 row (it has no wider ones)"
+    assert in_words({1: 0.002, 4: 0.0035}) == "2.0 ms for 1 row, 3.5 ms for 4 rows"
+    assert in_words({1: 0.002}) == "2.0 ms for 1 row (no wider passes)"
 
 
 @given(profiles)

@@ -70,9 +70,9 @@ def test_classes_by_name_have_priorities() -> None:
     ("given_", "sentence"),
     [
         ({"slo": {"gold": {}}}, "targets by priority"),
-        ({"slo": {"5": {"priority": 5}}}, 'where "slo_by" is'),
-        ({"slo": {"gold": {}}, "slo_by": "header"}, 'needs a "priority"'),
-        ({"slo": {"gold": {"priority": 0}}, "slo_by": "header"}, "another than the default"),
+        ({"slo": {"5": {"priority": 5}}}, 'only if "slo_by" is'),
+        ({"slo": {"gold": {}}, "slo_by": "header"}, 'needs its own "priority"'),
+        ({"slo": {"gold": {"priority": 0}}, "slo_by": "header"}, "different from the default"),
         ({"slo": {"a": {"priority": 1}, "b": {"priority": 1}}, "slo_by": "header"}, "of its own"),
         ({"slo": {"Gold!": {"priority": 1}}, "slo_by": "header"}, "targets by name"),
         ({"slo_by": "key"}, "slo_keys_file"),

@@ -255,7 +255,7 @@ def test_the_command_prints_json_and_draws(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["--server", "b200"], "takes a100-14b"),
-        (["--requests", "one"], "numbers with commas"),
+        (["--requests", "one"], "numbers separated by commas"),
         (["--requests", "0"], "from 1 on"),
         (["--edge", "angry"], "kind 'angry'"),
     ],

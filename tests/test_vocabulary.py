@@ -76,7 +76,7 @@ def test_what_is_damaged_is_refused_or_says_the_same(vocabulary: dict[str, int],
 @pytest.mark.parametrize("text", [b"no id\n", b"1\t\xff\xfe\n", b"\n", b"\ta\n"])
 def test_a_line_that_is_no_entry_is_refused_with_the_right_sum_too(text: bytes) -> None:
     fingerprint = sha256(text.replace(b"\xff", b"\n")).hexdigest()
-    assert "no id and token" in str(refused(lambda: unpack_vocabulary(zipped(text), fingerprint)))
+    assert "line without an id and a token" in str(refused(lambda: unpack_vocabulary(zipped(text), fingerprint)))
 
 
 def test_it_is_never_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:

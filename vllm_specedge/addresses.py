@@ -1,4 +1,4 @@
-"""What a host's name or address says of where it is."""
+"""Where a host is, by its name or address."""
 
 import ipaddress
 

@@ -22,12 +22,12 @@ from vllm_specedge.option_flags import as_table, command_line, run, with_flags
 from vllm_specedge.policy.situation import HoldLimits
 
 app = command_line("Edge-drafted speculative decoding for vLLM.")
-token_app = typer.Typer(help="Who may connect as an edge.", no_args_is_help=True)
+token_app = typer.Typer(help="Manage the tokens of edges.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
 
 DEFAULT_TOKENS_FILE = Path("~/.config/vllm-specedge/tokens.json").expanduser()
 LOG_FORMAT_VARIABLE = "SPECEDGE_LOG_FORMAT"
-"""Also for the gateway that an engine starts: it inherits the engine's environment."""
+"""Also applies to the gateway that an engine starts, which inherits the engine's environment."""
 TokensFile = Annotated[Path, typer.Option(help="The gateway's tokens file.")]
 
 
@@ -35,13 +35,13 @@ TokensFile = Annotated[Path, typer.Option(help="The gateway's tokens file.")]
 @with_flags
 def gateway(
     given: GatewayOptions,
-    engines: Annotated[str, typer.Option(help="Where vLLM engines dial in.")] = "tcp://127.0.0.1:8101",
+    engines: Annotated[str, typer.Option(help="Endpoint that vLLM engines connect to.")] = "tcp://127.0.0.1:8101",
     log_format: Annotated[
-        LogFormat, typer.Option(envvar=LOG_FORMAT_VARIABLE, help="Lines of text, or of one JSON object each.")
+        LogFormat, typer.Option(envvar=LOG_FORMAT_VARIABLE, help="Log lines as text, or as one JSON object each.")
     ] = "text",
     ends_with_stdin: Annotated[bool, typer.Option("--ends-with-stdin", hidden=True)] = False,
 ) -> None:
-    """Run a gateway by itself, for one or more vLLM servers that name it as their `gateway`."""
+    """Run a separate gateway, for one or more vLLM servers that name it as their `gateway`."""
     begin_logging(log_format)
     import uvloop  # noqa: PLC0415 - the other commands run on Windows as well
 
@@ -53,18 +53,18 @@ def gateway(
     except ValueError as error:
         raise UserError(f"--engines: {error}.") from None
     is_renewed = uvloop.run(serve(options, engines, ends_with_stdin))
-    # All is said and closed. The web server's threads may still be at work, and abort the process if Python ends first.
+    # Everything is sent and closed. The web server's threads may still run, and abort the process if Python ends first.
     logging.shutdown()
     if is_renewed:
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - its own command again
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - the same command again
     os._exit(0)
 
 
 OPTIONS = """# Options of a server with edges
 
-The keys beside `method` and `num_speculative_tokens` in `--speculative-config '{"method": "edge", ...}'`. Those down to
-`public_names` are the gateway's: flags of `vllm-specedge gateway` as well, with hyphens. One that is not known, or does
-not go with another, is said in a sentence at start.
+The keys in addition to `method` and `num_speculative_tokens` in `--speculative-config '{"method": "edge", ...}'`. Those
+down to `public_names` belong to the gateway and are also flags of `vllm-specedge gateway`, with hyphens. An unknown
+option, or one that conflicts with another, is reported in one sentence at start.
 """
 
 
@@ -76,9 +76,11 @@ def options() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Say whether the vLLM that is installed here can work with edges."""
+    """Check whether the vLLM that is installed here can work with edges."""
     if importlib.util.find_spec("vllm") is None:
-        raise UserError("There is no vLLM in this Python environment: install one, then vllm-specedge beside it.")
+        raise UserError(
+            "There is no vLLM in this Python environment: install it, then vllm-specedge into the same environment."
+        )
     from vllm_specedge.adapter.hooks import report  # noqa: PLC0415 - loads vLLM
 
     problems = report(print_line=typer.echo)
@@ -87,40 +89,48 @@ def doctor() -> None:
 
 @app.command()
 def simulate(
-    server: Annotated[str, typer.Option(help="a100-14b, h100-70b-tp4, h100-8b, cpu-135m or custom.")] = "a100-14b",
-    requests: Annotated[str, typer.Option(help="Requests at a time; several with commas.")] = "1,4,16,64",
-    rtt_ms: Annotated[str, typer.Option(help="Between edges and gateway; several with commas.")] = "20",
-    acceptance: Annotated[float, typer.Option(help="How often a draft token is right.", min=0, max=1)] = 0.75,
-    branch: Annotated[float, typer.Option(help="Where it is not: how often the second is.", min=0, max=1)] = 0.6,
-    pass_ms: Annotated[float, typer.Option(help="A forward pass of the draft model.", min=0.01)] = 6.0,
-    row_ms: Annotated[float, typer.Option(help="Each further row or prompt token of a pass.", min=0)] = 0.0,
-    width: Annotated[int, typer.Option(help="Rows of a pass of one request at most; 1: no branches.", min=1)] = 8,
-    shared_rows: Annotated[int, typer.Option(help="Rows of a pass that requests share; 0: none do.", min=0)] = 16,
-    spec_tokens: Annotated[int, typer.Option(help="Draft tokens a step verifies for a request.", min=1)] = 5,
-    credit_tokens: Annotated[int, typer.Option(help="How far ahead edges may draft.", min=1, max=64)] = 32,
-    uplink_bytes_per_token: Annotated[float | None, typer.Option(help="As edge-client's option.", min=8)] = None,
-    jitter_ms: Annotated[float, typer.Option(help="At most so much more, each way.", min=0)] = 0.0,
-    edge: Annotated[str, typer.Option(help="good, poor, stalling, dead or half.")] = "good",
-    share: Annotated[float, typer.Option(help="For so many of the requests there is an edge.", min=0, max=1)] = 1.0,
-    requests_per_edge: Annotated[int, typer.Option(help="That one edge drafts for.", min=1)] = 1,
-    max_edges: Annotated[int, typer.Option(help="There are no more; they share the requests.", min=1)] = 1 << 20,
-    hold_limit_ms: Annotated[int, typer.Option(help="As the server's option.", min=0)] = 100,
-    prompt_tokens: Annotated[int, typer.Option(help="Of each request.", min=2)] = 64,
-    output_tokens: Annotated[int, typer.Option(help="Of each answer.", min=1)] = 256,
-    weights_ms: Annotated[float, typer.Option(help="--server custom: reading the weights.", min=0)] = 0.0,
-    request_us: Annotated[float, typer.Option(help="--server custom: a request, while they are read.", min=0)] = 20.0,
-    token_us: Annotated[float, typer.Option(help="--server custom: computing a token.", min=0)] = 0.0,
-    overhead_ms: Annotated[float, typer.Option(help="--server custom: a step, beside.", min=0)] = 0.5,
-    gap_ms: Annotated[float | None, typer.Option(help="An asynchronous engine: a synchronous step, beside.")] = None,
-    draft_step_ms: Annotated[float, typer.Option(help="--server custom: a draft step on the server.", min=0)] = 0.0,
-    all_modes: Annotated[bool, typer.Option("--all-modes", help="Also the modes for comparison.")] = False,
-    oracle: Annotated[bool, typer.Option("--oracle", help="Also a policy that need not learn.")] = False,
-    break_even: Annotated[bool, typer.Option(help="Up to which RTT edges help, at the first load.")] = True,
-    curve: Annotated[Path | None, typer.Option(help="Draw it, as .svg or .png.")] = None,
+    server: Annotated[
+        str, typer.Option(help="Simulated server: a100-14b, h100-70b-tp4, h100-8b, cpu-135m or custom.")
+    ] = "a100-14b",
+    requests: Annotated[str, typer.Option(help="Concurrent requests; several with commas.")] = "1,4,16,64",
+    rtt_ms: Annotated[str, typer.Option(help="RTT between edges and gateway; several with commas.")] = "20",
+    acceptance: Annotated[float, typer.Option(help="Probability that a draft token is right.", min=0, max=1)] = 0.75,
+    branch: Annotated[
+        float, typer.Option(help="Probability that the second is, if the first is not.", min=0, max=1)
+    ] = 0.6,
+    pass_ms: Annotated[float, typer.Option(help="Time of a draft model's forward pass.", min=0.01)] = 6.0,
+    row_ms: Annotated[float, typer.Option(help="Time of each further row or prompt token of a pass.", min=0)] = 0.0,
+    width: Annotated[int, typer.Option(help="Maximum rows of a pass of one request; 1: no branches.", min=1)] = 8,
+    shared_rows: Annotated[int, typer.Option(help="Maximum rows of a pass that requests share; 0: none.", min=0)] = 16,
+    spec_tokens: Annotated[int, typer.Option(help="Draft tokens per request and step to verify.", min=1)] = 5,
+    credit_tokens: Annotated[int, typer.Option(help="Tokens that edges may draft ahead.", min=1, max=64)] = 32,
+    uplink_bytes_per_token: Annotated[
+        float | None, typer.Option(help="Uplink limit, as edge-client's option.", min=8)
+    ] = None,
+    jitter_ms: Annotated[float, typer.Option(help="Maximum extra delay each way.", min=0)] = 0.0,
+    edge: Annotated[str, typer.Option(help="Kind of edges: good, poor, stalling, dead or half.")] = "good",
+    share: Annotated[float, typer.Option(help="Share of the requests that have an edge.", min=0, max=1)] = 1.0,
+    requests_per_edge: Annotated[int, typer.Option(help="Requests that one edge drafts for.", min=1)] = 1,
+    max_edges: Annotated[int, typer.Option(help="Maximum edges; they share the requests.", min=1)] = 1 << 20,
+    hold_limit_ms: Annotated[int, typer.Option(help="Hold limit, as the server's option.", min=0)] = 100,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", min=2)] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 256,
+    weights_ms: Annotated[float, typer.Option(help="--server custom: time to read the weights.", min=0)] = 0.0,
+    request_us: Annotated[float, typer.Option(help="--server custom: further reading for each request.", min=0)] = 20.0,
+    token_us: Annotated[float, typer.Option(help="--server custom: time to compute a token.", min=0)] = 0.0,
+    overhead_ms: Annotated[float, typer.Option(help="--server custom: fixed overhead of a step.", min=0)] = 0.5,
+    gap_ms: Annotated[float | None, typer.Option(help="Asynchronous engine: overhead of synchronous steps.")] = None,
+    draft_step_ms: Annotated[
+        float, typer.Option(help="--server custom: time of an in-server draft step.", min=0)
+    ] = 0.0,
+    all_modes: Annotated[bool, typer.Option("--all-modes", help="Also run the comparison modes.")] = False,
+    oracle: Annotated[bool, typer.Option("--oracle", help="Also run a policy that need not learn.")] = False,
+    break_even: Annotated[bool, typer.Option(help="Find the RTT up to which edges help, at the first load.")] = True,
+    curve: Annotated[Path | None, typer.Option(help="Draw a plot to this .svg or .png file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn: the same seed prints the same numbers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed: the same seed prints the same numbers.")] = 0,
 ) -> None:
-    """What edges would bring: the shipping policy on a simulated server, network and draft model (docs/simulate.md)."""
+    """Predict the gain from edges: the shipping policy on a simulated server, network and draft (docs/simulate.md)."""
     from vllm_specedge.simulation import report  # noqa: PLC0415 - the other commands need no simulator
     from vllm_specedge.simulation.models import SERVERS, RooflineServer  # noqa: PLC0415
     from vllm_specedge.simulation.scenario import EdgeModel, Scenario  # noqa: PLC0415
@@ -153,21 +163,23 @@ def simulate(
 
 @app.command("simulate-overload")
 def simulate_overload(
-    server: Annotated[str, typer.Option(help="a100-14b, h100-70b-tp4, h100-8b or cpu-135m.")] = "cpu-135m",
-    times: Annotated[str, typer.Option(help="The capacity, so many times; several with commas.")] = "1,1.5,2,3",
+    server: Annotated[
+        str, typer.Option(help="Simulated server: a100-14b, h100-70b-tp4, h100-8b or cpu-135m.")
+    ] = "cpu-135m",
+    times: Annotated[str, typer.Option(help="Load as a multiple of the capacity; several with commas.")] = "1,1.5,2,3",
     edges: Annotated[int, typer.Option(help="Edges, each for one request at a time.", min=0)] = 0,
-    max_running: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 32,
-    max_step_tokens: Annotated[int, typer.Option(help="Tokens of a step.", min=16)] = 512,
-    prompt_tokens: Annotated[int, typer.Option(help="Of each request.", min=2)] = 64,
-    output_tokens: Annotated[int, typer.Option(help="Of each answer, on average.", min=4)] = 64,
-    gold_itl_ms: Annotated[float, typer.Option(help="Target of class gold, between tokens.", min=1)] = 80.0,
-    itl_ms: Annotated[float, typer.Option(help="Target of the default class.", min=1)] = 160.0,
-    seconds: Annotated[float, typer.Option(help="For so long requests come.", min=20)] = 60.0,
-    seeds: Annotated[int, typer.Option(help="Runs of each, with other chances.", min=1)] = 3,
+    max_running: Annotated[int, typer.Option(help="Maximum requests running at once.", min=1)] = 32,
+    max_step_tokens: Annotated[int, typer.Option(help="Maximum tokens of a step.", min=16)] = 512,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", min=2)] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Mean tokens of an answer.", min=4)] = 64,
+    gold_itl_ms: Annotated[float, typer.Option(help="ITL target of class gold.", min=1)] = 80.0,
+    itl_ms: Annotated[float, typer.Option(help="ITL target of the default class.", min=1)] = 160.0,
+    seconds: Annotated[float, typer.Option(help="Seconds during which requests arrive.", min=20)] = 60.0,
+    seeds: Annotated[int, typer.Option(help="Runs of each case, with different seeds.", min=1)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    seed: Annotated[int, typer.Option(help="Of all chances.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
-    """Goodput when more is asked for than a server can do, by who is let in (docs/simulate.md)."""
+    """Simulate the goodput of an overloaded server under several admission policies (docs/simulate.md)."""
     from vllm_specedge.simulation import overload, overload_report  # noqa: PLC0415 - as above
     from vllm_specedge.simulation.models import SERVERS  # noqa: PLC0415
     from vllm_specedge.simulation.scenario import Scenario  # noqa: PLC0415
@@ -195,17 +207,17 @@ def simulate_overload(
 
 @app.command("simulate-scaling")
 def simulate_scaling(
-    days: Annotated[float, typer.Option(help="The first is not counted.", min=1.1)] = 3.0,
-    mean: Annotated[float, typer.Option(help="Tokens of answers a second, over a day.", min=1)] = 1000.0,
-    capacity: Annotated[float, typer.Option(help="Tokens of answers a second of an engine.", min=1)] = 200.0,
-    start_s: Annotated[float, typer.Option(help="An engine takes to start.", min=0)] = 180.0,
-    surges: Annotated[float, typer.Option(help="Of a day.", min=0.1)] = 8.0,
-    ramp_s: Annotated[float, typer.Option(help="A surge takes to rise, about.", min=1)] = 360.0,
-    seeds: Annotated[int, typer.Option(help="Traces.", min=1)] = 2,
+    days: Annotated[float, typer.Option(help="Simulated days; the first is not counted.", min=1.1)] = 3.0,
+    mean: Annotated[float, typer.Option(help="Mean demand in answer tokens per second.", min=1)] = 1000.0,
+    capacity: Annotated[float, typer.Option(help="Answer tokens per second of an engine.", min=1)] = 200.0,
+    start_s: Annotated[float, typer.Option(help="Seconds that an engine takes to start.", min=0)] = 180.0,
+    surges: Annotated[float, typer.Option(help="Surges per day.", min=0.1)] = 8.0,
+    ramp_s: Annotated[float, typer.Option(help="Approximate seconds in which a surge rises.", min=1)] = 360.0,
+    seeds: Annotated[int, typer.Option(help="Number of traces.", min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    seed: Annotated[int, typer.Option(help="Of all chances.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
-    """Engines that are started ahead of demand, or when requests wait: hours and misses (docs/operate.md)."""
+    """Compare starting engines ahead of demand or when requests wait, in hours and misses (docs/operate.md)."""
     from vllm_specedge.simulation import scaling  # noqa: PLC0415 - as above
 
     trace = scaling.Trace(days=days, mean=mean, surges_per_day=surges, ramp_s=ramp_s, seed=seed)
@@ -218,28 +230,28 @@ def _numbers(option: str, text: str) -> list[float]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0:
-        raise UserError(f"{option} takes numbers with commas between them, such as 1,4,16, not '{text:.40}'.")
+        raise UserError(f"{option} takes numbers separated by commas, such as 1,4,16, not '{text:.40}'.")
     return numbers
 
 
 @token_app.command()
 def issue(
-    name: Annotated[str, typer.Argument(help="A name to revoke it by.")],
+    name: Annotated[str, typer.Argument(help="Name of the token, used to revoke it.")],
     role: Annotated[
-        str, typer.Option(help="pool: drafts for anyone; private: only for requests that name it.")
+        str, typer.Option(help="pool: drafts for any request; private: only for requests that name it.")
     ] = "pool",
-    days: Annotated[float, typer.Option(help="Valid for so long; 0: for ever.")] = 0.0,
-    max_edges: Annotated[int, typer.Option(help="Edges at once that may use it; 0: any number.", min=0)] = 0,
+    days: Annotated[float, typer.Option(help="Days that the token is valid; 0: for ever.")] = 0.0,
+    max_edges: Annotated[int, typer.Option(help="Maximum edges that use it at once; 0: any number.", min=0)] = 0,
     tokens_file: TokensFile = DEFAULT_TOKENS_FILE,
 ) -> None:
-    """Make a token and print it, once."""
+    """Issue a token and print it, once."""
     typer.echo(TokenFile(tokens_file).issue(name, role, expiry_s(days, time.time()), max_edges))
-    typer.echo(f"Written to {tokens_file}: name it to the server as its tokens_file.", err=True)
+    typer.echo(f"Written to {tokens_file}: set the server's tokens_file to it.", err=True)
 
 
 @token_app.command("list")
 def list_tokens(tokens_file: TokensFile = DEFAULT_TOKENS_FILE) -> None:
-    """Show the tokens there are, not their secrets."""
+    """List the tokens, without their secrets."""
     table = Table("name", "role", "expires", "edges")
     for record in TokenFile(tokens_file).records():
         table.add_row(Text(_shown(record.name)), record.role, _end(record.expires_s), str(record.max_edges or "any"))
@@ -247,7 +259,7 @@ def list_tokens(tokens_file: TokensFile = DEFAULT_TOKENS_FILE) -> None:
 
 
 def _end(expires_s: float) -> str:
-    """When a token ends, as people read it; an earlier release took times that no calendar has."""
+    """A token's expiry date as text; an earlier release accepted times that no calendar has."""
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(expires_s)) if expires_s else "never"
     except (ValueError, OverflowError, OSError):
@@ -255,16 +267,16 @@ def _end(expires_s: float) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name that an earlier release took, or a hand wrote, without what a terminal would obey."""
+    """A name without control characters, which an earlier release accepted and editors may write."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 @token_app.command()
 def revoke(
-    name: Annotated[str, typer.Argument(help="The name that it was issued for.")],
+    name: Annotated[str, typer.Argument(help="Name that the token was issued with.")],
     tokens_file: TokensFile = DEFAULT_TOKENS_FILE,
 ) -> None:
-    """Take a token back: edges that use it are closed within seconds, and none can connect with it any more."""
+    """Revoke a token: edges that use it are disconnected within seconds, and none can connect with it any more."""
     TokenFile(tokens_file).revoke(name)
 
 

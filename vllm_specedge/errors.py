@@ -3,11 +3,11 @@
 from enum import IntEnum
 
 USER_ERROR_STATUS = 2
-"""A command's exit status where its user must change something: trying again would not help."""
+"""Exit status of a command if its user must change something: a retry would not help."""
 
 
 class ByeCode(IntEnum):
-    """Why a connection ends. Below 10 the edge may come back; from 10 on a retry cannot help (docs/protocol.md)."""
+    """Why a connection ends. Below 10 the edge may reconnect; from 10 on a retry cannot help (docs/protocol.md)."""
 
     GOING_AWAY = 0
     NO_ENGINE = 1
@@ -22,19 +22,19 @@ class ByeCode(IntEnum):
 
 
 class UserError(Exception):
-    """The user can mend this: the message is one sentence that says what to change."""
+    """An error that the user can fix: the message is one sentence that says what to change."""
 
 
 class ProtocolError(Exception):
-    """Somebody broke docs/protocol.md."""
+    """A violation of docs/protocol.md."""
 
 
 class LocalProtocolError(ProtocolError):
-    """This side did: a bug of ours."""
+    """A violation by this side: our bug."""
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer did: close it with `code` and say `text`."""
+    """A violation by the peer: close its connection with `code` and `text`."""
 
     def __init__(self, text: str, code: ByeCode = ByeCode.PROTOCOL) -> None:
         super().__init__(text)

@@ -1,4 +1,4 @@
-"""Running estimates of what is measured again and again. Pure; engine and edge use the same."""
+"""Running estimates of repeated measurements. Pure; used by engine and edge."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from math import exp
 
 _GAIN = 0.125
 _DEVIATION_GAIN = 0.25
-"""As TCP's retransmission timer smooths round trips (RFC 6298): the problem is the same, when to expect an answer."""
+"""The gains of TCP's retransmission timer (RFC 6298), which solves the same problem: when to expect an answer."""
 
 
 @dataclass(slots=True)
@@ -26,9 +26,9 @@ class Smoothed:
 
 @dataclass(slots=True)
 class Line:
-    """Seconds as a straight line through what was measured at different sizes, old measurements counting less.
+    """Seconds as a straight line over sizes, fitted to measurements; old ones count less.
 
-    While only one size was seen, more is thought to cost nothing.
+    While only one size was observed, the slope is 0.
     """
 
     forgetting: float = 0.98
@@ -48,7 +48,7 @@ class Line:
 
     @property
     def slope_s(self) -> float:
-        """Seconds for one more; 0 where it is not known."""
+        """Seconds per unit of size; 0 if not known."""
         if not self._weight:
             return 0.0
         mean = self._size / self._weight
@@ -56,7 +56,7 @@ class Line:
         return max(0.0, (self._size_s - mean * self._s) / self._weight / spread) if spread > 1e-6 else 0.0
 
     def __call__(self, size: float) -> float:
-        """Seconds; 0 before anything was measured."""
+        """Estimated seconds for a size; 0 before any measurement."""
         if not self._weight:
             return 0.0
         mean_s = self._s / self._weight
@@ -65,7 +65,7 @@ class Line:
 
 @dataclass(slots=True)
 class Rate:
-    """Events per second, those of the last `memory_s` seconds counting most."""
+    """Events per second; those of the last `memory_s` seconds count most."""
 
     memory_s: float = 10.0
     _count: float = 0.0
@@ -73,7 +73,7 @@ class Rate:
     _last_s: float | None = None
 
     def observe(self, num_events: int, now_s: float) -> None:
-        """So many events since the last observation."""
+        """Record the number of events since the last observation."""
         if self._last_s is not None:
             passed_s = max(0.0, now_s - self._last_s)
             keep = exp(-passed_s / self.memory_s)
@@ -83,12 +83,12 @@ class Rate:
 
     @property
     def per_s(self) -> float:
-        """0 before anything was seen."""
+        """Events per second; 0 before any were observed."""
         return self._count / self._weight_s if self._weight_s > 0.0 else 0.0
 
 
 def crossing(holds: Callable[[float], bool], low: float, high: float, num_halvings: int) -> float:
-    """Where something that holds at `low` and not at `high` ceases to hold, from above; asks `num_halvings` times."""
+    """The point, from above, where a condition that holds at `low` and not at `high` stops holding, by bisection."""
     for _ in range(num_halvings):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
@@ -96,6 +96,6 @@ def crossing(holds: Callable[[float], bool], low: float, high: float, num_halvin
 
 
 def quantile(values: Sequence[float], part: float) -> float:
-    """The value that `part` of all do not exceed, about; 0 of nothing."""
+    """The approximate quantile: the value that a share `part` of all does not exceed; 0 if there are none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0

@@ -1,4 +1,4 @@
-"""JSON that is written again with its numbers as they were read: 1e400 is no float, 12345678901234567890 no double."""
+"""JSON that is written with its numbers exactly as read: floats cannot hold 1e400, nor doubles 12345678901234567890."""
 
 import json
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number as it is written."""
+    """A number as written in the JSON text."""
 
     text: str
 
 
 def read(data: str | bytes) -> Any:
-    """Raises ValueError for what is no JSON, RecursionError for what is nested too deeply."""
+    """Parse JSON. Raises ValueError if it is not valid, RecursionError if it is nested too deeply."""
     return json.loads(data, parse_float=Number, parse_int=Number)
 
 
 def write(value: Any) -> str:
-    """What `read` gives, or plain values, as JSON. Raises RecursionError for what is nested too deeply."""
+    """Write a result of `read`, or plain values, as JSON. Raises RecursionError if nested too deeply."""
     match value:
         case Number():
             return value.text

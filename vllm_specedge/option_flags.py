@@ -1,4 +1,4 @@
-"""What command lines share: options of a model or a dataclass as flags, and as a table; versions and users' faults."""
+"""Shared parts of the command lines: fields of models and dataclasses as flags or a table, --version, user errors."""
 
 import inspect
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command flags for the fields of its parameters that are dataclasses or models: it gets these unchecked."""
+    """Turn a command's parameters that are dataclasses or models into flags, one per field; it gets them unchecked."""
     own = inspect.signature(command).parameters.values()
     groups = {name: hint for name, hint in get_type_hints(command).items() if _fields(hint)}
 
@@ -38,7 +38,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fields(group: Any) -> list[inspect.Parameter]:
-    """Those of a dataclass, annotated as typer has it, or of a model; nothing of any other type."""
+    """The fields of a dataclass with typer annotations, or of a model; empty for any other type."""
     if is_dataclass(group):
         return list(inspect.signature(group).parameters.values())  # type: ignore[arg-type]
     return [_parameter(name, field) for name, field in getattr(group, "model_fields", {}).items()]
@@ -51,13 +51,13 @@ def _parameter(name: str, field: "FieldInfo") -> inspect.Parameter:
 
 
 def _sentence(field: "FieldInfo") -> str:
-    """The first one of what is said of it."""
+    """The first sentence of a field's description."""
     first, dot, _ = " ".join((field.description or "").split()).partition(". ")
     return f"{first}{dot.strip()}"
 
 
 def as_table(model: "type[BaseModel]") -> str:
-    """Options, defaults and meanings, in Markdown."""
+    """A Markdown table of options, defaults and meanings."""
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for name, field in model.model_fields.items():
         default = field.get_default(call_default_factory=True)
@@ -68,7 +68,7 @@ def as_table(model: "type[BaseModel]") -> str:
 
 
 def command_line(about: str) -> typer.Typer:
-    """A command line with a --version."""
+    """A command line with --version."""
     app = typer.Typer(help=about, no_args_is_help=True, pretty_exceptions_enable=False)
     app.callback()(_versioned)
     return app
@@ -89,7 +89,7 @@ def _versioned(
 
 
 def run(app: typer.Typer, name: str) -> NoReturn:
-    """Run what the command line says, and end: a user's fault is one sentence and USER_ERROR_STATUS."""
+    """Run the command line and exit. A UserError is printed as one sentence, with status USER_ERROR_STATUS."""
     try:
         app()
     except UserError as error:

@@ -1,7 +1,7 @@
-"""Which drafter a name gets: prompt lookup, llama.cpp for a GGUF file, for a model the fastest runtime that is here.
+"""The drafter for a name: prompt lookup, llama.cpp for a GGUF file, for other models the fastest runtime available.
 
-Where several can run a model, on a GPU and beside it, each is timed. What loads torch, MLX or llama.cpp is imported
-only when a model is asked for.
+If several runtimes can run a model, on a GPU or the CPU, each is timed. Modules that load torch, MLX or llama.cpp are
+imported only when a model needs them.
 """
 
 import time
@@ -25,11 +25,11 @@ LLAMA_CPP, INT8, TRANSFORMERS, MLX = RUNTIMES = ("llama.cpp", "int8", "transform
 TYPICAL_ROWS = 4
 
 Say = Callable[[str], None]
-"""What to do with the line that says what was chosen, and why."""
+"""Receives the lines that say what was chosen, and why."""
 
 
 def fetched(options: DrafterOptions, is_quiet: bool) -> DrafterOptions:
-    """The same with a draft that is on this machine: what is on the hub is downloaded. Raises UserError."""
+    """The same options with a local draft: a model on the hub is downloaded first. Raises UserError."""
     if options.draft == "ngram" or not is_hub_name(options.draft):
         return options
     try:
@@ -40,16 +40,16 @@ def fetched(options: DrafterOptions, is_quiet: bool) -> DrafterOptions:
 
 
 class Runtime(NamedTuple):
-    """What can run a model here."""
+    """A runtime that can run a model here."""
 
     name: str
     where: str
-    """The device, and why that one."""
+    """The device, and why it was chosen."""
     load: Callable[[], Drafter]
 
 
 def load_drafter(options: DrafterOptions, say: Say = lambda line: None) -> Drafter:
-    """Raises UserError."""
+    """Load the drafter that fits the options. Raises UserError."""
     if options.runtime not in ("auto", *RUNTIMES):
         raise UserError(f"There is no runtime '{options.runtime}': choose auto, {', '.join(RUNTIMES)}.")
     if options.draft == "ngram":
@@ -57,7 +57,7 @@ def load_drafter(options: DrafterOptions, say: Say = lambda line: None) -> Draft
         return NgramDrafter()
     is_gguf = options.draft.lower().endswith(GGUF_SUFFIX)
     if is_gguf != (options.runtime == LLAMA_CPP) and options.runtime != "auto":
-        takes = f"runs in {LLAMA_CPP} alone" if is_gguf else f"does not run in {LLAMA_CPP}, which takes GGUF files"
+        takes = f"runs only in {LLAMA_CPP}" if is_gguf else f"does not run in {LLAMA_CPP}, which takes GGUF files"
         raise UserError(f"'{options.draft}' {takes}: leave --runtime out.")
     try:
         return _load_gguf(options, say) if is_gguf else fastest(_runtimes(options), say, time.perf_counter)
@@ -68,9 +68,9 @@ def load_drafter(options: DrafterOptions, say: Say = lambda line: None) -> Draft
 
 
 def fastest(there: Sequence[Runtime], say: Say, clock: Clock) -> Drafter:
-    """The drafter of the runtime that takes least time for a chain and a pass of a tree, timed where there is a choice.
+    """The drafter of the runtime with the shortest passes for a chain and a tree; timed only if there is a choice.
 
-    One that fails is passed over while there is another. Raises UserError, and what loading the last one does.
+    A runtime that fails is skipped while there is another. Raises UserError, and whatever loading the last one raises.
     """
     best: tuple[float, Runtime, Drafter] | None = None
     for number, runtime in enumerate(there):
@@ -84,16 +84,16 @@ def fastest(there: Sequence[Runtime], say: Say, clock: Clock) -> Drafter:
             say(f"{runtime.name} cannot run it: {error!s:.160}")
             continue
         if len(there) > 1:
-            say(f"{runtime.name} on {runtime.where}: {1e3 * took_s:.1f} ms a draft token.")
+            say(f"{runtime.name} on {runtime.where}: {1e3 * took_s:.1f} ms per draft token.")
         if best is None or took_s < best[0]:
             best = (took_s, runtime, drafter)
-    assert best is not None, "there is one runtime at least"
+    assert best is not None, "there is at least one runtime"
     say(f"Drafting on {best[1].where}, with {_SHOWN[best[1].name]}.")
     return best[2]
 
 
 def _took_s(drafter: Drafter, clock: Clock) -> float:
-    """Seconds a token of a pass for a chain and one for a tree's rows, of half the tokens each."""
+    """Seconds per draft token, if half of the tokens come from passes of one row and half from passes of a tree."""
     times = profile(drafter, clock)
     rows = max(rows for rows in times if rows <= TYPICAL_ROWS)
     return (times[1] + times[rows] / rows) / 2
@@ -117,7 +117,7 @@ def _load_gguf(options: DrafterOptions, say: Say) -> Drafter:
 
 
 def _runtimes(options: DrafterOptions) -> list[Runtime]:
-    """Those that can run a model here: one at least. Raises UserError, and ImportError."""
+    """The runtimes that can run a model here, at least one. Raises UserError, and ImportError."""
     there = _of_mlx(options)
     if options.runtime != MLX and (find_spec("torch") is not None or not there):
         there += _of_torch(options)
@@ -127,7 +127,7 @@ def _runtimes(options: DrafterOptions) -> list[Runtime]:
 
 
 def _of_mlx(options: DrafterOptions) -> list[Runtime]:
-    """MLX where it has a GPU, or is asked for."""
+    """MLX, if it has a GPU or was asked for."""
     is_asked = options.runtime == MLX
     if not is_asked and (options.runtime != "auto" or options.device not in ("auto", "mps") or not find_spec("mlx_lm")):
         return []
@@ -141,12 +141,12 @@ def _of_mlx(options: DrafterOptions) -> list[Runtime]:
         return []
     name = options.draft
     fingerprint, kept = _vocabulary_of(options)
-    where = "the GPU" if is_gpu_there() else "the CPU (as --runtime says)"
+    where = "the GPU" if is_gpu_there() else "the CPU (set by --runtime)"
     return [Runtime(MLX, where, lambda: load_mlx_drafter(name, kept, fingerprint))]
 
 
 def _of_torch(options: DrafterOptions) -> list[Runtime]:
-    """On the device that is asked for, else on the best one, and beside a GPU on the CPU where our own runtime can."""
+    """Torch runtimes on the device asked for, else on the best one; next to a GPU also the int8 runtime on the CPU."""
     import torch  # noqa: PLC0415
 
     from edge_client.drafters.hf.drafter import devices_of_torch, load_hf_drafter  # noqa: PLC0415
@@ -160,14 +160,14 @@ def _of_torch(options: DrafterOptions) -> list[Runtime]:
     int8 = Runtime(INT8, f"cpu ({why})", lambda: LlamaDrafter(Path(name), kept, fingerprint))
     hf = Runtime(TRANSFORMERS, f"{device} ({why})", lambda: load_hf_drafter(name, device, kept, fingerprint))
     if device.partition(":")[0] == "cpu":
-        # Where both can, int8 always is the faster one: a quarter of the bytes, and little Python (docs/edge.md).
+        # If both can run it, int8 is always faster: a quarter of the bytes, and little Python (docs/edge.md).
         return [int8] if is_for_int8 else [hf] * (options.runtime != INT8)
     beside = [int8._replace(where="cpu")] * (is_for_int8 and options.device == "auto")
     return [hf] * (options.runtime != INT8) + beside
 
 
 def _vocabulary_of(options: DrafterOptions) -> tuple[str, list[int] | None]:
-    """A model's fingerprint, and the token ids that it is to draft with; None: all."""
+    """A model's fingerprint, and the token ids to draft with; None: all."""
     from edge_client.drafters.hf.tokenizers import tokenizer_fingerprint  # noqa: PLC0415 - loads transformers
 
     fingerprint, vocab_size = tokenizer_fingerprint(options.draft)
@@ -175,9 +175,9 @@ def _vocabulary_of(options: DrafterOptions) -> tuple[str, list[int] | None]:
 
 
 def own_vocabulary(options: DrafterOptions) -> dict[str, int]:
-    """A draft's own tokens and their ids; none for prompt lookup. Raises UserError, and ImportError as loading would.
+    """A draft's tokens and their ids; empty for prompt lookup. Raises UserError, and ImportError as loading would.
 
-    A drafter holds its fingerprint and no more: 150,000 tokens take 20 MB, and drafting has no use for them.
+    A drafter only holds its fingerprint: 150,000 tokens take 20 MB, and drafting does not need them.
     """
     if options.draft == "ngram":
         return {}

@@ -1,4 +1,4 @@
-"""How many of a machine's cores this process may use: a container, a service or `taskset` may have left it a part."""
+"""The number of cores that this process may use: a container, a service or `taskset` may limit it to a part."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ GROUPS = "sys/fs/cgroup"
 
 
 def usable_cores(root: Path = ROOT) -> int:
-    """No more than it is allowed to run on, than its share of time, and than there are (two threads of one are one)."""
+    """The least of the cores in its affinity mask, its CPU quota, and the physical cores."""
     process = psutil.Process()
     allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count()
     physical = psutil.cpu_count(logical=False)
@@ -21,7 +21,7 @@ def usable_cores(root: Path = ROOT) -> int:
 
 
 def _shares(root: Path) -> Iterator[float]:
-    """In cores, what each control group around this process lets it have; Linux alone has them."""
+    """The CPU quota of each control group around this process, in cores. Linux only."""
     with suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             number, controllers, path = line.split(":", 2)
@@ -38,7 +38,7 @@ def _shares_up(group: Path, top: Path, is_second: bool) -> Iterator[float]:
                 quota, period = (folder / "cpu.max").read_text().split()
             else:
                 quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-            if int(quota) > 0:  # "max" is no number: no limit, nor is -1
+            if int(quota) > 0:  # "max" (not a number) and -1 mean no limit
                 yield int(quota) / int(period)
         if folder == top:
             return

@@ -1,4 +1,4 @@
-"""Which entry of a draft model's cache follows which: a chain, and while branches are drafted, a tree at its end."""
+"""The parents of the entries in a draft model's cache: a chain, with a tree at its end while branches are drafted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ class _Entry:
 
     parent: int
     position: int
-    """In the text: one more than the parent's."""
+    """Position in the text: one more than the parent's."""
     seen: int
     """Bit i: entry trunk + i is an ancestor, or the entry itself."""
 
@@ -18,13 +18,13 @@ class _Entry:
 class Entries:
     """The parents of entries 0, 1, ...; each parent comes before its children, and entry 0 has none.
 
-    Nearly all of a context is the trunk: a chain that every later entry descends from. Only what is behind the trunk
-    has to be kept in mind entry by entry, or masked in attention.
+    Nearly all of a context is the trunk: a chain that every later entry descends from. Only entries behind the trunk
+    need to be tracked one by one and masked in attention.
     """
 
     def __init__(self) -> None:
         self.trunk = 0
-        """So many of the first entries are a chain, and ancestors of all the others."""
+        """Number of first entries that form a chain and are ancestors of all others."""
         self._tree: list[_Entry] = []
 
     def __len__(self) -> int:
@@ -32,17 +32,17 @@ class Entries:
 
     @property
     def is_chain(self) -> bool:
-        """Whether each entry follows the one before."""
+        """Whether each entry follows the one before it."""
         return not self._tree
 
     def append(self, count: int) -> None:
-        """Add a chain of `count` entries behind the last one; all there are must be a chain."""
+        """Add a chain of `count` entries behind the last one; the existing entries must be a chain."""
         if not self.is_chain:
-            raise ValueError("a chain is appended to a chain only, not to branches")
+            raise ValueError("a chain can only be appended to a chain, not to branches")
         self.trunk += count
 
     def branch(self, parents: Sequence[int]) -> None:
-        """Add an entry behind each of `parents`, which were there before."""
+        """Add an entry behind each of `parents`, which must exist."""
         if not all(0 <= parent < len(self) for parent in parents):
             raise ValueError(f"entries behind {list(parents)}, of {len(self)}")
         self._set(self.trunk, [*(entry.parent for entry in self._tree), *parents])
@@ -50,7 +50,7 @@ class Entries:
     def keep(self, length: int, moved: Sequence[int]) -> bool:
         """Forget all but the first `length` entries and `moved` (ascending, each with its parent), and close up.
 
-        Returns whether any entry has another number than before.
+        Returns whether any entry's number changed.
         """
         if not 0 <= length <= len(self):
             raise ValueError(f"{length} entries to be kept of {len(self)}")
@@ -70,7 +70,7 @@ class Entries:
         return entry if entry < self.trunk else self._tree[entry - self.trunk].position
 
     def seen(self, entry: int) -> list[bool]:
-        """Of each entry behind the trunk, whether `entry` attends to it: its ancestors and itself."""
+        """For each entry behind the trunk, whether `entry` attends to it: its ancestors and itself."""
         seen = self._tree[entry - self.trunk].seen if entry >= self.trunk else 0
         return [bool(seen >> index & 1) for index in range(len(self._tree))]
 
@@ -80,14 +80,15 @@ class Entries:
 
     @property
     def leaves(self) -> list[int]:
-        """The entries that nothing follows, in ascending order; of a chain, its last."""
+        """The entries without children, in ascending order; for a chain, its last."""
         followed = {entry.parent for entry in self._tree}
         return [entry for entry in range(max(0, self.trunk - 1), len(self)) if entry not in followed]
 
     def _set(self, start: int, parents: list[int]) -> None:
-        """Make the first `start` entries a chain, and what follows have these parents."""
+        """Make the first `start` entries a chain, and give the following entries these parents."""
         forks = [parent for entry, parent in enumerate(parents, start) if parent != entry - 1]
-        # Who does not follow the entry before it leaves the chain at its parent: the first of these ends the trunk.
+        # An entry that does not follow the one before it leaves the chain at its parent; the lowest of these parents
+        # ends the trunk.
         self.trunk = min(forks) + 1 if forks else start + len(parents)
         self._tree = []
         for parent in [*range(self.trunk - 1, start - 1), *parents[max(0, self.trunk - start) :]]:

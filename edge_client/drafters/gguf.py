@@ -1,4 +1,4 @@
-"""A GGUF file as the draft, by llama.cpp: one cache for all contexts, whose branches are lanes of it (see `lanes`)."""
+"""A GGUF file as the draft model, in llama.cpp. All contexts share one cache; branches are its lanes (see `lanes`)."""
 
 import ctypes
 from collections import deque
@@ -20,23 +20,23 @@ from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
 MAGIC = b"GGUF"
 MAX_CONTEXT_TOKENS = 4096
 NUM_CONTEXTS = 2
-"""So many contexts of full length fit the cache, or many that are short."""
+"""Number of full-length contexts that fit the cache; more if they are shorter."""
 NUM_LANES = 256
-"""As many sequences as llama.cpp's cache can tell apart."""
+"""Number of sequences that llama.cpp's cache can tell apart."""
 MAX_WIDTH = 8
 MAX_SHARED_ROWS = 16
 BATCH_TOKENS = 256
-"""A longer chain goes through the model in pieces of this."""
+"""Maximum tokens of a pass; a longer chain runs in pieces."""
 NO_ROOM = 1
-"""What llama_decode returns where its cache is full."""
+"""llama_decode's return value if its cache is full."""
 ERROR_LEVEL = 3
 AMX = b"AMX_INT8 = 1"
-"""What llama.cpp says of itself where it was built for Intel's AMX. Matrices then have a layout of their own, and its
-code crashes where GCC 12 compiled it (most of the tile configuration is left out): the plain layout is used there."""
+"""Part of llama.cpp's system info if it was built for Intel's AMX. Matrices then have a special layout, whose code
+crashes if GCC 12 compiled it (most of the tile configuration is left out), so the plain layout is used in that case."""
 ALL_LAYERS = -1
 
 _errors: deque[str] = deque(maxlen=1)
-"""The last error that llama.cpp logged: what it returns says no more than that there was one."""
+"""The last error that llama.cpp logged; its return values only tell that there was one."""
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -53,7 +53,7 @@ class GgufSequence:
         self._lanes = Lanes(drafter.free_lanes)
 
     def __del__(self) -> None:
-        # In whatever thread drops it: the cells are given back by the one that drafts.
+        # This may run in any thread; the drafting thread frees the cells later.
         self._drafter.abandoned.append(self._lanes)
 
     def keep(self, length: int, moved: Sequence[int] = ()) -> None:
@@ -74,7 +74,7 @@ class GgufSequence:
         return self._drafter.branch_together([Part(self, tokens, parents, width)])[0]
 
     def grown(self, part: Part) -> list[Row]:
-        """Rows for its new entries; they are to be run."""
+        """Add the part's entries. Returns their rows, which the caller must run."""
         if part.parents:
             rows = self._lanes.branch(part.parents)
         else:
@@ -85,7 +85,7 @@ class GgufSequence:
 
 
 def _open_model(file: Path, **options: object) -> Any:
-    """llama.cpp's handle on a file. Raises UserError."""
+    """llama.cpp's model handle of a file. Raises UserError."""
     llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     _errors.clear()
@@ -100,13 +100,13 @@ def _open_model(file: Path, **options: object) -> Any:
 
 
 def _tokens(vocab: Any) -> dict[str, int]:
-    """Of llama.cpp's vocabulary, spelled as in a tokenizer.json."""
+    """The tokens of llama.cpp's vocabulary and their ids, spelled as in a tokenizer.json."""
     ids = range(llama_cpp.llama_vocab_n_tokens(vocab))
     return {llama_cpp.llama_vocab_get_text(vocab, id_).decode("utf-8", "replace"): id_ for id_ in ids}
 
 
 def gguf_vocabulary(file: Path) -> dict[str, int]:
-    """A file's tokens and their ids; its weights stay where they are. Raises UserError."""
+    """A file's tokens and their ids; the weights are not loaded. Raises UserError."""
     model = _open_model(file, vocab_only=True)
     try:
         return _tokens(llama_cpp.llama_model_get_vocab(model))
@@ -115,9 +115,9 @@ def gguf_vocabulary(file: Path) -> dict[str, int]:
 
 
 class GgufDrafter:
-    """A GGUF file, on llama.cpp's accelerator or the CPU: the weights, the cache and llama.cpp's handles on them.
+    """A GGUF file on llama.cpp's accelerator or the CPU: llama.cpp's handles of the weights and the cache.
 
-    Used from one thread, but for `abandoned`.
+    Used from one thread, except for `abandoned`.
     """
 
     max_width = MAX_WIDTH
@@ -129,7 +129,7 @@ class GgufDrafter:
         if llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model):
             raise _unusable(file, "its states cannot be rolled back")
         if llama_cpp.llama_model_has_encoder(self._model):
-            raise _unusable(file, "it is no decoder")
+            raise _unusable(file, "it is not a decoder")
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(vocab))
         self.fingerprint = vocabulary_fingerprint(_tokens(vocab))
@@ -139,7 +139,7 @@ class GgufDrafter:
         self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
         self.free_lanes = list(range(NUM_LANES))
         self.abandoned: deque[Lanes] = deque()
-        """Lanes of contexts that nobody has any more."""
+        """Lanes of dropped contexts, to be freed."""
         text = ctypes.create_string_buffer(128)
         llama_cpp.llama_model_desc(self._model, text, len(text))
         self.description = f"{file.name} on {device}, llama.cpp, {text.value.decode('utf-8', 'replace')}"
@@ -148,12 +148,12 @@ class GgufDrafter:
         return GgufSequence(self)
 
     def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
-        """All contexts' rows in one batch: to llama.cpp they are lanes, whose ever they are."""
+        """Run all contexts' rows in one batch; llama.cpp only sees lanes, not contexts."""
         self.reclaim()
         grown = [part.sequence.grown(part) for part in parts if isinstance(part.sequence, GgufSequence)]
         rows = [row for of_part in grown for row in of_part]
         ends = list(accumulate(map(len, grown)))
-        # Of a chain what follows its last token is asked for.
+        # For a chain, only candidates behind its last token are needed.
         said = [
             range(end - (len(own) if part.parents else 1), end)
             for part, own, end in zip(parts, grown, ends, strict=True)
@@ -167,7 +167,7 @@ class GgufDrafter:
         options.n_batch = options.n_ubatch = BATCH_TOKENS
         options.n_seq_max = NUM_LANES
         options.kv_unified = True  # lanes share cells
-        options.swa_full = True  # a window that forgot its past could not be rolled back
+        options.swa_full = True  # a sliding window that forgets entries could not be rolled back
         options.no_perf = True
         options.n_threads = options.n_threads_batch = threads or usable_cores()
         context = llama_cpp.llama_init_from_model(self._model, options)
@@ -176,14 +176,14 @@ class GgufDrafter:
         return context
 
     def check_room(self, end: int, num_tokens: int) -> None:
-        """Raises ValueError where a context would become longer than may be, or nothing is to be run."""
+        """Raises ValueError if a context would become too long, or if there is nothing to run."""
         if not num_tokens:
-            raise ValueError("a context grows by one token at least")
+            raise ValueError("a context must grow by at least one token")
         if end > self.max_context_tokens:
             raise ValueError(f"{end} tokens do not fit a context of {self.max_context_tokens}")
 
     def reclaim(self) -> None:
-        """Give back the lanes and cells of contexts that were dropped."""
+        """Free the lanes and cells of dropped contexts."""
         while self.abandoned:
             self.cut(self.abandoned.popleft().keep(0, ()))
 
@@ -192,7 +192,7 @@ class GgufDrafter:
             llama_cpp.llama_memory_seq_rm(self._memory, lane, position, -1)
 
     def run(self, tokens: Sequence[int], rows: Sequence[Row], said: Collection[int]) -> None:
-        """One forward pass; logits of the rows in `said`. Raises CacheFullError, RuntimeError for all else."""
+        """Run one forward pass, with logits for the rows in `said`. Raises CacheFullError, else RuntimeError."""
         if len(rows) > BATCH_TOKENS:
             raise RuntimeError(f"{len(rows)} rows in a pass of {BATCH_TOKENS}")
         batch = self._batch
@@ -209,7 +209,7 @@ class GgufDrafter:
             raise RuntimeError(f"llama.cpp failed (status {status})")
 
     def candidates(self, rows: Sequence[int], width: int) -> list[list[Candidate]]:
-        """The `width` most probable next tokens by each of these rows of the last pass, whose logits it overwrites."""
+        """The `width` most probable next tokens for each of these rows of the last pass. Overwrites their logits."""
         pointers = (llama_cpp.llama_get_logits_ith(self._context, row) for row in rows)
         return [_best(np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)), width) for pointer in pointers]
 
@@ -228,7 +228,7 @@ def _unusable(file: Path, reason: str) -> UserError:
 
 
 def devices_of_llama_cpp() -> list[str]:
-    """What the llama.cpp that is installed here can use, best first."""
+    """The devices that the installed llama.cpp can use, best first."""
     info = llama_cpp.llama_print_system_info().decode()
     named = {"cuda": "CUDA", "mps": "MTL"}
     found = [device for device, name in named.items() if name in info or (device == "mps" and "Metal" in info)]
@@ -238,7 +238,7 @@ def devices_of_llama_cpp() -> list[str]:
 
 
 def check_gguf(file: Path) -> None:
-    """Raises UserError for what is no GGUF file."""
+    """Raises UserError if this is not a GGUF file."""
     try:
         with file.open("rb") as opened:
             magic = opened.read(len(MAGIC))

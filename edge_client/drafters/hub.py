@@ -1,4 +1,4 @@
-"""Draft models from the Hugging Face hub, fetched once and kept in its cache."""
+"""Draft models from the Hugging Face hub, downloaded once and kept in its cache."""
 
 import re
 from collections.abc import Callable
@@ -11,18 +11,18 @@ PREFIX = "hf:"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHTS = ("*.safetensors", "*.bin")
-"""The first kind that a repository has is fetched: many have the same weights in several."""
+"""File patterns of weights. Only the first that a repository has is downloaded: many hold the same weights in both."""
 
 
 def is_hub_name(draft: str) -> bool:
-    """Whether it is no place on this machine, but may be a repository or `hf:` and a file of one."""
+    """Whether the name is no local path but may be a repository, or `hf:` with a file of one."""
     if draft.startswith(PREFIX):
         return True
     return bool(_NAME.fullmatch(draft)) and not Path(draft).exists()
 
 
 def fetch(draft: str, is_quiet: bool) -> Path:
-    """A model's directory or a GGUF file on this machine, after it was downloaded with a progress bar, if it had to be.
+    """The local path of a model directory or GGUF file, downloaded with a progress bar if necessary.
 
     Raises UserError, and ImportError without huggingface_hub.
     """
@@ -57,7 +57,7 @@ def _snapshot(download: Callable[..., str], name: str) -> Path:
 
 
 def model_name(directory: Path) -> str:
-    """What people call the model in a directory; those of the hub's cache are named by a commit."""
+    """The common name of the model in a directory. Directories in the hub's cache are named by a commit."""
     if directory.parent.name == "snapshots":
         return directory.parent.parent.name.removeprefix("models--").replace("--", "/")
     return directory.name

@@ -1,8 +1,8 @@
-"""A context's tree of entries as llama.cpp's cache takes it: in lanes, one for each path from the root to a leaf.
+"""A context's tree of entries in llama.cpp's cache: in lanes, one for each path from the root to a leaf.
 
-There a row of a pass sees the cells of its own lane (a sequence id) that lie before it, and nothing else. A cell may be
-in many lanes, so a branch costs no memory but its own entries: its lane begins as a copy of the one it leaves, which
-copies marks and no keys or values. Pure: what is to be done to the cache is what the methods return.
+In llama.cpp a row of a pass only sees the earlier cells of its own lane (a sequence id). A cell may be in many lanes,
+so a branch takes memory only for its own entries: its lane begins as a copy of the one it leaves, and copying changes
+marks, not keys or values. Pure: the methods return what to do to the cache.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from edge_client.drafters.entries import Entries
 
 
 class Cut(NamedTuple):
-    """Take out of `lane` all cells from `position` on."""
+    """Remove from `lane` all cells from `position` on."""
 
     lane: int
     position: int
 
 
 class Row(NamedTuple):
-    """Run a token at `position` in `lane`; where `source` is not None, the lane first becomes a copy of that one, up to
+    """Run a token at `position` in `lane`. If `source` is not None, the lane first becomes a copy of that lane, up to
     the position."""
 
     lane: int
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 class Lanes:
-    """The lanes of one context: as many as its tree has leaves. What is not in use lies in `free`, for all contexts."""
+    """The lanes of one context: one for each leaf of its tree. All contexts share the unused ones, in `free`."""
 
     def __init__(self, free: list[int]) -> None:
         self._free = free
@@ -41,8 +41,8 @@ class Lanes:
         return len(self._entries)
 
     def append(self, count: int) -> Row:
-        """Add a chain of entries; returns where its first goes. Raises ValueError for a tree, CacheFullError if no lane
-        is free."""
+        """Add a chain of entries. Returns the row of its first. Raises ValueError if the context is a tree,
+        CacheFullError if no lane is free."""
         start = len(self._entries)
         lane = self._of_leaf.get(start - 1)
         if lane is None and not start:
@@ -53,7 +53,8 @@ class Lanes:
         return Row(lane, start, None)
 
     def branch(self, parents: Sequence[int]) -> list[Row]:
-        """Add an entry behind each of `parents`. Raises ValueError if one is missing, CacheFullError if lanes are."""
+        """Add an entry behind each of `parents`. Raises ValueError if one does not exist, CacheFullError without enough
+        free lanes."""
         num_new = sum(parent not in self._of_leaf or parent in parents[:i] for i, parent in enumerate(parents))
         if num_new > len(self._free):
             raise CacheFullError(f"no lanes for {num_new} more branches")
@@ -67,15 +68,15 @@ class Lanes:
                 lane, source = self._take(), lane_of[parent]
             self._of_leaf[entry] = lane
             rows.append(Row(lane, self._entries.position(entry), source))
-        # A lane is copied before anything is put into it: what a copy takes ends at its own parent all the same.
+        # A lane is copied before new cells are added to it; a copy ends at its own parent in any case.
         return rows
 
     def keep(self, length: int, moved: Sequence[int]) -> list[Cut]:
-        """Forget all but the first `length` entries and `moved`, as `DraftSequence.keep`; no cell is moved for it."""
+        """Forget all but the first `length` entries and `moved`, as `DraftSequence.keep`. No cell is moved."""
         entries = self._entries
         kept = set(moved)
         ends = []
-        """Of each lane: the last of its entries that is kept, -1 if none is, and the position behind it."""
+        """For each lane, its last kept entry (-1: none), the position after it, and whether that is the lane's leaf."""
         for leaf, lane in self._of_leaf.items():
             entry = leaf
             while entry >= length and entry not in kept:

@@ -1,4 +1,4 @@
-"""Prompt lookup: the draft is what followed the same few tokens earlier in the request. No weights, any vocabulary."""
+"""Prompt lookup: the draft is what followed the same n-gram earlier in the request. No weights, any vocabulary."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -8,7 +8,7 @@ from edge_client.drafters import Candidate
 MIN_NGRAM = 2
 MAX_NGRAM = 4
 MAX_PLACES = 12
-"""Looked at; what follows the next one would have a probability below 0.0002."""
+"""Maximum earlier positions to look at; the follower of the next one would have a probability below 0.0002."""
 
 
 class NgramSequence:
@@ -19,7 +19,7 @@ class NgramSequence:
         self._ends: dict[tuple[int, ...], list[int]] = {}
 
     def keep(self, length: int, moved: Sequence[int] = ()) -> None:
-        """In a chain, entries in `moved` whose parents are kept have their places already."""
+        """Shorten the context. In a chain, entries in `moved` with kept parents are already in place."""
         while len(self._tokens) > length + len(moved):
             for ngram in self._ngrams():
                 ends = self._ends[ngram]
@@ -44,9 +44,10 @@ class NgramSequence:
         return [tuple(self._tokens[-n:]) for n in range(longest, MIN_NGRAM - 1, -1)]
 
     def _candidates(self) -> list[Candidate]:
-        """What followed, the longest match first and in it the latest: each place takes half of what is left of 1.
+        """The followers at earlier positions: longest match first, then latest. Each takes half of the remaining
+        probability.
 
-        So a follower that is found first stays the most probable, and one found again, there or as part of a longer
+        So the first follower found stays the most probable, and one found several times, also as part of a longer
         match, is more probable than one found once.
         """
         shares: dict[int, float] = {}
@@ -58,14 +59,14 @@ class NgramSequence:
         return [Candidate(follower, share) for follower, share in shares.items()]
 
     def _places(self) -> Iterator[int]:
-        """Earlier positions after the n-grams that end the context; one that matches long comes for each length."""
+        """Earlier positions after the n-grams that end the context; a long match yields one per n-gram length."""
         for ngram in self._ngrams():
             ends = self._ends[ngram]
             yield from islice(reversed(ends), 1, None)  # the last is the end of the context itself
 
 
 class NgramDrafter:
-    """Drafts by looking back."""
+    """Drafts by prompt lookup."""
 
     fingerprint = ""
     max_context_tokens = 1 << 20

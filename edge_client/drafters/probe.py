@@ -1,5 +1,5 @@
-"""Whether a runtime's trees say what its chains say. Not every attention has a mask or positions of its own, and no
-property of a model tells: it is tried."""
+"""A test whether a runtime gives the same output for trees as for chains. Not every attention honours a mask and
+positions, and no property of a model tells, so it is tried."""
 
 from collections.abc import Callable, Sequence
 from math import log
@@ -7,17 +7,18 @@ from math import log
 from edge_client.drafters import Candidate, DraftSequence
 
 PROBED = 8
-"""So many of the most probable tokens are compared."""
+"""Number of most probable tokens to compare."""
 TOLERANCE = 0.3
-"""Of a log probability. Two steps of a logit of 16 to 32 in bfloat16 are less, a wrong position or mask makes more."""
+"""Tolerance of a log probability. Two bfloat16 steps of a logit of 16 to 32 are below it; the effect of a wrong
+position or mask is above it."""
 
 
 LEAST = 1e-30
-"""Of a probability."""
+"""Lower bound of a probability before its logarithm is taken."""
 
 
 def probed_paths(size: int) -> list[list[int]]:
-    """Two chains of tokens of a vocabulary of this size: those that lead to a small tree's leaves."""
+    """Two chains of tokens, the paths to the leaves of a small tree, for a vocabulary of this size."""
     first, second, third, left, right = (size * part // 6 for part in range(1, 6))
     return [[first, second, left, right], [first, second, third, right, left]]
 
@@ -25,9 +26,9 @@ def probed_paths(size: int) -> list[list[int]]:
 def is_sound(
     open_context: Callable[[], DraftSequence], paths: Sequence[Sequence[int]], alone: Sequence[Sequence[Candidate]]
 ) -> bool:
-    """Whether the leaves of a small tree say what is said behind the paths that lead there.
+    """Whether the output at the leaves of a small tree agrees with the output after the same tokens as chains.
 
-    `paths` as `probed_paths` has them; `alone`: PROBED candidates behind each, of the model without a tree.
+    `paths`: from `probed_paths`. `alone`: PROBED candidates behind each path, from the model without a tree.
     """
     (first, second, left, right), (_, _, third, _, _) = paths
     tree = open_context()

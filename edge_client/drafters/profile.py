@@ -1,4 +1,4 @@
-"""How long forward passes of a draft model take on this machine, by their rows: measured once, before it drafts."""
+"""The time of a draft model's forward passes on this machine, by their rows: measured once, before it drafts."""
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -8,21 +8,21 @@ from edge_client.drafters import Drafter
 WIDTHS = (1, 2, 4, 8)
 NUM_PASSES = 5
 MAX_SECONDS = 3.0
-"""For all widths together: a slow model is profiled by fewer passes, two of a width at least."""
+"""Time limit for all widths together: a slow model is profiled with fewer passes, at least two per width."""
 CONTEXT_TOKENS = 64
-"""Behind which passes are timed."""
+"""Context length at which passes are timed."""
 
 TOKEN_S = 0.1
-"""Seconds to draft a token for each of the requests that an edge takes: slower ones are hardly worth verifying."""
+"""Maximum seconds to draft one token for every request of an edge: slower drafts are hardly worth verifying."""
 MAX_REQUESTS = 16
 
 Clock = Callable[[], float]
 
 
 def profile(drafter: Drafter, clock: Clock) -> dict[int, float]:
-    """Seconds of a pass of so many rows, medians; as wide as the drafter goes. Raises what the model's code does.
+    """Median seconds of a pass by its rows, up to the drafter's maximum. Raises what the model's code raises.
 
-    The first pass of each width is not counted: it may compile something or set up memory.
+    The first pass of each width does not count: it may compile something or allocate memory.
     """
     sequence = drafter.open()
     num_context = min(CONTEXT_TOKENS, drafter.max_context_tokens - 1)
@@ -49,15 +49,15 @@ def profile(drafter: Drafter, clock: Clock) -> dict[int, float]:
 
 
 def in_words(times: Mapping[int, float]) -> str:
-    """A profile, for people."""
-    told = [f"{1e3 * took_s:.1f} ms of {rows} row{'s' if rows > 1 else ''}" for rows, took_s in times.items()]
-    return ", ".join(told) + (" (it has no wider ones)" if len(told) == 1 else "")
+    """A profile in words."""
+    told = [f"{1e3 * took_s:.1f} ms for {rows} row{'s' if rows > 1 else ''}" for rows, took_s in times.items()]
+    return ", ".join(told) + (" (no wider passes)" if len(told) == 1 else "")
 
 
 def requests_at_once(times: Mapping[int, float], is_sharing: bool) -> int:
-    """For how many requests an edge with this profile drafts fast enough.
+    """The number of requests that an edge with this profile can draft for fast enough.
 
-    `is_sharing`: whether requests share a pass; else each has one of its own.
+    `is_sharing`: whether requests share a pass; else each needs its own.
     """
     row_s = min(took_s / rows for rows, took_s in times.items()) if is_sharing else times[1]
     return max(1, min(MAX_REQUESTS, int(TOKEN_S / max(row_s, 1e-6))))

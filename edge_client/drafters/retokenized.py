@@ -1,10 +1,10 @@
-"""A draft of another tokenizer: the target's tokens become the draft's by their bytes, and the draft's theirs.
+"""A draft model with another tokenizer: the tokens of target and draft are converted into each other by their bytes.
 
-A token that both have is one here and there; of the rest, the longest pieces that the other side has. Nothing is
-decoded or tokenized anew as a text grows, so a context is byte for byte the target's and costs as little as one of the
-same vocabulary (token-level intersection: Timor et al. 2025, "Accelerating LLM inference with lossless speculative
-decoding algorithms for heterogeneous vocabularies"). What a draft's tokenizer would have split otherwise, the draft
-sees split as it rarely was when it was trained: that costs some acceptance.
+A token that both vocabularies have maps to one token; any other maps to the longest pieces that the other side has.
+Nothing is decoded or tokenized again as a text grows, so the draft's context is byte for byte the target's and costs as
+little as with the same vocabulary (token-level intersection: Timor et al. 2025, "Accelerating LLM inference with
+lossless speculative decoding algorithms for heterogeneous vocabularies"). Where the draft's own tokenizer would split
+the text differently, the draft sees a split that was rare in its training, which costs some acceptance.
 """
 
 from collections import defaultdict
@@ -15,25 +15,25 @@ from itertools import count
 from edge_client.drafters import Candidate, Drafter, DraftSequence, Part, SharingDrafter
 
 MORE_CANDIDATES = 8
-"""Of the draft's: some are no tokens of the target, and some become the same."""
+"""Extra candidates to ask the draft for: some are no tokens of the target, and some convert to the same token."""
 CONTEXT_PART = 0.75
-"""Of the draft's context that is counted on: its tokens may be more than the target's."""
+"""Usable share of the draft's context: a text may have more tokens in the draft's vocabulary than in the target's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retokenization:
-    """Which tokens of one vocabulary stand for a token of the other."""
+    """The tokens of one vocabulary that stand for each token of the other."""
 
     to_draft: Mapping[int, tuple[int, ...]]
-    """One at least."""
+    """For each target token, at least one draft token."""
     to_target: Mapping[int, int]
-    """The first, of those that have the bytes of a draft's token; none where the target has none."""
+    """For each draft token, the first of the target tokens with its bytes; missing if the target has none."""
     coverage: float
-    """The part of the target's tokens that are one token of the draft's."""
+    """Share of the target's tokens that are each one token of the draft."""
 
 
 class RetokenizedDrafter:
-    """Drafts as `drafter` does, for a target of another vocabulary, which has this fingerprint."""
+    """Drafts with `drafter` for a target with another vocabulary, whose fingerprint this is."""
 
     def __init__(self, drafter: Drafter, tokens: Retokenization, fingerprint: str) -> None:
         self.fingerprint = fingerprint
@@ -48,7 +48,7 @@ class RetokenizedDrafter:
 
 
 class SharingRetokenizedDrafter(RetokenizedDrafter):
-    """The same of a draft whose contexts share passes."""
+    """The same for a draft whose contexts share passes."""
 
     def __init__(self, drafter: SharingDrafter, tokens: Retokenization, fingerprint: str) -> None:
         super().__init__(drafter, tokens, fingerprint)
@@ -58,7 +58,7 @@ class SharingRetokenizedDrafter(RetokenizedDrafter):
     def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
         growths = [_Growth(part.sequence, part) for part in parts if isinstance(part.sequence, _RetokenizedSequence)]
         for growth in growths:
-            if growth.num_rows > self.max_shared_rows // len(parts):  # a chain of tokens that are many pieces each
+            if growth.num_rows > self.max_shared_rows // len(parts):  # a chain of tokens with many pieces each
                 growth.append()
         while left := [growth for growth in growths if not growth.is_done]:
             said = self._together([growth.next_part() for growth in left])
@@ -68,7 +68,7 @@ class SharingRetokenizedDrafter(RetokenizedDrafter):
 
 
 def retokenized(drafter: Drafter, tokens: Retokenization, fingerprint: str) -> RetokenizedDrafter:
-    """One that shares passes if `drafter` does."""
+    """The wrapped drafter; it shares passes if `drafter` does."""
     if isinstance(drafter, SharingDrafter):
         return SharingRetokenizedDrafter(drafter, tokens, fingerprint)
     return RetokenizedDrafter(drafter, tokens, fingerprint)
@@ -79,10 +79,10 @@ class _RetokenizedSequence:
         self.of_draft = sequence
         self._tokens = tokens
         self._entries: list[list[int]] = []
-        """The draft's entries of each entry."""
+        """For each entry, the draft's entries."""
         self._num_of_draft = 0
         self._num_in_turn = 0
-        """So many of the first entries have the draft's first ones, in turn: nearly all of a context."""
+        """Number of first entries that have the draft's first entries, in order: nearly all of a context."""
 
     def keep(self, length: int, moved: Sequence[int] = ()) -> None:
         if not 0 <= length <= len(self._entries) or any(not length <= each < len(self._entries) for each in moved):
@@ -113,11 +113,11 @@ class _RetokenizedSequence:
         return growth.candidates
 
     def last_of(self, entry: int) -> int:
-        """The draft's entry that what follows an entry is behind."""
+        """The last of the draft's entries for this entry; its followers go behind it."""
         return self._entries[entry][-1]
 
     def add(self, entries: Sequence[Sequence[int]]) -> None:
-        """Entries more, each with the draft's."""
+        """Add entries, given the draft's entries of each."""
         for of_draft in entries:
             follows = self._entries[-1][-1] + 1 if self._entries else 0
             is_in_turn = self._num_in_turn == len(self._entries) and of_draft[0] == follows
@@ -128,13 +128,13 @@ class _RetokenizedSequence:
         return self._tokens.to_draft.get(token, (0,))
 
     def new(self, number: int) -> list[int]:
-        """The next entries of the draft's."""
+        """The draft's next `number` entries."""
         start = self._num_of_draft
         self._num_of_draft += number
         return list(range(start, start + number))
 
     def of_target(self, candidates: Sequence[Candidate], width: int) -> list[Candidate]:
-        """What the target could say first of what the draft would say, as probable as all that begins with it."""
+        """The target's tokens with which the draft's candidates begin; probabilities of equal tokens are added up."""
         probability: dict[int, float] = defaultdict(float)
         for each in candidates:
             token = self._tokens.to_target.get(each.token)
@@ -145,15 +145,15 @@ class _RetokenizedSequence:
 
 
 class _Growth:
-    """New entries of a context: of a tree a pass for all first pieces, one for all second ones, and so on, for most
-    tokens are one piece; of a chain one pass."""
+    """New entries of a context. A chain takes one pass. A tree takes one pass for the first pieces of all tokens, one
+    for the second pieces, and so on; most tokens are one piece."""
 
     def __init__(self, sequence: _RetokenizedSequence, part: Part) -> None:
         self.candidates: list[list[Candidate]] = []
-        """Of the target's tokens, once it is done."""
+        """Candidates in the target's tokens, set once it is done."""
         self._sequence, self._part = sequence, part
         self._left = dict(enumerate(map(sequence.pieces, part.tokens)))
-        """Pieces of each token that are still to be run."""
+        """Pieces of each token that have not run yet."""
         self._behind = [sequence.last_of(parent) for parent in part.parents]
         self._grown: list[list[int]] = [[] for _ in part.tokens]
         self._said: list[list[Candidate]] = [[] for _ in part.tokens]
@@ -164,16 +164,16 @@ class _Growth:
 
     @property
     def num_rows(self) -> int:
-        """Of a chain, which is one pass; 0 of a tree, whose passes have no more rows than tokens."""
+        """Rows of a chain, which is one pass; 0 for a tree, whose passes have no more rows than tokens."""
         return 0 if self._part.parents else sum(map(len, self._left.values()))
 
     def append(self) -> None:
-        """Run a chain in a pass of its own."""
+        """Run a chain in its own pass."""
         sequence, pieces, _, width = self.next_part()
         self.take([sequence.append(pieces, width)])
 
     def next_part(self) -> Part:
-        """What the draft is to run next."""
+        """The part for the draft to run next."""
         part = self._part._replace(sequence=self._sequence.of_draft, width=self._part.width + MORE_CANDIDATES)
         if not self._part.parents:
             return part._replace(tokens=[piece for pieces in self._left.values() for piece in pieces])
@@ -181,7 +181,7 @@ class _Growth:
         return part._replace(tokens=firsts, parents=[self._behind[place] for place in self._left])
 
     def take(self, said: Sequence[list[Candidate]]) -> None:
-        """What the draft said to that."""
+        """Process the draft's candidates for `next_part`."""
         if not self._part.parents:
             self._grown = [self._sequence.new(len(pieces)) for pieces in self._left.values()]
             self._said, self._left = [*said], {}
@@ -197,7 +197,8 @@ class _Growth:
 
 
 def retokenization(target: Mapping[str, int], draft: Mapping[str, int]) -> Retokenization:
-    """From two vocabularies as in a tokenizer.json: byte-level BPE, or SentencePiece with bytes as `<0x0A>`."""
+    """The retokenization between two vocabularies as in a tokenizer.json: byte-level BPE, or SentencePiece with bytes
+    as `<0x0A>`."""
     bytes_of_target, bytes_of_draft = _bytes_of(target), _bytes_of(draft)
     ids_of_target = {spelled: id_ for id_, spelled in bytes_of_target.items()}
     ids_of_draft = {spelled: id_ for id_, spelled in bytes_of_draft.items()}
@@ -212,7 +213,7 @@ def retokenization(target: Mapping[str, int], draft: Mapping[str, int]) -> Retok
 
 
 def _pieces(spelled: bytes, ids: Mapping[bytes, int], longest: int, limit: int = 1 << 16) -> tuple[int, ...]:
-    """Of the longest pieces that are there, from the left; bytes that are in none are left out."""
+    """The longest known pieces, from the left; bytes that no piece has are left out."""
     found: list[int] = []
     at = 0
     while at < len(spelled) and len(found) < limit:
@@ -227,14 +228,14 @@ def _pieces(spelled: bytes, ids: Mapping[bytes, int], longest: int, limit: int =
 
 
 def _bytes_of(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
-    """The bytes of each token, by id; tokens that say nothing are left out."""
+    """The bytes of each token, by id; tokens without any are left out."""
     is_of_bytes = any(token.startswith("Ġ") for token in vocabulary)
     spell = _of_byte_level if is_of_bytes else _of_sentencepiece
     return {id_: spelled for token, id_ in vocabulary.items() if (spelled := spell(token))}
 
 
 def _of_byte_level(token: str) -> bytes:
-    """A letter stands for a byte; special tokens are what they say."""
+    """Each letter stands for a byte; special tokens stand for their own text."""
     try:
         return bytes(_BYTE_OF_LETTER[letter] for letter in token)
     except KeyError:
@@ -251,7 +252,7 @@ def _of_sentencepiece(token: str) -> bytes:
 
 
 def _byte_letters() -> dict[str, int]:
-    """Of GPT-2's byte-level BPE: a byte that Latin-1 prints stands for itself, others for letters from U+0100 on."""
+    """GPT-2's byte-level BPE letters: printable Latin-1 bytes stand for themselves, others for letters from U+0100."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = count(0x100)
     return {chr(byte if byte in printed else next(others)): byte for byte in range(0x100)}

@@ -1,4 +1,4 @@
-"""Contexts in a cache of slots: what goes into a pass of theirs, alone or together, whatever runs it."""
+"""Contexts in a cache of slots: the inputs of their passes, alone or shared, for any runtime."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -10,22 +10,22 @@ from edge_client.drafters import Candidate, Part
 from edge_client.drafters.slots import Numbers, SlotEntries, Slots, Truths
 
 CHUNK = 256
-"""Entries of a pass at most, of a context that is read anew."""
+"""Maximum entries of a pass while a context is prefilled."""
 
 
 class Rows(NamedTuple):
-    """What goes into a forward pass: a row for each new entry."""
+    """The inputs of a forward pass: one row for each new entry."""
 
     tokens: Numbers
     """[rows]."""
     positions: Numbers
     """[rows]."""
     slots: Numbers
-    """[rows]: where keys and values go."""
+    """[rows]: slots that keys and values are written to."""
     seen: Truths
     """[rows, extent]: whether a row attends to a slot."""
     is_chain: bool
-    """Whether each follows the one before, in one context."""
+    """Whether all rows are of one context and each follows the one before."""
 
 
 class Passes(Protocol):
@@ -34,7 +34,7 @@ class Passes(Protocol):
     slots: Slots
 
     def run(self, rows: Rows, asked: Sequence[int], width: int) -> list[list[Candidate]]:
-        """Run a pass, keys and values into the cache: candidates behind the rows that are asked for, in turn."""
+        """Run a pass and write keys and values to the cache. Returns the candidates behind the rows `asked` for."""
         ...
 
 
@@ -58,7 +58,7 @@ class SlotSequence:
         return branch_together(self._passes, [Part(self, tokens, parents, width)])[0]
 
     def grow(self, part: Part) -> int:
-        """Add entries that are to be run; returns the first one's number."""
+        """Add entries, which the caller must run. Returns the number of the first."""
         start = len(self.entries)
         if part.parents:
             self.entries.branch(part.parents)
@@ -68,7 +68,7 @@ class SlotSequence:
 
 
 def branch_together(passes: Passes, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
-    """As SharingDrafter has it; the sequences are SlotSequences."""
+    """Implements SharingDrafter.branch_together for SlotSequences."""
     grown = [
         (part.sequence.entries, part.sequence.grow(part)) for part in parts if isinstance(part.sequence, SlotSequence)
     ]

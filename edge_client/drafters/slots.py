@@ -1,4 +1,4 @@
-"""Which slots of a cache that all contexts share hold a context's entries, and which of them an entry attends to."""
+"""Slots of a cache that all contexts share: which of them hold a context's entries, and which an entry attends to."""
 
 import heapq
 from collections import deque
@@ -15,26 +15,26 @@ Truths = NDArray[np.bool_]
 
 LEAST_SLOTS = 256
 MAX_SLOTS = 1 << 16
-"""2 GB of a draft with 32 KB a token, as Llama 3.2 1B has; a request longer than half of them is not taken."""
+"""2 GB for a draft with 32 KB per token, such as Llama 3.2 1B. Requests longer than half of them are declined."""
 TRASH = 0
-"""A slot that rows without a token write to, and that nobody reads but they."""
+"""The slot that padding rows write to; no other row reads it."""
 
 
 class Slots:
-    """The slots 0, 1, ... of a cache; the lowest free ones are given out first, so that those in use stay together."""
+    """The slots 0, 1, ... of a cache. The lowest free ones are taken first, so that those in use stay together."""
 
     def __init__(self) -> None:
         self.size = LEAST_SLOTS
-        """Of the cache: a power of two."""
+        """Slots of the cache: a power of two."""
         self._free = list(range(TRASH + 1, self.size))
         self._abandoned: deque[list[int]] = deque()
         self._num_of_stretch = [0] * (self.size // LEAST_SLOTS)
-        """How many slots are in use in each stretch of LEAST_SLOTS."""
+        """Number of slots in use in each stretch of LEAST_SLOTS."""
         self._positions = np.zeros(self.size, dtype=np.int64)
-        """In its text, of the entry in each slot."""
+        """For each slot, the position of its entry in its text."""
 
     def take(self, number: int) -> list[int]:
-        """So many free slots; the cache may have to grow for them. Raises CacheFullError."""
+        """Take free slots; the cache grows if necessary. Raises CacheFullError."""
         while self._abandoned:
             self.give_back(self._abandoned.popleft())
         while len(self._free) < number:
@@ -56,27 +56,27 @@ class Slots:
             self._num_of_stretch[slot // LEAST_SLOTS] -= 1
 
     def abandon(self, slots: list[int]) -> None:
-        """Give back in whatever thread: the one that takes slots does the rest."""
+        """Give slots back from any thread; the thread that takes slots frees them."""
         self._abandoned.append(slots)
 
     def note(self, slots: Numbers, positions: Numbers) -> None:
-        """What is written to these slots is at these positions: windows are measured in them."""
+        """Record the positions of the entries in these slots, for sliding windows."""
         self._positions[slots] = positions
 
     def in_window(self, seen: Truths, positions: Numbers, window: int) -> Truths:
-        """Of what rows at these positions see, what is less than `window` positions away: [rows, extent]."""
+        """The part of `seen` that is less than `window` positions before each row: [rows, extent]."""
         is_near: Truths = positions[:, None] - self._positions[None, : seen.shape[1]] < window
         return seen & is_near
 
     @property
     def extent(self) -> int:
-        """A power of two that all slots in use are below."""
+        """A power of two that is above all slots in use."""
         used = next((i for i in range(len(self._num_of_stretch) - 1, 0, -1) if self._num_of_stretch[i]), 0) + 1
         return LEAST_SLOTS << (used - 1).bit_length()
 
 
 class SlotEntries:
-    """The entries of one context and the slot of each: an entry never moves, whatever its number becomes."""
+    """The entries of one context and the slot of each. An entry never moves to another slot if its number changes."""
 
     def __init__(self, slots: Slots) -> None:
         self._entries = Entries()
@@ -108,11 +108,11 @@ class SlotEntries:
         self._held += self._slots.take(len(parents))
 
     def slots(self, start: int) -> list[int]:
-        """Of the entries from `start` on."""
+        """Slots of the entries from `start` on."""
         return self._held[start:]
 
     def positions(self, start: int) -> list[int]:
-        """In the text, of the entries from `start` on."""
+        """Positions in the text of the entries from `start` on."""
         return [self._entries.position(entry) for entry in range(start, len(self))]
 
     def seen(self, start: int) -> Truths:
@@ -130,7 +130,7 @@ class SlotEntries:
         return rows
 
     def _show(self, number: int) -> None:
-        """Make `_row` true for the first `number` entries, and no others."""
+        """Make `_row` true for the slots of the first `number` entries only."""
         self._row[np.array(self._held[number : self._num_shown], dtype=np.int64)] = False
         self._row[np.array(self._held[self._num_shown : number], dtype=np.int64)] = True
         self._num_shown = number

@@ -1,4 +1,4 @@
-"""What goes into a pass of a model over branches, and what comes out of any: the attention's bias, and candidates."""
+"""The attention bias for passes over branches, and the candidates from a pass's logits."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ from edge_client.drafters.entries import Entries
 
 
 def tree_bias(entries: Entries, start: int, dtype: torch.dtype) -> Tensor | None:
-    """What to add to the attention scores of the entries from `start` on: [new entries, all entries].
+    """The bias to add to the attention scores of the entries from `start` on: [new entries, all entries].
 
-    It hides all but the trunk, an entry's ancestors and itself. None if nothing is to be hidden.
+    An entry only attends to the trunk, its ancestors and itself. None if there is nothing to hide.
     """
     if entries.is_chain and start == len(entries) - 1:
         return None
@@ -21,9 +21,9 @@ def tree_bias(entries: Entries, start: int, dtype: torch.dtype) -> Tensor | None
 
 
 def candidates(logits: Tensor, width: int, kept: Tensor | None) -> list[list[Candidate]]:
-    """The `width` most probable next tokens (all there are if fewer) by each row of logits [rows, head's rows].
+    """The `width` most probable next tokens (all if fewer) for each row of logits [rows, head's rows].
 
-    `kept` [head's rows] are the token ids that a reduced head's rows stand for.
+    `kept` [head's rows]: the token ids of a reduced head's rows.
     """
     best, ids = logits.topk(min(width, logits.shape[-1]))
     probabilities = (best - logits.logsumexp(dim=-1, keepdim=True)).exp_()

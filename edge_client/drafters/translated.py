@@ -1,4 +1,4 @@
-"""A draft whose vocabulary is not quite the target's: ids of tokens that both have elsewhere are translated."""
+"""A draft whose vocabulary differs slightly from the target's: tokens with different ids are translated."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,15 +7,15 @@ from edge_client.drafters import Candidate, Drafter, DraftSequence, Part, Sharin
 
 
 class Translation(NamedTuple):
-    """Ids that do not mean the same on both sides; all others do."""
+    """The ids that mean different tokens on both sides; all others mean the same."""
 
     to_draft: Mapping[int, int]
     to_target: Mapping[int, int | None]
-    """None: the target has no such token, so it is never proposed."""
+    """None: the target lacks this token, so it is never proposed."""
 
 
 class TranslatedDrafter:
-    """Drafts as `drafter` does, for a target whose vocabulary has this fingerprint."""
+    """Drafts with `drafter` for a target whose vocabulary has this fingerprint."""
 
     def __init__(self, drafter: Drafter, translation: Translation, fingerprint: str) -> None:
         self.fingerprint = fingerprint
@@ -30,7 +30,7 @@ class TranslatedDrafter:
 
 
 class SharingTranslatedDrafter(TranslatedDrafter):
-    """The same of a draft whose contexts share passes."""
+    """The same for a draft whose contexts share passes."""
 
     def __init__(self, drafter: SharingDrafter, translation: Translation, fingerprint: str) -> None:
         super().__init__(drafter, translation, fingerprint)
@@ -45,7 +45,7 @@ class SharingTranslatedDrafter(TranslatedDrafter):
 
 
 def translated(drafter: Drafter, translation: Translation, fingerprint: str) -> TranslatedDrafter:
-    """One that shares passes if `drafter` does."""
+    """The wrapped drafter; it shares passes if `drafter` does."""
     if isinstance(drafter, SharingDrafter):
         return SharingTranslatedDrafter(drafter, translation, fingerprint)
     return TranslatedDrafter(drafter, translation, fingerprint)
@@ -64,7 +64,7 @@ class _TranslatedSequence:
         return [self.of_target(each) for each in self._sequence.branch(self._of_draft(tokens), parents, width)]
 
     def part(self, part: Part) -> Part:
-        """For the draft itself."""
+        """The part in the draft's tokens and sequence."""
         return part._replace(sequence=self._sequence, tokens=self._of_draft(part.tokens))
 
     def _of_draft(self, tokens: Sequence[int]) -> list[int]:

@@ -1,7 +1,7 @@
-"""A reduced draft vocabulary: the few thousand tokens that a target says most, in place of the whole output head.
+"""A reduced draft vocabulary: the few thousand tokens that a target generates most, instead of the whole output head.
 
-At the edge the output head is most of a small model's cost, and a token outside of the list is one that the draft would
-rarely have got right.
+On an edge the output head is most of a small model's cost, and the draft would rarely get a token outside of the list
+right.
 """
 
 import json
@@ -10,13 +10,13 @@ from pathlib import Path
 from vllm_specedge.errors import UserError
 
 FILE_NAME = "draft_vocab.json"
-"""Lies beside a draft's weights: a JSON array of token ids, most frequent first."""
+"""File next to a draft's weights: a JSON array of token ids, most frequent first."""
 
 
 def draft_vocabulary(model: str, count: int | None, file: Path | None, vocab_size: int) -> list[int] | None:
     """The token ids to keep in the head, in ascending order; None: all. Raises UserError.
 
-    Without `count` a list that lies beside the model is used whole; 0 asks for the full head.
+    Without `count` the whole list next to the model is used, if there is one; 0 keeps the full head.
     """
     path = file or Path(model) / FILE_NAME
     if count == 0 or (count is None and not path.exists()):

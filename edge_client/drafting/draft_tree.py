@@ -1,11 +1,11 @@
-"""What an edge expects after the committed tokens of one request: a trunk, and branches where the draft is unsure.
+"""The draft tokens after the committed tokens of one request: a trunk, and branches where the draft is unsure.
 
-Rule 1: the root is the last committed token; every other node is a draft token, and its survival the probability that
-the target says all of its path.
-Rule 2: children are in the order in which the draft prefers them. The trunk follows each node's first child.
-Rule 3: a node is run through the draft model after its parent was; then the drafter holds an entry for it and the node
-has children, or the draft has nothing to say there.
-Rule 4: which entries the drafter holds is known here and nowhere else (edge_client/drafters, DraftSequence).
+Rule 1: the root is the last committed token. Every other node is a draft token; its survival is the probability that
+the target chooses all tokens of its path.
+Rule 2: children are in the draft's order of preference. The trunk follows each node's first child.
+Rule 3: a node runs through the draft model after its parent. Then the drafter holds an entry for it, and the node has
+children unless the draft has no candidates there.
+Rule 4: only this module knows which entries the drafter holds (edge_client/drafters, DraftSequence).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +25,10 @@ class Node:
         self.parent = parent
         self.survival = survival
         self.claimed = claimed
-        """How probable the draft said it is, given its parent."""
+        """Its probability given its parent, according to the draft."""
         self.children: list[Node] = []
         self.entry: int | None = None
-        """Its place in the drafter's cache, once it is run or being run."""
+        """Its entry in the drafter's cache, once its pass has started."""
         self.is_expanded = False
         self.is_sent = False
 
@@ -49,15 +49,15 @@ class Node:
 
 
 class DraftTree:
-    """The committed tokens of one request, what may follow them, and which of both the drafter holds."""
+    """The committed tokens of one request, the draft tokens after them, and which of both the drafter holds."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.root = Node(-1, -1, None, 1.0, 1.0)
         self.num_prefix = 0
-        """The drafter's first so many entries are the first committed tokens."""
+        """Number of the drafter's first entries that are, in order, the first committed tokens."""
         self._path: list[int] = []
-        """The entries of the committed tokens that follow, ascending."""
+        """The entries of the committed tokens after those, ascending."""
         self._num_entries = 0
 
     def __len__(self) -> int:
@@ -65,19 +65,19 @@ class DraftTree:
 
     @property
     def num_entered(self) -> int:
-        """So many of the first committed tokens the drafter holds."""
+        """Number of committed tokens, from the first on, that the drafter holds."""
         return self.num_prefix + len(self._path)
 
     @property
     def is_caught_up(self) -> bool:
-        """The drafter holds all committed tokens."""
+        """Whether the drafter holds all committed tokens."""
         return self.num_entered == len(self.tokens)
 
     def trunk(self) -> list[Node]:
         return list(self.root.chain())
 
     def advance(self, tokens: Sequence[int]) -> list[Node]:
-        """These tokens (one at least) are committed now. Returns the nodes that foresaw them, as far as any did."""
+        """Commit these tokens (at least one). Returns the nodes that predicted them, up to the first mismatch."""
         node, foreseen = self.root, []
         for token in tokens:
             child = next((child for child in node.children if child.token == token), None)
@@ -93,7 +93,7 @@ class DraftTree:
         return foreseen
 
     def _rescale(self) -> None:
-        """Survival counts from the root on."""
+        """Make survivals relative to the new root."""
         self.root.parent = None
         certain = self.root.survival
         if certain < 1.0:
@@ -102,14 +102,14 @@ class DraftTree:
                 node.survival /= certain
 
     def contains(self, node: Node) -> bool:
-        """Whether it is (still) part of the tree."""
+        """Whether the node is (still) part of the tree."""
         above: Node | None = node
         while above is not None and above is not self.root:
             above = above.parent
         return above is not None
 
     def expand(self, node: Node, candidates: Sequence[Candidate], calibrate: Callable[[float], float]) -> None:
-        """The draft model has said what may follow `node`; `calibrate` knows how often it is right."""
+        """Add the draft model's candidates behind `node`. `calibrate` maps a claimed probability to a measured one."""
         node.is_expanded = True
         node.children = [
             Node(token, node.position + 1, node, node.survival * calibrate(claimed), claimed)
@@ -119,13 +119,13 @@ class DraftTree:
     # -- the drafter's entries -------------------------------------------------------------------------------------
 
     def adopt(self, num_entries: int) -> None:
-        """The drafter's cache is another request's, whose first `num_entries` tokens are the same."""
+        """Take over the drafter's cache of another request, whose first `num_entries` tokens are the same."""
         self.num_prefix = self._num_entries = num_entries
 
     def compact(self) -> tuple[int, tuple[int, ...]]:
-        """What the drafter is to keep before the next pass: its first so many entries, and those of them behind.
+        """The entries for the drafter to keep before the next pass: how many of the first, and which of those behind.
 
-        The tree counts in the new numbers from here on.
+        The tree uses the new entry numbers from here on.
         """
         nodes = sorted((node for node in self.root.below() if node.entry is not None), key=lambda node: node.entry or 0)
         live = [*self._path, *(node.entry for node in nodes if node.entry is not None)]
@@ -143,7 +143,7 @@ class DraftTree:
         return length + num_in_place, tuple(live[num_in_place:])
 
     def enter_committed(self, limit: int) -> list[int]:
-        """The next committed tokens that the drafter lacks, at most `limit`; they count as held."""
+        """The next committed tokens that the drafter lacks, at most `limit`; from now on they count as held."""
         tokens = self.tokens[self.num_prefix : self.num_prefix + limit]
         self.num_prefix += len(tokens)
         self._num_entries = self.num_prefix
@@ -152,7 +152,7 @@ class DraftTree:
         return tokens
 
     def enter(self, nodes: Sequence[Node]) -> list[int]:
-        """These nodes are about to be run: their parents' entries, or none where all entries are one chain."""
+        """Give entries to nodes that are about to run. Returns their parents' entries; none if all form one chain."""
         is_chain = len(nodes) == 1 and nodes[0].position == self._num_entries
         parents = (
             [] if is_chain else [node.parent.entry for node in nodes if node.parent and node.parent.entry is not None]
@@ -164,9 +164,9 @@ class DraftTree:
 
 
 def new_branches(trunk: list[Node], is_of_use: Callable[[Node], bool]) -> list[list[Node]]:
-    """The paths that leave the trunk, each from its fork on, with something in it that was not sent.
+    """The paths that leave the trunk, each from its fork on, whose last useful node was not sent yet.
 
-    A second candidate alone is of no use: when the target says it, it is committed already.
+    A second candidate alone is useless: once the target has chosen it, it is committed already.
     """
     paths = []
     for first in (other for node in trunk if node.parent for other in node.parent.children[1:]):
@@ -179,8 +179,7 @@ def new_branches(trunk: list[Node], is_of_use: Callable[[Node], bool]) -> list[l
 def proposal(number: int, before: Node, trunk: list[Node], branches: list[list[Node]]) -> Propose:
     """One frame with the new part of a trunk, which follows the node `before`, and these branches. Marks them as sent.
 
-    It starts with the token that the new part follows: so it shows whether the past that it was drafted for has come
-    true.
+    It starts with the token of `before`, which shows whether the context that it was drafted for has come true.
     """
     run = [before, *trunk]
     end = run[-1].position + 1

@@ -1,4 +1,4 @@
-"""Forward passes of a draft model: what is to be run, and on which contexts. Pure: it calls what a drafter gives it."""
+"""Forward passes of a draft model: what to run, and on which contexts. Pure: it only calls the drafter it is given."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,9 +10,9 @@ from edge_client.drafters import Candidate, DraftSequence, Part
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a pass runs for `request`, in the terms of DraftSequence: `keep`, then `append` or, with parents, `branch`.
+    """The part of a pass for `request`, as calls of DraftSequence: `keep`, then `append` or, with parents, `branch`.
 
-    `source`: start from the entries of that request, which is over.
+    `source`: an ended request from whose entries to start.
     """
 
     request: int
@@ -25,31 +25,32 @@ class Job:
 
 
 Said: TypeAlias = list[list[Candidate]]
-"""The candidates behind each token that a job ran (of a chain: behind the last)."""
+"""The candidates behind each token that a job ran; for a chain, behind the last only."""
 
 
 class NotFiniteError(Exception):
-    """A draft model's probabilities are no numbers, for some jobs of a pass: nothing can be made of what it says."""
+    """A draft model's probabilities are not finite for some jobs of a pass, so its output for them is unusable."""
 
     def __init__(self, failed: Sequence[Job], said: list[Said]) -> None:
-        super().__init__("its probabilities are no numbers, as float16 makes of some models")
+        super().__init__("its probabilities are not finite, as happens to some models in float16")
         self.failed = failed
         self.said = said
-        """Of all jobs: that of the others is sound, as no context reads another's entries."""
+        """The output for all jobs. For the others it is valid, as no context reads another's entries."""
 
 
 Together: TypeAlias = Callable[[Sequence[Part]], list[Said]]
 
 
 def one_by_one(parts: Sequence[Part]) -> list[Said]:
-    """What a shared pass says, by a pass for each."""
+    """The output of a shared pass, computed by one pass for each part."""
     return [_run(*part) for part in parts]
 
 
 def run_pass(jobs: Sequence[Job], sequences: Sequence[DraftSequence], together: Together = one_by_one) -> list[Said]:
-    """One forward pass for all jobs: what each of them is told. Raises NotFiniteError, and what the model's code does.
+    """Run one forward pass for all jobs. Returns each job's candidates.
 
-    Of several, none may be the first of its context.
+    If there are several jobs, none may be the first of its context. Raises NotFiniteError, and what the model's code
+    raises.
     """
     for job, sequence in zip(jobs, sequences, strict=True):
         sequence.keep(job.keep, job.moved)
@@ -79,7 +80,7 @@ class Sequences:
     by_request: dict[int, DraftSequence] = field(default_factory=dict)
 
     def of(self, jobs: Sequence[Job]) -> list[DraftSequence]:
-        """The context that each job goes on from. Those that nothing goes on from any more are dropped."""
+        """The context that each job continues. Contexts that no job can continue any more are dropped."""
         return [self._of(job) for job in jobs]
 
     def _of(self, job: Job) -> DraftSequence:

@@ -1,4 +1,4 @@
-"""Contexts of requests that ended, from which a follow-up may go on. Pure."""
+"""Contexts of ended requests, kept for follow-up requests that start with the same tokens. Pure."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from vllm_specedge.wire.frames import num_equal
 
 MIN_SHARED_TOKENS = 16
-"""A context that shares fewer is not worth going on from."""
+"""Minimum tokens in common for a context to be worth reusing."""
 
 
 @dataclass(slots=True)
 class KeptContexts:
-    """The tokens whose entries drafters' sequences still begin with, of the requests that ended last."""
+    """For the requests that ended last, the tokens whose entries their drafter sequences still begin with."""
 
     max_kept: int
     _tokens: OrderedDict[int, list[int]] = field(default_factory=OrderedDict)
@@ -24,7 +24,7 @@ class KeptContexts:
         return number in self._tokens
 
     def keep(self, number: int, tokens: list[int]) -> None:
-        """A request ended; one that is short is not kept, and the oldest makes room."""
+        """Keep the context of an ended request unless it is short; the oldest makes room."""
         if not self.max_kept or len(tokens) < MIN_SHARED_TOKENS:
             return
         self._tokens[number] = tokens
@@ -35,15 +35,15 @@ class KeptContexts:
         self._tokens.pop(number, None)
 
     def clear(self) -> None:
-        """The drafter's cache is full: these are the first to go."""
+        """Drop all: the drafter's cache is full."""
         self._tokens.clear()
 
     def take(self, tokens: Sequence[int]) -> tuple[int, int] | None:
-        """The one that shares most with a new context, which is not kept any longer, and how many tokens that is."""
+        """Remove the context that shares the most tokens with a new one. Returns its request and how many to reuse."""
         shared = {number: num_equal(kept, tokens) for number, kept in self._tokens.items()}
         source = max(shared, key=lambda number: shared[number], default=None)
         if source is None or shared[source] < MIN_SHARED_TOKENS:
             return None
         del self._tokens[source]
-        # At least one token is run, for what follows it.
+        # At least one token must run, to get candidates behind it.
         return source, min(shared[source], len(tokens) - 1)

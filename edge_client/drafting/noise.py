@@ -1,13 +1,13 @@
-"""The noise that the target adds where it samples, so that a draft can guess what it says. Pure.
+"""The noise that the target adds when it samples, so that a draft can predict the sampled token. Pure.
 
-The target says, at each position, the token whose log probability by the request's temperature plus Gumbel noise is
-greatest. That noise is a hash of the request's seed, the position and the token id. Whoever knows the seed knows it,
-and with the same noise a draft's likely tokens name the same token more often than without (Daliri, Musco and Suresh
-2024, "Coupling without communication").
+At each position the target chooses the token with the greatest sum of log probability (at the request's temperature)
+and Gumbel noise. The noise is a hash of the request's seed, the position and the token id, so an edge that knows the
+seed knows the noise. A draft that adds the same noise to its own candidates agrees with the target more often (Daliri,
+Musco and Suresh 2024, "Coupling without communication").
 
-vLLM has two such hashes: its CPU build's, SplitMix64's (Steele, Lea and Flood 2014) behind an MT19937 as torch seeds
-it, and the V2 model runner's, MurmurHash3's of 32 bits (Appleby 2011). Both in plain Python, for an edge need not have
-more.
+vLLM has two such hashes. Its CPU build uses SplitMix64 (Steele, Lea and Flood 2014) behind an MT19937 seeded as in
+torch; the V2 model runner uses 32-bit MurmurHash3 (Appleby 2011). Both are in plain Python here, as an edge may have
+nothing else.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,25 +18,25 @@ from edge_client.drafters import Candidate
 from vllm_specedge.wire.sampling import MURMUR, SPLITMIX, Sampling
 
 NUM_CANDIDATES = 64
-"""A draft's most probable tokens, of which noise chooses."""
+"""Number of the draft's most probable tokens among which noise chooses."""
 SHARPNESS = 1.25
-"""How much surer a target is than its draft: what the draft's log probabilities are multiplied by. Measured with two
-pairs of models and twelve kinds of answers at temperatures 0.6 and 1 (benchmarks/LOG.md, 2026-11-27)."""
+"""How much more certain a target is than its draft: the factor on the draft's log probabilities. Measured with two
+pairs of models and nine kinds of answers at temperatures 0.6 and 1 (benchmarks/LOG.md, 2026-11-27)."""
 _MIN_CANDIDATES = 8
-"""A drafter that names fewer, as prompt lookup does, says nothing of how probable others are."""
+"""With fewer candidates, as from prompt lookup, the probabilities of other tokens are unknown."""
 _MASK32, _MASK64 = 2**32 - 1, 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _ROW_SEEDS = 2**31
 _LEAST = 1e-30
 _MURMUR_BYTES = 16
-"""The length of what is hashed, which the hash ends with."""
+"""Length of the hashed input, which MurmurHash3 mixes in at the end."""
 
 
 class Hash(Protocol):
     """A kind of noise, for one seed."""
 
     def key(self, position: int) -> int:
-        """What is common to all tokens at a position of the request."""
+        """The part of the hash that all tokens at a position of the request share."""
 
     def gumbel(self, key: int, token: int) -> float:
         """The noise of a token id, Gumbel distributed."""
@@ -51,9 +51,9 @@ class SplitMix:
         self._row_seeds: list[int] = []
 
     def row_seed(self, position: int) -> int:
-        """What the request's generator draws for the token at a position: 31 bits."""
+        """The 31 bits that the request's generator draws for the token at a position."""
         while len(self._row_seeds) <= position - self._first:
-            next(self._words)  # torch draws 64 bits, and takes the last 31
+            next(self._words)  # torch draws 64 bits and uses the last 31
             self._row_seeds.append(next(self._words) % _ROW_SEEDS)
         return self._row_seeds[position - self._first]
 
@@ -72,7 +72,7 @@ class Murmur:
         self._seed = _mixed(_mixed(0, sampling.seed & _MASK32), sampling.seed >> 32)
 
     def key(self, position: int) -> int:
-        """vLLM's position is that of the token before, whose logits are sampled."""
+        """vLLM's position is that of the previous token, whose logits are sampled."""
         return _mixed(self._seed, position - 1 & _MASK32)
 
     def gumbel(self, key: int, token: int) -> float:
@@ -86,7 +86,7 @@ _KINDS: dict[int, type[SplitMix] | type[Murmur]] = {SPLITMIX: SplitMix, MURMUR: 
 
 
 class Noise:
-    """The noise of one request, and what it makes of a draft's candidates."""
+    """The noise of one request, and the draft's candidates with it."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
@@ -95,11 +95,11 @@ class Noise:
     def chosen(
         self, candidates: Sequence[Candidate], position: int, limit: int, sharpness: float = SHARPNESS
     ) -> list[Candidate]:
-        """The `limit` of a draft's candidates that the target most probably says at a position, best first.
+        """The `limit` candidates that the target most probably chooses at a position, best first.
 
-        `candidates`: most probable first. Their probabilities become those with which each is said, as the draft sees
-        it: for their order by noise is known, and how far the target's logits are from the draft's is not.
-        `sharpness`: what the draft's log probabilities are multiplied by before noise is added.
+        `candidates`: most probable first. Their probabilities become a softmax over the noisy scores: the noise is
+        known, but not how far the target's logits are from the draft's. `sharpness`: the factor on the draft's log
+        probabilities, before noise is added.
         """
         if position < self._sampling.first or len(candidates) < _MIN_CANDIDATES:
             return list(candidates[:limit])
@@ -114,9 +114,9 @@ class Noise:
 
 
 def _weighted(candidates: Sequence[Candidate], sampling: Sampling) -> list[tuple[int, float]]:
-    """Token ids that top-k and top-p leave, with their log probabilities by the temperature, but for a constant.
+    """Token ids that top-k and top-p leave, with their log probabilities at the temperature, up to a constant.
 
-    What the draft thinks of all other tokens is known in sum only: they count as if each were as probable as the last.
+    Of all other tokens only the total probability is known: each counts as if it were as probable as the last.
     """
     others = 1.0 - sum(candidate.probability for candidate in candidates)
     if sampling.top_k:
@@ -135,21 +135,21 @@ def _weighted(candidates: Sequence[Candidate], sampling: Sampling) -> list[tuple
 
 
 def splitmix64(number: int) -> int:
-    """SplitMix64's mixing function, of 64 bits."""
+    """SplitMix64's 64-bit mixing function."""
     number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
     number = (number ^ number >> 27) * 0x94D049BB133111EB & _MASK64
     return number ^ number >> 31
 
 
 def _mixed(state: int, word: int) -> int:
-    """MurmurHash3's state, of 32 bits, after another word of 32 bits."""
+    """MurmurHash3's 32-bit state after another 32-bit word."""
     word = word * 0xCC9E2D51 & _MASK32
     state ^= (word << 15 | word >> 17) * 0x1B873593 & _MASK32
     return (state << 13 & _MASK32 | state >> 19) * 5 + 0xE6546B64 & _MASK32
 
 
 def _words(seed: int) -> Iterator[int]:
-    """MT19937's numbers of 32 bits, seeded as torch does it (ATen/core/MT19937RNGEngine.h): with the last 32 bits."""
+    """MT19937's 32-bit numbers, seeded with the last 32 bits, as torch does (ATen/core/MT19937RNGEngine.h)."""
     state = [seed & _MASK32]
     for index in range(1, 624):
         state.append(1812433253 * (state[-1] ^ state[-1] >> 30) + index & _MASK32)

@@ -1,6 +1,6 @@
-"""What an edge measures of itself and of its server, and what follows: how deep, how wide, and in how large frames.
+"""An edge's measurements of itself and its server, and how deep and wide to draft and when to send a frame.
 
-Pure: times come as arguments. Rule: nothing here is tuned to a machine; what is not measured yet has a stated prior.
+Pure: times come as arguments. Rule: nothing here is tuned to a machine; a value not yet measured has a stated prior.
 """
 
 import math
@@ -13,10 +13,10 @@ NUM_BINS = 10
 PRIOR_WEIGHT = 4.0
 MAX_SEEN = 400.0
 UPLINK_BYTES_PER_TOKEN = 128.0
-"""What a generated token may cost on the way up by default: in simulation more buys no speed, 23 costs some."""
+"""Default uplink budget in bytes per generated token: in simulation more gains no speed, 23 loses some."""
 HTTP2_HEADER_BYTES = 9
 FRAME_BYTES = 20
-"""Of a Propose without its tokens, with its HTTP/2 header."""
+"""Size of a Propose without its tokens, HTTP/2 header included."""
 MIN_FLOOR, MAX_FLOOR = 0.03, 0.5
 FLOOR_GAIN = 0.1
 COST_MEMORY = 0.95
@@ -26,14 +26,14 @@ MARGIN_S = 0.002
 
 @dataclass(slots=True)
 class Calibration:
-    """How often tokens are right that the draft calls so probable: measured, with the claim itself as the prior."""
+    """The measured probability that a token is right, by the draft's claimed probability, which is also the prior."""
 
     _seen: list[float] = field(default_factory=lambda: [0.0] * NUM_BINS)
     _right: list[float] = field(default_factory=lambda: [0.0] * NUM_BINS)
 
     def observe(self, claimed: float, is_right: bool) -> None:
         index = self._bin(claimed)
-        if self._seen[index] >= MAX_SEEN:  # what is old counts less
+        if self._seen[index] >= MAX_SEEN:  # older observations count less
             self._seen[index] /= 2
             self._right[index] /= 2
         self._seen[index] += 1
@@ -53,48 +53,48 @@ class Pace:
     """One edge's measurements."""
 
     pass_s: PassTimes = field(default_factory=PassTimes)
-    """A forward pass of so many rows."""
+    """Seconds of a forward pass by its rows."""
     calibration: Calibration = field(default_factory=Calibration)
     sampled_calibration: Calibration = field(default_factory=Calibration)
-    """Of requests that the target samples, where noise chooses among the draft's candidates."""
+    """Calibration for sampled requests, where noise chooses among the draft's candidates."""
     rtt_s: float = 0.0
     round_s: Smoothed = field(default_factory=Smoothed)
-    """From one commit of a request to the next."""
+    """Mean seconds from one commit of a request to the next."""
     short_round_s: float | None = None
-    """A short one: follows shorter ones at once, longer ones slowly."""
+    """Seconds of a short round: follows shorter rounds at once, longer ones slowly."""
     uplink_bytes_per_token: float = UPLINK_BYTES_PER_TOKEN
-    """What a generated token may cost on the way up, on average, the HTTP/2 frame headers included."""
+    """Limit on the average uplink bytes per generated token, HTTP/2 frame headers included."""
     max_tokens_per_s: float = 0.0
-    """Draft no faster; 0: as fast as it goes."""
+    """Limit on draft tokens per second; 0: none."""
     floor: float = 0.05
-    """Draft tokens that are less probable are not drafted; follows from what they may cost."""
+    """Minimum survival of a node to be drafted or sent; adjusted to keep to `uplink_bytes_per_token`."""
     share: float = 1.0
-    """The part of the time to draft in, at most: less where it gets too hot."""
+    """Maximum share of the time to draft, below 1 if the machine gets too hot."""
     rest_until_s: float = 0.0
-    """No pass before, to keep to `max_tokens_per_s` and `share`."""
+    """No pass starts before this time, to keep to `max_tokens_per_s` and `share`."""
     _bytes: float = 0.0
     _tokens: float = 0.0
 
     def drafted(self, num_tokens: int, started_s: float, took_s: float = 0.0) -> None:
-        """A pass that started then drafted so many tokens: the next one may have to wait, by `rest_until_s`."""
+        """Record a pass and its draft tokens. The next pass may have to wait until `rest_until_s`."""
         if self.share < 1.0:
             self.rest_until_s = max(self.rest_until_s, started_s + took_s / self.share)
         if self.max_tokens_per_s:
             self.rest_until_s = max(self.rest_until_s, started_s) + num_tokens / self.max_tokens_per_s
 
     def round_took(self, seconds: float) -> None:
-        """A commit followed the one before it after so long."""
+        """Record the time from the previous commit of a request to this one."""
         self.round_s.observe(seconds)
         before_s = self.short_round_s if self.short_round_s is not None else seconds
         gain = SHORTER_GAIN if seconds < before_s else LONGER_GAIN
         self.short_round_s = before_s + gain * (seconds - before_s)
 
     def sent(self, num_bytes: int) -> None:
-        """A proposal went up, of so many bytes; one that the link dropped did not."""
+        """Record a proposal's bytes. Proposals that the link dropped do not count."""
         self._bytes += num_bytes + HTTP2_HEADER_BYTES
 
     def committed(self, num_tokens: int) -> None:
-        """So many tokens were generated: what is drafted next follows from what their proposals cost."""
+        """Record generated tokens, and adjust `floor` by what their proposals cost."""
         self._tokens += num_tokens
         surplus = self._bytes / self._tokens / self.uplink_bytes_per_token - 1.0
         self.floor = min(MAX_FLOOR, max(MIN_FLOOR, self.floor * (1.0 + FLOOR_GAIN * min(surplus, 1.0))))
@@ -102,16 +102,16 @@ class Pace:
         self._tokens *= COST_MEMORY
 
     def horizon(self, max_draft: int, credit: int) -> int:
-        """How many positions past the last commit are of use now.
+        """How many positions past the last commit are useful now.
 
-        The server verifies `max_draft` and takes one more a step; this edge sees a commit half a round trip late, and
-        is heard as much later, so it drafts for the steps of that time too.
+        In each step the server verifies up to `max_draft` tokens and adds one more. A commit reaches this edge half a
+        round trip late, and a proposal takes as long back, so the edge also drafts for the steps during that time.
         """
         rounds = 1.0 + self.rtt_s / self.round_s.mean if self.round_s.mean else 1.0
         return min(credit, max_draft + math.ceil((max_draft + 1) * rounds))
 
     def width(self, survivals: list[float], max_width: int) -> int:
-        """How many of the most probable nodes (descending) to run in one pass: most useful tokens a second."""
+        """How many nodes to run in one pass for the most useful tokens per second. `survivals` are descending."""
         best, best_rate, total = 1, 0.0, 0.0
         for rows, survival in enumerate(survivals[:max_width], 1):
             total += survival
@@ -121,10 +121,10 @@ class Pace:
         return best
 
     def is_enough(self, survivals: list[float]) -> bool:
-        """Whether a trunk, so probable to survive as far as each token, is to be proposed to a server that has nothing.
+        """Whether to propose a trunk with these survivals to a server that has no draft.
 
-        It may be waiting: it hears as soon as one more token would not raise the tokens of this round by as much as
-        the pass for it makes the round longer.
+        The server may be waiting. The trunk is sent once one more token would raise the round's expected tokens by a
+        smaller fraction than its pass would lengthen the round.
         """
         expected = 1.0 + sum(survivals)
         round_s = self.rtt_s + (self.round_s.mean or 0.0) + len(survivals) * self.pass_s(1)
@@ -132,14 +132,14 @@ class Pace:
         return survivals[-1] * survivals[-1] / before * round_s <= expected * self.pass_s(1)
 
     def is_worth_a_frame(self, expected: float) -> bool:
-        """Whether so many tokens that are expected to survive are worth what a frame costs beside them."""
+        """Whether this many expected tokens are worth the overhead of a frame."""
         return expected * self.uplink_bytes_per_token >= FRAME_BYTES
 
     def deadline_s(self, committed_s: float, now_s: float) -> float:
-        """By when to send what a server that has a draft could use in its next step.
+        """When to send, at the latest, for the next step of a server that already has a draft.
 
-        That step begins about a round after the last one, whose commit came here half a round trip late; a proposal
-        takes as long. What would be too late for it is for the one after.
+        That step begins about one round after the last one. The commit arrived here half a round trip late, and a
+        proposal takes as long. If it is too late for that step, the deadline is for a later one.
         """
         round_s = self.short_round_s
         if not round_s:

@@ -1,4 +1,4 @@
-"""Which rows the next forward pass has: of one request, or of several where the draft model can share a pass. Pure."""
+"""The rows of the next forward pass: of one request, or of several if the draft model can share passes. Pure."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from edge_client.drafting.pacing import Pace
 from edge_client.drafting.request import DraftedRequest
 
 MAX_CHAIN = 8
-"""Committed tokens of a request that share a pass with others' rows."""
+"""Maximum committed tokens of a request that may share a pass with rows of other requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +23,12 @@ class Waiting:
 
     @property
     def order(self) -> tuple[float, int]:
-        """The least is the next: committed tokens first, then what is most probably needed, then who waits longest."""
+        """Sort key, least first: committed tokens, then the most probable draft token, then the longest wait."""
         return (-self.nodes[0].survival if self.nodes else -1.0, self.request.turn)
 
     @property
     def survivals(self) -> list[float]:
-        """Of its rows: what is committed is needed for certain."""
+        """Survival of each of its rows; 1 for committed tokens, which are certainly needed."""
         return [node.survival for node in self.nodes] or [1.0] * self.num_committed
 
     @property
@@ -38,17 +38,17 @@ class Waiting:
 
     @property
     def is_sharing(self) -> bool:
-        """Whether it needs no more than rows of a shared pass: draft tokens, or few committed ones behind others."""
+        """Whether it can share a pass: it has draft tokens, or a few committed tokens behind entries it already has."""
         return bool(self.nodes) or (self.request.tree.num_entered > 0 and self.num_committed <= MAX_CHAIN)
 
 
 def rows_of_next_pass(
     waiting: Sequence[Waiting], pace: Pace, max_width: int, max_shared_rows: int
 ) -> list[tuple[Waiting, list[Node]]]:
-    """The requests that have a part in it, with the draft tokens that each runs; none: its committed tokens.
+    """The requests in the next pass, with the draft tokens that each runs; none: its committed tokens.
 
-    `waiting`: one at least. The pass is for the one that needs it most; others join if both need no more than rows of a
-    shared pass: of all together those that are most probably needed, as many as give most tokens a second.
+    `waiting` has at least one request. The pass is for the request that needs it most. Others join if they and it can
+    share a pass: it then takes the most probable rows of all, as many as give the most tokens per second.
     """
     first = min(waiting, key=lambda each: each.order)
     if max_shared_rows <= max_width or not first.is_sharing:
@@ -61,7 +61,7 @@ def rows_of_next_pass(
     )
     width = pace.width([-survival for survival, _, _ in rows], max_shared_rows)
     chosen = list[tuple[Waiting, list[Node]]]()
-    for each in sharing:  # a chain goes in as a whole, or not at all
+    for each in sharing:  # a chain is taken whole or not at all
         if not each.nodes and (not chosen or each.num_committed <= width):
             chosen.append((each, []))
             width -= each.num_committed

@@ -1,4 +1,4 @@
-"""What an edge knows of one request that it drafts for. Pure."""
+"""The state of one request that an edge drafts for. Pure."""
 
 from dataclasses import dataclass, field
 
@@ -15,25 +15,25 @@ class DraftedRequest:
     credit: int
     max_draft: int
     noise: Noise | None = None
-    """What the target adds where it samples; None: it is greedy, or nothing is known of that."""
+    """The noise that the target adds when it samples; None: the request is greedy, or its noise is not known."""
     tree: DraftTree = field(default_factory=DraftTree)
     running: list[Node] | None = None
-    """What the job under way runs; empty: committed tokens."""
+    """Nodes of the running job; empty: it runs committed tokens; None: no job is running."""
     turn: int = 0
     has_passed: bool = False
-    """It was said that there is nothing for this position."""
+    """Whether an empty proposal was sent for this position."""
     num_short: int = 0
-    """Commits in a row that agreed, yet were shorter than what was proposed would have given."""
+    """Consecutive commits that matched the draft but were shorter than the proposal should have made them."""
     short_since_s: float = 0.0
     committed_s: float | None = None
-    """When its last commit came."""
+    """Time of its last commit."""
     due_s: float | None = None
-    """Until when what is new may wait for more."""
+    """Time at which unsent nodes are sent at the latest."""
 
     @property
     def is_prefilling(self) -> bool:
         return len(self.tree.tokens) < self.num_prompt
 
     def calibration(self, pace: Pace) -> Calibration:
-        """How often what is drafted for such requests is right."""
+        """The calibration for requests of this kind, greedy or sampled."""
         return pace.calibration if self.noise is None else pace.sampled_calibration

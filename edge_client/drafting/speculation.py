@@ -1,10 +1,10 @@
-"""What an edge knows of its requests and what it drafts next. Pure: frames and drafted tokens in, frames and jobs out.
+"""The requests of an edge and what it drafts next. Pure: frames and drafted tokens in, frames and jobs out.
 
-Rule 1: committed tokens are the truth. A commit that agrees with the draft costs nothing; one that disagrees rolls
-back to the fork, and what was drafted along the way it took is kept.
-Rule 2: one job is one forward pass of the draft model, so a commit is never waited with for longer than that.
-Rule 3: what is most probably needed is drafted first, on the trunk or beside it, up to a horizon within the credit.
-Time is an argument; how deep, wide and often follows from what `pace` has measured.
+Rule 1: committed tokens are the truth. A commit that matches the draft costs nothing. One that differs rolls back to
+the fork, and a branch that matches it is kept.
+Rule 2: one job is one forward pass of the draft model, so a commit never waits for longer than that.
+Rule 3: the most probable tokens are drafted first, on the trunk or on branches, up to a horizon within the credit.
+Time is an argument; depth, width and frequency follow from the measurements in `pace`.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ from vllm_specedge.wire.sampling import sampling_of
 MAX_SHORT = 3
 MAX_CANDIDATES = 3
 MAX_ENTRIES = 64
-"""Draft tokens of one request that a drafter holds at once."""
+"""Maximum draft tokens of one request that a drafter holds at once."""
 MAX_KEPT = 4
-"""Contexts of ended requests that an edge keeps to start from."""
+"""Maximum contexts of ended requests that an edge keeps for reuse."""
 
 
 @dataclass(slots=True)
@@ -35,9 +35,9 @@ class SpeculationStats:
 
     num_requests: int = 0
     num_failed: int = 0
-    """Given back, as the draft model failed."""
+    """Requests declined because the draft model failed."""
     num_too_long: int = 0
-    """Given back, as the draft model takes no such context."""
+    """Requests declined because they exceed the draft model's context."""
     drafted_tokens: int = 0
     proposed_tokens: int = 0
     accepted_tokens: int = 0
@@ -46,11 +46,11 @@ class SpeculationStats:
     branch_hits: int = 0
     """Commits that left the trunk along a branch."""
     reused_tokens: int = 0
-    """Of prompts, whose entries an earlier request left."""
+    """Prompt tokens whose entries were reused from an earlier request."""
 
     @property
     def acceptance(self) -> float | None:
-        """Of the proposed tokens of trunks whose position was decided, how many the target chose too."""
+        """Share of the proposed trunk tokens whose positions are decided that the target chose too; None before any."""
         decided = self.accepted_tokens + self.rejected_tokens
         return self.accepted_tokens / decided if decided else None
 
@@ -68,8 +68,8 @@ class Speculation:
         pace: Pace | None = None,
         max_shared_rows: int = 0,
     ) -> None:
-        """`max_width` rows a pass of a request, 1: no branches; `max_shared_rows` of a pass for several requests, 0: it
-        is for one. `max_kept` contexts of ended requests are there to start from."""
+        """`max_width`: rows of a pass for one request, 1: no branches. `max_shared_rows`: rows of a pass that several
+        requests share, 0: passes are not shared. `max_kept`: contexts of ended requests to keep for reuse."""
         self.stats = SpeculationStats()
         self.pace = pace or Pace()
         self.vocab_size = MAX_UINT32
@@ -87,13 +87,13 @@ class Speculation:
         return len(self._requests)
 
     def needs(self, number: int) -> bool:
-        """Whether the drafter's sequence of this request, live or ended, is still of use."""
+        """Whether the drafter's sequence of this request, live or ended, is still needed."""
         return number in self._requests or number in self._kept
 
     # -- from the gateway ------------------------------------------------------------------------------------------
 
     def receive(self, frame: Frame, now_s: float) -> list[Frame]:
-        """Take in one frame about requests; returns what to answer."""
+        """Process one frame about requests. Returns the frames to send."""
         match frame:
             case Open():
                 return self._open(frame)
@@ -111,7 +111,7 @@ class Speculation:
         self.stats.num_too_long += is_too_long
         if is_full or is_too_long:
             return [Close(frame.request, CloseReason.DECLINED)]
-        self._kept.forget(frame.request)  # its sequence is this one's from now on
+        self._kept.forget(frame.request)  # the new request takes over its sequence
         sampling = sampling_of(frame.sampling)
         noise = Noise(sampling) if sampling is not None else None
         self._requests[frame.request] = DraftedRequest(frame.num_tokens, frame.credit, frame.max_draft, noise)
@@ -138,12 +138,12 @@ class Speculation:
         return self._propose(frame.request, request, now_s)
 
     def decline(self, number: int) -> list[Frame]:
-        """Give a request back: this edge cannot draft for it. Nothing goes on from what its sequence holds."""
+        """Decline a request that this edge cannot draft for. Its context is not reused."""
         self._kept.forget(number)
         return [Close(number, CloseReason.DECLINED)] if self._requests.pop(number, None) is not None else []
 
     def forget_kept(self) -> None:
-        """The cache is full: contexts of ended requests are the first to go."""
+        """Drop the contexts of ended requests, the first to go when the cache is full."""
         self._kept.clear()
 
     def _end(self, number: int) -> None:
@@ -173,14 +173,14 @@ class Speculation:
         if num_on_trunk < len(tokens):
             self.stats.rejected_tokens += max(0, num_sent - num_on_trunk)
             self.stats.branch_hits += len(foreseen) == len(tokens)
-        # More than one step decides were collected: they say nothing of how long a step takes.
+        # More tokens than one step decides are several steps' commits: they tell nothing about the time of a step.
         if request.committed_s is not None and len(tokens) <= request.max_draft + 1:
             self.pace.round_took(now_s - request.committed_s)
         request.committed_s = now_s
         self._watch_for_loss(request, num_on_trunk == len(tokens) < 1 + min(request.max_draft, num_sent), now_s)
 
     def _watch_for_loss(self, request: DraftedRequest, is_short: bool, now_s: float) -> None:
-        """Commits stay shorter than what was proposed would have given: the server seems not to have it."""
+        """Send the draft again if commits stay shorter than it should make them: the server seems not to have it."""
         if not is_short:
             request.num_short = 0
             return
@@ -195,7 +195,7 @@ class Speculation:
     # -- drafting --------------------------------------------------------------------------------------------------
 
     def next_pass(self) -> tuple[Job, ...]:
-        """The next forward pass: a job of the request that needs it most, and of those that share it; else none."""
+        """The jobs of the next forward pass: of the request that needs it most, and of those that share it; or none."""
         waiting = [
             Waiting(number, request, nodes)
             for number, request in self._requests.items()
@@ -208,7 +208,7 @@ class Speculation:
         return tuple(self._job(each.number, each.request, nodes) for each, nodes in chosen)
 
     def _runnable(self, request: DraftedRequest) -> list[Node] | None:
-        """The draft tokens that may run next, most probable first; empty: committed tokens are next; None: nothing."""
+        """The draft tokens that can run next, most probable first; empty: committed tokens are next; None: nothing."""
         tree = request.tree
         if request.running is not None or not tree.tokens:
             return None
@@ -240,14 +240,14 @@ class Speculation:
             parents = tree.enter(nodes)
             tokens = [node.token for node in nodes]
         else:
-            # A prompt goes through the model in chunks, so that other requests and commits get their turn between.
+            # A prompt runs in chunks, so that other requests and commits get their turn in between.
             tokens, parents = tree.enter_committed(self._prefill_chunk_tokens), []
         request.running = nodes
         request.turn = self._turn
         return Job(number, keep, moved, tuple(tokens), tuple(parents), width, source)
 
     def drafted(self, jobs: Sequence[Job], said: Sequence[Said], took_s: float, now_s: float) -> list[Frame]:
-        """A pass is done, after `took_s`; `said` holds what each job was told."""
+        """Process the result of a pass that took `took_s`: `said` has each job's candidates. Returns frames to send."""
         first = self._requests.get(jobs[0].request)
         is_of_committed = len(jobs) == 1 and (first is None or not first.running)
         if not is_of_committed:
@@ -274,7 +274,7 @@ class Speculation:
     # -- proposing -------------------------------------------------------------------------------------------------
 
     def _propose(self, number: int, request: DraftedRequest, now_s: float, is_due: bool = False) -> list[Frame]:
-        """What is to be said now: what is new on the trunk and beside it, or that there is nothing."""
+        """The proposal to send now, if any: new nodes on the trunk and branches, or an empty one if there are none."""
         tree = request.tree
         request.due_s = None
         if request.is_prefilling or not tree.tokens:
@@ -307,11 +307,11 @@ class Speculation:
 
     @property
     def due_s(self) -> float | None:
-        """When `poll` has something to say, if nothing happens until then."""
+        """The time at which `poll` has something to send if nothing happens before."""
         return min((request.due_s for request in self._requests.values() if request.due_s is not None), default=None)
 
     def poll(self, now_s: float) -> list[Frame]:
-        """What is to be said because its time has come."""
+        """The proposals whose deadline has come."""
         due = [item for item in self._requests.items() if item[1].due_s is not None and item[1].due_s <= now_s]
         return [frame for number, request in due for frame in self._propose(number, request, now_s, is_due=True)]
 

@@ -45,7 +45,7 @@ class Way:
 
 
 WAYS = {
-    "by default": Way(V2, "EdgeAsyncScheduler", "V2 model runner; scheduling is as vLLM has it"),
+    "by default": Way(V2, "EdgeAsyncScheduler", "V2 model runner; while drafts do not pay"),
     "synchronous": Way(V2, "EdgeScheduler", "V2 model runner", ("--no-async-scheduling",)),
     "two ranks": Way(V2, "EdgeAsyncScheduler", "V2 model runner", ("--data-parallel-size", "2")),
     "the first runner": Way(

@@ -58,8 +58,8 @@ def test_the_fastest_is_chosen_and_it_is_said_why() -> None:
     chosen = machine.fastest(machine.runtime(TRANSFORMERS, 0.02, 0.0), machine.runtime(INT8, 0.004, 0.001))
     assert chosen.description == INT8
     assert machine.said == [
-        "transformers on here: 12.5 ms a draft token.",
-        "int8 on here: 3.5 ms a draft token.",
+        "transformers on here: 12.5 ms per draft token.",
+        "int8 on here: 3.5 ms per draft token.",
         "Drafting on here, with the int8 runtime.",
     ]
 

@@ -101,7 +101,7 @@ def test_a_context_has_an_end(drafter: GgufDrafter) -> None:
     sequence = drafter.open()
     with pytest.raises(ValueError, match=r"4097 tokens do not fit a context of 4096"):
         sequence.append([1] * 4097, 1)
-    with pytest.raises(ValueError, match="by one token at least"):
+    with pytest.raises(ValueError, match="by at least one token"):
         sequence.append([], 1)
 
 

@@ -88,7 +88,7 @@ def test_acceptance_is_what_the_server_has_counted_unless_it_is_given(gateway: R
     found = look(gateway.url)
     assert not failed(found)
     [acceptance] = [check.text for check in found.checks if check.name == "acceptance"]
-    assert acceptance.startswith("0.89, of the edges that this server had")
+    assert acceptance.startswith("0.89, measured by this server")
     assert found.speeds[0].ratio > 1.5
     found = look(gateway.url, acceptance=0.01)
     assert not found.is_good

@@ -65,7 +65,7 @@ def test_an_endpoint_outlives_its_draft_model_and_nothing_else(caplog: pytest.Lo
 
     asyncio.run(run())
     assert [record.getMessage() for record in caplog.records] == [
-        "It fails: start again. Until then requests are passed on, and nobody drafts for them."
+        "It fails: start again. Until then requests are forwarded without drafts."
     ]
 
 

@@ -107,7 +107,7 @@ def test_an_edge_whose_cache_is_full_gives_its_requests_back(
     with edge_in_thread(EdgeClient(Gateway(gateway.url), FullDrafter(), "full")):
         engine.wait(lambda: engine.driver.num_edges == 1)
         engine.link.send(engine.driver.open("for nobody", [1, 2, 3], ""))
-        engine.wait(lambda: any("is given back" in record.message for record in caplog.records))
+        engine.wait(lambda: any("is declined" in record.message for record in caplog.records))
         engine.link.send(engine.driver.close("for nobody"))
         with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "other")):
             engine.wait(lambda: engine.driver.num_edges == 2)
@@ -153,8 +153,8 @@ def test_drafts_that_are_no_numbers_give_their_requests_back_in_one_line(
             engine.wait(lambda so_many=number: client.speculation.stats.num_failed == so_many)
             engine.link.send(engine.driver.close(f"sick {number}"))
         assert engine.generate("well", 20) > 0
-    said = [record for record in caplog.records if "is given back" in record.message]
-    assert [(record.exc_info, "no numbers" in record.message) for record in said] == [(False, True)]
+    said = [record for record in caplog.records if "is declined" in record.message]
+    assert [(record.exc_info, "not finite" in record.message) for record in said] == [(False, True)]
 
 
 def test_a_draft_model_that_does_nothing_any_more_ends_drafting_with_a_sentence(
@@ -188,7 +188,7 @@ def test_a_request_that_is_too_long_is_given_back_and_that_is_said_once(
         for number in range(2):
             engine.link.send(engine.driver.close(f"long {number}"))
     said = [record.message for record in caplog.records if "longer" in record.message]
-    assert said == ["Requests that are longer than this draft's context, 64 tokens, are given back"]
+    assert said == ["Requests that are longer than this draft's context (64 tokens) are declined"]
 
 
 def test_another_edge_takes_over_when_one_dies(gateway: Running, engine: Engine) -> None:
@@ -266,7 +266,7 @@ def test_a_rogue_is_closed_and_the_others_stay(gateway: Running, engine: Engine,
         ([3, 5], (1,), "do not add up"),
         ([3, 5], (1, 3), "do not add up"),
         ([3, 5], (4, 1), "do not add up"),
-        ([3, 5], (0, 2), "a token of their trunk in front"),
+        ([3, 5], (0, 2), "must start with a token of their trunk"),
     ],
 )
 def test_a_proposal_that_cannot_be_meant_never_reaches_the_engine(
@@ -570,7 +570,7 @@ def test_whoever_sends_too_many_bytes_is_closed(gateway: Running, engine: Engine
         finally:
             flooding.cancel()
 
-    with pytest.raises(UserError, match="KiB a second"):
+    with pytest.raises(UserError, match="KiB per second"):
         asyncio.run(run())
 
 

@@ -128,7 +128,7 @@ def test_a_path_that_cannot_name_an_edge_is_said_once(pair: Pair, caplog: pytest
         for path in ("systemone", "systemone", "embeddings", "messages/count_tokens", "completions"):
             pair.passed_on(f"/v1/{path}", b"{}")
     assert [record.getMessage() for record in caplog.records if record.name == "edge_client"] == [
-        "Requests to /v1/systemone cannot be kept private: edges of others may draft for them"
+        "Requests to /v1/systemone cannot be kept private: other edges may draft for them"
     ]
 
 

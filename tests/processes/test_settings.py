@@ -38,7 +38,7 @@ def test_a_tilde_is_the_home_folder() -> None:
         ({"connect": {"port": 1}}, r"In edge.toml, \[connect\], there is no option port"),
         ({"serve": {"max_requests": 1}}, r"In edge.toml, \[serve\], there is no option max_requests"),
         ({"fly": {}}, r"there is no command \[fly\]: tables are connect, serve"),
-        ({"api-key": "x"}, "put it into a file of its own, and name that as api_key_file"),
+        ({"api-key": "x"}, "put it into its own file, and set api_key_file to that file"),
         ({"serve": {"token": "x"}}, "token would be a secret in the clear"),
     ],
 )

@@ -200,7 +200,7 @@ def test_doctor_says_that_a_draft_of_another_tokenizer_is_translated(gateway: Ru
     assert check.text == (
         "The draft's vocabulary is not that of near: 1,968 of 50,136 tokens differ, such as "
         "'<|endoftext|>' (none there, id 0 here), 'A<br>?<|endoftext|>' (id 0 there, none here), 'A<br>?B' (id 50 "
-        "there, none here): its tokens are translated, and fewer are right than of a draft of the same family."
+        "there, none here): its tokens are translated, and fewer are accepted than with a draft of the same family."
     )
 
 
@@ -260,7 +260,7 @@ def test_a_draft_that_lacks_hardly_anything_drafts_and_says_what_differs(
         finally:
             engine.link.stop()
     assert said in caplog.text
-    assert "it drafts all the same" in caplog.text
+    assert "it drafts anyway" in caplog.text
     assert "Traceback" not in caplog.text
 
 
@@ -301,7 +301,7 @@ def test_a_draft_of_another_tokenizer_drafts_and_says_that_it_is_translated(
             assert "retokenized" in client.drafter.description
         finally:
             engine.link.stop()
-    assert "its tokens are translated, and fewer are right" in caplog.text
+    assert "its tokens are translated, and fewer are accepted" in caplog.text
 
 
 tokens = st.text(max_size=3) | st.sampled_from(["Ġ", "▁▁", "  ", "[PAD7]"])
@@ -365,7 +365,7 @@ def test_doctor_says_that_a_draft_fits_though_something_differs(tmp_path: Path) 
     assert check.text == (
         "The draft's vocabulary is not quite that of near: 3 of 49,154 tokens differ, namely "
         "'A<br>?new' (id 260 there, none here), 'Ġthe' (none there, id 260 here), '[NEW]' (id 49152 there, none here): "
-        "it drafts all the same, and is wrong where the target says what it does not have."
+        "it drafts anyway, and is wrong where the target generates a token that it lacks."
     )
 
 
@@ -414,7 +414,7 @@ def test_the_sentence() -> None:
     assert str(Mismatch("a\x1b[31mmodel", found[:-2], 151665)) == (
         "The draft's vocabulary is not quite that of a?[31mmodel: 2,516 of 151,665 tokens differ, such as "
         "'foo' (id 17 there, 20 here), 'bar' (id 18 there, none here), 'xxxxxxxxxxxxxxxxxxxxxxxx...' (none there, id 3 "
-        "here): it drafts all the same, and is wrong where the target says what it does not have."
+        "here): it drafts anyway, and is wrong where the target generates a token that it lacks."
     )
     found += [Difference("more than one of a hundred", 1, None)]
     assert str(Mismatch("a\x1b[31mmodel", found, 151665)) == (

@@ -232,7 +232,7 @@ def test_an_edge_drafts_through_a_proxy(
 # -- what is no gateway --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scheme", "said"), [("http", "it is no edge gateway"), ("https", "write http://")])
+@pytest.mark.parametrize(("scheme", "said"), [("http", "it is not an edge gateway"), ("https", "write http://")])
 def test_a_port_that_is_no_gateway_s_is_said(tmp_path: Path, scheme: str, said: str) -> None:
     with served(Toy()) as url:
         for command in (
@@ -269,7 +269,7 @@ def hanging_up(answer: bytes, is_reset: bool) -> Iterator[str]:
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n"])
 def test_whatever_hangs_up_is_said_alike(answer: bytes, is_reset: bool) -> None:
     hello = Hello(PROTOCOL_VERSION, "test", "near", "pool", "", 1)
-    with hanging_up(answer, is_reset) as url, pytest.raises(LinkError, match="it is no edge gateway"):
+    with hanging_up(answer, is_reset) as url, pytest.raises(LinkError, match="it is not an edge gateway"):
         asyncio.run(Link(Gateway(url), hello, on_frame=lambda frame: None).run())
 
 
@@ -304,7 +304,7 @@ def test_a_host_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("name", "ca_file", "lasts_days", "said"),
     [
-        ("localhost", "", 1, "its certificate is of an authority that is not trusted here; name that authority"),
+        ("localhost", "", 1, "its certificate is from an authority that is not trusted here; name that authority"),
         ("gpu.example.org", "ca.pem", 1, "its certificate is for another name"),
         ("localhost", "ca.pem", -1, "its certificate has expired"),
     ],

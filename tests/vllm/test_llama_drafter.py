@@ -96,7 +96,7 @@ def test_a_context_is_as_long_as_its_longest_branch(text: list[int]) -> None:
     sequence.keep(10, [10, 14])
     with pytest.raises(ValueError, match="13 tokens do not fit a context of 12"):
         sequence.append(text[:1], 1)
-    with pytest.raises(ValueError, match="by one token at least"):
+    with pytest.raises(ValueError, match="by at least one token"):
         sequence.append([], 1)
 
 

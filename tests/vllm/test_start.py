@@ -228,4 +228,4 @@ def test_an_unknown_draft_model_is_one_sentence() -> None:
     command = [str(BIN / "edge-client"), "connect", "http://127.0.0.1:1", "--draft", "/no/such/model"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
-    assert "edge-client: '/no/such/model' is no model directory" in result.stderr
+    assert "edge-client: '/no/such/model' is not a model directory" in result.stderr

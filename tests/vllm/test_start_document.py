@@ -104,9 +104,9 @@ def test_the_laptop_joins_and_its_drafts_are_accepted(served: tuple[Machine, Mac
 
 REFUSALS = [
     (f"https://{NAME}:8101", ["--ca-file", "cert.pem"], "nothing listens there"),
-    (f"http://{NAME}:8000", [], "it is no edge gateway"),
-    (f"http://{NAME}:8100", [], "it is no edge gateway"),
-    (f"https://{NAME}:8100", [], "its certificate is of an authority that is not trusted here"),
+    (f"http://{NAME}:8000", [], "it is not an edge gateway"),
+    (f"http://{NAME}:8100", [], "it is not an edge gateway"),
+    (f"https://{NAME}:8100", [], "its certificate is from an authority that is not trusted here"),
     ("https://192.0.2.7:8100", ["--ca-file", "cert.pem"], "its certificate is for another name"),
     (f"https://{NAME}:8100", ["--ca-file", "cert.pem"], "The gateway asks for a token"),
     (f"https://{NAME}:8100", ["--ca-file", "cert.pem", "--token-file", "wrong"], "The gateway refused this token"),

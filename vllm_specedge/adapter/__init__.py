@@ -1,1 +1,1 @@
-"""The one folder that knows vLLM. `docs/design.md` lists the hooks; `hooks.py` checks them when an engine starts."""
+"""The only folder that imports vLLM. `docs/design.md` lists the hooks; `hooks.py` checks them when an engine starts."""

@@ -1,4 +1,4 @@
-"""From `edge` to what stock vLLM understands, and what cannot work, said at start-up in one sentence each."""
+"""Rewriting of `edge` to arguments of stock vLLM, and start-up errors, in one sentence each, for what cannot work."""
 
 import atexit
 import logging
@@ -57,9 +57,9 @@ def _check_num_tokens(num_tokens: object) -> None:
 
 
 def rewrite(args: Any) -> bool:
-    """Turn an EngineArgs that asks for `edge` into one that stock vLLM builds; whether it asked for it (now or before).
+    """Rewrite an EngineArgs with `edge` to arguments of stock vLLM. Returns whether it had `edge`, now or before.
 
-    Idempotent: with several API servers vLLM does it again in every child.
+    Idempotent: with several API servers vLLM calls it again in every child process.
     """
     config = args.speculative_config
     if config == METHOD or getattr(args, "spec_method", None) == METHOD:
@@ -88,7 +88,7 @@ def rewrite(args: Any) -> bool:
 
 
 def why_v1(args: Any) -> str | None:
-    """Why a server stays on the V1 model runner, as far as that can be said before vLLM has looked at everything."""
+    """Why a server stays on the V1 model runner, as far as is known before vLLM has checked its configuration."""
     from vllm.triton_utils import HAS_TRITON
 
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
@@ -107,23 +107,23 @@ def is_v2(args: Any) -> bool:
 
 
 def _use_v2(args: Any) -> None:
-    """vLLM's V2 runner knows no custom proposer: a method of its own that needs no model takes us along."""
+    """Configure the V2 runner. It has no custom proposer, so we use one of vLLM's own methods that needs no model."""
     config = args.speculative_config
     config |= {"method": "ngram", "prompt_lookup_min": 3, "prompt_lookup_max": 3}
     num_tokens = args.spec_tokens or config["num_speculative_tokens"]
     lengths = sorted({num_tokens, (num_tokens + 1) // 2, 1, 0}, reverse=True)
-    # So that whole steps are captured as CUDA graphs for each of these numbers of drafts a request, and for none.
+    # So that vLLM captures full CUDA graphs for each of these numbers of draft tokens per request, and for none.
     if args.data_parallel_size == 1 and (args.max_num_seqs is None or args.max_num_seqs >= len(lengths)):
         ends = [*range(1, len(lengths)), _ANY_BATCH]
         config["num_speculative_tokens_per_batch_size"] = [
             (start, end, length) for start, end, length in zip(range(1, len(ends) + 1), ends, lengths, strict=True)
         ]
     args.scheduler_cls, args.worker_extension_cls = ASYNC_SCHEDULER, WORKER
-    logger.info("Edge drafting uses vLLM's V2 model runner; scheduling is as vLLM has it while drafts do not pay")
+    logger.info("Edge drafting uses vLLM's V2 model runner; while drafts do not pay, scheduling is vLLM's own")
 
 
 def use_v1(args: Any, reason: str) -> None:
-    """Verify on the V1 model runner, whose drafts come from a class of ours, and synchronously. Raises UserError."""
+    """Configure the V1 runner, with our proposer class and synchronous scheduling. Raises UserError."""
     if args.async_scheduling is True:
         raise UserError(
             f"Edge drafting needs synchronous scheduling here, because {reason}: leave --async-scheduling out."
@@ -146,19 +146,17 @@ def _check_args(args: Any, num_tokens: int | None) -> None:
         raise UserError("Give the number of draft tokens once: --spec-tokens or num_speculative_tokens.")
     _check_num_tokens(args.spec_tokens)
     if getattr(args, "spec_model", None):
-        raise UserError("Edge drafting takes no --spec-model: each edge chooses its own with --draft.")
+        raise UserError("Edge drafting takes no --spec-model: each edge chooses its own draft model with --draft.")
     if args.scheduler_cls not in (None, SCHEDULER, ASYNC_SCHEDULER):
         raise UserError("Edge drafting brings its own scheduler: leave --scheduler-cls out.")
     if args.pipeline_parallel_size > 1:
         raise UserError("Edge drafting does not work with pipeline parallelism: use --tensor-parallel-size instead.")
-    if (
-        args.distributed_executor_backend == "external_launcher"
-    ):  # every rank would have an engine, and edges of its own
+    if args.distributed_executor_backend == "external_launcher":  # every rank would have its own engine and edges
         raise UserError("Edge drafting does not work with external_launcher: leave --distributed-executor-backend out.")
 
 
 def _prepare(options: EdgeOptions) -> None:
-    """Once, in the front end's main process: choose the engines' socket, and say early if the port is taken."""
+    """In the API server's main process only: choose the engines' socket, and fail early if the port is taken."""
     if multiprocessing.parent_process() is not None:
         return
     note_start()
@@ -174,17 +172,17 @@ def _prepare(options: EdgeOptions) -> None:
 
 
 def _classes(options: EdgeOptions) -> RequestClasses:
-    """How the front tells classes of requests apart. Raises UserError."""
+    """The classes of requests, for the API processes. Raises UserError."""
     priorities = options.slo_priorities
     missing = hooks.problems(hooks.CLASSES) if options.slo_by != "priority" else []
     if missing:
-        raise UserError(f"This vLLM takes no priority from a header ({missing[0]}): leave slo_by out.")
+        raise UserError(f"This vLLM does not read a priority from a header ({missing[0]}): leave slo_by out.")
     keys = read_key_groups(Path(options.slo_keys_file), priorities) if options.slo_by == "key" else {}
     return RequestClasses(priorities, options.slo_by, options.slo_header, keys)
 
 
 def check_config(config: Any) -> None:
-    """Refuse what only the finished VllmConfig shows. Raises UserError."""
+    """Check what only the finished VllmConfig shows. Raises UserError."""
     import vllm
 
     model = config.model_config
@@ -192,7 +190,7 @@ def check_config(config: Any) -> None:
         raise UserError(f"--spec-tokens must be 1 to {MAX_SPEC_TOKENS}.")
     hybrids.check(config)
     if model.runner_type != "generate" or model.is_encoder_decoder or getattr(model, "is_diffusion", False):
-        raise UserError("Edge drafting works with models that generate text token by token only: serve without it.")
+        raise UserError("Edge drafting only works with models that generate text token by token: serve without it.")
     if config.lora_config is not None and vllm.__version__.startswith("0.32."):
         raise UserError("Edge drafting with LoRA needs vLLM 0.33: update vLLM or leave --enable-lora out.")
     if config.parallel_config.data_parallel_size > 1 and model.is_moe:
@@ -202,9 +200,9 @@ def check_config(config: Any) -> None:
 
 
 def unreached(config: Any) -> str | None:
-    """Why no edge drafts for the engines that this process starts, and what to do; None if some may.
+    """Why no edge can draft for the engines that this process starts, and what to do; None if edges can.
 
-    A server's gateway is started by its first data-parallel rank, and reached through a socket of that machine.
+    A server's gateway is started by its first data-parallel rank, and only reachable through a socket on that machine.
     """
     parallel, options = config.parallel_config, engine_options(config)
     if options.gateway or parallel.data_parallel_rank == 0 or parallel.node_rank_within_dp > 0:
@@ -212,6 +210,6 @@ def unreached(config: Any) -> str | None:
     return (
         f"Edges do not draft for the data-parallel ranks from {parallel.data_parallel_rank} on, which run here: the "
         "gateway is on the first rank's machine. Run 'vllm-specedge gateway --engines tcp://ADDRESS:8101 --insecure' "
-        "where all reach it, on a closed network, and give every machine "
+        "where all can reach it, on a closed network, and give every machine "
         """'"gateway": "tcp://ADDRESS:8101", "insecure": true'."""
     )

@@ -1,7 +1,7 @@
-"""What an engine tells its gateway of demand, refused requests included, and of its own capacity.
+"""An engine's reports to its gateway: demand, refused requests included, and its own capacity.
 
-Rule: what requests do is noted in the scheduler's thread; frames are made in the link's, once a second, from numbers
-that only grow and values that are replaced as a whole.
+Rule: requests are counted in the scheduler's thread. Frames are made in the link's thread, once per second, from
+numbers that only grow and values that are replaced as a whole.
 """
 
 import os
@@ -27,11 +27,11 @@ from vllm_specedge.wire.telemetry import DEMAND_COUNTERS, CountedSince, capacity
 LOOK_EVERY_S = 0.1
 RECKON_EVERY_S = 5.0
 STARTED_VARIABLE = "SPECEDGE_STARTED"
-"""When the server's first process began, on the machine's monotonic clock: set by the front end for its engines."""
+"""Start of the server's first process, on the machine's monotonic clock: set by the API server for its engines."""
 
 
 def note_start() -> None:
-    """In the server's first process."""
+    """Set STARTED_VARIABLE; to be called in the server's first process."""
     age_s = time.monotonic() - (psutil.Process().create_time() - psutil.boot_time())
     os.environ[STARTED_VARIABLE] = repr(time.monotonic() - max(0.0, age_s))
 
@@ -53,12 +53,13 @@ class DemandReport:
         self._capacity: Frame | None = None
         self._reckoned_s = 0.0
         self._waiting: dict[str, bool] = {}
-        """The requests that wait to run, and whether that was counted: at the second look at them."""
+        """The waiting requests, and whether each was counted as deferred, which happens at the second look."""
         self._looked_s = 0.0
         self._refused = [0] * len(self._names)
         parallel = vllm_config.parallel_config
         self._sharing = (parallel.data_parallel_rank_local or 0, max(1, parallel.data_parallel_size_local))
-        """The engines of one machine have one front: each counts its part of what that refused."""
+        """Local rank and number of engines on this machine. They share one count of refused requests, and each counts
+        its part of it."""
         self._places = _shared_places()
         started = os.environ.get(STARTED_VARIABLE)
         self._start_s = time.monotonic() - float(started) if started else 0.0
@@ -72,7 +73,7 @@ class DemandReport:
         self.demand.ended(self._class_of(request), request.num_prompt_tokens, request.num_output_tokens)
 
     def look(self, scheduler: Any, now_s: float) -> None:
-        """After a step."""
+        """Update the report after a step, every LOOK_EVERY_S."""
         if now_s - self._looked_s < LOOK_EVERY_S:
             return
         self._looked_s = now_s
@@ -113,7 +114,7 @@ class DemandReport:
     # -- the link's thread -----------------------------------------------------------------------------------------
 
     def frames(self, num_welcomes: int) -> list[Frame]:
-        """`num_welcomes`: as CountedSince has it."""
+        """The frames for the gateway. `num_welcomes`: as in CountedSince."""
         said = [
             engine_frames.Demand(name, self._counted[name].values(self.demand.counters[name], num_welcomes))
             for name in self._names
@@ -124,7 +125,7 @@ class DemandReport:
         return [*said, self._capacity]
 
     def _reckoned(self) -> Frame:
-        """It takes about a millisecond of this process."""
+        """The Capacity frame. Computing it takes this process about a millisecond."""
         cost, mix = self._driver.cost, self.demand.mix
         drafts: EdgeDrafts = self._drafts if self._driver.num_edges else NO_DRAFTS
         plain = capacity_tokens_per_s(cost, mix, self._limits)

@@ -1,4 +1,4 @@
-"""Drafting for one of vLLM's schedulers: what is done before a step, while it is computed, after it, and in between."""
+"""Drafting for one of vLLM's schedulers: the work before a step, while it is computed, after it, and in between."""
 
 import time
 from collections import deque
@@ -41,7 +41,7 @@ _WITHOUT_DRAFTS = (Treatment.ALONE, Treatment.UNDRAFTED)
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What runs beside the scheduler's thread, and is stopped with it."""
+    """Threads and processes that run next to the scheduler's thread, and are stopped with it."""
 
     predictions: Predictions
     link: EngineLink | None
@@ -57,14 +57,14 @@ class Services:
 
 @dataclass(slots=True)
 class _Ending:
-    """A step whose outcome vLLM takes in."""
+    """A step whose outcome vLLM is processing."""
 
     plan: StepPlan
     started_s: float
     verified: Mapping[str, Sequence[int]]
-    """Draft tokens by request."""
+    """Verified draft tokens by request."""
     over: set[str] = field(default_factory=set)
-    """The requests that ended in it so far."""
+    """Requests that have ended in it so far."""
 
     def num_verified(self, request_id: str) -> int:
         return len(self.verified.get(request_id, ()))
@@ -74,12 +74,12 @@ class _Ending:
             RequestOutcome(request_id, num_tokens, self.num_verified(request_id), request_id in self.over)
             for request_id, num_tokens in num_scheduled_tokens.items()
         ]
-        # A failed transfer of a cache may end requests that were in no step.
+        # A failed KV transfer may end requests that were in no step.
         return outcomes + [RequestOutcome(each, 0, 0, True) for each in self.over - num_scheduled_tokens.keys()]
 
 
 class Drafting:
-    """Makes a StepDriver and vLLM's scheduler one. Its methods are called in the scheduler's thread, under the lock."""
+    """Connects a StepDriver with vLLM's scheduler. Its methods are called in the scheduler's thread, under the lock."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Drafting:
         demand: DemandReport | None = None,
         noise: int | None = None,
     ) -> None:
-        """`noise`: the kind that edges are told of, with how a request is sampled and its seed."""
+        """`noise`: the kind of noise sent to edges, together with a request's sampling parameters and seed."""
         self.shared = shared
         self.driver = shared.driver
         self._scheduler = scheduler
@@ -107,18 +107,18 @@ class Drafting:
         self._demand = demand
         self._noise = noise
         self._alone: set[str] = set()
-        """Requests beside which nothing may be verified."""
+        """Requests during which nothing may be verified."""
         self._started: deque[tuple[StepPlan, float]] = deque()
-        """The steps that are under way, and when each began."""
+        """Running steps, with the start time of each."""
         self._ending: _Ending | None = None
-        """The step whose outcome vLLM takes in just now."""
+        """The step whose outcome vLLM is processing now."""
         self._ended_s = 0.0
-        """When the last step ended."""
+        """End of the last step."""
         self._stepping = Stepping()
         self._loop: StepLoop | None = None
-        """Of an engine whose steps may be asynchronous; None: all wait for their outcome."""
+        """The loop of an engine whose steps may be asynchronous; None: all steps are synchronous."""
 
-    # -- how steps follow each other -------------------------------------------------------------------------------
+    # -- synchronous and asynchronous steps ------------------------------------------------------------------------
 
     def _follow(self) -> None:
         """Decide from now on whether the engine's steps are synchronous, if it has a choice."""
@@ -132,16 +132,16 @@ class Drafting:
 
     @property
     def is_draining(self) -> bool:
-        """Nothing is to be scheduled before the step that is under way has ended."""
+        """Whether nothing must be scheduled before the running step has ended."""
         return self._loop is not None and self._loop.is_draining
 
     def stop(self) -> None:
-        """Nothing is drafted from now on, and all steps are asynchronous where they can be."""
+        """Stop drafting; from now on all steps are asynchronous if the engine can."""
         self._stepping = Stepping()
         self.shared.stop()
 
     def _as_stepped(self, plan: StepPlan) -> StepPlan:
-        """What of a plan the step can do that begins now: one that is not waited for cannot verify."""
+        """The part of a plan that the step beginning now can carry out: an asynchronous step cannot verify."""
         if self._loop is None:
             return plan
         self._stepping.planned(not plan.is_plain, self.driver.speedups.gain_of_waiting)
@@ -150,7 +150,7 @@ class Drafting:
     # -- before a step ---------------------------------------------------------------------------------------------
 
     def start_step(self) -> StepPlan:
-        """What the step verifies that begins now, and whom it leaves out."""
+        """Plan and start the step that begins now: what it verifies, and which requests it leaves out."""
         started_s = time.monotonic()
         self.shared.unpark()
         plan = self._as_stepped(self.shared.planned(self._plan))
@@ -180,9 +180,9 @@ class Drafting:
         return self.driver.begin(rows, time.monotonic(), load)
 
     def _all_held(self, plan: StepPlan) -> StepPlan:
-        """A step in which nothing would run.
+        """Handle a step in which nothing would run.
 
-        An engine inside of the caller's process (LLM without multiprocessing) has no loop that could sleep: wait here.
+        An engine in the caller's process (LLM without multiprocessing) has no loop that could sleep, so wait here.
         """
         while not self._engine.has_loop and plan.wait_until_s is not None and self.shared.wait(plan.wait_until_s):
             self.driver.start(plan)
@@ -193,19 +193,19 @@ class Drafting:
     # -- while it is computed, and after ---------------------------------------------------------------------------
 
     def computing(self) -> None:
-        """The workers have been given their step: what need not be done between two steps is done now."""
+        """Do work that need not be done between two steps, while the workers compute."""
         self.driver.learn()
 
     def ending_step(self, verified: Mapping[str, Sequence[int]]) -> None:
-        """vLLM takes in what the oldest step decided, which verified these drafts; requests may end in it."""
+        """vLLM begins to process the oldest step's outcome, which verified these drafts; requests may end in it."""
         self._ending = _Ending(*self._started.popleft(), verified)
 
     def end_step(self, num_scheduled_tokens: Mapping[str, int]) -> None:
-        """It has."""
+        """vLLM has processed the outcome."""
         ending, self._ending = self._ending, None
         assert ending is not None
         self.shared.changed()
-        self.shared.take_in()  # what came during the step was proposed before its tokens were known
+        self.shared.take_in()  # proposals that arrived during the step do not know its tokens
         outcomes = ending.outcomes(num_scheduled_tokens)
         if not outcomes:
             return
@@ -229,7 +229,7 @@ class Drafting:
                 self._spans.stepped(request, outcome.num_verified, started_s)
 
     def _look_up(self) -> None:
-        """What vLLM's n-gram lookup finds for what comes next; the plan decides what is verified."""
+        """Run vLLM's n-gram lookup for the next step, if due; the plan decides what is verified."""
         if self._ngrams is None or not self.driver.is_lookup_due:
             return
         started_s, found = time.monotonic(), {}
@@ -243,12 +243,12 @@ class Drafting:
     # -- requests --------------------------------------------------------------------------------------------------
 
     def added(self, request: Request) -> None:
-        """vLLM has taken a request in."""
-        self._follow()  # the engine is complete now
+        """vLLM has added a request."""
+        self._follow()  # the engine is complete by now
         self.shared.changed()
         parameters = request.sampling_params
         has_ids = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.mm_features
-        # The end of a streaming-input session comes as another Request of the same id.
+        # The end of a streaming-input session arrives as another Request with the same id.
         is_new = self._scheduler.requests.get(request.request_id) is request
         if parameters is None:
             return
@@ -265,7 +265,7 @@ class Drafting:
             self._ngrams.open(request.request_id)
         if self._spans is not None:
             self._spans.open(request)
-        # Without edges no generator is drawn from that plain vLLM would not draw from.
+        # Without edges, draw from no generator that plain vLLM would not draw from.
         sampling = seed(request, self._noise) if self._noise and self.driver.num_edges else ()
         session = session if is_text(session) else ""
         self.shared.send(self.driver.open(request.request_id, request.all_token_ids, session, sampling))
@@ -274,7 +274,7 @@ class Drafting:
             self._predictions.submit(request.request_id, predicted)
 
     def freed(self, request: Request) -> None:
-        """vLLM lets go of a request: in a step that ends, or because it was aborted."""
+        """vLLM frees a request: at the end of a step, or because it was aborted."""
         request_id, ending = request.request_id, self._ending
         self.shared.changed()
         self._alone.discard(request_id)
@@ -296,10 +296,10 @@ class Drafting:
     # -- waiting ---------------------------------------------------------------------------------------------------
 
     def park(self) -> bool:
-        """Whether there is nothing to do but wait for drafts; if so, the link wakes the engine in time.
+        """Whether the only thing to do is to wait for drafts; if so, the link wakes the engine in time.
 
-        False from this method while the engine is marked as parked is harmless: it runs a step. True must mean that a
-        wake-up is certain, and that vLLM has nothing of its own to do (see docs/design.md, "Parking").
+        Returning False while the engine is marked as parked is harmless: it runs a step. True must mean that a wake-up
+        is certain, and that vLLM has no work of its own (see docs/design.md, "Parking").
         """
         scheduler, engine = self._scheduler, self._engine
         if not engine.has_loop or not self.driver.num_edges or not scheduler.running:
@@ -315,17 +315,17 @@ class Drafting:
         if plan.wait_until_s is None:
             return False
         self._carry_out(plan)
-        self.shared.changed()  # time goes by
+        self.shared.changed()  # the plan ages while the engine sleeps
         return self.shared.park(plan.wait_until_s)
 
 
 def start_drafting(scheduler: Any, engine: EngineHandle) -> tuple[Drafting, Services]:
-    """All that a scheduler needs for it; without a gateway where none can be started, which a line says."""
+    """Set up drafting for a scheduler; without a gateway, and with a log line, if none can be started."""
     config = scheduler.vllm_config
     options = engine_options(config)
     num_spec_tokens, max_model_len = scheduler.num_spec_tokens, scheduler.max_model_len
     lookup = (options.prompt_lookup_min, options.prompt_lookup_max, max_model_len)
-    # It compiles while the profile waits for the workers.
+    # The lookup compiles while the profile waits for the workers.
     ngrams = NgramLookup(num_spec_tokens, *lookup) if options.ngram else None
     cost = StepCost(engine.step_profile(scheduler.max_num_scheduled_tokens))
     vocab_size = config.model_config.get_vocab_size()

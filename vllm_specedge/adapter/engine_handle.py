@@ -1,4 +1,4 @@
-"""The EngineCore around a scheduler, to which vLLM gives a scheduler no reference: all that is asked of it."""
+"""A handle of the EngineCore that owns a scheduler, since vLLM gives its schedulers no reference to it."""
 
 import logging
 import sys
@@ -14,11 +14,11 @@ logger = logging.getLogger("vllm.specedge.engine")
 
 _FRAMES = 12
 LIMIT_S = 0.6
-"""No further size is profiled after this long; a large one on a CPU takes about as long again."""
+"""Time after which no further size is profiled; a large one on a CPU takes about as long again."""
 
 
 class EngineHandle:
-    """An EngineCore, or none: then nothing can be profiled, and nobody parks."""
+    """A handle of an EngineCore, or of none: then nothing can be profiled, and the engine never parks."""
 
     def __init__(self, core: Any) -> None:
         self._core = core
@@ -29,33 +29,33 @@ class EngineHandle:
         return hasattr(self._core, "input_queue")
 
     def is_running(self) -> bool:
-        """Whether its loop is not about to end."""
+        """Whether its loop goes on."""
         return bool(self._core.is_running())
 
     def wake(self) -> None:
-        """Make its loop look again. Any thread may call this."""
+        """Make its loop check for work again. Any thread may call this."""
         self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     @property
     def num_in_flight(self) -> int:
-        """Steps that are scheduled and whose outcome is not taken in."""
+        """Scheduled steps whose outcome is not processed yet."""
         return len(getattr(self._core, "batch_queue", None) or ())
 
     def replace_step(self, make_step: Callable[[Any], Callable[[], Any]]) -> bool:
-        """Have each of the engine's steps made by what `make_step` returns for it; whether the engine can."""
+        """Replace the engine's step function by the one that `make_step` returns. False: the engine cannot."""
         if not hasattr(self._core, "step_fn") or getattr(self._core, "batch_queue", None) is None:
             return False
         self._core.step_fn = make_step(self._core)
         return True
 
     def skip_draft_poll(self) -> None:
-        """Workers draft nothing here, and asking them after a step costs a round trip, for all to wait."""
+        """Do not ask workers for drafts after a step: they have none, and all would wait for the round trip."""
         if self._core is not None:
             self._core.check_for_draft_tokens = False
 
     def step_profile(self, max_tokens: int) -> dict[int, float] | None:
-        """Seconds of a forward pass by its number of tokens, or None if it cannot be tried here: what the cost model
-        begins with (policy/step_cost.py)."""
+        """Measured seconds of a forward pass by its number of tokens, the cost model's prior (policy/step_cost.py);
+        None if that is not possible here."""
         if self._core is None:
             return None
         seconds: dict[int, float] = {}
@@ -65,10 +65,10 @@ class EngineHandle:
             for size in [size for size in PROFILED if size <= max_tokens]:
                 if time.monotonic() - started_s < LIMIT_S:
                     seconds[size] = self._time_pass(size)
-            for size in list(seconds):  # again, and the shorter time counts: others may be starting on this machine
+            for size in list(seconds):  # twice, and the shorter time counts: other processes may be starting
                 seconds[size] = min(seconds[size], self._time_pass(size))
         except Exception:
-            logger.exception("Steps are not profiled; what they cost is learnt while serving")
+            logger.exception("Steps are not profiled; their cost is learnt while serving")
         return seconds or None
 
     def _time_pass(self, size: int) -> float:
@@ -76,7 +76,7 @@ class EngineHandle:
 
 
 def time_pass(worker: Any, size: int) -> float:
-    """Seconds of a forward pass of `size` tokens, with the vocabulary's projection of all; runs on every worker."""
+    """Seconds of a forward pass of `size` tokens, with the logits of all of them; runs on every worker."""
     import torch
 
     runner = worker.model_runner
@@ -91,7 +91,7 @@ def time_pass(worker: Any, size: int) -> float:
 
 
 def find_engine() -> EngineHandle:
-    """The engine that is building the scheduler which calls this: a few frames up (v1/engine/core.py, __init__)."""
+    """The engine that is constructing the calling scheduler, a few stack frames up (v1/engine/core.py, __init__)."""
     for depth in range(1, _FRAMES):
         try:
             owner = sys._getframe(depth).f_locals.get("self")

@@ -1,4 +1,4 @@
-"""Every vLLM name that this package relies on, checked when an engine starts: a missing one turns off what needs it."""
+"""All vLLM names that this package relies on, checked when an engine starts: a missing one turns off what needs it."""
 
 import importlib
 import inspect
@@ -18,13 +18,13 @@ class Hook:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one part of this package needs."""
+    """The vLLM names that one part of this package needs."""
 
     without: str
-    """What is lost without it."""
+    """The effect if any is missing."""
     hooks: tuple[Hook, ...]
     sources: tuple[tuple[str, str], ...] = ()
-    """Functions that must still mention a name: where vLLM offers an attribute rather than a method to rely on."""
+    """Functions whose source must mention a name, for attributes, which cannot be checked otherwise."""
 
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -111,7 +111,7 @@ PARTS = {
         (),
         (("vllm.v1.worker.worker_base:WorkerWrapperBase.init_device", "init_worker_extension"),),
     ),
-    # Importing it loads numba: half a second, 65 MB.
+    # Importing this loads numba: half a second, 65 MB.
     NGRAMS: Part(
         "No n-gram drafts",
         (
@@ -292,13 +292,13 @@ def _problem(hook: Hook) -> str | None:
 
 def _source_problem(path: str, name: str) -> str | None:
     try:
-        return None if name in inspect.getsource(_resolve(path)) else f"{path} knows no {name}"  # type: ignore[arg-type]
+        return None if name in inspect.getsource(_resolve(path)) else f"{path} lacks {name}"  # type: ignore[arg-type]
     except (ImportError, AttributeError, OSError, TypeError):
         return f"{path} is missing"
 
 
 def problems(*parts: str) -> list[str]:
-    """What stands between these parts and the vLLM that is installed; empty when nothing does."""
+    """The hooks of these parts that the installed vLLM lacks; empty if none."""
     found: list[str | None] = []
     for part in (PARTS[name] for name in parts):
         found += map(_problem, part.hooks)
@@ -307,7 +307,7 @@ def problems(*parts: str) -> list[str]:
 
 
 def version_problem() -> str | None:
-    """What stands against the vLLM that is installed, if it was never tried."""
+    """A sentence if the installed vLLM is of an untested version; else None."""
     import vllm
 
     if vllm.__version__.startswith(TESTED_VERSIONS):
@@ -316,13 +316,13 @@ def version_problem() -> str | None:
 
 
 def drafting_problems(runner: str) -> list[str]:
-    """Why an engine on this runner (V1 or V2) serves without drafts; empty when it need not."""
+    """Why an engine on this runner (V1 or V2) serves without drafts; empty if it does not."""
     untried = version_problem()
     return problems(DRAFTING, runner) + ([untried] if untried else [])
 
 
 def report(print_line: Callable[[str], None]) -> list[str]:
-    """Check, and say so a line each; returns what keeps edges from being used at all."""
+    """Check all hooks and print one line per problem. Returns the problems that prevent any use of edges."""
     import vllm
 
     print_line(f"vLLM {vllm.__version__}")

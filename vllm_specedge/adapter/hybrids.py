@@ -1,7 +1,7 @@
-"""Models that keep a state beside attention: which of them can be verified, where, and what has to be set for it.
+"""Hybrid models, which have layers with a state: which of them can be verified, where, and with which settings.
 
-vLLM keeps a state for each draft position, and goes on from that of the last accepted token. docs/design.md, "Models
-with a state", has which state a step reads and where that was wrong.
+vLLM keeps a state for each draft position, and continues from that of the last accepted token. docs/design.md, "Models
+with a state", describes which state a step reads and where that was wrong.
 """
 
 import logging
@@ -20,13 +20,14 @@ GATED_DELTA_NETS = {
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
 }
-"""The architectures whose layers vLLM's CPU backend verifies drafts with."""
+"""Architectures whose drafts vLLM's CPU backend can verify."""
 WITHOUT_DRAFT_STATES = {"JambaForCausalLM", "JambaForSequenceClassification"}
-"""Whose layers, Mamba-1, keep no state for each draft position in vLLM (v1/attention/backends/mamba1_attn.py)."""
+"""Architectures with Mamba-1 layers, which keep no state per draft position in vLLM
+(v1/attention/backends/mamba1_attn.py)."""
 
 
 def check(config: Any) -> None:
-    """Raises UserError for a model whose drafts cannot be verified, or have not been."""
+    """Raises UserError for a model whose drafts cannot be verified, or for which that is untested."""
     from vllm.platforms import current_platform
 
     model = config.model_config
@@ -49,8 +50,8 @@ def check(config: Any) -> None:
         logger.warning("Edge drafting with %s is untested on GPUs: compare its answers before you rely on them", kind)
     else:
         raise UserError(
-            f"Edge drafting with {kind} has not been tried on GPUs, where states of linear attention go another way "
-            'than on CPUs: serve without it, or try it with "hybrid": true.'
+            f"Edge drafting with {kind} has not been tried on GPUs, where states of linear attention are handled "
+            'differently than on CPUs: serve without it, or try it with "hybrid": true.'
         )
 
 
@@ -65,10 +66,11 @@ def _check_on_cpu(config: Any, kind: str) -> None:
 
 
 def drop_prefix_caching(args: Any, config: Any, is_asked: bool) -> bool:
-    """Turn off what vLLM's CPU backend cannot do beside speculation with such a model; whether anything was.
+    """Turn off prefix caching if vLLM's CPU backend cannot combine it with speculation for this model. Returns whether
+    it was turned off.
 
-    It keeps states at block borders by Triton kernels that have no other implementation. Raises UserError where the
-    user asked for it.
+    Prefix caching stores states at block borders with Triton kernels that have no other implementation. Raises
+    UserError if the user asked for it.
     """
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
@@ -78,7 +80,7 @@ def drop_prefix_caching(args: Any, config: Any, is_asked: bool) -> bool:
         return False
     if is_asked:
         raise UserError(
-            "Edge drafting works with this model on CPUs without prefix caching only, which needs Triton there: "
+            "Edge drafting works with this model on CPUs only without prefix caching, which needs Triton there: "
             "leave --enable-prefix-caching out."
         )
     args.enable_prefix_caching = False

@@ -1,4 +1,4 @@
-"""What an engine tells the front of its load, where there are targets for latency (frontend/admission.py, slo.py)."""
+"""An engine's load report for the API processes, if there are latency targets (frontend/admission.py, slo.py)."""
 
 import os
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from vllm_specedge.policy.step_cost import StepCost
 
 EVERY_S = 0.1
 LOWEST_PRIORITY = 1 << 31
-"""Requests of the default class, where they may have any priority, are thought to come after all that have a class."""
+"""Assumed priority of the default class where its requests may have any: below all other classes."""
 
 
 class LoadReport:
-    """Writes now and then how many more requests of each class would get what they are to get."""
+    """Writes, every EVERY_S at most, how many more requests of each class would meet their targets."""
 
     def __init__(self, vllm_config: Any, options: EdgeOptions, demand: DemandReport) -> None:
         rank = vllm_config.parallel_config.data_parallel_index

@@ -1,4 +1,4 @@
-"""What the policy is told of vLLM's scheduler: who could decode in the next step, and what else there is to do."""
+"""The policy's view of vLLM's scheduler: requests that could decode in the next step, and the other work."""
 
 from math import inf
 from typing import Any
@@ -11,14 +11,14 @@ from vllm_specedge.policy.slo import Targets
 
 
 def look(scheduler: Any, targets: Targets, drafted: set[str] | None) -> tuple[list[Row], Load]:
-    """Rows for the requests of `drafted`; None: for all that decode.
+    """Rows for the requests in `drafted`, or if None, for all that decode; and the rest of the load.
 
-    Where few have a draft only those are rows, for a row costs microseconds and there may be hundreds of requests.
+    If few requests have a draft, only those become rows, as a row costs microseconds and there may be hundreds.
     """
     is_scarce = _is_scarce(scheduler)
     rows, prefill, context, num_others, step_limit_s = [], 0, 0, 0, inf
     for request in scheduler.running:
-        # Tokens of a step that is under way are not known yet, and count as computed (AsyncScheduler).
+        # Tokens of a running step are not known yet, and count as computed (AsyncScheduler).
         num_in_flight = request.num_output_placeholders
         num_left = request.num_tokens + num_in_flight - request.num_computed_tokens
         if request.status != RequestStatus.RUNNING or num_left != 1:
@@ -42,12 +42,12 @@ def look(scheduler: Any, targets: Targets, drafted: set[str] | None) -> tuple[li
 
 
 def num_waiting(scheduler: Any) -> int:
-    """Requests that are not admitted yet, in whichever queue of vLLM's."""
+    """Requests that are not admitted yet, in any of vLLM's queues."""
     return len(scheduler.waiting) + len(scheduler.kv_holding_waiting) + len(scheduler.deferred_waiting)
 
 
 def _is_scarce(scheduler: Any) -> bool:
-    """Not every request can get a block of the cache for its next token and one for its draft."""
+    """Whether the cache lacks free blocks for the next token and the draft of every running request."""
     num_free: int = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     num_groups: int = len(scheduler.kv_cache_config.kv_cache_groups)
     return num_free < 2 * num_groups * len(scheduler.running)

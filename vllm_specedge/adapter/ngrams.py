@@ -1,7 +1,7 @@
-"""vLLM's own n-gram lookup, in the engine's process: what followed the last tokens where they stood before.
+"""vLLM's own n-gram lookup, in the engine's process: the tokens that followed the last n-gram earlier in the request.
 
-vLLM's `ngram` method runs it in a worker, and the engine fetches what was found: a round trip between processes, 2.5 ms
-on the test machine, where the lookup itself takes 4 microseconds for 1,000 tokens.
+vLLM's `ngram` method runs it in a worker, and the engine fetches the result: a round trip between processes, 2.5 ms on
+the test machine, while the lookup itself takes 4 microseconds for 1,000 tokens.
 """
 
 import threading
@@ -18,19 +18,19 @@ logger = init_logger("vllm.specedge.ngrams")
 
 
 class NgramLookup:
-    """Drafts for requests by what they have said before. Used from one thread."""
+    """N-gram drafts for requests. Used from one thread."""
 
     def __init__(self, num_tokens: int, shortest: int, longest: int, max_model_len: int) -> None:
-        """At most `num_tokens` tokens, behind a match of `shortest` to `longest` tokens."""
+        """Drafts have at most `num_tokens` tokens, behind a match of `shortest` to `longest` tokens."""
         self._num_tokens = num_tokens
         self._window = (shortest, longest, max_model_len)
         self._contexts: dict[str, array[int]] = {}
         self._find: Any = None
-        # Not a daemon: a process that ends while numba compiles waits for it rather than crash in it.
+        # Not a daemon: a process that ends while numba compiles must wait for it, or it would crash.
         threading.Thread(target=self._compile, name="specedge-ngram").start()
 
     def _compile(self) -> None:
-        """numba loads, and compiles at the first call, a second; until then there are no drafts."""
+        """Load numba and compile by a first call, which takes a second; until then there are no drafts."""
         problems = hooks.problems(hooks.NGRAMS)
         if problems:
             logger.warning("Serving without n-gram drafts: %s", "; ".join(problems))
@@ -51,11 +51,11 @@ class NgramLookup:
         self._contexts.pop(request_id, None)
 
     def propose(self, request_id: str, tokens: Sequence[int]) -> list[int]:
-        """What may follow; `tokens` has grown since the last call, if it is another. Empty for who is not open."""
+        """The draft for a request; empty if the request is not open. `tokens` only grows from call to call."""
         context = self._contexts.get(request_id)
         if context is None or self._find is None:
             return []
         context.extend(tokens[len(context) :])
-        # The view goes with this call: an array that is looked at cannot grow.
+        # The view must not outlive this call: an array with a view cannot grow.
         found: list[int] = self._find(np.frombuffer(context, np.int32), *self._window, self._num_tokens).tolist()
         return found

@@ -1,7 +1,7 @@
-"""What vLLM's verification makes of each request parameter, and what is done about those that it does not know.
+"""How vLLM's verification handles each request parameter, and what is done about those that it does not support.
 
 Read field by field: vllm.SamplingParams against v1/sample/rejection_sampler.py and v1/worker/gpu_model_runner.py, 0.32
-and 0.33. Tested field by field on the real engine: tests/vllm/test_parameters.py. docs/upstream.md has the faults.
+and 0.33. Tested field by field on the real engine: tests/vllm/test_parameters.py. docs/upstream.md lists the faults.
 """
 
 from enum import Enum
@@ -12,14 +12,14 @@ from typing import Any
 class Treatment(Enum):
     """How a request that sets a parameter is served."""
 
-    DRAFTED = "vLLM verifies drafts under it, or it does not concern sampling"
-    MENDED = "vLLM does not know it when it verifies drafts; verification.py does"
+    DRAFTED = "vLLM supports it when it verifies drafts, or it does not concern sampling"
+    MENDED = "vLLM does not support it when it verifies drafts; verification.py does"
     UNDRAFTED = "the request gets no drafts and is not held, but shares its steps with requests that do"
-    ALONE = "besides, nothing is verified in any step while the request is there"
+    ALONE = "in addition, nothing is verified in any step while the request is there"
 
 
 _UNDRAFTED = {
-    # The state that forces the end of thinking starts anew when a request leaves the batch, as held ones do.
+    # The state that forces the end of thinking restarts when a request leaves the batch, as held ones do.
     "thinking_token_budget": Treatment.UNDRAFTED,
 }
 _ALONE = {
@@ -42,7 +42,7 @@ _CHOOSING = (
     "logprobs",
     "flat_logprobs",
 )
-"""Known to the rejection sampler for each draft token."""
+"""Parameters that the rejection sampler supports for each draft token."""
 _NOT_CHOOSING = (
     "prompt_logprobs",
     "prompt_logprob_token_ids",
@@ -64,21 +64,21 @@ _NOT_CHOOSING = (
     "routed_experts_prompt_start",
     "skip_clone",
 )
-"""Of prompts; of the end of an answer, which the scheduler looks for token by token; of its text."""
+"""Parameters of prompts, of the end of an answer (which the scheduler checks token by token), and of its text."""
 _REFUSED = (
     "trace_decode_token_ids",
     "watermarking",
 )
-"""By vLLM's front end beside speculation, or on this runner."""
+"""Parameters that vLLM's front end refuses with speculation, or on this runner."""
 _DRAFTED = dict.fromkeys((*_CHOOSING, *_NOT_CHOOSING, *_REFUSED), Treatment.DRAFTED)
 TREATMENTS: dict[str, Treatment] = {**_DRAFTED, **_MENDED, **_UNDRAFTED, **_ALONE}
 _DERIVED = ("output_text_buffer_length",)
-"""Set by vLLM, from other fields."""
+"""Fields that vLLM sets from other fields."""
 
 
 def treatment(parameters: Any) -> Treatment:
-    """How a request with these SamplingParams is served. One that sets a parameter which is not in the table, a newer
-    vLLM's say, is served alone: nothing is known of it."""
+    """How a request with these SamplingParams is served. A request with a parameter that is not in the table, for
+    instance of a newer vLLM, is served alone, since nothing is known about it."""
     kind: type = type(parameters)
     for name, default, how in _careful(kind):
         value = getattr(parameters, name)
@@ -88,14 +88,14 @@ def treatment(parameters: Any) -> Treatment:
 
 
 def unknown_parameters(kind: type) -> list[str]:
-    """The fields of vLLM's SamplingParams that the table does not have."""
+    """The fields of vLLM's SamplingParams that are not in the table."""
     fields: tuple[str, ...] = getattr(kind, "__struct_fields__", ())
     return [name for name in fields if name not in TREATMENTS and name not in _DERIVED and not name.startswith("_")]
 
 
 @cache
 def _careful(kind: type) -> tuple[tuple[str, object, Treatment], ...]:
-    """Name, default and treatment of the fields that ask for care, those of requests that are served alone first."""
+    """Name, default and treatment of the fields that need care, those of requests that are served alone first."""
     fields = {**_ALONE, **dict.fromkeys(unknown_parameters(kind), Treatment.ALONE), **_UNDRAFTED}
     default = kind()
     return tuple((name, getattr(default, name), how) for name, how in fields.items() if hasattr(default, name))

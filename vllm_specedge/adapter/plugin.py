@@ -1,9 +1,9 @@
 """The entry point `vllm.general_plugins`: makes `--speculative-config edge` mean this package.
 
-vLLM calls `register` in every process, before it parses its command line (engine/arg_utils.py, add_cli_args). Two
-functions of the front end are wrapped and nothing else; engines and workers get our classes by their dotted names.
-Whoever loads plugins before that module is there (`vllm.plugins.load_general_plugins`) has it wrapped when it is
-imported; it is not imported for it, which would take each worker a second.
+vLLM calls `register` in every process, before it parses its command line (engine/arg_utils.py, add_cli_args). Only two
+functions of the front end are wrapped; engines and workers get our classes by their dotted names. If plugins are loaded
+before that module (`vllm.plugins.load_general_plugins`), it is wrapped when it is imported. It is not imported for this
+purpose, which would take each worker a second.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ARG_UTILS = "vllm.engine.arg_utils"
 
 
 def register() -> None:
-    """Wrap the front end's argument parsing, once. Cheap, and nothing is started."""
+    """Wrap the front end's argument parsing, once. This is cheap and starts nothing."""
     arg_utils = sys.modules.get(ARG_UTILS)
     if arg_utils is not None:
         _wrap(getattr(arg_utils, "EngineArgs", None))
@@ -45,7 +45,7 @@ def register() -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds one module as the other finders do, and has it wrapped as soon as it is there."""
+    """Finds one module through the other finders, and wraps it as soon as it is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -103,7 +103,7 @@ def _warn_if_unreached(config: Any) -> None:
 
 
 def _finish(config: Any) -> None:
-    """What follows from the runner and the scheduling that vLLM has chosen."""
+    """Complete the config according to the runner and the scheduling that vLLM has chosen."""
     from vllm_specedge.adapter.worker import verification
 
     verification.admit(config.speculative_config, V2 if config.use_v2_model_runner else V1)

@@ -1,4 +1,4 @@
-"""Predicted outputs on their way to the scheduler: text becomes token ids on a thread of its own; no step waits."""
+"""Predicted outputs on their way to the scheduler: text is tokenized on a separate thread, so that no step waits."""
 
 import threading
 from collections import deque
@@ -12,11 +12,11 @@ logger = init_logger("vllm.specedge.predictions")
 
 MAX_TEXT_CHARS = 1 << 20
 MAX_WAITING = 64
-"""Predictions that are being read at a time; more are left out, and their requests go on without."""
+"""Maximum predictions waiting to be tokenized; more are ignored, and their requests run without."""
 
 
 class Predictions:
-    """What users predicted of their requests' answers, as text or token ids."""
+    """Users' predicted outputs, given as text or token ids."""
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
         """`tokenizer`: None if the server has none; then only token ids can be predicted."""
@@ -25,10 +25,10 @@ class Predictions:
         self._thread = ThreadPoolExecutor(1, "specedge-prediction")
         self._num_waiting = threading.Semaphore(MAX_WAITING)
         self.read: deque[tuple[str, Sequence[int]]] = deque()
-        """By request; an empty one could not be used."""
+        """Tokens by request; empty if the prediction was not usable."""
 
     def submit(self, request_id: str, said: object) -> None:
-        """What came under KEY, whatever it is."""
+        """Submit the value that came under KEY, of any type."""
         if self._num_waiting.acquire(blocking=False):
             self._thread.submit(self._read, request_id, said)
         else:
@@ -37,8 +37,8 @@ class Predictions:
     def _read(self, request_id: str, said: object) -> None:
         try:
             self.read.append((request_id, self._tokens(said)))
-        except Exception:  # the outermost edge of this task
-            logger.exception("A predicted output could not be read; its request goes on without")
+        except Exception:  # outermost level of this task
+            logger.exception("A predicted output could not be read; its request runs without")
             self.read.append((request_id, ()))
         finally:
             self._num_waiting.release()

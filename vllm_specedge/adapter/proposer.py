@@ -1,4 +1,4 @@
-"""The worker extension that takes the local proposer's place in vLLM's worker."""
+"""The proposer that replaces a local draft model in vLLM's worker."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ from vllm_specedge.adapter.worker import (
 
 
 class EdgeProposer:
-    """Drafts nothing: the scheduler has the drafts, of edges and of the n-gram lookup (ngrams.py).
+    """Drafts nothing: the scheduler has the drafts, from edges and from the n-gram lookup (ngrams.py).
 
-    vLLM builds it by path (method "custom_class", v1/spec_decode/custom_class_proposer.py) and calls `propose` after
-    every step. With it the worker is one that verifies drafts.
+    vLLM constructs it by its path (method "custom_class", v1/spec_decode/custom_class_proposer.py) and calls `propose`
+    after every step. Its presence makes the worker verify drafts.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -31,10 +31,10 @@ class EdgeProposer:
         verification.mend()
 
     def propose(self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
-        """One list of draft tokens a batch row: none."""
+        """An empty list of draft tokens for each batch row."""
         del args, kwargs
         return [[] for _ in sampled_token_ids]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """The CPU worker calls this without asking (v1/worker/cpu_model_runner.py); there is no model."""
+        """The CPU worker calls this unconditionally (v1/worker/cpu_model_runner.py); there is no model."""
         del args, kwargs

@@ -1,6 +1,6 @@
-"""What vLLM writes of a request in its logs, without what is nobody's business there: sessions and predicted texts.
+"""Redaction of sessions and predicted texts in vLLM's logs.
 
-Both travel in a request's extra arguments, which vLLM shows with `--enable-log-requests`, and when its engine dies.
+Both are in a request's extra arguments, which vLLM logs with `--enable-log-requests`, and when its engine dies.
 """
 
 import logging
@@ -8,11 +8,11 @@ import re
 from contextlib import suppress
 
 LOGGERS = ("vllm.entrypoints.serve.utils.request_logger", "vllm.entrypoints.logger", "vllm.logging_utils.dump_input")
-"""Of requests, in this release of vLLM and in others, and of what an engine was at when it died."""
+"""Loggers of requests, in this release of vLLM and in others, and of an engine's last input when it died."""
 HIDDEN = "..."
 _QUOTED = r"""'(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)"""
 _OURS = re.compile(rf"""(?P<name>(['"])specedge(?:_prediction)?\2: ?)(?:{_QUOTED}|\[[^\]]*(?:\]|\Z))""", re.DOTALL)
-"""As Python and JSON write it: a text or token ids; the end may be cut off."""
+"""Our arguments as Python and JSON write them: a text or token ids; the end may be cut off."""
 
 
 def hidden(text: str) -> str:
@@ -22,7 +22,7 @@ def hidden(text: str) -> str:
 
 class _HidesOurs(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        # What cannot be formatted is the handler's to report; nothing here may raise into whoever logs.
+        # The handler reports records that cannot be formatted; nothing here may raise into the logging code.
         with suppress(Exception):
             text = record.getMessage()
             if "specedge" in text:
@@ -31,7 +31,7 @@ class _HidesOurs(logging.Filter):
 
 
 def hide_ours() -> None:
-    """From now on, in this process; again is harmless."""
+    """Redact logs of this process from now on; calling it again is harmless."""
     for name in LOGGERS:
         logger = logging.getLogger(name)
         if not any(isinstance(each, _HidesOurs) for each in logger.filters):

@@ -1,7 +1,7 @@
-"""vLLM's scheduler with drafts from the network: attaches them, holds requests for them, publishes what was decided.
+"""vLLM's scheduler with drafts from the network: it attaches them, holds requests for them, and publishes commits.
 
 Rule 1: vLLM's own scheduler does all scheduling; this one adds draft tokens before a step and reads tokens after it.
-Rule 2: nothing here may raise into the engine. Whatever goes wrong in drafting turns drafting off, with a log line.
+Rule 2: nothing here may raise into the engine. Any error in drafting turns drafting off, with a log line.
 """
 
 from collections.abc import Callable
@@ -28,13 +28,13 @@ class EdgeScheduler(Scheduler):
     """`--scheduler-cls vllm_specedge.adapter.scheduler.EdgeScheduler`; `--speculative-config edge` sets it."""
 
     num_spec_tokens: int
-    """vLLM's."""
+    """vLLM's attribute."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._engine = find_engine()
         self._drafting: Drafting | None = None
-        """None: this is a plain scheduler."""
+        """None: drafting is off, and this is a plain scheduler."""
         self._services: Services | None = None
         hide_ours()
         problems = hooks.drafting_problems(hooks.V2 if self.vllm_config.use_v2_model_runner else hooks.V1)
@@ -45,7 +45,7 @@ class EdgeScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._do(lambda drafting: self._attach(drafting.start_step()))
-        # At 0 the waiting loop pads no request with -1 drafts, which vLLM's CPU kernels take for tokens.
+        # At 0, vLLM's loop over waiting requests pads none with drafts of -1, which its CPU kernels take for tokens.
         num_spec_tokens, self.num_spec_tokens = self.num_spec_tokens, 0
         try:
             return super().schedule(*args, **kwargs)
@@ -53,7 +53,7 @@ class EdgeScheduler(Scheduler):
             self.num_spec_tokens = num_spec_tokens
 
     def get_grammar_bitmask(self, scheduler_output: Any) -> Any:
-        """Called when the workers have been given their step."""
+        """vLLM calls this once the workers have their step."""
         grammar = super().get_grammar_bitmask(scheduler_output)
         self._do(Drafting.computing)
         return grammar
@@ -63,11 +63,11 @@ class EdgeScheduler(Scheduler):
         self._do(lambda drafting: drafting.ending_step(verified))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._do(lambda drafting: drafting.end_step(scheduler_output.num_scheduled_tokens))
-        self._engine.skip_draft_poll()  # the engine looks at this next
+        self._engine.skip_draft_poll()  # the engine checks this next
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
-        """The workers' drafts: none."""
+        """Ignore the workers' drafts: they have none."""
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
@@ -96,14 +96,14 @@ class EdgeScheduler(Scheduler):
             super().update_draft_token_ids(DraftTokenIds(list(plan.drafts), list(plan.drafts.values())))
 
     def _do(self, act: Callable[[Drafting], _T]) -> _T | None:
-        """The outermost edge of drafting. None where it is off, or fails, which turns it off."""
+        """Run a part of drafting. Returns None if drafting is off, or if it fails, which turns it off."""
         drafting = self._drafting
         if drafting is None:
             return None
         try:
             return drafting.shared.locked(lambda: act(drafting))
         except Exception:
-            logger.exception("Drafting failed and is off; serving goes on without it")
+            logger.exception("Drafting failed and is off; serving continues without it")
             self._drafting = None
             drafting.stop()
             for request in self.running:
@@ -113,15 +113,15 @@ class EdgeScheduler(Scheduler):
 
 
 class EdgeAsyncScheduler(EdgeScheduler, AsyncScheduler):
-    """The same for an engine that schedules a step while the one before is computed."""
+    """The same for an engine that schedules a step while the previous one is computed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._max_draft = self.num_spec_tokens
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
-        scheduler_output.num_spec_tokens_to_schedule = self._max_draft  # with fewer, workers blank the others
+        scheduler_output.num_spec_tokens_to_schedule = self._max_draft  # with fewer, workers clear the others
         super()._update_after_schedule(scheduler_output)
         for request_id in scheduler_output.num_scheduled_tokens:
-            # Placeholders for drafts that workers make themselves. Here they make none.
+            # These are placeholders for drafts by the workers themselves, which make none here.
             self.requests[request_id].spec_token_ids = []

@@ -1,4 +1,4 @@
-"""Seeds of sampled requests: the edge that drafts for one is told its seed, and so guesses with the target's noise."""
+"""Seeds of sampled requests, which are sent to their edges so that these draft with the target's noise."""
 
 from secrets import randbits
 from typing import Any
@@ -11,11 +11,11 @@ from vllm_specedge.adapter.worker.coupling import SEED_KEY
 from vllm_specedge.wire.sampling import MURMUR, SPLITMIX, Sampling
 
 _LEAST_TEMPERATURE, _GREATEST_TEMPERATURE = 0.01, 10.0
-"""What is cooler is as good as greedy; what is hotter no draft follows."""
+"""Below the first, sampling is as good as greedy; above the second, no draft can follow."""
 
 
 def noise_kind(vllm_config: Any) -> int | None:
-    """The kind of noise that this server's workers draw; None: one that edges cannot compute."""
+    """The kind of noise of this server's workers; None: one that edges cannot compute."""
     model_config = vllm_config.model_config
     if vllm_config.use_v2_model_runner:
         is_other = model_config.use_fp64_gumbel or getattr(vllm_config, "watermark_config", None) is not None
@@ -24,9 +24,9 @@ def noise_kind(vllm_config: Any) -> int | None:
 
 
 def seed(request: Request, kind: int) -> tuple[int, ...]:
-    """How a request is sampled, as edges are told; nothing if it is greedy. One without a seed is given one.
+    """A request's sampling parameters for edges; empty if it is greedy. A request without a seed is given one.
 
-    To be called before the workers hear of the request.
+    To be called before the workers get the request.
     """
     parameters = request.sampling_params
     if parameters is None or not _LEAST_TEMPERATURE <= parameters.temperature <= _GREATEST_TEMPERATURE:
@@ -34,7 +34,7 @@ def seed(request: Request, kind: int) -> tuple[int, ...]:
     number = parameters.seed
     if number is None:
         number = randbits(63)
-        parameters = request.sampling_params = parameters.clone()  # the caller's may be those of other requests too
+        parameters = request.sampling_params = parameters.clone()  # other requests may share the caller's
         if kind == MURMUR:
             parameters.extra_args = {**(parameters.extra_args or {}), SEED_KEY: number}
         else:

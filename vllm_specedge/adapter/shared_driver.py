@@ -1,8 +1,8 @@
-"""A step driver that two threads share, the scheduler's and the link's; and an engine that sleeps until one wakes it.
+"""A step driver shared by the scheduler's and the link's threads, and the parking of the engine.
 
-Rule 1: the driver belongs to whoever holds the lock. The link's thread takes proposals in while the scheduler's waits
-for the workers, and never waits for the lock: else the scheduler's thread would have to, between two steps.
-Rule 2: while every request waits for a draft the engine's loop sleeps ("parked"), and is woken by the link.
+Rule 1: only the thread that holds the lock uses the driver. The link's thread processes proposals while the scheduler's
+waits for the workers. It never waits for the lock: else the scheduler's thread would have to, between two steps.
+Rule 2: while every request waits for a draft, the engine's loop sleeps ("parked") until the link wakes it.
 """
 
 import threading
@@ -34,24 +34,24 @@ class SharedDriver:
         self._is_parked = self._was_parked = False
         self._is_over = False
         self._failure: Exception | None = None
-        """Of the link's thread; raised where the scheduler's next uses the driver."""
+        """Error in the link's thread, raised when the scheduler's thread next uses the driver."""
         self._plan: StepPlan | None = None
-        """What was planned, while it still holds: the engine asks several times whether there is something to do."""
+        """The plan, while it is valid: the engine asks several times whether there is something to do."""
         self._counted = CountedSince()
         self.more_stats: Callable[[int], list[Frame]] = lambda num_welcomes: []
-        """What else the gateway is told, by how many times the engine was welcomed."""
+        """Returns further frames for the gateway, given how many times the engine was welcomed."""
 
     # -- the scheduler's thread ------------------------------------------------------------------------------------
 
     def locked(self, act: Callable[[], _T]) -> _T:
-        """Do what uses the driver. Raises what failed in the link's thread since."""
+        """Run `act`, which uses the driver, under the lock. Raises an error of the link's thread, if there was one."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure
             return act()
 
     def stop(self) -> None:
-        """Nothing is drafted from now on."""
+        """Stop drafting."""
         self._is_over, self._is_parked = True, False
         if self.link is not None:
             self.link.stop()
@@ -64,11 +64,11 @@ class SharedDriver:
         return self._plan
 
     def changed(self) -> None:
-        """What was planned holds no more."""
+        """Invalidate the plan."""
         self._plan = None
 
     def take_in(self) -> None:
-        """Give the driver what has come."""
+        """Pass received frames to the driver."""
         if self.link is None:
             return
         inbox = self.link.inbox
@@ -82,32 +82,32 @@ class SharedDriver:
             self.send(self.driver.receive(frame, arrived_s))
 
     def send(self, frames: list[Frame]) -> None:
-        """To the gateway, if there is one."""
+        """Send frames to the gateway, if there is one."""
         if frames and self.link is not None:
             self.link.send(frames)
 
     def park(self, until_s: float) -> bool:
-        """Whether the engine's loop may sleep: it is certain to be woken, at `until_s` at the latest."""
+        """Whether the engine's loop may sleep: it will certainly be woken, at `until_s` at the latest."""
         assert self.link is not None
-        # Set before the timer is set and the inbox looked at: the link looks at the flag after both.
+        # The flag is set before the timer is set and the inbox checked; the link checks the flag after both.
         self._is_parked = self._was_parked = True
         if not self.link.wake_at(until_s) or self.link.inbox:
             self._is_parked = self._was_parked = False
         return self._is_parked
 
     def unpark(self) -> None:
-        """The engine's loop runs."""
+        """Note that the engine's loop runs."""
         self._is_parked = False
 
     def wait(self, until_s: float) -> bool:
-        """Wait a little for something to come, for an engine without a loop that could sleep; False: it is late."""
+        """Wait a little for frames, for an engine without a loop that could sleep. False: none came."""
         left_s = until_s - time.monotonic()
         return left_s > 0 and self._arrived.wait(min(left_s, _BLOCK_S))
 
     # -- the link's thread -----------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """There are frames in the inbox, or it is time."""
+        """Called when there are frames in the inbox, or at the time given to `wake_at`."""
         if not self._is_parked:
             self._take_in_early()
         self._arrived.set()
@@ -127,7 +127,7 @@ class SharedDriver:
             self._lock.release()
 
     def stats(self) -> list[Frame]:
-        """What the gateway is told every second."""
+        """The frames to send to the gateway every second."""
         num_welcomes = self.link.num_welcomes if self.link is not None else 1
         return [
             Stats(self._counted.values(self.driver.counters, num_welcomes)),

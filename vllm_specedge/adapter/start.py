@@ -1,4 +1,4 @@
-"""What an engine starts: its link to a gateway, and the gateway itself unless one runs already."""
+"""Start of an engine's link to a gateway, and of the gateway itself unless one already runs."""
 
 import logging
 import os
@@ -21,17 +21,18 @@ from vllm_specedge.wire.vocabulary import pack_vocabulary
 logger = logging.getLogger("vllm.specedge.start")
 
 ENDPOINT_VARIABLE = "SPECEDGE_ENDPOINT"
-"""Where the engines of one `vllm serve` meet their gateway; set by the front end, inherited by its engines."""
+"""The endpoint between the engines of one `vllm serve` and their gateway; set by the API server, inherited by engines.
+"""
 
 
-SHORT_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - a new directory of this user's alone is made there
-"""Where a socket is made if the directory for temporary files has too long a name."""
+SHORT_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - a private new directory is made there
+"""Directories for the socket if the path of the temporary directory is too long."""
 
 
 def new_endpoint() -> str:
-    """A socket that only this user can reach, with a path that a system takes. Raises UserError."""
+    """A socket that only this user can access, with a path of allowed length. Raises UserError."""
     for directory in (tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR"), *SHORT_DIRECTORIES):
-        # As long as mkdtemp's name, of eight letters.
+        # As long as the names that mkdtemp makes, with eight random letters.
         if directory and len(os.fsencode(Path(directory) / "specedge-12345678" / "engines")) <= MAX_SOCKET_PATH_BYTES:
             with suppress(OSError):
                 return f"ipc://{Path(tempfile.mkdtemp(prefix='specedge-', dir=directory)) / 'engines'}"
@@ -39,7 +40,7 @@ def new_endpoint() -> str:
 
 
 def engine_options(vllm_config: Any) -> EdgeOptions:
-    """Our options, as the front end put them into additional_config; the defaults if it put none."""
+    """Our options in additional_config, where the front end puts them; the defaults if there are none."""
     values = (vllm_config.additional_config or {}).get("specedge", {})
     return parse_options(values)
 

@@ -1,7 +1,7 @@
 """A span for each request in vLLM's own traces (`--otlp-traces-endpoint`), from the engine's process.
 
-vLLM's span of a request is made in the front end, which knows nothing of drafts. This one has the same parent, where
-the client sent one, and names the request.
+vLLM makes its own span of a request in the front end, which knows nothing about drafts. This one has the same parent,
+if the client sent one, and names the request.
 """
 
 import time
@@ -18,7 +18,7 @@ SPAN_NAME = "specedge_request"
 
 
 class RequestSpans:
-    """Those of the requests that are under way."""
+    """The spans of the running requests."""
 
     def __init__(self) -> None:
         self._spans: dict[str, RequestSpan] = {}
@@ -27,7 +27,7 @@ class RequestSpans:
         self._spans[request.request_id] = RequestSpan(time.monotonic(), request.num_tokens)
 
     def held(self, request_id: str) -> None:
-        """It is left out of the coming step."""
+        """The request is left out of the next step."""
         span = self._spans.get(request_id)
         if span is not None:
             span.is_held = True
@@ -39,7 +39,7 @@ class RequestSpans:
             span.step(request.num_tokens, num_verified, started_s, time.monotonic())
 
     def close(self, request: Any) -> None:
-        """The request is over: say what became of it."""
+        """The request has ended: write its span."""
         from vllm.tracing import extract_trace_context, instrument_manual
 
         span = self._spans.pop(request.request_id, None)
@@ -54,7 +54,7 @@ class RequestSpans:
 
 
 def request_spans(vllm_config: Any) -> RequestSpans | None:
-    """None where nobody asked for traces, or they cannot be made."""
+    """The spans; None if traces are not requested or cannot be made."""
     if vllm_config.observability_config.otlp_traces_endpoint is None:
         return None
     problems = hooks.problems(hooks.TRACING)

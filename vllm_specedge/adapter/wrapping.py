@@ -1,4 +1,4 @@
-"""Putting our own function around one of vLLM's, once a process."""
+"""Wrapping of vLLM's functions, once per process."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -8,7 +8,7 @@ _MARK = "_wrapped_by_specedge"
 
 
 def wrap(owner: Any, name: str, wrapped_by: Callable[[Any], Any]) -> None:
-    """Replace `owner.name` by `wrapped_by(owner.name)`; nothing happens where that was done before."""
+    """Replace `owner.name` by `wrapped_by(owner.name)`, unless that was done before."""
     original = getattr(owner, name)
     if getattr(original, _MARK, None) is wrapped_by:
         return

@@ -1,13 +1,13 @@
-"""The drafting of one engine, step by step: what the next step verifies, and what came of it. Pure.
+"""The drafting of one engine, step by step: what the next step verifies, and its outcome. Pure.
 
-Whoever runs steps drives this: vLLM's scheduler (`adapter/`), the simulation, the tests, the benchmarks.
+The code that runs steps drives this: vLLM's scheduler (`adapter/`), the simulation, the tests, the benchmarks.
 
-    plan = driver.begin(rows, now_s, load)      a choice; may be asked any number of times for one step
-    driver.start(plan)                          it is carried out: a step begins with it, or all wait
+    plan = driver.begin(rows, now_s, load)      a query; may be called any number of times for one step
+    driver.start(plan)                          the plan is carried out: a step begins with it, or all wait
     driver.learn()                              if there is time while the step is computed; else `end` does it
     frames = driver.end(plan, outcomes, step)   the step is done; a request that ended in it is an outcome like others
 
-`open`, `close` and `receive` may come at any time between; frames that are returned go to the gateway.
+`open`, `close` and `receive` may be called at any time in between; returned frames are for the gateway.
 
 Rule 1: nothing here can change a token. A draft is offered for exactly the tokens the request has, or not at all.
 """
@@ -37,7 +37,7 @@ NOTHING_ELSE = Load()
 
 
 class StepDriver:
-    """The live requests of one engine, their proposal trees and what is learned from their steps."""
+    """The live requests of one engine, their proposal trees, and what it learns from their steps."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class StepDriver:
         cost: StepCost,
         acceptance_of: Callable[[EdgeRecord], Acceptance] = lambda record: Acceptance(record.acceptance),
     ) -> None:
-        """`cost`: what is known of it so far. `acceptance_of`: what is expected of an edge's drafts for a request."""
+        """`cost`: the cost model so far. `acceptance_of`: the expected acceptance of an edge's drafts for a request."""
         self.counters: Counter[str] = Counter()
         self.cost = cost
         self._max_draft = max_draft
@@ -60,7 +60,7 @@ class StepDriver:
         self._suggested: set[str] = set()
         self._predicted: set[str] = set()
         self._row_s = 0.0
-        """What a token takes in a plain step like the last one."""
+        """Seconds per token in a plain step like the last one."""
         self._num_rows = 0
 
     def __len__(self) -> int:
@@ -73,27 +73,27 @@ class StepDriver:
 
     @property
     def edge_drafts(self) -> EdgeDrafts:
-        """What edges bring at present, for whatever load."""
+        """The present share of requests with edges, and the survivals of their drafts, for the capacity model."""
         return EdgeDrafts(self._ledger.drafted_share, self._ledger.acceptances.edge.survivals(self._max_draft))
 
     @property
     def locally_drafted(self) -> set[str]:
-        """Requests that have, or may have, a draft without any edge: a lookup's, or a predicted output."""
+        """Requests that may have a draft without an edge: from the n-gram lookup or a predicted output."""
         return self._suggested | self._predicted
 
     def take_groups(self) -> list[Group]:
-        """The steps done since this was asked last, or the last ones of them."""
+        """The steps done since the previous call, or the last ones of them."""
         groups = self.speedups.groups
         return [groups.popleft() for _ in range(len(groups))]  # another thread may add one meanwhile
 
     # -- requests and their drafts ---------------------------------------------------------------------------------
 
     def open(self, request_id: str, tokens: Sequence[int], session: str, sampling: tuple[int, ...] = ()) -> list[Frame]:
-        """A request was added; `tokens` is a live view of all its token ids, prompt first."""
+        """Add a request. `tokens`: a live view of all its token ids, prompt first."""
         return self._ledger.open(request_id, tokens, session, sampling)
 
     def close(self, request_id: str) -> list[Frame]:
-        """A request was aborted between two steps, or is not to be drafted for any more."""
+        """Remove a request that was aborted between two steps, or that must not be drafted for any more."""
         self.learn()
         self._predicted.discard(request_id)
         self._suggested.discard(request_id)
@@ -103,11 +103,11 @@ class StepDriver:
         return frames
 
     def receive(self, frame: Frame, now_s: float) -> list[Frame]:
-        """Take in one frame of the gateway's, or the Bye that says that it is gone; returns what to send back."""
+        """Process one frame of the gateway, or the Bye that tells that it is gone. Returns the frames to send back."""
         return self._ledger.receive(frame, now_s)
 
     def predict(self, request_id: str, tokens: Sequence[int]) -> None:
-        """What a request's user predicted of its answer; may come while it is answered. Nothing: it was no use."""
+        """Set a request's predicted output; it may arrive while the request runs. No tokens: it was not usable."""
         request = self._ledger.find(request_id)
         if request is None:
             return
@@ -120,11 +120,11 @@ class StepDriver:
 
     @property
     def is_lookup_due(self) -> bool:
-        """Whether to look up, after the step that ended, what was said before: for `suggest`."""
+        """Whether to run the n-gram lookup for `suggest` after the step that ended."""
         return self._ngram_budget.is_due(self._row_s, self._row_s * self._num_rows)
 
     def suggest(self, found: Mapping[str, Sequence[int]], took_s: float) -> None:
-        """What a lookup found to follow requests' tokens as they are now, by request id, and how long that took."""
+        """Set the drafts that a lookup found for the requests' present tokens, by request id, and the time it took."""
         for request_id, tokens in found.items():
             request = self._ledger.find(request_id)
             if request is not None:
@@ -135,9 +135,9 @@ class StepDriver:
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def begin(self, rows: Iterable[Row], now_s: float, load: Load = NOTHING_ELSE) -> StepPlan:
-        """What each row does next: verify a draft, wait for one, or decode plainly. Changes nothing.
+        """Plan what each row does next: verify a draft, wait for one, or decode plainly. Changes nothing.
 
-        A row that was never opened here decodes plainly, and is to be slowed no more than others that do.
+        A row that was never opened here decodes plainly, with the same limit on its slowdown as others that do.
         """
         choices, num_plain = {}, 0
         for row in rows:
@@ -168,7 +168,7 @@ class StepDriver:
             self._note_wait(choice, request_id in plan.holds, plan.made_s)
 
     def learn(self) -> None:
-        """What is left to learn of the last step."""
+        """Learn what is left from the last step."""
         self._learning.learn()
 
     def end(self, plan: StepPlan, outcomes: Sequence[RequestOutcome], step: Step) -> list[Frame]:
@@ -196,12 +196,12 @@ class StepDriver:
     # -- how a step begins -----------------------------------------------------------------------------------------
 
     def _note_wait(self, choice: Choice, is_held: bool, now_s: float) -> None:
-        """Whether a request begins to wait for its draft, or has waited in vain."""
+        """Note whether a request begins to wait for its draft, or has waited in vain."""
         request, edge = choice.request, choice.request.edge
         if is_held and request.held_since_s is None:
             request.held_since_s = now_s
         if edge is None or (choice.draft and choice.source is Source.EDGE):
-            return  # there is nobody to wait for, or the draft is there
+            return  # there is no edge to wait for, or the draft is there
         length = request.tree.length
         if is_held and choice.candidate.awaited is not None:
             self.counters["holds"] += edge.awaited_at != length
@@ -219,7 +219,7 @@ class StepDriver:
     # -- how a step ends -------------------------------------------------------------------------------------------
 
     def _note_step(self, plan: StepPlan, outcomes: Sequence[RequestOutcome], step: Step) -> None:
-        """What the step took, whatever it decided."""
+        """Record the step's time and size, regardless of its tokens."""
         took_s = step.ended_s - step.started_s
         self.counters["engine_steps"] += 1
         self.counters["waited_steps"] += plan.has_gap
@@ -227,7 +227,7 @@ class StepDriver:
         num_tokens = sum(outcome.num_tokens for outcome in outcomes)
         num_requests = sum(outcome.num_tokens > 0 for outcome in outcomes)
         num_verified = sum(outcome.num_verified for outcome in outcomes)
-        # A request that decodes has one token and its draft; what has others is a prompt.
+        # A decoding request has one token and its draft; any other number is a prompt.
         prefilled = sum(each.num_tokens for each in outcomes if each.num_tokens != 1 + each.num_verified)
         self.cost.observe(num_requests, num_tokens, plan.context, took_s, prefilled, num_verified > 0, plan.has_gap)
         plain_step_s = self.cost(plan.num_rows, plan.num_rows, plan.context) if plan.num_rows else 0.0
@@ -236,7 +236,7 @@ class StepDriver:
         self.speedups.stepped(step.started_s, step.ended_s, plan.num_rows, plain_step_s, plan.has_gap)
 
     def _commit_plain(self, request: DraftedRequest, ended_s: float) -> list[Frame]:
-        """The same where there was no draft and is nobody to send one, as on a server without edges."""
+        """`_commit` for a request with no draft and no edge, as on a server without edges."""
         num_decided = len(request.tokens) - request.tree.length
         request.tree.skip(num_decided)
         self.speedups.committed(request, num_decided, ended_s)
@@ -246,7 +246,7 @@ class StepDriver:
         return self._ledger.publish(request, ended_s)
 
     def _commit(self, request: DraftedRequest, outcome: RequestOutcome, plan: StepPlan, ended_s: float) -> list[Frame]:
-        """Tokens of a request were decided. Only what the next plan cannot do without is done at once."""
+        """Process a request's decided tokens. Only what the next plan needs is done at once, the rest later."""
         tree, edge, num_verified = request.tree, request.edge, outcome.num_verified
         if edge is None and not num_verified and request.is_without_drafts:
             return self._commit_plain(request, ended_s)
@@ -255,7 +255,7 @@ class StepDriver:
         source, is_refused = plan.verdict(outcome.request_id)
         num_ahead, draft = tree.num_ahead, tree.chain(max(len(decided), num_verified + 1))
         predicted: Sequence[int] = ()
-        if request.prediction is not None:  # what had been predicted instead
+        if request.prediction is not None:  # the draft that it had for these positions
             predicted = request.prediction.draft(max(self._max_draft, len(decided)))
             request.prediction.advance(decided)
         done = tree.advance(decided)

@@ -1,8 +1,8 @@
-"""The engine's end of the line to the gateway: one thread that encodes, sends, receives, decodes, appends and wakes; no
+"""The engine's end of the link to the gateway: one thread that encodes, sends, receives, decodes, appends and wakes; no
 decisions.
 
-Others call `send` and `wake_at`, one at a time, and read `inbox`; all else runs in the link's own thread. So that what
-takes time runs while the scheduler's thread waits for the workers.
+Other threads call `send` and `wake_at`, one at a time, and read `inbox`. All else runs in the link's own thread, so
+that it runs while the scheduler's thread waits for the workers.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ logger = logging.getLogger("vllm_specedge.engine.gateway_link")
 
 _BEAT_S = 1.0
 _LOST_S = 15.0
-"""A gateway that is gone is noticed at once, by its socket; this is for one that hangs, or gets no time to run."""
+"""Silence after which a gateway counts as lost, as it hangs or gets no time to run. A dead one shows at its socket."""
 _UNANSWERED_S = 60.0
 _MAX_RECEIVED = 256
 _MAX_INBOX = 65_536
-"""Frames that wait for the scheduler; more are dropped, oldest first. A step takes in all that there are."""
+"""Maximum frames waiting for the scheduler, which takes all at each step; more are dropped, oldest first."""
 _MAX_OUTBOX = 4_096
-"""Sends that wait for this thread, as a step makes one; more are dropped, oldest first."""
+"""Maximum sends waiting for this thread, one per step; more are dropped, oldest first."""
 
 
 class _Order(Enum):
@@ -42,11 +42,11 @@ class _Order(Enum):
 
 
 class EngineLink(threading.Thread):
-    """Connects to the gateway at `endpoint`, again and again, and introduces this engine as `hello`.
+    """Connects and reconnects to the gateway at `endpoint`, and introduces this engine with `hello`.
 
-    `inbox` holds what came, with the time.monotonic() of arrival; a Bye in it says that the gateway was lost. `wake` is
-    called from this thread after something was appended, and when the time given to `wake_at` has come. What `stats`
-    returns is sent every second, and of `vocabulary`, packed, whatever the gateway asks for.
+    `inbox` holds received frames with the time.monotonic() of arrival; a Bye in it means that the gateway was lost.
+    `wake` is called from this thread after something was appended, and at the time given to `wake_at`. The frames that
+    `stats` returns are sent every second, and the parts of the packed `vocabulary` that the gateway requests.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class EngineLink(threading.Thread):
         self._wake = wake
         self._stats = stats
         self._vocabulary = vocabulary
-        # The process's own context: one of ours would block whoever drops it while a socket is open.
+        # The process-wide context: dropping a context of our own would block while a socket is open.
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._gateway = context.socket(zmq.DEALER)
         self._gateway.setsockopt(zmq.LINGER, 0)
-        # Nothing is kept for a gateway that is away: it is told afresh when it is back.
+        # Nothing is queued for a gateway that is away: it gets everything anew when it is back.
         self._gateway.setsockopt(zmq.IMMEDIATE, 1)
         self._events = self._gateway.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._gateway.connect(endpoint)
@@ -78,11 +78,11 @@ class EngineLink(threading.Thread):
         self._remote.setsockopt(zmq.LINGER, 0)
         self._remote.connect(f"inproc://specedge-{id(self)}")
         self.num_welcomes = 0
-        """By gateways, so far: the same one after an interruption, or another one."""
+        """Welcomes so far, by the same gateway after an interruption or by another one."""
         self._is_welcome = False
         self._endpoint = endpoint
         self._unanswered_s = time.monotonic() + _UNANSWERED_S
-        """When that is said, once."""
+        """Time at which a missing gateway is logged, once."""
         self._refusal = ""
         self._heard_s = time.monotonic()
         self._wake_at_s: float | None = None
@@ -90,9 +90,9 @@ class EngineLink(threading.Thread):
     # -- called by others ------------------------------------------------------------------------------------------
 
     def send(self, frames: Iterable[Frame]) -> None:
-        """Send frames soon. Never waits; what cannot be sent is dropped (the gateway notices the gap).
+        """Send frames soon. Never blocks; frames that cannot be sent are dropped (the gateway notices the gap).
 
-        `wake` may call it too, in this thread.
+        `wake` may also call this, in the link's thread.
         """
         batch = tuple(frames)
         if not batch:
@@ -102,7 +102,7 @@ class EngineLink(threading.Thread):
             self._order(_Order.SEND, b"")
 
     def wake_at(self, at_s: float) -> bool:
-        """Call `wake` at time.monotonic() `at_s`; replaces what was asked before. False: it will not be called."""
+        """Call `wake` at time.monotonic() `at_s`, instead of any earlier request. False: it will not be called."""
         return self.is_alive() and self._order(_Order.WAKE_AT, struct.pack("d", at_s))
 
     def stop(self) -> None:
@@ -192,7 +192,7 @@ class EngineLink(threading.Thread):
             self._gateway.send(data, zmq.NOBLOCK)
 
     def _receive(self) -> None:
-        for _ in range(_MAX_RECEIVED):  # then orders and the timer get their turn
+        for _ in range(_MAX_RECEIVED):  # bounded, so that orders and the timer get their turn
             try:
                 data = self._gateway.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -203,7 +203,7 @@ class EngineLink(threading.Thread):
                 for frame in FrameReader().feed(data):
                     self._take(frame, now_s)
             except RemoteProtocolError as error:
-                logger.warning("The gateway sent what is no frame (%s)", error)
+                logger.warning("The gateway sent an invalid frame (%s)", error)
         if self.inbox:
             self._wake()
             self._send_all()
@@ -223,7 +223,7 @@ class EngineLink(threading.Thread):
                 if frame.code != ByeCode.GOING_AWAY and frame.text != self._refusal:
                     self._refusal = frame.text
                     logger.warning("The gateway refused this engine: %s", frame.text)
-                self._lost()  # the next beat says hello again
+                self._lost()  # the next beat sends hello again
             case _:
                 self.inbox.append((now_s, frame))
 

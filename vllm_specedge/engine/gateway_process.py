@@ -1,4 +1,4 @@
-"""Starts the gateway process beside an engine, starts it again when it dies, and ends it with the engine."""
+"""The gateway process of an engine: started with it, restarted when it dies, and ended with it."""
 
 import logging
 import subprocess
@@ -25,9 +25,8 @@ class GatewayProcess(threading.Thread):
         self._process = self._popen()
 
     def _popen(self) -> "subprocess.Popen[bytes]":
-        # Standard input stays open for as long as this process lives: its end tells the gateway to stop.
-        # A session of its own: Ctrl-C in a terminal is the engine's to handle, and -P keeps the working directory's
-        # modules out.
+        # Standard input stays open as long as this process lives: its end tells the gateway to stop.
+        # A separate session: the engine handles Ctrl-C in a terminal. -P keeps the working directory's modules out.
         return subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
 
     def run(self) -> None:
@@ -65,7 +64,7 @@ class GatewayProcess(threading.Thread):
 
 
 def gateway_command(options: GatewayOptions, engine_endpoint: str) -> list[str]:
-    """How to start a gateway with these options. No secret is among them: tokens and keys are named by file."""
+    """The command line of a gateway with these options. It holds no secrets: tokens and keys are named by file."""
     command = [sys.executable, "-P", "-m", "vllm_specedge.cli", "gateway"]
     command += ["--engines", engine_endpoint, "--ends-with-stdin"]
     for name, value in options.model_dump(exclude_defaults=True).items():

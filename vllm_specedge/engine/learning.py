@@ -1,4 +1,4 @@
-"""What commits and late proposals teach of how right drafts are. Pure."""
+"""Learning the acceptance of drafts from commits and late proposals. Pure."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,26 +12,26 @@ from vllm_specedge.wire.frames import num_equal
 
 
 class Lesson(NamedTuple):
-    """One commit of a request, and what was known and expected when it came."""
+    """One commit of a request, and the drafts and estimates at that time."""
 
     request: DraftedRequest
     record: EdgeRecord | None
-    """The record of the edge that the request had."""
+    """The record of the request's edge at that time."""
     acceptance: Acceptance
-    """How right that edge's drafts for it are thought to be."""
+    """The estimated acceptance of that edge's drafts for the request."""
     draft: Sequence[int]
-    """What the trunk held, as far as it can teach."""
+    """The first tokens of the trunk, as many as can be compared."""
     decided: Sequence[int]
     num_verified: int
     source: Source
-    """Whose draft the step verified."""
+    """The source of the verified draft."""
     suggestion: Sequence[int]
     predicted: Sequence[int]
     num_ahead: int
     """Tokens of the trunk before the commit."""
     done: Advance
     is_saved: bool
-    """There is a draft for what follows."""
+    """Whether there is a draft for the next step."""
 
     @property
     def num_accepted(self) -> int:
@@ -39,7 +39,7 @@ class Lesson(NamedTuple):
 
 
 class Learning:
-    """Lessons that are kept until there is time for them: the engine's while its workers compute."""
+    """Lessons kept until there is time for them, while the engine's workers compute."""
 
     def __init__(self, ngram_budget: NgramBudget) -> None:
         self._ngram_budget = ngram_budget
@@ -75,9 +75,10 @@ class Learning:
 
 
 def _learn_verified(lesson: Lesson) -> None:
-    """Where all was accepted, the token behind shows how right the next one was that was not verified.
+    """Learn from verified tokens. If all were accepted, the target's next token also tells whether the next draft token
+    was right.
 
-    Else what lies deeper than what is verified would never be seen, and stay out for ever once it seemed poor.
+    Otherwise tokens deeper than those verified would never be measured, and stay unverified once they seemed poor.
     """
     num_verified, num_accepted = lesson.num_verified, lesson.num_accepted
     if num_accepted < num_verified and lesson.record is not None:
@@ -91,7 +92,7 @@ def _learn_verified(lesson: Lesson) -> None:
 
 
 def _learn_unverified(lesson: Lesson) -> None:
-    """What was there and not verified shows how right it was too: so that it can pay again."""
+    """Learn from drafts that were there and not verified, so that they can pay again."""
     decided, acceptances = lesson.decided, lesson.request.acceptances
     others = ((lesson.suggestion, acceptances.ngram), (lesson.predicted, acceptances.prediction))
     for tokens, acceptance in others:
@@ -103,18 +104,19 @@ def _learn_unverified(lesson: Lesson) -> None:
 
 
 def learn_from_late(request: DraftedRequest, base: int, draft: Sequence[int]) -> None:
-    """How right a proposal for position `base` was can be seen without verifying it, once its positions are decided.
+    """Learn from a late proposal for position `base`: its positions are decided, so it can be compared with them.
 
-    Without this an edge that was wrong a few times, and so is not waited for and comes late, would stay so.
+    Without this, an edge that was wrong a few times, and is late because the server does not wait for it, would stay
+    so.
     """
     decided = request.tokens[base : request.tree.length]
     request.acceptances.edge.observe(num_equal(draft, decided), min(len(draft), len(decided)))
 
 
 def learn_answer(request: DraftedRequest, base: int, num_tokens: int, now_s: float) -> None:
-    """How long the edge took to answer a commit that left the request without a draft.
+    """Record how long the edge took to answer a commit that left the request without a draft.
 
-    A proposal answers each of those lengths that it covers, for its past is that of the request.
+    A proposal answers each of the awaited lengths that it covers, as its past is that of the request.
     """
     edge = request.edge
     if edge is None:
@@ -124,4 +126,4 @@ def learn_answer(request: DraftedRequest, base: int, num_tokens: int, now_s: flo
         in_time = length == request.tree.length
         if edge.has_answered:
             edge.record.answered(now_s - emptied_s, in_time, base + num_tokens - length)
-        edge.has_answered = True  # the first answer has the edge's prefill in it
+        edge.has_answered = True  # the first answer includes the edge's prefill

@@ -1,7 +1,7 @@
-"""What an engine and its gateway tell each other of requests. Pure: frames in, frames out.
+"""The frames about requests between an engine and its gateway. Pure: frames in, frames out.
 
-Rule 1: whatever the gateway says may be late, wrong or hostile: it is checked, dropped and counted, never raised on.
-Rule 2: nothing is published while no edge could use it, and seldom where drafts are not verified.
+Rule 1: a frame of the gateway may be late, wrong or hostile: it is checked, dropped and counted, and never raises.
+Rule 2: nothing is published while no edge could use it, and seldom while drafts are not verified.
 """
 
 from collections import Counter, OrderedDict
@@ -24,22 +24,22 @@ _DISCARDED = {
     Fate.FULL: "discarded_over_budget",
 }
 MAX_OPENED_TOKENS = 16_384
-"""Tokens of requests opened in one step, about: the engine's thread encodes them."""
+"""Approximate limit of tokens of requests opened in one step: the engine's thread encodes them."""
 MAX_RECORDS = 4096
-"""Edges whose records are kept, those assigned last."""
+"""Maximum edge records kept, those assigned last."""
 
 
 class RequestLedger:
-    """The live requests of one engine, as its gateway knows them."""
+    """The live requests of one engine, and what its gateway knows of them."""
 
     def __init__(
         self, vocab_size: int, max_draft: int, counters: Counter[str], acceptance_of: Callable[[EdgeRecord], Acceptance]
     ) -> None:
-        """`acceptance_of`: what is expected of an edge's drafts for a request that it has just got."""
+        """`acceptance_of`: the prior for the acceptance of an edge's drafts for a newly assigned request."""
         self.num_edges = 0
         self.vocab_size = vocab_size
         self.acceptances = Acceptances()
-        """How right drafts are here, whoever's: what is expected of an edge before it has shown its own."""
+        """The acceptance of all drafts here: the prior for an edge without a record."""
         self._max_draft = max_draft
         self._acceptance_of = acceptance_of
         self._counters = counters
@@ -54,12 +54,12 @@ class RequestLedger:
 
     @property
     def drafted_share(self) -> float:
-        """Of the live requests, those that have an edge; 0 of none."""
+        """Share of the live requests that have an edge; 0 if there are none."""
         num_drafted = sum(request.edge is not None for request in self._requests.values())
         return num_drafted / len(self._requests) if self._requests else 0.0
 
     def find(self, request_id: str) -> DraftedRequest | None:
-        """The request of that id, if it may get drafts and is not over."""
+        """The request with this id, if it may get drafts and has not ended."""
         return self._requests.get(request_id)
 
     # -- from the gateway ------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ class RequestLedger:
             case Edges():
                 return self._edges(frame.num_edges)
             case EngineWelcome() | Bye():
-                self._lost_gateway()  # a new gateway knows nothing: its Edges frame, next, opens all again
+                self._lost_gateway()  # a new gateway knows nothing: its next Edges frame opens all again
             case _:
                 self._counters["unexpected_frames"] += 1
         return []
@@ -96,9 +96,9 @@ class RequestLedger:
         return self.publish(request, now_s) if request.num_published is not None else []
 
     def _lost_gateway(self) -> None:
-        """No edge can be reached: nobody is waited for, nothing is published."""
+        """Forget all edges: none is waited for, and nothing is published."""
         self.num_edges = 0
-        self._records.clear()  # a new gateway numbers its edges anew
+        self._records.clear()  # a new gateway numbers its edges from the start
         for request in self._requests.values():
             request.edge = request.num_published = None
 
@@ -106,7 +106,7 @@ class RequestLedger:
         self.num_edges = num_edges
         if num_edges:
             return []  # each request is opened with its next commit
-        # Without edges the gateway will not hear of requests that end, so it is to forget them all.
+        # Without edges the gateway is not told when requests end, so all are closed there now.
         return [frame for request in self._requests.values() for frame in self._closing(request)]
 
     def _propose(self, frame: Propose, now_s: float) -> None:
@@ -126,7 +126,7 @@ class RequestLedger:
     def _insert(
         self, request: DraftedRequest, past: int, runs: Sequence[tuple[int, Sequence[int]]], now_s: float
     ) -> None:
-        """A proposal whose first token, at `past`, is a known one: it shows what the draft follows."""
+        """Insert a proposal. Its first token, at `past`, is a known one and shows which context the draft follows."""
         base, trunk = past + 1, runs[0][1]
         if request.edge is not None and base in request.edge.emptied_s and request.tokens[past] == trunk[0]:
             learn_from_late(request, base, trunk[1:])
@@ -151,11 +151,11 @@ class RequestLedger:
         return self._opening(request) if self.num_edges else []
 
     def begin_step(self) -> None:
-        """Another step may open as much again."""
+        """Reset the limit on opened tokens for another step."""
         self._opened_tokens = 0
 
     def _opening(self, request: DraftedRequest) -> list[Frame]:
-        """Open and all tokens so far; a bounded number of tokens a step."""
+        """Open with all tokens so far; nothing if the step's limit of opened tokens is reached."""
         if self._opened_tokens >= MAX_OPENED_TOKENS:
             return []
         tokens = list(request.tokens)
@@ -165,7 +165,7 @@ class RequestLedger:
         return [opening, *commits(request.number, 0, tokens)]
 
     def publish(self, request: DraftedRequest, now_s: float) -> list[Frame]:
-        """All that is decided and not published, if there is an edge that it is due to."""
+        """The decided tokens that are not published yet, if the request has an edge for which they are due."""
         if not self.num_edges:
             return []
         if request.num_published is None:
@@ -198,7 +198,7 @@ class RequestLedger:
 
 
 def _count_insertion(request: DraftedRequest, num_tokens: int, done: Insertion, is_trunk: bool) -> None:
-    """The known token in front of a trunk is no draft token, whatever became of it."""
+    """Count the tokens of a run by outcome. The known token in front of a trunk is no draft token, and not counted."""
     late, repeated, discarded = done.late, done.repeated, done.discarded
     if is_trunk and late:
         late -= 1

@@ -1,4 +1,4 @@
-"""What a step may do for each request, what it is to do, and what it did. Pure."""
+"""The options, the plan and the outcome of a step for each request. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,57 +12,57 @@ from vllm_specedge.policy.situation import HOLDING_MODES, Awaited, Candidate, Ho
 @dataclass(frozen=True, slots=True)
 class Row:
     """A running request that could decode in the next step, with room for `limit` draft tokens: in the request, in the
-    model's context and, where the cache is nearly full, in the blocks that the request has already."""
+    model's context and, if the cache is nearly full, in the blocks that the request already has."""
 
     request_id: str
     limit: int
     priority: int = 0
-    """As vLLM's: smaller is more important."""
+    """vLLM's priority: smaller is more important."""
     num_in_flight: int = 0
-    """Tokens that a step under way decides, at least: what follows them is all that a draft is of use for."""
+    """Minimum tokens that a running step decides: only draft tokens after these are useful."""
 
 
 class Choice(NamedTuple):
-    """What could be done for a request in the next step."""
+    """The options for a request in the next step."""
 
     request: DraftedRequest
     candidate: Candidate
     draft: Sequence[int]
     source: Source
-    """Whose draft it is."""
+    """The source of the draft."""
     has_edge_draft: bool
-    """Its edge has a draft for it, which may be another one."""
+    """Whether its edge has a draft for it, which may be a different one."""
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """For the next step: drafts to verify, and until when to hold others. A request in neither decodes plainly."""
+    """The plan of the next step: drafts to verify, and until when to hold requests. Others decode plainly."""
 
     drafts: dict[str, list[int]] = field(default_factory=dict)
     holds: dict[str, float] = field(default_factory=dict)
     wait_until_s: float | None = None
-    """All wait, this long at most: nobody is to run before something arrives."""
+    """If set, all wait until this time at most, unless something arrives."""
     made_s: float = field(default=0.0, compare=False)
     num_rows: int = field(default=0, compare=False)
     """Requests that could decode."""
     context: int = field(default=0, compare=False)
-    """Tokens that these have in the cache."""
+    """Cached tokens of these."""
     choices: dict[str, Choice] = field(default_factory=dict, compare=False)
-    """By request id; for `start` and `end`."""
+    """Options by request id, for `start` and `end`."""
     has_gap: bool = field(default=False, compare=False)
-    """The engine waits for the outcome before it begins another step, and need not."""
+    """Whether an asynchronous engine waits for the outcome before it begins another step."""
 
     @property
     def is_plain(self) -> bool:
-        """Nothing is verified, and nobody waits."""
+        """Whether nothing is verified and no request waits."""
         return not self.drafts and not self.holds
 
     def undrafted(self) -> "StepPlan":
-        """The same step, in which nothing is verified and nobody waits."""
+        """The same step with nothing verified and no request waiting."""
         return replace(self, drafts={}, holds={}, wait_until_s=None)
 
     def verdict(self, request_id: str) -> tuple[Source, bool]:
-        """Whose draft a request verifies, if it verifies one, and whether its edge has one that is left unverified."""
+        """The source of a request's verified draft, if any, and whether its edge has a draft that is left out."""
         choice = self.choices.get(request_id)
         if choice is None:
             return Source.EDGE, False
@@ -71,26 +71,26 @@ class StepPlan:
 
 
 class RequestOutcome(NamedTuple):
-    """What a step did for one request; its view of tokens has grown by what was decided."""
+    """The outcome of a step for one request, whose view of tokens has grown by the decided ones."""
 
     request_id: str
     num_tokens: int = 1
-    """Computed for it: of its prompt or, where it decodes, one and its draft."""
+    """Tokens computed for it: of its prompt, or when it decodes, one and its draft."""
     num_verified: int = 0
-    """Draft tokens among them."""
+    """Number of draft tokens among them."""
     is_over: bool = False
-    """It finished, or was aborted, in this step."""
+    """Whether it finished or was aborted in this step."""
 
 
 class Step(NamedTuple):
-    """When a step began and ended; if that is the same, it was not timed, and nothing is learned of what it cost."""
+    """Start and end of a step. If they are equal, it was not timed, and nothing is learned about its cost."""
 
     started_s: float
     ended_s: float
 
 
 def choose(row: Row, request: DraftedRequest, max_draft: int, limits: HoldLimits, now_s: float) -> Choice:
-    """What could be verified for a request, or else what is expected for it."""
+    """The draft that could be verified for a request, or else the draft that is expected for it."""
     limit = min(row.limit, max_draft)
     passed = row.num_in_flight
     draft: Sequence[int] = ()
@@ -120,12 +120,12 @@ def _awaited(request: DraftedRequest, limit: int, limits: HoldLimits) -> Awaited
         return None
     emptied_s = edge.emptied_s.get(length)
     if emptied_s is None:
-        return None  # nothing was published for an edge to answer
+        return None  # nothing was published that an edge could answer
     return awaited(edge.record, request.acceptances.edge, emptied_s, limit, limits)
 
 
 def _best_draft(request: DraftedRequest, limit: int) -> tuple[Sequence[int], Sequence[float], Source]:
-    """The draft of which most is expected to be accepted, its survivals, and whose it is."""
+    """The draft with the most expected accepted tokens, its survivals, and its source."""
     draft: Sequence[int] = request.tree.chain(limit)
     survivals, source = request.acceptances.edge.survivals(len(draft)), Source.EDGE
     if request.suggestion:

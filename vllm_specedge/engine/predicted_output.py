@@ -1,8 +1,8 @@
-"""An answer that its user predicted (OpenAI's predicted outputs): where the real one is in it, and what follows. Pure.
+"""Drafts from a predicted output (OpenAI's predicted outputs): the answer's position in it, and what follows. Pure.
 
-Who edits a text knows most of the answer beforehand. The answer walks along the prediction while it says the same;
-where it differs, one token is taken for another at first, and soon the last tokens show where it goes on: of the places
-where they stand, the one with the longest common past is chosen, then the nearest.
+When you edit text you know most of the answer. The position moves along the prediction while the answer matches it. At
+a difference, one token is assumed to be replaced by another. Soon the last tokens show where the answer continues: of
+the places where they occur, the one with the longest common past is chosen, then the nearest.
 """
 
 from bisect import bisect_left
@@ -13,27 +13,27 @@ from itertools import pairwise
 from vllm_specedge.wire.frames import num_equal
 
 MAX_COMMON = 8
-"""So many last tokens are compared."""
+"""Number of last tokens to compare."""
 MAX_PLACES = 16
-"""So many places are looked at, the nearest: a text may repeat itself ever so often."""
+"""Maximum places to look at, the nearest ones: a text may repeat itself many times."""
 MAX_OFF_TRACK = 4
-"""Tokens in a row that were not predicted; then nothing is predicted until two of them are found."""
+"""Consecutive tokens that were not predicted, after which nothing is predicted until the last two are found."""
 
 
 class Prediction:
-    """Where an answer is in what was predicted of it. A token costs constant time; the first that differs costs one
-    look at the whole prediction."""
+    """The position of an answer in its prediction. Each token takes constant time; the first that differs takes a scan
+    of the whole prediction."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = tokens
         self._at = 0
-        """What comes next, it is thought."""
+        """Index of the next predicted token."""
         self._num_off_track = 0
         self._last: deque[int] = deque(maxlen=MAX_COMMON)
         self._places: dict[tuple[int, int], list[int]] | None = None
-        """Of each pair of tokens, where what follows it stands."""
+        """For each pair of tokens, the indices after its occurrences."""
         self.num_accepted = 0
-        """Tokens of the answer that were predicted."""
+        """Tokens of the answer that were predicted so far."""
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -50,7 +50,7 @@ class Prediction:
                 self._seek()
 
     def draft(self, limit: int) -> Sequence[int]:
-        """What is predicted next, at most `limit` tokens."""
+        """The next predicted tokens, at most `limit`."""
         return () if self._is_lost else self._tokens[self._at : self._at + limit]
 
     @property
@@ -58,7 +58,7 @@ class Prediction:
         return self._num_off_track >= MAX_OFF_TRACK
 
     def _seek(self) -> None:
-        """The last token was another than predicted."""
+        """Find the new position, as the last token differs from the predicted one."""
         found = self._find()
         if found is not None:
             self._at, self._num_off_track = found, 0
@@ -66,7 +66,7 @@ class Prediction:
             self._at, self._num_off_track = min(self._at + 1, len(self._tokens)), self._num_off_track + 1
 
     def _find(self) -> int | None:
-        """Where the answer goes on, by its last two tokens and those before them."""
+        """The index at which the answer continues, by its last two tokens and those before them."""
         if len(self._last) < 2:
             return None
         if self._places is None:
@@ -80,5 +80,5 @@ class Prediction:
         return max(nearest, key=lambda end: (self._num_common(end, last), -abs(end - self._at)), default=None)
 
     def _num_common(self, end: int, last: Sequence[int]) -> int:
-        """How many tokens before `end` are those said last."""
+        """How many tokens before `end` equal the answer's last ones."""
         return num_equal(self._tokens[max(0, end - len(last)) : end][::-1], last[::-1])

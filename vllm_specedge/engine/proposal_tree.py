@@ -1,9 +1,9 @@
 """The draft tokens that edges proposed for one request, keyed by position and content.
 
 Rule 1: a proposal is advice. One that is late, doubled, overlapping, contradicting or ahead of what is known is
-ordinary input: keep what can still come true, say why the rest cannot, and never raise.
-Rule 2: the tree starts after the last committed token. `advance` moves its root; what no longer matches is gone.
-Rule 3: a proposal starts with a known token, committed or of the trunk: it shows what past it was drafted for.
+ordinary input: keep what can still come true, report why the rest cannot, and never raise.
+Rule 2: the tree starts after the last committed token. `advance` moves its root and drops what no longer matches.
+Rule 3: a proposal starts with a known token, committed or of the trunk, which shows what past it was drafted for.
 Invariant: at most `max_nodes` nodes, none deeper than `max_depth`; work is constant per token proposed.
 """
 
@@ -13,7 +13,7 @@ from enum import Enum
 
 
 class Fate(Enum):
-    """What became of a proposal as a whole; also the `reason` label of a metric."""
+    """The outcome of a whole proposal; also the `reason` label of a metric."""
 
     KEPT = "kept"
     LATE = "late"
@@ -24,28 +24,28 @@ class Fate(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Insertion:
-    """What became of a proposal's tokens: each is new in the tree, there already, decided already, or discarded."""
+    """The outcomes of a proposal's tokens: new in the tree, already there, already decided, or discarded."""
 
     fate: Fate
     new: int = 0
     repeated: int = 0
     late: int = 0
     discarded: int = 0
-    """Because of `fate`."""
+    """Tokens discarded because of `fate`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """What a commit did to a tree."""
+    """The effect of a commit on a tree."""
 
     held: int
-    """So many of its tokens, from the first, the tree held."""
+    """Number of its tokens, from the first on, that the tree held."""
     pruned: int
     """Draft tokens that cannot come true any more."""
     is_on_trunk: bool
-    """The trunk had all of them; False too where there was none."""
+    """Whether the trunk had all of them; also False if there was no trunk."""
     is_hit: bool
-    """It had not, and what follows the commit is in the tree all the same."""
+    """Whether it had not, but the tree has a draft after the commit anyway."""
 
 
 class _Node:
@@ -81,7 +81,7 @@ class ProposalTree:
 
     @property
     def num_ahead(self) -> int:
-        """Tokens of the trunk."""
+        """Number of tokens of the trunk."""
         return len(self._trunk_tokens)
 
     def insert(self, runs: Sequence[tuple[int, Sequence[int]]], committed: Sequence[int]) -> list[Insertion]:
@@ -96,7 +96,7 @@ class ProposalTree:
         decided = range(start, min(start + len(trunk), self.length))
         wrong = next((at for at in decided if trunk[at - start] != committed[at]), None)
         for base, tokens in branches:
-            if wrong is not None and base > wrong:  # drafted behind what was not said, whatever it begins with
+            if wrong is not None and base > wrong:  # drafted after a token that the target did not choose
                 done.append(Insertion(Fate.MISMATCH, discarded=len(tokens)))
             elif has_trunk or base < self.length:
                 done.append(self._insert(base, tokens, committed, is_branch=True))
@@ -140,7 +140,7 @@ class ProposalTree:
         return Insertion(fate, num_new, num_done - num_new, late, len(tokens) - num_done)
 
     def skip(self, num_tokens: int) -> None:
-        """So many tokens were decided, in a tree without nodes."""
+        """Advance by this many decided tokens a tree without nodes."""
         assert not self.num_nodes
         self.length += num_tokens
 
@@ -161,19 +161,19 @@ class ProposalTree:
         if is_on_trunk:
             self._trunk, self._trunk_tokens = self._trunk[len(tokens) :], self._trunk_tokens[len(tokens) :]
         if not (is_on_trunk and self._trunk_tokens):
-            self._trunk, self._trunk_tokens = [self._root], []  # the trunk is what was proposed first behind the root
+            self._trunk, self._trunk_tokens = [self._root], []  # the first proposal behind the root becomes the trunk
             self._lengthen()
         return Advance(
             num_held, num_before - self.num_nodes - num_held, is_on_trunk, not is_on_trunk and bool(node.children)
         )
 
     def _lengthen(self) -> None:
-        """A branch that leaves the trunk at its end goes on with it: what follows that is no gap."""
+        """Extend the trunk by a branch that starts at its end, so that a proposal after that leaves no gap."""
         while self._trunk[-1].children:
             token, node = next(iter(self._trunk[-1].children.items()))
             self._trunk.append(node)
             self._trunk_tokens.append(token)
 
     def chain(self, limit: int) -> list[int]:
-        """The draft to verify next, at most `limit` tokens: the trunk, which ends where nothing more was proposed."""
+        """The draft to verify next: the first tokens of the trunk, at most `limit`."""
         return self._trunk_tokens[:limit]

@@ -1,34 +1,34 @@
-"""What a trace says of one request: the steps that gave it tokens, and the drafts they verified. Pure."""
+"""The trace attributes of one request: the steps that gave it tokens, and the drafts they verified. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 MAX_GROUPS = 256
-"""Steps of a request that are told one by one, its first ones; of the others there are totals only."""
+"""Maximum steps of a request that are listed, its first ones; the others only count in the totals."""
 
 
 class _Group(NamedTuple):
-    """A step, in the names of a trace's attributes."""
+    """A step; the field names are those of the trace's attributes."""
 
     ended_ms: int
-    """After the request began."""
+    """Milliseconds since the request began."""
     took_ms: float
     verified_tokens: int
     accepted_tokens: int
     held: bool
-    """The request was held for a draft before this step."""
+    """Whether the request was held for a draft before this step."""
 
 
 @dataclass(slots=True)
 class RequestSpan:
-    """One request's part in the engine's steps, of bounded size. Times are of one monotonic clock."""
+    """One request's steps, in bounded size. Times are on one monotonic clock."""
 
     began_s: float
     num_tokens: int
-    """Decided so far, prompt first."""
+    """Tokens decided so far, the prompt included."""
     is_held: bool = False
-    """Since its last step."""
+    """Whether it was held since its last step."""
     _steps: int = 0
     _verified: int = 0
     _accepted: int = 0
@@ -36,9 +36,9 @@ class RequestSpan:
     _groups: list[_Group] = field(default_factory=list)
 
     def step(self, num_tokens: int, num_verified: int, started_s: float, ended_s: float) -> None:
-        """A step is done that verified so many draft tokens of the request, which has `num_tokens` now.
+        """Record a step that verified `num_verified` draft tokens of the request, which has `num_tokens` now.
 
-        One that gave it none, for it computed a part of the prompt, is left out.
+        A step that gave it no token, as it prefilled a part of the prompt, is left out.
         """
         new = num_tokens - self.num_tokens
         if new <= 0:
@@ -55,7 +55,7 @@ class RequestSpan:
         self.is_held = False
 
     def attributes(self) -> Mapping[str, object]:
-        """As OpenTelemetry takes them: totals, and a list of each quantity with one value a step."""
+        """Attributes for OpenTelemetry: totals, and for each quantity a list with one value per step."""
         return {
             "specedge.steps": self._steps,
             "specedge.verified_tokens": self._verified,

@@ -1,4 +1,4 @@
-"""A request as the engine's drafting sees it, and the edge that it is assigned to. Pure."""
+"""The drafting state of a request in the engine, and the edge that it is assigned to. Pure."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _MAX_EMPTIED = 32
 
 
 class Source(Enum):
-    """Whose draft a step verifies; the value is what its counters' names begin with."""
+    """The source of a draft; the value is the prefix of its counters' names."""
 
     EDGE = ""
     NGRAM = "ngram_"
@@ -24,35 +24,35 @@ class Source(Enum):
 
 @dataclass(slots=True)
 class Acceptances:
-    """How often drafts are right, by whose they are."""
+    """Acceptance of drafts by source."""
 
     edge: Acceptance = field(default_factory=Acceptance)
     ngram: Acceptance = field(default_factory=Acceptance)
     prediction: Acceptance = field(default_factory=Acceptance)
 
     def of_request(self) -> "Acceptances":
-        """Those of a new request, which begin with these and teach them."""
+        """The acceptances of a new request, which have these as priors and update them."""
         return Acceptances(Acceptance(self.edge), Acceptance(self.ngram), Acceptance(self.prediction))
 
 
 @dataclass(slots=True)
 class Assignment:
-    """The edge that drafts for a request, since the request was given to it."""
+    """The assignment of a request to its edge."""
 
     record: EdgeRecord
-    """How the edge does, over all its requests."""
+    """The edge's record over all its requests."""
     coalescing: Coalescing = field(default_factory=Coalescing)
     has_answered: bool = False
-    """It has proposed something for this request."""
+    """Whether it has proposed something for this request."""
     passed_at: int | None = None
-    """The length of the request for which the edge last said that it has nothing."""
+    """Length of the request for which the edge last reported that it has no draft."""
     awaited_at: int | None = None
-    """The length at which the request was last held for a draft of it; no proposal by the end of that is a miss."""
+    """Length at which the request was last held for the edge's draft; no proposal by the end of the hold is a miss."""
     emptied_s: dict[int, float] = field(default_factory=dict)
-    """When the edge was told a length for which there was no draft: the last few lengths that wait for an answer."""
+    """For the last few lengths without a draft that wait for an answer, the time at which they were published."""
 
     def told_without_draft(self, length: int, now_s: float) -> None:
-        """The edge has to answer from now on."""
+        """Record that a length without a draft was published: the edge has to answer it."""
         self.emptied_s[length] = now_s
         if len(self.emptied_s) > _MAX_EMPTIED:
             del self.emptied_s[next(iter(self.emptied_s))]
@@ -63,7 +63,7 @@ class DraftedRequest:
     """A request that may get drafts."""
 
     number: int
-    """Its name on the wire."""
+    """Its number on the wire."""
     tokens: Sequence[int]
     """All its tokens, prompt first: a live view that grows with the request."""
     session: str
@@ -72,24 +72,24 @@ class DraftedRequest:
     totals: Counter[str]
     acceptances: Acceptances
     sampling: tuple[int, ...] = field(default=(), repr=False)
-    """How it is sampled, as edges are told."""
+    """Its sampling parameters as sent to edges."""
     edge: Assignment | None = None
     num_published: int | None = None
-    """Tokens that the gateway knows; None: it does not know the request."""
+    """Number of tokens sent to the gateway; None: it does not know the request."""
     committed_s: float = 0.0
-    """When its last token was decided."""
+    """Time at which its last token was decided."""
     held_since_s: float | None = None
-    """When it was first left out of a step at its present length."""
+    """Time at which it was first left out of a step at its present length."""
     suggestion: tuple[int, ...] = ()
-    """What vLLM's own n-gram lookup found for its present length."""
+    """The draft of vLLM's own n-gram lookup for its present length."""
     prediction: Prediction | None = None
-    """What its user predicted of the answer."""
+    """Its predicted output."""
     gained_s: float = 0.0
     """Seconds that its last tokens would have taken without drafts; old ones count less."""
     spent_s: float = 0.0
     """Seconds that these tokens took."""
     counters: Counter[str] = field(default_factory=Counter)
-    """Its own, in the names of telemetry.REQUEST_COUNTERS."""
+    """Its own counters, with the names of telemetry.REQUEST_COUNTERS."""
 
     def count(self, name: str, number: int) -> None:
         """Count for the request and in total."""
@@ -99,10 +99,10 @@ class DraftedRequest:
 
     @property
     def is_without_drafts(self) -> bool:
-        """Nothing was proposed, found or predicted for what comes next."""
+        """Whether there is no draft from an edge, a lookup or a prediction."""
         return not self.tree.num_nodes and not self.suggestion and self.prediction is None
 
     @property
     def speedup(self) -> float:
-        """How fast its tokens come of late, over how fast they would come without drafts."""
+        """Recent speed of its tokens, relative to their speed without drafts."""
         return self.gained_s / self.spent_s if self.spent_s > 0.0 else 1.0

@@ -1,4 +1,4 @@
-"""How fast tokens come, over how fast they would come without drafts; and the last steps, to look at. Pure."""
+"""The speedup: the speed of tokens relative to their speed without drafts; and the last steps, for display. Pure."""
 
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ from vllm_specedge.engine.requests import DraftedRequest
 from vllm_specedge.wire.telemetry import Group
 
 MEMORY = 0.98
-"""Part of what is known that stays with each step."""
+"""Share of the sums that each step keeps."""
 OLD_TRY = 0.1
-"""Part of what is known of steps whose outcome was waited for that stays when, after others, they begin anew."""
+"""Share of the sums of synchronous steps that is kept when such steps begin again after asynchronous ones."""
 MAX_GROUPS = 128
-"""Steps that are kept until they are reported, the last ones."""
+"""Maximum steps kept until they are reported, the last ones."""
 
 
 @dataclass(slots=True)
 class _Ratio:
-    """Seconds that the tokens of some steps would have taken in plain steps, over those that they took."""
+    """Ratio of the seconds that the tokens of some steps would have taken in plain steps to those that they took."""
 
     gained_s: float = 0.0
     spent_s: float = 0.0
@@ -31,38 +31,38 @@ class _Ratio:
 
 
 class Speedup:
-    """Seconds that tokens took, and that they would have taken in plain steps."""
+    """Sums of the seconds that tokens took, and that they would have taken in plain steps."""
 
     def __init__(self, counters: Counter[str]) -> None:
         self.groups: deque[Group] = deque(maxlen=MAX_GROUPS)
         self._counters = counters
         self._all = _Ratio()
         self._waiting, self._running = _Ratio(), _Ratio()
-        """Of the steps with a gap before the next one, and of the others."""
+        """Ratios of synchronous steps (with a gap) and of the others."""
         self._has_gap = False
         self._plain_s = 0.0
-        """What all tokens so far would have taken without drafts."""
+        """Seconds that all tokens so far would have taken without drafts."""
         self._last_end_s: float | None = None
         self._plain_step_s = 0.0
-        """What the step that is told would have taken without drafts, and with all that could have been in it; 0 where
-        that is not known."""
+        """Seconds that the recorded step would have taken without drafts and with all requests that could have been in
+        it; 0 if not known."""
         self._num_rows = 1
 
     @property
     def ratio(self) -> float:
-        """Tokens per second of late, over what plain steps are thought to give."""
+        """Recent tokens per second, relative to the estimate for plain steps."""
         return self._all.value
 
     @property
     def gain_of_waiting(self) -> float:
-        """Tokens per second of steps whose outcome was waited for, over those of the others, as far as known."""
+        """Tokens per second of synchronous steps, relative to those of the others, as far as known."""
         running = self._running.value
         return self._waiting.value / running if running > 0.0 else 1.0
 
     def stepped(
         self, started_s: float, ended_s: float, num_rows: int, plain_step_s: float, has_gap: bool = False
     ) -> None:
-        """A step is done that could have had `num_rows` requests; `plain_step_s`: 0 if it is not to be counted."""
+        """Record a step that could have had `num_rows` requests. `plain_step_s`: 0 if the step does not count."""
         if has_gap and not self._has_gap:
             self._waiting.decay(OLD_TRY)
         self._has_gap = has_gap
@@ -92,5 +92,5 @@ class Speedup:
         return self._waiting if self._has_gap else self._running
 
     def idle(self) -> None:
-        """No request is left: the time until the next one is nobody's."""
+        """Record that no request is left: the time until the next one does not count."""
         self._last_end_s = None

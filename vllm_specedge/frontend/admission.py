@@ -1,13 +1,15 @@
-"""Requests that would break the targets are refused at the OpenAI front, before they cost the engine anything.
+"""Admission control: requests that would break the latency targets are refused in the API server, before they cost the
+engine anything.
 
     vllm serve MODEL --speculative-config '{"method": "edge", "slo": {"default": {"ttft_ms": 2000, "itl_ms": 100}}}' \\
         --middleware vllm_specedge.admission.AdmissionMiddleware
 
-Each engine writes a few numbers to a file beside its socket, some times a second (`LoadFile`); the fronts look at them,
-and at what all of them have let in since (`SharedPlaces`).
-Rule 1: in doubt a request is let in. An engine that has nothing to do writes nothing, so what is old does not count.
-Rule 2: what is refused by somebody else, and what is over, has no place.
-Rule 3: who may come again gets 429 and Retry-After, which OpenAI's clients know; who could never be served gets 503.
+Each engine writes a few numbers to a file next to its socket, several times per second (`LoadFile`). The API processes
+read them, together with the requests that all of them have admitted since (`SharedPlaces`).
+Rule 1: in doubt a request is admitted. An idle engine writes nothing, so old numbers do not count.
+Rule 2: a request that something else refused, or that has ended, takes no place.
+Rule 3: a request that may be retried gets 429 and Retry-After, which OpenAI's clients know; one that could never be
+served gets 503.
 """
 
 import logging
@@ -38,23 +40,23 @@ logger = logging.getLogger("vllm_specedge.frontend.admission")
 STALE_S = 2.0
 LOOK_AGAIN_S = 0.02
 ON_THE_WAY_S = 0.05
-"""What was let in so shortly before an engine's report may not have reached it by then, and is counted once more."""
+"""Requests admitted this shortly before an engine's report may not have reached it by then, and are counted again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether one more request may come."""
+    """Whether one more request is admitted."""
 
     is_admitted: bool
     place: Place | None = None
-    """To be given back when it is over; None: nothing is known of an engine."""
+    """The place to give back when the request ends; None: no engine has reported."""
     retry_after_s: int | None = None
-    """Of one that may not; None: there is no use in it."""
+    """Seconds after which a refused request may be retried; None: a retry cannot help."""
 
 
 @dataclass(slots=True)
 class Front:
-    """One API process: what the engines said last, less what all such processes have let in since."""
+    """Admission in one API process: the engines' last reports, less the requests that all processes admitted since."""
 
     directory: Path
     places: SharedPlaces
@@ -62,10 +64,10 @@ class Front:
     _looked_s: float = float("-inf")
     _versions: dict[str, int] = field(default_factory=dict)
     _loads: dict[int, Load] = field(default_factory=dict)
-    """By engine."""
+    """Last report by engine."""
 
     def ask(self, class_: str, now_s: float) -> Verdict:
-        """Whether a request of this class may come now; it has taken its place then."""
+        """Whether a request of this class is admitted now. If so, it has taken a place."""
         self._look(now_s)
         loads = {engine: load for engine, load in self._loads.items() if now_s - load.said_s <= STALE_S}
         number = self.classes.names.index(class_)
@@ -84,7 +86,8 @@ class Front:
         return load.room_of(class_) - self.places.taken(engine, load.said_s - ON_THE_WAY_S)
 
     def give_back(self, place: Place) -> None:
-        """A request is over, which an engine may have had or not. One that has reported since knows by itself."""
+        """Free the place of a request that has ended, whether or not it reached an engine. An engine's later reports
+        include this by themselves."""
         with self.places.locked():
             self.places.give_back(place)
 
@@ -104,7 +107,7 @@ class Front:
 
 
 def _front() -> Front | None:
-    """That of this process; None where there are no targets."""
+    """The admission of this process; None if there are no targets."""
     directory = os.environ.get(LOAD_VARIABLE)
     if not directory:
         return None
@@ -112,12 +115,12 @@ def _front() -> Front | None:
     try:
         return Front(path, SharedPlaces(path / PLACES), RequestClasses.read(path / CLASSES))
     except OSError as error:
-        logger.error("All requests are let in: %s cannot be used (%s)", path / PLACES, error.strerror)
+        logger.error("All requests are admitted: %s cannot be used (%s)", path / PLACES, error.strerror)
         return None
 
 
 class AdmissionMiddleware:
-    """ASGI middleware for vLLM's `--middleware`. Without targets it lets everything through."""
+    """ASGI middleware for vLLM's `--middleware`. Without targets it admits everything."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -138,13 +141,13 @@ class AdmissionMiddleware:
 
 
 class _Request:
-    """One on its way in."""
+    """A request that is being admitted."""
 
     def __init__(self, front: Front, path: str, headers: Headers) -> None:
         self.place: Place | None = None
         self._front = front
         self._class = front.classes.of_headers(path, headers)
-        """None if its body says it."""
+        """Its class; None if only its body tells it."""
         self.headers = headers
         if self._class is not None:
             self.headers = front.classes.with_priority(self._class, headers)
@@ -160,7 +163,7 @@ class _Request:
         if not self._is_rewritten:
             return None
         if not is_whole and len(body) >= MAX_REWRITTEN_BYTES:
-            return _error(413, "invalid_request_error", f"A request has at most {MAX_REWRITTEN_BYTES} bytes here.")
+            return _error(413, "invalid_request_error", f"A request may have at most {MAX_REWRITTEN_BYTES} bytes here.")
         return with_priority(body, self._front.classes.priorities.get(self._class, 0)) if is_whole else None
 
     def _ask(self, class_: str) -> Response | None:
@@ -171,7 +174,7 @@ class _Request:
 
 def _refusal(retry_after_s: int | None) -> Response:
     if retry_after_s is None:
-        text = "This server cannot meet the latency targets of this request's class, whatever else it has to do."
+        text = "This server cannot meet the latency targets of this request's class, even when it is idle."
         return _error(503, "overloaded_error", text, {"x-should-retry": "false"})
     text = "The server is at its limit: it could not answer within its latency targets. Try again later."
     return _error(429, "overloaded_error", text, {"retry-after": str(retry_after_s)})

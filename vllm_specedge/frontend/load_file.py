@@ -1,4 +1,4 @@
-"""What an engine tells the front of its load: a file beside its socket, written some times a second."""
+"""An engine's load report for the API processes: a file next to its socket, written several times per second."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,21 +10,21 @@ import msgspec
 from vllm_specedge.policy.slo import DEFAULT_CLASS
 
 LOAD_VARIABLE = "SPECEDGE_LOAD"
-"""The directory of the engines' load files; set by the front end when there are targets, inherited by its engines."""
+"""The directory of the engines' load files; set by the API server if there are targets, inherited by its engines."""
 PLACES, CLASSES = "places", "classes"
-"""What else is in it: what the API processes have taken, and how they tell classes apart."""
+"""Other files in it: the places that API processes have taken, and how classes are determined."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one engine could take on."""
+    """The further requests that one engine could take."""
 
     said_s: float
-    """On the machine's monotonic clock."""
+    """Time of the report, on the machine's monotonic clock."""
     room: Mapping[str, int] = field(default_factory=dict)
-    """By class, how many more requests would meet their targets, and leave to others theirs."""
+    """By class, how many more requests would meet their targets without breaking others'."""
     unserved: frozenset[str] = frozenset()
-    """The classes whose targets this engine could not meet with nothing else to do."""
+    """The classes whose targets this engine could not meet even when idle."""
     retry_after_s: int = 1
 
     def room_of(self, class_: str) -> int:
@@ -36,17 +36,17 @@ _read = msgspec.json.Decoder(Load).decode
 
 @dataclass(frozen=True, slots=True)
 class LoadFile:
-    """That of one engine."""
+    """The load file of one engine."""
 
     path: Path
 
     def write(self, load: Load) -> None:
-        """What cannot be written (a full disk) is left out: what was said before grows old, and then all are let in."""
+        """Write a report. A failure (a full disk) is ignored: the old report expires, and then all are admitted."""
         new = self.path.with_suffix(".new")
         with suppress(OSError):
             new.write_bytes(msgspec.json.encode(load))
             new.replace(self.path)
 
     def read(self) -> Load:
-        """Raises OSError, or ValueError for what no engine of this release writes."""
+        """The last report. Raises OSError, or ValueError for content that no engine of this release writes."""
         return _read(self.path.read_bytes())

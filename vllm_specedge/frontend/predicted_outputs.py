@@ -1,11 +1,11 @@
-"""OpenAI's predicted outputs at the OpenAI front: the `prediction` field in, what became of it out.
+"""OpenAI's predicted outputs in the API server: the `prediction` field of requests, and its usage in answers.
 
     vllm serve MODEL --speculative-config edge --middleware vllm_specedge.prediction_front.PredictionMiddleware
 
-vLLM takes no `prediction`, so it travels as `vllm_xargs.specedge_prediction`, which may be given instead. The answer's
-`usage` says how many of the prediction's tokens were in it and how many were not, as OpenAI's does; they are no part of
-`completion_tokens`.
-Rule: a request without a prediction passes as it came, and so does an answer that is not understood.
+vLLM has no `prediction`, so it is passed as `vllm_xargs.specedge_prediction`, which may also be given directly. As with
+OpenAI, the answer's `usage` has the numbers of the prediction's tokens that were in the answer and that were not; they
+are not part of `completion_tokens`.
+Rule: a request without a prediction passes unchanged, and so does an answer that cannot be parsed.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from vllm_specedge.wire.request_fields import KEY, take_prediction
 logger = logging.getLogger("vllm.specedge.prediction")
 
 MAX_BODY_BYTES = 64 << 20
-"""A longer request passes as it came."""
+"""A longer request passes unchanged."""
 _PATHS = ("/v1/chat/completions", "/v1/completions")
 _MARKS = (b'"prediction"', f'"{KEY}"'.encode())
 
@@ -68,14 +68,14 @@ class PredictionMiddleware:
         async def usage(answers: list[str]) -> dict[str, int]:
             try:
                 return await asyncio.to_thread(prediction_usage, text, answers, self._encoder(scope))
-            except Exception:  # the answer itself is there
-                logger.exception("What became of a predicted output cannot be said")
+            except Exception:  # the answer itself is fine
+                logger.exception("The usage of a predicted output cannot be computed")
                 return {}
 
         return Answer(send, usage)
 
     def _encoder(self, scope: Scope) -> Encode:
-        """A tokenizer of its own: the server's is in use on other threads, and cannot be shared with them."""
+        """A separate tokenizer: the server's is in use on other threads and cannot be shared with them."""
         if self._encode is None:
             tokenizer = copy.deepcopy(scope["app"].state.engine_client.get_tokenizer())
 
@@ -98,13 +98,13 @@ def prediction_usage(predicted: str, answers: list[str], encode: Encode) -> dict
 
 
 class Answer:
-    """Passes an answer on, as `send` would, and adds to its usage."""
+    """Forwards an answer to `send` and adds to its usage."""
 
     def __init__(self, send: Send, usage: Callable[[list[str]], Awaitable[dict[str, int]]]) -> None:
         self._send = send
         self._usage = usage
         self._start: Message | None = None
-        """Held back until the whole answer is there, for it says how long that is."""
+        """The start of the response, held back until the whole answer is there, since it has the content length."""
         self._is_stream = False
         self._rest = b""
         self._texts: dict[int, str] = {}
@@ -133,7 +133,7 @@ class Answer:
         await self._send({"type": "http.response.body", "body": body})
 
     async def _events(self, data: bytes, has_more: bool) -> bytes:
-        """Whole events of a stream; the last may be cut."""
+        """Process the complete events of a stream; an incomplete last one waits for more data."""
         *events, self._rest = (self._rest + data).split(b"\n\n")
         if not has_more:
             events, self._rest = [*events, self._rest], b""
@@ -143,7 +143,7 @@ class Answer:
         return b"\n\n".join([*events, b""] if has_more else events)
 
     async def _with_usage(self, data: bytes) -> bytes:
-        """One JSON object: an answer, or an event of one."""
+        """Add to the usage of one JSON object, an answer or an event of one."""
         try:
             said = json.loads(data)
             for choice in said["choices"]:
@@ -169,5 +169,5 @@ def _asked(body: bytes) -> dict[str, Any] | None:
     try:
         asked = exact_json.read(body)
     except (ValueError, RecursionError):
-        return None  # the application has something to say about it
+        return None  # the application reports the error
     return asked if isinstance(asked, dict) else None

@@ -1,7 +1,7 @@
-"""What our ASGI middlewares share: a request's body, looked at on its way to the application.
+"""Shared by our ASGI middlewares: inspection of a request's body on its way to the application.
 
-vLLM runs its users' middlewares before its own, which looks at the API key. So a body is looked at when the application
-asks for it, and not before: by then it has let its sender in. Whom it refuses costs nothing here.
+vLLM runs its users' middlewares before its own, which checks the API key. So a body is only inspected when the
+application reads it: by then the sender is authorized, and refused requests cost nothing here.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Look: TypeAlias = Callable[[bytes, bool], bytes | Response | None]
-"""Of a body, and whether that is all of it: what the application gets instead, an answer in the application's place, or
-None: what came."""
+"""Inspects a body; the second argument tells whether it is complete. Returns a body to use instead, a response to send
+instead of the application's, or None to leave the body unchanged."""
 Ask: TypeAlias = Callable[[], Response | None]
-"""An answer in the application's place, before anything of the body is read; None: go on."""
+"""Returns a response to send instead of the application's, before the body is read; None: continue."""
 
 
 async def pass_on(
@@ -27,8 +27,8 @@ async def pass_on(
     look: Look,
     before: Ask = lambda: None,
 ) -> None:
-    """Run an application. When it asks for the body, first `before` is called, once, and then `look`, once, with the
-    body up to the message that reaches the limit."""
+    """Run an application. When it first reads the body, `before` is called, and then `look` with the body up to the
+    message that reaches the limit; each once."""
     inner = {**scope, "headers": list(scope["headers"])}
     again: Receive | None = None
     is_refused = False
@@ -62,12 +62,13 @@ async def pass_on(
 
 
 def _set_length(headers: list[tuple[bytes, bytes]], num_bytes: int) -> None:
-    """In place: the application has this list already."""
+    """Set the content length in place: the application already has this list."""
     headers[:] = [*(pair for pair in headers if pair[0] != b"content-length"), (b"content-length", b"%d" % num_bytes)]
 
 
 async def _read_body(receive: Receive, limit_bytes: int) -> tuple[bytes, bool, Receive]:
-    """A request's body, up to the message that reaches the limit; whether that is all; a way to read it again."""
+    """A request's body up to the message that reaches the limit, whether it is complete, and a `receive` that replays
+    it."""
     messages = [await receive()]
     size = len(messages[0].get("body", b""))
     while messages[-1].get("more_body") and size < limit_bytes:
@@ -79,7 +80,7 @@ async def _read_body(receive: Receive, limit_bytes: int) -> tuple[bytes, bool, R
 
 
 def _first(messages: list[Message], receive: Receive) -> Receive:
-    """These, and then what `receive` has."""
+    """A `receive` that returns these messages first."""
     left = iter(messages)
 
     async def again() -> Message:

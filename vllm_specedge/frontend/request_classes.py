@@ -1,10 +1,10 @@
-"""The class of a request, whose targets it is to meet: by vLLM's priority, a header, or the group of its API key.
+"""The class of a request, which determines its targets: by vLLM's priority, a header, or its API key.
 
-Rule 1: where the operator's header or key names the class, the request gets that class's priority, whatever it says
-itself: the engine goes by priorities alone. vLLM takes one from a header, and prefers it to the body's; on some paths
-it knows the body's only.
-Rule 2: a body is looked at only where nothing else names the class, up to MAX_BODY_BYTES, and nothing is built of it
-but one number: however long, or deeply nested, it costs some milliseconds at most.
+Rule 1: if the operator's header or key determines the class, the request gets the priority of that class, whatever it
+sets itself, as the engine only knows priorities. vLLM reads the priority from a header, which takes precedence over the
+body; on some paths it only reads the body.
+Rule 2: a body is read only if nothing else determines the class, and only up to MAX_BODY_BYTES. Only one number is
+parsed from it, which takes some milliseconds at most, however long or deeply nested it is.
 """
 
 import hashlib
@@ -21,21 +21,21 @@ from vllm_specedge.errors import UserError
 from vllm_specedge.policy.slo import DEFAULT_CLASS
 
 MAX_BODY_BYTES = 1 << 20
-"""The priority is not looked for in a longer body: it counts as of the default class."""
+"""A longer body is not searched for a priority: it counts as of the default class."""
 MAX_REWRITTEN_BYTES = 64 << 20
-"""Where a body gets its class's priority, a longer one is refused."""
+"""A longer body is refused if its class's priority must be written to it."""
 PRIORITY_HEADER = b"x-vllm-priority"
-"""vLLM's own (entrypoints/generate/base/serving.py)."""
+"""vLLM's header (entrypoints/generate/base/serving.py)."""
 PATHS_BY_HEADER = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
-"""Paths that generate, where vLLM looks for it."""
+"""Paths that generate, on which vLLM reads this header."""
 PATHS_BY_BODY = ("/v1/chat/completions/batch", "/inference/v1/generate", "/cohere/v2/chat")
-"""Paths that generate, where it does not."""
+"""Paths that generate, on which vLLM does not."""
 Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 Source: TypeAlias = Literal["priority", "header", "key"]
 
 
 class _Asked(msgspec.Struct):
-    """All that is read of a body."""
+    """The only part of a body that is parsed."""
 
     priority: int = 0
 
@@ -45,23 +45,23 @@ _read = msgspec.json.Decoder(_Asked, strict=False).decode
 
 @dataclass(frozen=True, slots=True)
 class RequestClasses:
-    """How the classes of one server are told apart."""
+    """The classes of one server, and how a request's class is determined."""
 
     priorities: Mapping[str, int] = field(default_factory=dict)
-    """vLLM's priority of each class; of the default class where it has one."""
+    """vLLM's priority of each class, and of the default class if it has one."""
     source: Source = "priority"
     header: str = ""
-    """In lower case."""
+    """Name of the header, in lower case."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """The class of each key, by its SHA-256 in hexadecimal digits."""
 
     @property
     def names(self) -> list[str]:
-        """All of them, in an order that stays."""
+        """All classes, in a fixed order."""
         return [DEFAULT_CLASS, *sorted(self.priorities.keys() - {DEFAULT_CLASS})]
 
     def of_headers(self, path: str, headers: Headers) -> str | None:
-        """The class that a request's headers name; None where they do not tell, but its body."""
+        """The class of a request by its headers; None if only its body can tell."""
         match self.source:
             case "priority":
                 with suppress(ValueError):
@@ -77,30 +77,30 @@ class RequestClasses:
                 return self._known(self.keys.get(digest, DEFAULT_CLASS))
 
     def with_priority(self, class_: str, headers: Headers) -> Headers:
-        """The headers of a request of this class as vLLM is to have them."""
+        """The headers for vLLM of a request of this class."""
         if self.source == "priority":
             return headers
         priority = str(self.priorities.get(class_, 0)).encode()
         return [*(pair for pair in headers if pair[0] != PRIORITY_HEADER), (PRIORITY_HEADER, priority)]
 
     def of_body(self, body: bytes) -> str:
-        """The class that a request's own priority names."""
+        """The class of a request by the priority in its body."""
         try:
             return self._known(str(_read(body).priority))
         except (ValueError, RecursionError):
-            return DEFAULT_CLASS  # the application has something to say about it
+            return DEFAULT_CLASS  # the application reports the error
 
     def _known(self, name: str) -> str:
         return name if name in self.priorities else DEFAULT_CLASS
 
-    # -- as the front end's main process writes it for the others -----------------------------------------------------
+    # -- the file that the API server's main process writes for the others --------------------------------------------
 
     def write(self, path: Path) -> None:
         path.write_bytes(msgspec.json.encode(self))
 
     @classmethod
     def read(cls, path: Path) -> "RequestClasses":
-        """Those of a server without any, if there is no such file."""
+        """The classes in this file; those of a server without any if there is no such file."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except OSError:
@@ -108,12 +108,12 @@ class RequestClasses:
 
 
 def _value(headers: Headers, name: bytes) -> str:
-    """The first one of a header, as Starlette reads it; empty if there is none. ASGI has names in lower case."""
+    """A header's first value, as Starlette reads it; empty if there is none. Header names are lower case in ASGI."""
     return next((value.decode("latin-1") for each, value in headers if each == name), "")
 
 
 def with_priority(body: bytes, priority: int) -> bytes:
-    """The same request with this priority, at its end: of two equal names the last counts. What is no object stays."""
+    """The body with this priority at its end: of two equal keys the last counts. A body that is no object stays."""
     encoding = json.detect_encoding(body)
     try:
         text = body.decode(encoding, "surrogatepass").rstrip(" \t\r\n")
@@ -127,21 +127,21 @@ def with_priority(body: bytes, priority: int) -> bytes:
 
 
 def read_key_groups(path: Path, classes: Mapping[str, int]) -> dict[str, str]:
-    """The class of each API key, by its hash: of a JSON file that has, by class, hashes of keys. Raises UserError."""
+    """The class of each API key by its hash, from a JSON file with lists of hashes by class. Raises UserError."""
     wanted = (
-        f'slo_keys_file has, by class, SHA-256 hashes of API keys: {{"{next(iter(classes), "gold")}": ["9f86d0..."]}}'
+        f'slo_keys_file lists, by class, SHA-256 hashes of API keys: {{"{next(iter(classes), "gold")}": ["9f86d0..."]}}'
     )
     try:
         groups: Any = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"slo_keys_file {path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError):
-        raise UserError(f"{wanted}, which {path} has not.") from None
+        raise UserError(f"{wanted}, and {path} does not.") from None
     if not isinstance(groups, dict) or not all(map(_is_group, groups.values())):
-        raise UserError(f"{wanted}, which {path} has not.")
+        raise UserError(f"{wanted}, and {path} does not.")
     unknown = groups.keys() - classes.keys()
     if unknown:
-        raise UserError(f"slo_keys_file names the class '{min(unknown):.50}', for which slo has no targets.")
+        raise UserError(f"slo_keys_file names the class '{min(unknown):.50}', which has no targets in slo.")
     return {digest.lower(): name for name, digests in groups.items() for digest in digests}
 
 

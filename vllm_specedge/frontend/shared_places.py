@@ -1,13 +1,13 @@
 """The places that all API processes of a server have taken, in one file that they share with its engines.
 
-Rule 1: it is read and written under a lock (flock(2)), which the system lets go of with a process that dies.
-Rule 2: places are kept by when they were taken. What an engine reports knows of all that reached it by then, so what is
-older counts no more, and a process that dies with places taken takes them from nobody for longer than a report.
-Rule 3: what was refused of each class only grows, until the server ends.
+Rule 1: the file is read and written under a lock (flock(2)), which the system releases if a process dies.
+Rule 2: places are stored by the time at which they were taken. An engine's report includes all requests that reached it
+by then, so older places no longer count, and a dead process blocks its places for no longer than a report.
+Rule 3: the count of refused requests of each class only grows, until the server ends.
 
-A file and not a counter in each process: with four API processes each would let in all that there is room for. A share
-each would refuse where the connections, which the system deals out, are uneven. And not a process to ask: that takes a
-round trip a request, and may be away. Here it is a lock, a read and a write of 1 KiB, some 20 microseconds.
+Why a file? With a counter in each of four API processes, each would admit all that there is room for. With a share for
+each, requests would be refused if the system distributes connections unevenly. A process to ask costs a round trip per
+request, and may be down. The file costs a lock, a read and a write of 1 KiB, some 20 microseconds.
 """
 
 import fcntl
@@ -23,36 +23,39 @@ from typing import Final
 from vllm_specedge.policy.slo import MAX_CLASSES
 
 MAX_ENGINES: Final = 64
-"""Of one machine; of more, some share places, and fewer requests are let in than could be."""
+"""Maximum engines of one machine. If there are more, some share places, and fewer requests are admitted than possible.
+"""
 SLICE_S: Final = 0.05
 NUM_SLICES: Final = 64
-"""So places are known for 3.2 s, longer than a report counts."""
+"""Slices kept: 3.2 s, longer than a report counts."""
 _WORD_BYTES: Final = array("q").itemsize
 _BLOCK: Final = 2 * NUM_SLICES
-"""Words of an engine: of each slice its number, and the places taken in it."""
+"""Words per engine: for each slice its number and the places taken in it."""
 _SIZE_BYTES: Final = _WORD_BYTES * (MAX_CLASSES + MAX_ENGINES * _BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One that was taken at an engine, in this slice of time."""
+    """A place taken at an engine in this slice of time."""
 
     engine: int
     slice_number: int
 
 
 class SharedPlaces:
-    """The file, opened. Times are the machine's monotonic clock, which its processes have in common."""
+    """The open file. Times are on the machine's monotonic clock, which all its processes share."""
 
     def __init__(self, path: Path) -> None:
-        """Made by whoever comes first. Raises OSError."""
+        """Open the file; the first process creates it. Raises OSError."""
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._threads = threading.Lock()
-        """A lock of the system's is one process's, whichever of its threads."""
+        """The system's lock belongs to a process, so threads need their own."""
         try:
             with self.locked():
                 if os.fstat(self._file).st_size < _SIZE_BYTES:
-                    os.pwrite(self._file, bytes(_SIZE_BYTES), 0)  # all its blocks: later writes need no more room
+                    os.pwrite(
+                        self._file, bytes(_SIZE_BYTES), 0
+                    )  # allocates all blocks: later writes need no more space
         except OSError:
             self.close()
             raise
@@ -62,7 +65,7 @@ class SharedPlaces:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """What is read within it stays true until its end."""
+        """Hold the lock: values read inside stay valid until its end."""
         with self._threads:
             fcntl.flock(self._file, fcntl.LOCK_EX)
             try:
@@ -73,7 +76,7 @@ class SharedPlaces:
     # -- places, under the lock ------------------------------------------------------------------------------------
 
     def taken(self, engine: int, since_s: float) -> int:
-        """Places taken at an engine since then, the slice of that moment included."""
+        """Places taken at an engine since that time, its slice included."""
         slices, since = self._read(_at(engine), _BLOCK), int(since_s / SLICE_S)
         return sum(slices[index + 1] for index in range(0, _BLOCK, 2) if slices[index] >= since)
 
@@ -90,14 +93,14 @@ class SharedPlaces:
         if then == place.slice_number:
             self._write(at, (then, max(0, taken - 1)))
 
-    # -- what was refused: written under the lock ------------------------------------------------------------------
+    # -- refused requests: written under the lock ------------------------------------------------------------------
 
     def refuse(self, class_number: int) -> None:
         self._write(class_number, (self._read(class_number, 1)[0] + 1,))
 
     def refused(self) -> Sequence[int]:
-        """Requests so far, by class number. Without the lock: words that only grow are read whole, and an engine never
-        waits for a front."""
+        """Refused requests so far, by class number. Read without the lock, as words that only grow are read whole; an
+        engine never waits for an API process."""
         return self._read(0, MAX_CLASSES)
 
     # -- the file --------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The gateway's process: edges and engines connect to it."""
+"""The gateway process, which edges and engines connect to."""

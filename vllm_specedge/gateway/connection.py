@@ -1,4 +1,4 @@
-"""One edge's connection: its two streams, what is queued for it, and how much it may say."""
+"""One edge's connection: its two streams, its send queue, and its rate limits."""
 
 import asyncio
 from collections import deque
@@ -11,17 +11,17 @@ from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.session import Role, Session
 
 MAX_QUEUED_BYTES = 8 << 20
-"""An edge that lets more than this pile up is closed: the longest context fits, at 5 bytes a token."""
+"""Limit of an edge's send queue; above it the edge is closed. The longest context fits, at 5 bytes per token."""
 CHUNK_BYTES = 64 << 10
 MAX_FRAMES_PER_S = 2000
-"""An edge that sends more is closed: 32 requests at 30 steps a second need half of it."""
+"""An edge that sends more is closed. 32 requests at 30 steps per second need half of it."""
 MAX_BYTES_PER_S = 1 << 20
-"""An edge that sends more is closed, too: a proposal has some 40 bytes."""
+"""An edge that sends more is closed, too. A proposal has some 40 bytes."""
 
 
 @dataclass(eq=False)
 class Refused(Exception):
-    """A request over HTTP is turned away: answered with this status, and a sentence for whoever asked."""
+    """An HTTP request is refused with this status and a sentence for the client."""
 
     status: int
     text: str
@@ -29,14 +29,14 @@ class Refused(Exception):
 
 
 class TokenBucket:
-    """What may come at a rate, and at most a second's worth at once."""
+    """A rate limit that allows bursts of one second's worth."""
 
     def __init__(self, per_s: float, now_s: float) -> None:
         self._per_s = self._left = per_s
         self._seen_s = now_s
 
     def take(self, amount: float, now_s: float) -> bool:
-        """Whether this much more may come now; what may not is not taken."""
+        """Whether this amount is allowed now. Only an allowed amount counts."""
         self._left = min(self._per_s, self._left + (now_s - self._seen_s) * self._per_s)
         self._seen_s = now_s
         if amount > self._left:
@@ -52,7 +52,7 @@ class Connection:
     id: int
     key: str
     token: TokenRecord | None
-    """What it came with; None where the gateway asks for none."""
+    """The token it connected with; None if the gateway requires none."""
     connected_s: float
     heard_s: float = field(init=False)
     may_send_frames: TokenBucket = field(init=False)
@@ -78,7 +78,7 @@ class Connection:
 
     @property
     def roles(self) -> frozenset[str]:
-        """Those that its token allows."""
+        """The roles that its token allows."""
         return self.token.roles if self.token is not None else frozenset(ROLES)
 
     def send(self, frame: Frame) -> None:
@@ -88,7 +88,8 @@ class Connection:
         self.wake.set()
 
     def next_chunk(self) -> bytes:
-        """As much of what is queued as is given to the web server at a time: what is there is out of our hands."""
+        """The next queued frames, about CHUNK_BYTES. More stay queued here, as the web server's buffer is out of our
+        control."""
         frames: list[bytes] = []
         num_bytes = 0
         while self.outbox and num_bytes < CHUNK_BYTES:

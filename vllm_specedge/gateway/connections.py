@@ -1,7 +1,7 @@
-"""The edges' connections, from the first byte to the last: who may connect, what is said, and who was silent too long.
+"""The edges' connections, from the first byte to the last: admission, frames in both directions, and timeouts.
 
-One GET (downlink) and one POST (uplink) make an edge's connection, each endless (docs/protocol.md); `streams` has their
-HTTP side. This file moves bytes and minds deadlines; it decides nothing about drafts.
+An edge's connection is one endless GET (downlink) and one endless POST (uplink) (docs/protocol.md); `streams` has their
+HTTP side. This file moves bytes and watches deadlines; it decides nothing about drafts.
 """
 
 import asyncio
@@ -28,19 +28,19 @@ STOP_S = 1.0
 FLUSH_S = 0.1
 DEAD_HEARTBEATS = 3
 RTT_TICKS = 10
-"""An edge is asked how far away it is when it comes, and then at every so many looks of the watch, not all at a time: a
-thousand of them kept a tenth of a second from everybody else, every second (benchmarks/LOG.md)."""
+"""Ticks of `watch` between two measurements of an edge's round trip, the first at its arrival. Edges take turns: a
+thousand at once blocked everything else for a tenth of a second, every second (benchmarks/LOG.md)."""
 RTT_STAMP = 1 << 31
-"""Pings with this stamp and above are the gateway's own, to know how far away an edge is; the router's are below."""
+"""Pings with this stamp and above are the gateway's own, for round trips; the router's are below."""
 MAX_UNFINISHED_CONNECTIONS = 64
-"""Beyond max_edges, so many connections may be shaking hands or being turned away."""
+"""Connections beyond max_edges, for handshakes and refusals."""
 
 
 class Connections:
-    """All that are open, or were until a moment ago."""
+    """All connections that are open or have just closed."""
 
     def __init__(self, options: GatewayOptions, router: Router, carry_out: Callable[[Iterable[Effect]], None]) -> None:
-        """`carry_out`: does what the router decides when an edge says something, or is gone."""
+        """`carry_out`: carries out the router's effects when an edge sends a frame or leaves."""
         self._router = router
         self._carry_out = carry_out
         self._heartbeat_s = router.limits.heartbeat_ms / 1000
@@ -56,13 +56,13 @@ class Connections:
 
     @property
     def rtts_s(self) -> dict[int, float]:
-        """Seconds of a round trip, by edge, where that was measured."""
+        """Measured round-trip times in seconds, by edge."""
         return {each.id: each.rtt_s for each in self._connections.values() if each.rtt_s is not None}
 
     # -- a connection's life ---------------------------------------------------------------------------------------
 
     def authorize(self, header: str | None) -> TokenRecord | None:
-        """The token of an Authorization header; None where none is asked for. Raises Refused with 401 or 503."""
+        """The token of an Authorization header; None if none is required. Raises Refused with 401 or 503."""
         if self._tokens is None:
             return None
         scheme, _, token = (header or "").partition(" ")
@@ -77,7 +77,7 @@ class Connections:
         return found
 
     def connect(self, token: TokenRecord | None) -> Connection:
-        """A new downlink, greeted. Raises Refused with 503 when too many are open, 429 of this token."""
+        """Open a downlink and queue its Greet. Raises Refused: 503 if too many are open, 429 for its token."""
         if self._is_stopping:
             raise Refused(503, "The gateway is stopping.")
         if len(self._connections) >= self._router.limits.max_edges + MAX_UNFINISHED_CONNECTIONS:
@@ -87,7 +87,7 @@ class Connections:
             num_open = sum(each.token == token and each.is_open for each in self._connections.values())
             if num_open >= token.max_edges:
                 self._router.counters["turned_away"] += 1
-                raise Refused(429, f"This token has its {token.max_edges} connections.")
+                raise Refused(429, f"This token already has {token.max_edges} connections, its maximum.")
         connection = Connection(self._next_id, secrets.token_urlsafe(16), token, time.monotonic())
         self._next_id += 1
         self._connections[connection.id] = self._by_key[connection.key] = connection
@@ -95,7 +95,7 @@ class Connections:
         return connection
 
     async def downlink(self, connection: Connection) -> AsyncIterator[bytes]:
-        """Everything queued for one edge, in chunks, until a Bye. Whoever sends it on calls `forget` at the end."""
+        """All frames queued for one edge, in chunks, until a Bye. The caller calls `forget` at the end."""
         connection.downlink = asyncio.current_task()
         while True:
             while connection.outbox:
@@ -106,7 +106,7 @@ class Connections:
             await connection.wake.wait()
 
     def find(self, key: str) -> Connection | None:
-        """The connection that waits for its uplink under this key."""
+        """The connection that waits for its uplink under this key, or None."""
         connection = self._by_key.get(key)
         if connection is None or connection.has_uplink or not connection.is_open:
             return None
@@ -114,7 +114,7 @@ class Connections:
         return connection
 
     async def uplink(self, connection: Connection, chunks: AsyncIterator[bytes]) -> None:
-        """Everything one edge says, until it stops or is closed."""
+        """Process all frames of one edge, until it stops or is closed."""
         connection.uplink = asyncio.current_task()
         try:
             async for chunk in chunks:
@@ -154,11 +154,11 @@ class Connections:
 
     def _flooded(self, connection: Connection) -> None:
         self._router.counters["floods"] += 1
-        text = f"more than {MAX_FRAMES_PER_S} frames or {MAX_BYTES_PER_S >> 10} KiB a second"
+        text = f"more than {MAX_FRAMES_PER_S} frames or {MAX_BYTES_PER_S >> 10} KiB per second"
         self._close(connection, bye(ByeCode.PROTOCOL, text))
 
     def deliver(self, edge: int, frame: Frame) -> None:
-        """What the router has for an edge; a Bye ends its connection."""
+        """Send a frame of the router to an edge; a Bye ends the connection."""
         connection = self._connections.get(edge)
         if connection is None or not connection.is_open or connection.session.state is State.CLOSED:
             return
@@ -171,7 +171,7 @@ class Connections:
             connection.send(frame)
 
     def _close(self, connection: Connection, last: Bye | None) -> None:
-        """End a connection: say Bye if it can still be said, and give its requests to others."""
+        """End a connection: send a Bye if that is still possible, and give its requests to others."""
         if not connection.is_open:
             return
         connection.closed_s = time.monotonic()
@@ -186,14 +186,14 @@ class Connections:
     def forget(self, connection: Connection) -> None:
         self._close(connection, None)
         for task in (connection.downlink, connection.uplink):
-            # Either would wait for ever for a peer that does not even read its Bye.
+            # Either could wait for ever for a peer that does not even read its Bye.
             if task is not None and task is not asyncio.current_task():
                 task.cancel()
         self._connections.pop(connection.id, None)
         self._by_key.pop(connection.key, None)
 
     async def say_bye(self) -> None:
-        """The gateway is stopping: tell every edge, and give them a moment to hear it. None may come back meanwhile."""
+        """Send Bye to every edge, as the gateway is stopping, and wait a moment. None may reconnect meanwhile."""
         self._is_stopping = True
         for connection in list(self._connections.values()):
             self._close(connection, bye(ByeCode.GOING_AWAY, "the gateway is stopping"))
@@ -205,7 +205,7 @@ class Connections:
     # -- deadlines -------------------------------------------------------------------------------------------------
 
     def watch(self, now_s: float) -> None:
-        """Close what has been silent for too long, or may be here no longer; ask edges how far away they are."""
+        """Close connections that are silent for too long or have lost their token; measure round trips."""
         for connection in list(self._connections.values()):
             self._watch_connection(connection, now_s)
             is_due = connection.rtt_s is None or connection.id % RTT_TICKS == self._num_looks % RTT_TICKS
@@ -217,16 +217,16 @@ class Connections:
     def _watch_connection(self, connection: Connection, now_s: float) -> None:
         is_live = connection.session.state is State.LIVE
         limit_s = DEAD_HEARTBEATS * self._heartbeat_s if is_live else MAX_HANDSHAKE_S
-        # Until it is admitted the clock runs from the start: a trickle of bytes keeps nothing open.
+        # Until admission the clock runs from the start: a trickle of bytes does not keep a connection open.
         since_s = connection.heard_s if is_live else connection.connected_s
         if connection.is_open and now_s - since_s > limit_s:
             self._router.counters["silent_edges"] += 1
-            self._close(connection, bye(ByeCode.SILENT, f"nothing heard for {limit_s:.0f} s"))
+            self._close(connection, bye(ByeCode.SILENT, f"nothing received for {limit_s:.0f} s"))
         elif connection.closed_s is not None and now_s - connection.closed_s > DEAD_HEARTBEATS * self._heartbeat_s:
             self.forget(connection)
 
     def _end_revoked(self) -> None:
-        """Close those whose token was revoked or has expired. Nobody, while the file cannot be read."""
+        """Close edges whose token was revoked or has expired; none while the file cannot be read."""
         if self._tokens is None or not self._connections:
             return
         now_s = time.time()
@@ -241,7 +241,7 @@ class Connections:
                 self._close(connection, bye(ByeCode.GOING_AWAY, "this token is not valid any more"))
 
     def failed(self, what: str) -> None:
-        """The outermost edge of a task: one error costs what it was about, not the gateway."""
+        """Log and count an error at the outermost level of a task: it must not end the gateway."""
         self._router.counters["task_errors"] += 1
         logger.exception("%s", what)
 

@@ -1,4 +1,4 @@
-"""Bearer tokens: who may connect as what. Only hashes are stored; a token is shown once, when it is issued."""
+"""Bearer tokens and the roles they allow. Only hashes are stored; a token is shown once, when it is issued."""
 
 import hashlib
 import hmac
@@ -26,7 +26,7 @@ _PREFIX = "se-"
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """One issued token. `role` pool allows private too."""
+    """One issued token. The `role` pool also allows private."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
@@ -34,12 +34,12 @@ class TokenRecord:
     role: Annotated[str, Field(pattern=f"^({'|'.join(ROLES)})$")]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]*$")]
     expires_s: float
-    """Unix time; 0: never. An earlier release took any number, nan too, which no time is before."""
+    """Unix time; 0: never. An earlier release accepted any number, also nan, for which the token is never valid."""
     max_edges: Annotated[int, Field(ge=0)] = 0
-    """Connections at once that may use it; 0: as many as the gateway takes."""
+    """Maximum connections that use it at once; 0: the gateway's limit."""
 
     def is_valid(self, now_s: float) -> bool:
-        """At unix time `now_s`."""
+        """Whether the token is valid at unix time `now_s`."""
         return not self.expires_s or now_s < self.expires_s
 
     @property
@@ -48,7 +48,7 @@ class TokenRecord:
 
 
 def _hash(token: str) -> str:
-    # A token has 256 random bits, so a plain hash cannot be searched; no salt or stretching is needed.
+    # A token has 256 random bits, so a plain hash cannot be reversed by search: it needs no salt or stretching.
     return hashlib.sha256(token.encode()).hexdigest()
 
 
@@ -56,14 +56,14 @@ _RECORDS = TypeAdapter(list[TokenRecord])
 
 
 def expiry_s(days: float, now_s: float) -> float:
-    """The unix time at which a token of so many days ends; 0 for one of 0 days, which never does. Raises UserError."""
-    if not 0 <= days <= MAX_DAYS:  # nan is not either
-        raise UserError(f"--days takes 0 to {MAX_DAYS}, and 0 is for ever, not {days:g}.")
+    """The unix time at which a token of this many days expires; 0 for 0 days: never. Raises UserError."""
+    if not 0 <= days <= MAX_DAYS:  # also false for nan
+        raise UserError(f"--days takes 0 to {MAX_DAYS} (0: for ever), not {days:g}.")
     return now_s + days * _DAY_S if days else 0.0
 
 
 class TokenFile:
-    """The tokens of one gateway, a JSON file that only its owner can read."""
+    """The tokens of one gateway, in a JSON file that only its owner can read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,7 +81,7 @@ class TokenFile:
             return _RECORDS.validate_json(text)
         except ValidationError as error:
             raise UserError(
-                f"The tokens file {self.path} cannot be read ({_damage(text, error)}): mend it, or move it away and "
+                f"The tokens file {self.path} cannot be read ({_damage(text, error)}): fix it, or move it away and "
                 "make another with 'vllm-specedge token issue'."
             ) from None
 
@@ -101,12 +101,12 @@ class TokenFile:
 
     def revoke(self, name: str) -> None:
         """Remove a token by its name. Raises UserError if there is none."""
-        self.records()  # where there are none, no folder and no lock are made
+        self.records()  # fails before a folder or a lock is made if there is no file
         with self._changing():
             records = self.records()
             left = [record for record in records if record.name != name]
             if len(left) == len(records):
-                raise UserError(f"There is no token named '{name}': 'vllm-specedge token list' shows those there are.")
+                raise UserError(f"There is no token named '{name}': 'vllm-specedge token list' shows all.")
             self._write(left)
 
     def find(self, token: str, now_s: float) -> TokenRecord | None:
@@ -119,12 +119,13 @@ class TokenFile:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """The only one who reads and writes the file meanwhile, of those who change it. Raises UserError.
+        """Hold the lock of all processes that change the file. Raises UserError.
 
-        The lock is a file of its own, since the other is replaced; it ends with its process, whatever ends that.
+        The lock is a separate file, since the tokens file is replaced. It is released when its process ends, for any
+        reason.
         """
         if sys.platform == "win32":
-            raise UserError("Tokens are issued where the gateway runs, which is not on Windows.")
+            raise UserError("Tokens are issued on the gateway's machine, which cannot be Windows.")
         import fcntl  # noqa: PLC0415 - there is none on Windows
 
         target = self.path.resolve()
@@ -139,7 +140,7 @@ class TokenFile:
             ) from None
 
     def _write(self, records: list[TokenRecord]) -> None:
-        """The file has these records or, if anything stops this, those that it had: never a part."""
+        """Replace the file's records atomically: if anything fails, the file keeps the old ones."""
         target = self.path.resolve()  # a link stays a link
         descriptor, unfinished = tempfile.mkstemp(prefix=target.name, suffix=".unfinished", dir=target.parent)
         try:
@@ -154,7 +155,7 @@ class TokenFile:
 
 
 def _damage(text: bytes, error: ValidationError) -> str:
-    """What is wrong, and where: the entry by its place and name, and what of it, or the line and column."""
+    """The fault and its place: the entry's number, name and field, or the line and column."""
     first = error.errors(include_url=False, include_input=False)[0]
     place: list[str] = []
     match first["loc"]:

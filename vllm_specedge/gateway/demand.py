@@ -1,4 +1,4 @@
-"""What all engines say of demand, by class of request, and of their own capacity. Pure: times are arguments."""
+"""The demand by class of request and the capacities that engines report. Pure: times are arguments."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -9,10 +9,11 @@ from vllm_specedge.wire.engine_frames import Capacity, Demand
 from vllm_specedge.wire.telemetry import DEMAND_COUNTERS, WRAP
 
 MAX_CLASSES = 64
-"""Of one engine, and of all together; what these have beyond counts as OTHER. They are labels of metrics."""
+"""Maximum classes of one engine, and of all engines. Further classes of all count as OTHER. Classes are metric labels.
+"""
 OTHER = "other"
 MEMORY_S = 15.0
-"""Of the rate of what is offered: short, for a surge is to be seen."""
+"""Memory of the demand's rate in seconds: short, so that surges show."""
 _OFFERED = [name for name, _ in DEMAND_COUNTERS].index("offered_tokens")
 
 
@@ -20,19 +21,19 @@ _OFFERED = [name for name, _ in DEMAND_COUNTERS].index("offered_tokens")
 class _Engine:
     number: int
     counters: dict[str, list[int]] = field(default_factory=dict)
-    """By class, as it said last: 0 when it comes."""
+    """Last reported values by class; 0 when the engine connects."""
     capacity: Capacity | None = None
 
 
 @dataclass(slots=True)
 class ClassTotals:
-    """One class, of all engines that were ever here: sums never fall."""
+    """Totals of one class over all engines, those that have left included: sums never fall."""
 
     counters: list[int] = field(default_factory=lambda: [0] * len(DEMAND_COUNTERS))
     offered: Rate = field(default_factory=lambda: Rate(MEMORY_S))
-    """Tokens a second that are asked for."""
+    """Demand in tokens per second."""
     num_rated: int = 0
-    """Tokens that the rate knows of."""
+    """Offered tokens that the rate already counts."""
 
 
 class DemandBook:
@@ -44,9 +45,9 @@ class DemandBook:
         self._foresight = Foresight()
 
     def take(self, engine: bytes, number: int, frame: Demand | Capacity) -> None:
-        """What an engine of this number says."""
+        """Process a report of the engine with this number."""
         known = self._engines.get(engine)
-        if known is None or known.number != number:  # it came anew, and counts from there on
+        if known is None or known.number != number:  # it has reconnected, and counts from 0
             known = self._engines[engine] = _Engine(number)
         if isinstance(frame, Capacity):
             known.capacity = frame
@@ -66,7 +67,7 @@ class DemandBook:
             del self._engines[engine]
 
     def sample(self, now_s: float) -> None:
-        """To be called about every second."""
+        """Update rates and the forecast; to be called about every second."""
         for totals in self.classes.values():
             offered = totals.counters[_OFFERED]
             totals.offered.observe(offered - totals.num_rated, now_s)
@@ -75,29 +76,29 @@ class DemandBook:
 
     @property
     def offered_tokens_per_s(self) -> float:
-        """Of all classes."""
+        """Demand of all classes."""
         return sum(totals.offered.per_s for totals in self.classes.values())
 
     @property
     def horizon_s(self) -> float:
-        """What an engine takes to start, the slowest that is here."""
+        """Seconds that the slowest of the connected engines took to start."""
         starts_s = [capacity.start_ms / 1e3 for _, capacity in self.capacities() if capacity.start_ms]
         return max(starts_s, default=DEFAULT_HORIZON_S)
 
     @property
     def foreseen_tokens_per_s(self) -> float:
-        """What will be asked for when an engine that is started now is there."""
+        """Predicted demand at the time when an engine started now is ready."""
         return self._foresight.foreseen(self.horizon_s)
 
     @property
     def engines_needed(self) -> int:
-        """For that, engines like those that are here; 0 while none has said its capacity."""
+        """Engines like the connected ones needed for that demand; 0 while none has reported its capacity."""
         capacities = [capacity.with_edges / 1e3 for _, capacity in self.capacities() if capacity.with_edges]
         mean = sum(capacities) / len(capacities) if capacities else 0.0
         return engines_needed(self.foreseen_tokens_per_s, mean)
 
     def view(self) -> dict[str, object]:
-        """What the status page shows of it, in tokens of answers a second."""
+        """The data for the status page, in answer tokens per second."""
         return {
             "demand": round(self.offered_tokens_per_s, 1),
             "foreseen": round(self.foreseen_tokens_per_s, 1),
@@ -109,7 +110,7 @@ class DemandBook:
         }
 
     def capacities(self) -> Iterator[tuple[int, Capacity]]:
-        """Of each engine that has said its own, by its number."""
+        """The number and capacity of each engine that has reported one."""
         for engine in self._engines.values():
             if engine.capacity is not None:
                 yield engine.number, engine.capacity

@@ -1,4 +1,4 @@
-"""What the router asks of the gateway. Pure."""
+"""The effects that the router returns for the gateway to carry out. Pure."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -21,14 +21,14 @@ class ToEngine:
 
 @dataclass(frozen=True, slots=True)
 class RequestReport:
-    """What one request came to, when it closed."""
+    """The counters of one request, reported when it closed."""
 
     engine: int
-    """Engines are numbered as they come; one that comes back has a new number."""
+    """Number of the engine, in the order of connection; an engine that reconnects gets a new number."""
     values: tuple[int, ...]
-    """In the order of telemetry.REQUEST_COUNTERS; of an engine of another release, fewer or more."""
+    """Values in the order of telemetry.REQUEST_COUNTERS; an engine of another release may send fewer or more."""
 
 
 Effect: TypeAlias = ToEdge | ToEngine | RequestReport | Groups
-"""What the gateway is to do: send, or show (what a request came to, and an engine's last steps). A Bye to an edge ends
-that edge's connection after it is sent."""
+"""What the gateway does: send a frame, or show a request's counters or an engine's last steps. A Bye ends the edge's
+connection after it is sent."""

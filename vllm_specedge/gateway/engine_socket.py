@@ -1,8 +1,8 @@
-"""The gateway's end of the line to its engines: a ZeroMQ ROUTER socket in an event loop.
+"""The gateway's end of the link to its engines: a ZeroMQ ROUTER socket in an event loop.
 
-zmq.asyncio makes a future and several callbacks a message, a fifth of the gateway's Python at 4,000 frames a second
-each way. Here what is to be sent is kept until the loop's next turn, and goes as one message an engine; then all that
-has come is taken in.
+zmq.asyncio creates a future and several callbacks per message, a fifth of the gateway's Python time at 4,000 frames per
+second each way. Here outgoing frames wait for the loop's next turn and go as one message per engine; then all received
+messages are processed.
 """
 
 import asyncio
@@ -14,11 +14,12 @@ import zmq
 logger = logging.getLogger("vllm_specedge.gateway.engine_socket")
 
 MAX_RECEIVED = 64
-"""Messages of one turn: then edges get theirs."""
+"""Maximum messages to receive in one turn, so that edges get theirs."""
 
 
 class EngineSocket:
-    """`on_message` gets an engine's name and what it said; it must not raise. A bad endpoint raises zmq.ZMQError."""
+    """The socket. `on_message` gets an engine's identity and message and must not raise. A bad endpoint raises
+    zmq.ZMQError."""
 
     def __init__(self, endpoint: str, on_message: Callable[[bytes, bytes], None]) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -36,13 +37,13 @@ class EngineSocket:
         self._has_turn = False
 
     def start(self) -> None:
-        """Take in what engines say from now on, in the running loop."""
+        """Receive messages from now on, in the running loop."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._want_turn)
         self._want_turn()
 
     def send(self, engine: bytes, data: bytes) -> None:
-        """With the loop's next turn. Dropped if the engine is gone or does not read (it notices the gap)."""
+        """Send with the loop's next turn. Dropped if the engine is gone or does not read; it notices the gap."""
         self._outgoing.setdefault(engine, []).append(data)
         self._want_turn()
 
@@ -61,7 +62,7 @@ class EngineSocket:
         if self._socket.closed:
             return
         self._send_all()
-        # Also after sending: the descriptor tells of changes only, and sending may take one in (ZMQ_FD's manual).
+        # Receive after sending, too: the descriptor only signals changes, and sending may consume one (see ZMQ_FD).
         for _ in range(MAX_RECEIVED):
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)

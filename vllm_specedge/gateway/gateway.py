@@ -30,7 +30,7 @@ ENGINE_DEAD_S = 15.0
 
 
 class Gateway:
-    """Carries out what the Router decides."""
+    """Carries out the Router's decisions."""
 
     def __init__(self, options: GatewayOptions, engine_endpoint: str) -> None:
         limits = RouterLimits(
@@ -59,14 +59,14 @@ class Gateway:
         self._is_carrying_out = False
         self._has_public_names = options.public_names
         self.num_watching = 0
-        """How many look at the status page."""
+        """Current viewers of the status page."""
         self._engines = EngineSocket(engine_endpoint, self._heard)
 
     def serve_engines(self) -> None:
         self._engines.start()
 
     async def watch(self) -> None:
-        """Close what has been silent for too long, for ever."""
+        """Close silent connections, for ever."""
         while True:
             await asyncio.sleep(self._tick_s)
             try:
@@ -78,13 +78,13 @@ class Gateway:
         self._engines.close()
 
     def view(self, is_from_here: bool) -> dict[str, object]:
-        """What the status page shows, to a reader on this machine or elsewhere."""
+        """The data for the status page; a reader elsewhere may not get names."""
         has_names = self._has_public_names or is_from_here
         shown = self._overview.view(self.router, self.edges.rtts_s, time.monotonic(), has_names)
         return {**shown, "capacity": self.demand.view()}
 
     def served_vocabularies(self) -> list[dict[str, object]]:
-        """Of each vocabulary that an edge may fetch, its fingerprint, how large it is, and the models that have it."""
+        """The fingerprint, size and models of each vocabulary that an edge may fetch."""
         models: dict[str, list[str]] = {}
         for engine in self.router.engines.values():
             if engine.hello.fingerprint in self.vocabularies.packed:
@@ -95,7 +95,7 @@ class Gateway:
             for fingerprint, names in models.items()
         ]
 
-    # -- what is heard, and what follows ---------------------------------------------------------------------------
+    # -- received messages and their effects -----------------------------------------------------------------------
 
     def _heard(self, engine: bytes, data: bytes) -> None:
         self._engine_heard_s[engine] = time.monotonic()
@@ -110,7 +110,7 @@ class Gateway:
             self._carry_out(self.router.engine_left(engine))
             logger.warning("An engine was dropped: %s", error)
         except Exception:  # noqa: BLE001 - the outermost edge of this message
-            self.edges.failed("A message of an engine's failed")
+            self.edges.failed("Processing a message of an engine failed")
 
     def _learn_vocabulary(self, engine: bytes, frame: EngineHello | Ping | VocabularyPart) -> None:
         known = self.router.engines.get(engine)
@@ -129,7 +129,7 @@ class Gateway:
             self._engines.send(engine, encode(want))
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
-        """In the order in which the router decided: what closing an edge on the way calls for comes after these."""
+        """Carry out effects in the router's order. Effects of closing an edge on the way come after these."""
         self._effects.extend(effects)
         if self._is_carrying_out:
             return

@@ -1,4 +1,4 @@
-"""Engines, edges and requests as the router knows them, and who may draft for whom. Pure."""
+"""The router's view of engines, edges and requests, and which edge may draft for which request. Pure."""
 
 from array import array
 from collections.abc import Collection
@@ -16,21 +16,21 @@ ROLES = (POOL, PRIVATE)
 MAX_UNREAD_TOKENS = 1 << 16
 _OPTIONS = GatewayOptions()
 Key: TypeAlias = tuple[bytes, int]
-"""An engine's connection, and its number for a request."""
+"""An engine's connection, and the engine's number for a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterLimits:
-    """What one gateway keeps, at most."""
+    """The limits of one gateway."""
 
     max_edges: int = _OPTIONS.max_edges
     max_requests_per_edge: int = _OPTIONS.max_requests_per_edge
     max_requests: int = 4096
     max_context_tokens: int = 1 << 19
     max_total_tokens: int = 1 << 25
-    """Of all contexts together, at 4 bytes a token."""
+    """Tokens of all contexts together, at 4 bytes each."""
     credit_tokens: int = _OPTIONS.credit_tokens
-    """How far past the last commit an edge may propose."""
+    """How many tokens past the last commit an edge may propose."""
     heartbeat_ms: int = 2000
 
 
@@ -39,29 +39,29 @@ class KnownEngine:
     hello: EngineHello
     number: int
     counters: list[int] = field(default_factory=lambda: [0] * len(ENGINE_COUNTERS))
-    """As it said last: 0 when it comes."""
+    """Last reported values; 0 when the engine connects."""
     step_times: StepTimes | None = None
 
 
 @dataclass(slots=True)
 class EdgeInfo:
-    """One connected edge, as the gateway knows it."""
+    """One connected edge."""
 
     hello: Hello
     session: str
     max_requests: int
     requests: dict[int, Key] = field(default_factory=dict)
-    """By the number that this edge knows them by."""
+    """Its requests, by the numbers that this edge uses."""
     unread_tokens: int = 0
-    """Of contexts sent since the last Ping that it answered: a slow edge is not buried under prompts."""
+    """Tokens of contexts sent since the last Ping that it answered, so that a slow edge is not flooded with prompts."""
     num_pings: int = 0
     next_number: int = 0
     num_proposed_tokens: int = 0
     num_committed_tokens: int = 0
-    """Of its requests, decided while it drafted for them."""
+    """Tokens of its requests that were committed while it drafted for them."""
     num_verified_tokens: int = 0
     num_accepted_tokens: int = 0
-    """Of its drafts, as far as engines have reported: when a request ends, to whoever has it then."""
+    """Accepted tokens as reported by engines when a request ends; they count for the edge that has it then."""
 
     @property
     def has_room(self) -> bool:
@@ -74,14 +74,14 @@ class RoutedRequest:
     tokens: "array[int]"
     edge: int | None = None
     number: int = 0
-    """What its edge calls it."""
+    """Its number at its edge."""
     declined: set[int] = field(default_factory=set)
     num_gaps: int = 0
     has_report: bool = False
 
     @property
     def is_known(self) -> bool:
-        """Its prompt has arrived in full."""
+        """Whether its whole prompt has arrived."""
         return len(self.tokens) >= self.opening.num_tokens
 
 
@@ -98,7 +98,7 @@ def may_draft(edge: EdgeInfo, request: RoutedRequest) -> bool:
 def refusal(
     hello: Hello, roles: frozenset[str], num_edges: int, max_edges: int, engines: Collection[EngineHello]
 ) -> Bye | None:
-    """Why an edge that may have these roles is not admitted; None if it is."""
+    """The Bye for an edge that is not admitted; None if it is. `roles`: those that its token allows."""
     if hello.version != PROTOCOL_VERSION:
         versions = f"{PROTOCOL_VERSION}, this edge {hello.version}"
         text = f"This gateway speaks protocol version {versions}: update the older of the two."
@@ -107,7 +107,7 @@ def refusal(
         text = f"This token does not allow the role {hello.role[:20]!r}: ask for one that does."
         return bye(ByeCode.ROLE, text)
     if num_edges >= max_edges:
-        return bye(ByeCode.FULL, f"The gateway has its {max_edges} edges: try again later.")
+        return bye(ByeCode.FULL, f"The gateway already has {max_edges} edges, its maximum: try again later.")
     models = sorted({engine.model for engine in engines})
     if not models:
         return bye(ByeCode.NO_ENGINE, "No vLLM engine is connected to this gateway yet.")

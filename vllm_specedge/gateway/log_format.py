@@ -1,4 +1,4 @@
-"""How the gateway's log is written: as text, or as one JSON object a line, for those who collect logs."""
+"""The format of the gateway's log: text, or one JSON object per line for log collectors."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def begin_logging(log_format: LogFormat) -> None:
-    """Log to standard error from INFO on, this process's whole life."""
+    """Log to standard error, level INFO and above, for the rest of the process."""
     handler = logging.StreamHandler()
     if log_format == "json":
         handler.setFormatter(JsonFormatter())

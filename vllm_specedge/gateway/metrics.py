@@ -1,4 +1,4 @@
-"""Every metric's name, unit and meaning, in one table each; values are read from the counters the core keeps."""
+"""The name, unit and meaning of every metric, in tables; values are read from the core's counters."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,36 +13,37 @@ from vllm_specedge.policy.step_cost import KNOTS
 from vllm_specedge.wire.telemetry import DEMAND_COUNTERS, ENGINE_COUNTERS, REQUEST_COUNTERS
 
 GATEWAY_COUNTERS = (
-    ("proposed_tokens", "Draft tokens that edges sent and the gateway passed on."),
-    ("assigned", "Requests given to an edge."),
-    ("assigned_by_prefix", "Requests given to an edge because it drafted for a context that begins as theirs does."),
-    ("declined", "Requests that an edge gave back."),
-    ("dropped_closed", "Proposals for requests that were over."),
-    ("dropped_late", "Proposals for positions that were decided already."),
+    ("proposed_tokens", "Draft tokens that edges sent and the gateway forwarded."),
+    ("assigned", "Requests assigned to an edge."),
+    ("assigned_by_prefix", "Requests assigned to an edge because it drafted for a context with the same beginning."),
+    ("declined", "Requests that an edge declined."),
+    ("dropped_closed", "Proposals for requests that had ended."),
+    ("dropped_late", "Proposals for positions that were already decided."),
     ("dropped_ahead", "Proposals past the credit."),
     ("dropped_token_id", "Proposals with a token id outside of the vocabulary."),
     ("floods", "Edges closed because they sent too much."),
     ("revoked", "Edges closed because their token was revoked or expired."),
     ("commit_gaps", "Requests dropped because commits were missing."),
-    ("requests_over_limit", "Requests not drafted for because of a bound."),
-    ("reports", "Requests whose counters came in before they closed."),
-    ("dropped_reports", "Counters of requests that the gateway does not know or has them of."),
-    ("unexpected_engine_frames", "Frames an engine should not send."),
+    ("requests_over_limit", "Requests not drafted for because of a limit."),
+    ("reports", "Requests whose counters arrived before they closed."),
+    ("dropped_reports", "Reports for requests that the gateway does not know or already has a report of."),
+    ("unexpected_engine_frames", "Frames that an engine should not send."),
     ("refused", "Edges refused or closed with a Bye."),
-    ("unauthorized", "Connections turned away because of their token."),
-    ("turned_away", "Connections turned away because there were as many as the gateway or their token takes."),
+    ("unauthorized", "Connections refused because of their token."),
+    ("turned_away", "Connections refused because the gateway or their token had reached its limit."),
     ("slow_edges", "Edges closed because they did not read."),
-    ("silent_edges", "Edges closed because they said nothing."),
+    ("silent_edges", "Edges closed because they sent nothing."),
     ("task_errors", "Errors that ended a task; each is in the log."),
 )
 
 STEP_TIMES = (
-    ("", "what a step of so many tokens takes, but for what requests and context add", ("engine", "tokens")),
-    ("request_", "what each request adds to a step", ("engine",)),
-    ("context_", "what each 1,024 tokens of context add to a step", ("engine",)),
-    ("verifying_", "what each request adds to a step that verifies something", ("engine",)),
+    ("", "time of a step by its tokens, without what requests and context add", ("engine", "tokens")),
+    ("request_", "time that each request adds to a step", ("engine",)),
+    ("context_", "time that each 1,024 tokens of context add to a step", ("engine",)),
+    ("verifying_", "time that each request adds to a step that verifies drafts", ("engine",)),
 )
-"""Learned by each engine from its own steps: a gauge's name, meaning and labels. As many series as it has sizes."""
+"""Step times that each engine learns from its own steps: name, meaning and labels of each gauge. The first has a series
+for each size."""
 
 
 def report_row(report: RequestReport) -> dict[str, int]:
@@ -59,24 +60,24 @@ def _by_name(values: Sequence[int]) -> dict[str, int]:
 
 
 class RequestHistograms:
-    """How requests did that have finished. Without labels, so that there are ever so many series and no more."""
+    """Histograms over finished requests. Without labels, so that the number of series is fixed."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._acceptance_ratio = Histogram(
             "specedge_request_acceptance_ratio",
-            "Of the tokens of edges verified for a finished request, the part that the target accepted.",
+            "Share of the edges' draft tokens verified for a finished request that the target accepted.",
             registry=registry,
             buckets=[tenths / 10 for tenths in range(11)],
         )
         self._tokens_per_step = Histogram(
             "specedge_request_tokens_per_step",
-            "Tokens that a finished request got from a decode step, on average; 1 is plain decoding.",
+            "Mean tokens per decode step of a finished request; 1 is plain decoding.",
             registry=registry,
             buckets=(1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 32),
         )
 
     def observe(self, report: RequestReport) -> None:
-        """Take in one request. What was never verified, or had no step, has no ratio."""
+        """Add one request. Without verified tokens, or without steps, it has no ratio."""
         counters = _by_name(report.values)
         if counters["verified_tokens"]:
             self._acceptance_ratio.observe(counters["accepted_tokens"] / counters["verified_tokens"])
@@ -85,7 +86,7 @@ class RequestHistograms:
 
 
 class RouterCollector(Collector):
-    """The router's and its engines' counters, in Prometheus' form."""
+    """The counters of the router and its engines as Prometheus metrics."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
@@ -93,7 +94,7 @@ class RouterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         router = self._router
         yield GaugeMetricFamily("specedge_edges", "Edges connected.", len(router.edges))
-        yield GaugeMetricFamily("specedge_max_edges", "Edges that the gateway takes.", router.limits.max_edges)
+        yield GaugeMetricFamily("specedge_max_edges", "Maximum edges of the gateway.", router.limits.max_edges)
         yield GaugeMetricFamily("specedge_engines", "vLLM engines connected.", len(router.engines))
         yield GaugeMetricFamily("specedge_requests", "Live requests known to the gateway.", router.num_requests)
         for name, help_text in GATEWAY_COUNTERS:
@@ -117,7 +118,7 @@ class RouterCollector(Collector):
 
 
 class DemandCollector(Collector):
-    """Demand by class of request, and capacity by engine. Tokens are those of answers."""
+    """Demand by class of request and capacity by engine, in answer tokens."""
 
     def __init__(self, book: DemandBook) -> None:
         self._book = book
@@ -128,19 +129,19 @@ class DemandCollector(Collector):
             for class_, totals in self._book.classes.items():
                 family.add_metric([class_], totals.counters[index])
             yield family
-        text = "Tokens of answers a second that requests ask for, refused ones included."
+        text = "Answer tokens per second that requests ask for, refused ones included."
         demand = GaugeMetricFamily("specedge_demand_tokens_per_second", text, labels=("class",))
         for class_, totals in self._book.classes.items():
             demand.add_metric([class_], totals.offered.per_s)
         yield demand
         yield from self._capacity()
-        text = "Tokens of answers a second that will be asked for when an engine that is started now is there."
+        text = "Predicted demand, in answer tokens per second, at the time when an engine started now is ready."
         yield GaugeMetricFamily("specedge_foreseen_demand_tokens_per_second", text, self._book.foreseen_tokens_per_s)
-        text = "Engines like those that are here that this takes; 0 while no engine has said its capacity."
+        text = "Engines like the present ones needed for this demand; 0 while no engine has reported its capacity."
         yield GaugeMetricFamily("specedge_engines_needed", text, self._book.engines_needed)
 
     def _capacity(self) -> Iterator[Metric]:
-        text = "Tokens of answers a second that an engine can make and meet its targets, by its own cost model"
+        text = "Answer tokens per second that an engine can generate within its targets, by its own cost model"
         capacity = GaugeMetricFamily(
             "specedge_capacity_tokens_per_second", f"{text}, with the edges it has.", labels=("engine",)
         )
@@ -148,7 +149,9 @@ class DemandCollector(Collector):
             "specedge_capacity_without_edges_tokens_per_second", f"{text}, without edges.", labels=("engine",)
         )
         start = GaugeMetricFamily(
-            "specedge_engine_start_seconds", "From the start of an engine's server to its own.", labels=("engine",)
+            "specedge_engine_start_seconds",
+            "Time from the start of an engine's server process to that of the engine.",
+            labels=("engine",),
         )
         for number, said in self._book.capacities():
             capacity.add_metric([str(number)], said.with_edges / 1e3)

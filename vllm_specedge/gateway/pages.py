@@ -1,4 +1,4 @@
-"""What people and their tools look at, and what edges fetch beside their streams."""
+"""The gateway's pages for people and tools, and the vocabularies that edges fetch in addition to their streams."""
 
 import asyncio
 import json
@@ -29,20 +29,21 @@ PAGE_HEADERS = {
 }
 FORWARDED = {"cf-connecting-ip", "fastly-client-ip", "forwarded", "true-client-ip", "via", "x-client-ip", "x-real-ip"}
 FORWARDED_BEGIN = ("x-forwarded", "x-envoy-", "x-original-")
-"""Headers by which a proxy says that somebody else asks."""
+"""Headers by which a proxy shows that it forwards somebody else's request."""
 EVENT_S = 1.0
 MAX_WATCHING = 16
 VOCABULARIES = "/edge/v1/vocabularies"
 VOCABULARY_MEDIA_TYPE = "application/vnd.specedge.vocabulary"
 MAX_PART_BYTES = 60 << 10
-"""Of a vocabulary in one answer: it fits the window that HTTP/2 begins with, so whoever does not read costs no more."""
+"""Maximum part of a vocabulary in one answer: it fits HTTP/2's initial window, so a client that does not read costs no
+more."""
 
 
 def is_from_here(scope: Scope) -> bool:
     """Whether a request comes from this machine, and not through a proxy that runs on it for others.
 
-    In doubt it is from elsewhere: a proxy that says nothing of itself asks for the name under which others know it, or
-    in HTTP/1.0, as nginx does unless it is told otherwise. An `ssh -L` is from here.
+    In doubt the answer is no. A proxy that adds no headers still asks for its public name, or uses HTTP/1.0, as nginx
+    does by default. A request through `ssh -L` comes from this machine.
     """
     host, _ = scope["client"] or ("", 0)
     names = {name.decode("latin-1") for name, _ in scope["headers"]}
@@ -66,7 +67,7 @@ async def _events(gateway: Gateway, is_here: bool) -> AsyncIterator[str]:
 
 
 def refusal(refused: Refused) -> JSONResponse:
-    """The answer to a request that is turned away."""
+    """The response for a refused request."""
     return JSONResponse({"detail": refused.text}, refused.status, dict(refused.headers))
 
 
@@ -76,7 +77,7 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
 
 
 def pages(gateway: Gateway) -> FastAPI:
-    """Everything but the streams."""
+    """The app with everything but the streams."""
     app = FastAPI(title="vLLM-SpecEdge gateway", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(Refused, _refuse)
     _add_status(app, gateway)
@@ -99,9 +100,9 @@ def _add_status(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/status/events")
     async def events(request: Request) -> StreamingResponse:
-        """What the page shows, every second: as open as /metrics and /requests, and for as many as look at a time."""
+        """The data of the page, every second. As open as /metrics and /requests, for a limited number of viewers."""
         if gateway.num_watching >= MAX_WATCHING:
-            raise Refused(503, "Too many look at this page: try again later.")
+            raise Refused(503, "Too many viewers of this page: try again later.")
         return StreamingResponse(
             _events(gateway, is_from_here(request.scope)),
             media_type="text/event-stream",
@@ -112,13 +113,13 @@ def _add_status(app: FastAPI, gateway: Gateway) -> None:
 def _add_vocabularies(app: FastAPI, gateway: Gateway) -> None:
     @app.get(VOCABULARIES)
     async def vocabularies(request: Request) -> JSONResponse:
-        """Those that there are, for those who may connect as an edge."""
+        """The list of vocabularies, for clients that may connect as an edge."""
         gateway.edges.authorize(request.headers.get("authorization"))
         return JSONResponse({"vocabularies": gateway.served_vocabularies()})
 
     @app.get(VOCABULARIES + "/{fingerprint}")
     async def vocabulary(request: Request, fingerprint: str, offset: Annotated[int, Query(ge=0)] = 0) -> Response:
-        """As much of one, packed, as an answer has."""
+        """The part of a packed vocabulary from `offset` on, at most MAX_PART_BYTES."""
         gateway.edges.authorize(request.headers.get("authorization"))
         packed = gateway.vocabularies.packed.get(fingerprint)
         if packed is None:
@@ -129,12 +130,12 @@ def _add_vocabularies(app: FastAPI, gateway: Gateway) -> None:
 def _add_probes(app: FastAPI, gateway: Gateway) -> None:
     @app.api_route("/livez", methods=["GET", "HEAD"])
     async def livez() -> JSONResponse:
-        """Whether it answers at all: for probes that start anew what does not."""
+        """Liveness: whether the gateway answers at all, for probes that restart it if not."""
         return JSONResponse({})
 
     @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> JSONResponse:
-        """Whether it is of use to edges: for probes that send them elsewhere meanwhile."""
+        """Readiness: whether an engine is connected, for probes that send edges elsewhere if not."""
         num_engines = len(gateway.router.engines)
         return JSONResponse({"engines": num_engines, "edges": len(gateway.router.edges)}, 200 if num_engines else 503)
 
@@ -146,9 +147,9 @@ def _add_metrics(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/requests")
     async def requests() -> JSONResponse:
-        """What each of the requests that closed last came to, newest first.
+        """The counters of each of the requests that closed last, newest first.
 
-        Open to whoever reaches the gateway, as /metrics is, whose totals give the same away to who reads them often:
-        how long answers are and how well drafts do, in numbers, but no token, no text and no name of a request.
+        Open to everybody who can reach the gateway, like /metrics, whose totals give the same away to frequent readers:
+        the length of answers and the acceptance of drafts, but no token, no text and no name of a request.
         """
         return JSONResponse({"requests": [report_row(report) for report in reversed(gateway.router.reports)]})

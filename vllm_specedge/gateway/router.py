@@ -1,10 +1,10 @@
-"""Which edge drafts for which request. Pure: frames in, effects out; the gateway carries them out.
+"""Assignment of requests to edges. Pure: frames in, effects out; the gateway carries them out.
 
-Rule 1: an edge sees the tokens of the requests it drafts for and of no other. A request that names a private session
-goes to that session's edge only; a request that names none goes to pool edges only.
+Rule 1: an edge sees only the tokens of requests that it drafts for. A request that names a private session goes only to
+that session's edge; a request that names none goes only to pool edges.
 Rule 2: an edge's fault costs that edge its connection, never a request: the request goes to another edge or to none.
-Rule 3: everything is bounded: requests an edge, tokens a request, tokens ahead, and what is kept for whom.
-Rule 4: what is remembered of earlier requests only chooses among edges that may and can draft for this one.
+Rule 3: everything is bounded: requests per edge, tokens per request, tokens ahead, and what is stored.
+Rule 4: the memory of earlier requests only chooses among edges that may and can draft for this one.
 """
 
 from array import array
@@ -58,13 +58,13 @@ from vllm_specedge.wire.frames import (
 from vllm_specedge.wire.telemetry import ACCEPTED, ENGINE_COUNTERS, VERIFIED, WRAP
 
 MAX_GAPS = 2
-"""An edge that misses commits of a request more often does not get it again: a context is a lot to send for a frame."""
+"""An edge that misses commits of a request more often does not get it again: sending a whole context is expensive."""
 MAX_REPORTS = 256
 MAX_REPORT_VALUES = 64
 
 
 class Router:
-    """Engines, edges, live requests, and who drafts for whom. One class, for a frame of any may change that."""
+    """Engines, edges, live requests and their assignment. One class, as frames of each may change the assignment."""
 
     def __init__(self, limits: RouterLimits, prefixes: PrefixMemory | None = None) -> None:
         self.limits = limits
@@ -72,9 +72,9 @@ class Router:
         self.edges: dict[int, EdgeInfo] = {}
         self.engines: dict[bytes, KnownEngine] = {}
         self.reports: deque[RequestReport] = deque(maxlen=MAX_REPORTS)
-        """Of the requests that closed last, oldest first."""
+        """Reports of the requests that closed last, oldest first."""
         self.engine_totals = [0] * len(ENGINE_COUNTERS)
-        """What engines have counted while this gateway knew them, those that have left included: they never fall."""
+        """Sums of the engines' counters since they connected, those that have left included: they never fall."""
         self._prefixes = PrefixMemory() if prefixes is None else prefixes
         self._num_engines = 0
         self._requests: dict[Key, RoutedRequest] = {}
@@ -85,7 +85,7 @@ class Router:
         return len(self._requests)
 
     def step_times(self) -> dict[int, StepTimes]:
-        """What engines say their steps take, by engine number."""
+        """The step times that engines report, by engine number."""
         return {engine.number: engine.step_times for engine in self.engines.values() if engine.step_times}
 
     # -- engines ---------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class Router:
             return self._engine_hello(engine, frame)
         known = self.engines.get(engine)
         if known is None:
-            return [ToEngine(engine, Bye(ByeCode.GOING_AWAY, "say EngineHello first"))]
+            return [ToEngine(engine, Bye(ByeCode.GOING_AWAY, "send EngineHello first"))]
         match frame:
             case EngineOpen():
                 return self._open(engine, frame)
@@ -114,7 +114,7 @@ class Router:
             case Groups():
                 return [frame]
             case VocabularyPart() | Demand() | Capacity():
-                pass  # the gateway's: for edges that are to know what they draft for, and for people
+                pass  # processed by the gateway
             case _:
                 self.counters["unexpected_engine_frames"] += 1
         return []
@@ -133,16 +133,16 @@ class Router:
         ]
 
     def engine_left(self, engine: bytes) -> list[Effect]:
-        """An engine is gone: so are its requests."""
+        """Remove an engine that has left, with its requests."""
         if self.engines.pop(engine, None) is None:
             return []
         keys = [key for key in self._requests if key[0] == engine]
-        # All of them go before the room they leave is given away, or one of them could get it.
+        # Drop all of them before assigning their room, or one of them could get it.
         effects = [effect for key in keys for effect in self._drop(key, CloseReason.FINISHED)]
         return [*effects, *self._assign_waiting()]
 
     def _count(self, engine: KnownEngine, values: tuple[int, ...]) -> None:
-        """An engine of another release may know fewer counters, or more."""
+        """Add an engine's counters to the totals. An engine of another release may have fewer or more."""
         for index, (value, before) in enumerate(zip(values, engine.counters, strict=False)):
             self.engine_totals[index] += (value - before) % WRAP
             engine.counters[index] = value
@@ -204,7 +204,7 @@ class Router:
     # -- edges -----------------------------------------------------------------------------------------------------
 
     def edge_hello(self, edge: int, hello: Hello, session: str, roles: frozenset[str]) -> list[Effect]:
-        """An edge presents itself; `roles` are those that its credentials allow."""
+        """Admit or refuse an edge. `roles`: those that its credentials allow."""
         engines = [engine.hello for engine in self.engines.values()]
         refused = refusal(hello, roles, len(self.edges), self.limits.max_edges, engines)
         if refused is not None:
@@ -217,7 +217,7 @@ class Router:
         return [ToEdge(edge, welcome), *self._tell_edges(), *self._assign_waiting()]
 
     def edge_left(self, edge: int) -> list[Effect]:
-        """An edge is gone; its requests go to others, or to none."""
+        """Remove an edge that has left. Its requests go to others, or to none."""
         info = self.edges.pop(edge, None)
         if info is None:
             return []
@@ -286,14 +286,14 @@ class Router:
         effects = self._assign(key, request) or [ToEngine(key[0], Assign(key[1], 0))]
         return [*effects, *self._assign_waiting()]
 
-    # -- who drafts for whom ---------------------------------------------------------------------------------------
+    # -- assignment ------------------------------------------------------------------------------------------------
 
     def _tell_edges(self) -> Iterator[Effect]:
         for id_, engine in self.engines.items():
             yield ToEngine(id_, Edges(sum(suits(edge.hello, engine.hello) for edge in self.edges.values())))
 
     def _assign_waiting(self) -> list[Effect]:
-        # Who has room is looked up once: most requests wait for a kind of edge that has none.
+        # Edges with room are looked up once: most requests wait for a kind of edge that has none.
         with_room = [edge for edge in self.edges.values() if edge.has_room]
         has_pool = any(edge.hello.role == POOL for edge in with_room)
         sessions = {edge.session for edge in with_room}
@@ -305,7 +305,7 @@ class Router:
         return [effect for key, request in waiting if request.is_known for effect in self._assign(key, request)]
 
     def _assign(self, key: Key, request: RoutedRequest) -> list[Effect]:
-        """Give a request to one of the edges that may and can draft for it; nothing if there is none."""
+        """Assign a request to one of the edges that may and can draft for it; nothing if there is none."""
         hello = self.engines[key[0]].hello
         loads = {
             edge: len(info.requests)
@@ -315,7 +315,7 @@ class Router:
         return self._give(key, request, self._choose(request, loads)) if loads else []
 
     def _choose(self, request: RoutedRequest, loads: Mapping[int, int]) -> int:
-        """Of edges with so many requests each: the one that knows most of this context, else the least loaded."""
+        """The edge that has the most of this context, else the least loaded. `loads`: requests by edge."""
         knows = None if request.opening.session else self._prefixes.choose(request.tokens, loads)
         if knows is not None:
             self.counters["assigned_by_prefix"] += 1
@@ -323,12 +323,12 @@ class Router:
         return min(loads, key=lambda edge: (loads[edge], edge))
 
     def _remember(self, request: RoutedRequest, edge: int) -> None:
-        # One that names a session has no choice, and would hide who among the others knows a common prefix.
+        # A request with a session has no choice of edges, and would hide which pool edge has a common prefix.
         if not request.opening.session:
             self._prefixes.remember(request.tokens, edge)
 
     def _give(self, key: Key, request: RoutedRequest, edge: int) -> list[Effect]:
-        """The request is this edge's from now on: send it all tokens so far."""
+        """Assign a request to an edge, and send the edge all tokens so far."""
         info = self.edges[edge]
         request.edge, request.number = edge, info.next_number
         info.next_number += 1

@@ -1,4 +1,4 @@
-"""The gateway process: its web server, its certificate, and how it ends."""
+"""The gateway process: its web server, renewal of its certificate, and shutdown."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ logger = logging.getLogger("vllm_specedge.gateway.server")
 
 BACKLOG = 1024
 RENEWAL_S = 2.0
-"""So often the certificate's files are looked at."""
+"""Seconds between checks of the certificate's files."""
 
 
 def make_app(gateway: Gateway) -> ASGIApp:
@@ -55,11 +55,11 @@ def _server(app: ASGIApp, options: GatewayOptions) -> Server:
         interface=Interfaces.ASGINL,
         http=HTTPModes.auto,
         http1_settings=HTTP1Settings(header_read_timeout=int(MAX_HANDSHAKE_S * 1000), max_buffer_size=64 * 1024),
-        # PINGs notice a dead peer below; application heartbeats notice one that is alive but stuck.
+        # HTTP/2 PINGs detect a dead peer; application heartbeats detect one that is alive but stuck.
         http2_settings=HTTP2Settings(keep_alive_interval=5000, keep_alive_timeout=5, max_headers_size=64 * 1024),
         websockets=False,
         backlog=BACKLOG,
-        # The web server would take 128 connections if nothing were said. Ours are bounded, and answered, in `connect`.
+        # The web server's default is 128 connections. `connect` bounds ours, and answers those beyond.
         backpressure=options.max_edges + MAX_UNFINISHED_CONNECTIONS + BACKLOG,
         log_enabled=False,
         ssl_cert=Path(options.tls_cert) if options.tls_cert else None,
@@ -70,7 +70,7 @@ def _server(app: ASGIApp, options: GatewayOptions) -> Server:
 
 
 async def _certificate_changed(options: GatewayOptions) -> None:
-    """Return when there are other TLS files than at the start, and they can be used."""
+    """Return when the TLS files have changed since the start and the new ones can be used."""
     paths = [Path(name) for name in (options.tls_cert, options.tls_key, options.tls_client_ca) if name]
 
     def stamps() -> list[tuple[int, int]]:
@@ -79,7 +79,7 @@ async def _certificate_changed(options: GatewayOptions) -> None:
     first = stamps()
     while True:
         await asyncio.sleep(RENEWAL_S)
-        # Files are replaced one after the other: until they match again the old ones stay in use.
+        # Files are replaced one after the other: the old ones stay in use until the new ones match.
         with contextlib.suppress(OSError, UserError):
             if stamps() != first:
                 check_certificate(options)
@@ -94,10 +94,10 @@ async def _ended_with_parent() -> None:
 
 
 async def serve(options: GatewayOptions, engine_endpoint: str, ends_with_stdin: bool) -> bool:
-    """Run a gateway until SIGTERM, SIGINT or, if asked to, the end of standard input. Raises UserError at start.
+    """Run a gateway until SIGTERM, SIGINT or, if `ends_with_stdin`, the end of its input. Raises UserError at start.
 
-    Returns whether it ended because of a new certificate, and is to be started again. The web server reads it at its
-    start only; edges come back by themselves, and requests go on meanwhile.
+    Returns whether it ended because of a new certificate and must be restarted: the web server reads certificates only
+    at its start. Edges reconnect by themselves, and requests go on meanwhile.
     """
     try:
         gateway = Gateway(options, engine_endpoint)

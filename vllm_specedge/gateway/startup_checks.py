@@ -1,4 +1,4 @@
-"""What can be seen to be wrong before a gateway starts: its address, its tokens, its certificate."""
+"""Checks before a gateway starts: its address, its tokens file, its certificate."""
 
 import os
 import resource
@@ -11,11 +11,12 @@ from vllm_specedge.errors import UserError
 from vllm_specedge.gateway.credentials import TokenFile
 
 OTHER_FILES, MANY_FILES = 128, 2048
-"""Beside those of edges: what there must be, and what is asked for, since others may be turned away meanwhile."""
+"""Open files in addition to the edges' own: the minimum, and the number to ask for, since connections that are being
+refused need files too."""
 
 
 def check_start(options: GatewayOptions) -> None:
-    """Raises UserError with one sentence that says what to change."""
+    """Check the options. Raises UserError with one sentence that says what to change."""
     _check_files(options.max_edges)
     _check_listen(options.listen)
     if options.tokens_file:
@@ -27,12 +28,12 @@ def _check_files(max_edges: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = max_edges + OTHER_FILES
     if hard != resource.RLIM_INFINITY and hard < needed:
-        text = f"'max_edges' takes {needed} open files, and this system allows {hard}: lower it, or raise 'ulimit -n'."
+        text = f"'max_edges' needs {needed} open files, and this system allows {hard}: lower it, or raise 'ulimit -n'."
         raise UserError(text)
 
 
 def allow_files(max_edges: int) -> None:
-    """Each edge is an open file, of which services commonly may have 1,024 until they ask for more."""
+    """Raise the limit of open files. Each edge is one, and services commonly may have 1,024 until they ask for more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max_edges + MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, max_edges + MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -58,9 +59,9 @@ def check_certificate(options: GatewayOptions) -> None:
         return
 
     def passphrase() -> str:
-        # Nobody is there to be asked: the web server's threads, and a gateway that its engine starts, have no terminal.
+        # No terminal to ask on: neither the web server's threads nor a gateway started by its engine have one.
         hint = f"'openssl pkey -in {key}' writes one"
-        raise UserError(f"The key {key} is encrypted: give one without a passphrase, in a file of its own ({hint}).")
+        raise UserError(f"The key {key} is encrypted: give one without a passphrase, in a separate file ({hint}).")
 
     try:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -1,7 +1,7 @@
-"""The vocabularies of the engines that are connected, for edges to compare theirs with: one copy for each fingerprint.
+"""The vocabularies of the connected engines, for edges to compare theirs with: one copy per fingerprint. Pure.
 
-Pure. They are asked for piece by piece, of one engine each, so an engine can send no more than was asked for; what it
-sends is held only up to a bound, and served only if its fingerprint is right.
+Each is requested part by part from one engine, so an engine can send no more than was requested. The received parts are
+held only up to a bound, and served only if the fingerprint is right.
 """
 
 from collections.abc import Mapping
@@ -11,21 +11,22 @@ from vllm_specedge.wire.engine_frames import VocabularyPart, WantVocabulary
 from vllm_specedge.wire.vocabulary import PackedReader
 
 MAX_VOCABULARIES = 8
-"""Of so many engines of different families at most; the others' are not served."""
+"""Maximum vocabularies, of engines of different families; further ones are not served."""
 
 
 class VocabularyStore:
-    """`packed` has what may be served, by fingerprint."""
+    """The store. `packed`: the vocabularies that may be served, by fingerprint."""
 
     def __init__(self) -> None:
         self.packed: dict[str, bytes] = {}
         self._arriving: dict[str, tuple[bytes, PackedReader]] = {}
-        """By fingerprint, the engine that sends it, and what has come."""
+        """By fingerprint, the engine that sends it, and the parts received so far."""
         self._without: set[bytes] = set()
-        """Engines that have none, or sent what is not theirs."""
+        """Engines that have no vocabulary, or sent a wrong one."""
 
     def ask(self, engine: bytes, fingerprint: str) -> WantVocabulary | None:
-        """What an engine is to be asked for, when it says hello and now and then: what is lost is asked for again."""
+        """The request to send to an engine, if any. Called at its hello and at each Ping, so lost parts are requested
+        again."""
         if not fingerprint or fingerprint in self.packed or engine in self._without:
             return None
         if fingerprint not in self._arriving:
@@ -36,13 +37,14 @@ class VocabularyStore:
         return WantVocabulary(len(reader.packed)) if source == engine else None
 
     def take(self, engine: bytes, fingerprint: str, part: VocabularyPart) -> WantVocabulary | None:
-        """What is to be asked for next. Raises RemoteProtocolError, once, for what cannot be used of this engine."""
+        """Store a part. Returns the next request, if any. Raises RemoteProtocolError, once, if the engine's vocabulary
+        cannot be used."""
         source, reader = self._arriving.get(fingerprint) or (b"", None)
         if reader is None or source != engine or part.offset != len(reader.packed):
-            return None  # nobody asked for it, or it came before
+            return None  # not requested, or received before
         try:
             if not part.data:
-                raise RemoteProtocolError("there is none, or it ends too soon")
+                raise RemoteProtocolError("the engine has none, or it ends too soon")
             reader.feed(part.data)
         except RemoteProtocolError:
             del self._arriving[fingerprint]
@@ -55,7 +57,7 @@ class VocabularyStore:
         return None
 
     def keep(self, engines: Mapping[bytes, str]) -> None:
-        """Drop what is of none of these engines; each has its fingerprint."""
+        """Drop the vocabularies of all but these engines, given with their fingerprints."""
         known = set(engines.values())
         self.packed = {fingerprint: packed for fingerprint, packed in self.packed.items() if fingerprint in known}
         self._arriving = {key: each for key, each in self._arriving.items() if engines.get(each[0]) == key}

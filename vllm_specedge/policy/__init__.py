@@ -1,1 +1,1 @@
-"""What to verify, what to wait for, and the estimates that both go by. Pure."""
+"""What to verify, what to wait for, and the estimates behind both. Pure."""

@@ -1,18 +1,18 @@
-"""How often the target accepts draft tokens, by how deep they are in a draft. Pure.
+"""The acceptance rate of draft tokens by their depth in the draft. Pure.
 
-What a request has shown counts most; where that is little, what its edge has shown; then what drafts here are like.
+A request's own record counts most; if there is little of it, its edge's record; then that of all drafts here.
 """
 
 MAX_DEPTH = 8
 """Deeper tokens count as this deep."""
 PRIOR_RATE = 0.5
 OWN_WEIGHT = 6.0
-"""What is known from elsewhere counts as so many tokens seen."""
+"""Weight of the parent's rate, in observed tokens."""
 MAX_SEEN = 48.0
 
 
 class Acceptance:
-    """The chance that the target says a draft token, given that it said the ones before it."""
+    """The probability that the target chooses a draft token, given that it chose those before it."""
 
     __slots__ = ("_right", "_seen", "parent", "rates")
 
@@ -21,18 +21,18 @@ class Acceptance:
         self._seen = [0.0] * MAX_DEPTH
         self._right = [0.0] * MAX_DEPTH
         self.rates: list[float] = list(parent.rates) if parent is not None else [PRIOR_RATE] * MAX_DEPTH
-        """By depth, the first token of a draft first."""
+        """Acceptance rates by depth, from the first token of a draft on."""
 
     def observe(self, num_right: int, num_known: int) -> None:
-        """Of the first `num_known` tokens of a draft `num_right` were right, up to the first wrong one; of the tokens
-        behind that nothing is known. Those that it falls back to learn with it."""
+        """Record that of the first `num_known` tokens of a draft `num_right` were right, up to the first wrong one.
+        Nothing is known of the tokens after that. The parents learn it, too."""
         if self.parent is not None:
             self.parent.observe(num_right, num_known)
         for depth in range(min(num_known, num_right + 1)):
             self._count(min(depth, MAX_DEPTH - 1), depth < num_right)
 
     def _count(self, depth: int, is_right: bool) -> None:
-        if self._seen[depth] >= MAX_SEEN:  # what is old counts less
+        if self._seen[depth] >= MAX_SEEN:  # older observations count less
             self._seen[depth] /= 2
             self._right[depth] /= 2
         self._seen[depth] += 1
@@ -41,7 +41,7 @@ class Acceptance:
         self.rates[depth] = (OWN_WEIGHT * elsewhere + self._right[depth]) / (OWN_WEIGHT + self._seen[depth])
 
     def survivals(self, num_tokens: int) -> list[float]:
-        """For each of the first tokens of a draft, the chance that the target says it and all before it."""
+        """For each of the first tokens of a draft, the probability that the target chooses it and all before it."""
         survival, survivals = 1.0, []
         for depth in range(num_tokens):
             survival *= self.rates[depth] if depth < MAX_DEPTH else self.rates[-1]

@@ -1,8 +1,8 @@
-"""How many tokens of answers a second an engine can make at most and meet its targets, by its own cost model. Pure.
+"""The capacity of an engine: the most answer tokens per second within its targets, by its own cost model. Pure.
 
-In a steady state each step gives a token, or with drafts some, to each of n requests; n / answer of them end in it, and
-as many prompts are computed. The more requests, the more tokens a second, and the longer a step: until it takes as long
-as the shortest target allows, or the cache, the slots or a step's tokens are used up.
+In a steady state each step gives each of n requests one token, or several with drafts. n / answer of them end in a
+step, and as many prompts are prefilled. More requests mean more tokens per second and longer steps, up to the shortest
+target, or until the cache, the slots or the tokens of a step are used up.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ from vllm_specedge.policy.step_cost import StepCost
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What requests are like on average."""
+    """The mean sizes of requests."""
 
     prompt_tokens: float
     answer_tokens: float
 
     @property
     def prompt_per_token(self) -> float:
-        """Tokens of prompts that are computed for each token of an answer."""
+        """Prompt tokens to prefill for each answer token."""
         return self.prompt_tokens / self.answer_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What an engine takes at a time."""
+    """The limits of an engine."""
 
     slots: int
-    """Requests that can run at once."""
+    """Maximum running requests."""
     step_tokens: int
     cache_tokens: float = inf
     step_s: float = inf
@@ -39,19 +39,19 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class EdgeDrafts:
-    """What edges bring."""
+    """The drafts of edges."""
 
     share: float
-    """Of the requests that run, those that an edge drafts for."""
+    """Share of the running requests that have an edge."""
     survivals: Sequence[float]
-    """Of the first tokens of a draft, the chance that the target says it and all before it (`Acceptance.survivals`)."""
+    """For each token of a draft, the probability that it and all before it are right (`Acceptance.survivals`)."""
 
 
 NO_DRAFTS = EdgeDrafts(0.0, ())
 
 
 def capacity_tokens_per_s(cost: StepCost, mix: Mix, limits: EngineLimits, drafts: EdgeDrafts = NO_DRAFTS) -> float:
-    """0 before anything is known of steps."""
+    """Answer tokens per second; 0 before any step was measured."""
     most = min(
         limits.slots,
         limits.cache_tokens / (mix.prompt_tokens + mix.answer_tokens),
@@ -61,7 +61,7 @@ def capacity_tokens_per_s(cost: StepCost, mix: Mix, limits: EngineLimits, drafts
 
 
 def _sizes(most: int) -> Sequence[int]:
-    """Numbers of requests that are tried: each an eighth more, about. Around the best one the rate is flat."""
+    """Numbers of requests to try, growing by about an eighth: around the best one the rate is flat."""
     sizes = [1]
     while sizes[-1] < most:
         sizes.append(min(most, max(sizes[-1] + 1, round(1.125 * sizes[-1]))))
@@ -69,8 +69,8 @@ def _sizes(most: int) -> Sequence[int]:
 
 
 def _rate(cost: StepCost, mix: Mix, limits: EngineLimits, drafts: EdgeDrafts, requests: int) -> float:
-    """Tokens a second of so many requests at a time; 0 if that breaks the target. One request is never too many: where
-    even it does, the engine does what it can."""
+    """Tokens per second with this many concurrent requests; 0 if that breaks the target. One request is always
+    allowed: if even one breaks the target, the engine does what it can."""
     context = round(requests * (mix.prompt_tokens + mix.answer_tokens / 2))
     best, num_drafted = 0.0, drafts.share * requests
     for length in range(len(drafts.survivals) + 1):

@@ -1,43 +1,44 @@
-"""Which commits an edge is told at once, and which are coalesced. Pure.
+"""Which commits are sent to an edge immediately, and which are coalesced. Pure.
 
-A draft that is not verified costs all the same: each commit is work for the engine, the gateway and the edge. So the
-commits of a request whose drafts were left unverified for a while are coalesced: its edge is told many tokens at once.
-So are those of all requests of an edge of which nothing was verified for long, whose drafts are wrong or too late
-before anybody could refuse them. What the edge then proposes is verified if that pays by now, which ends it.
+Unverified drafts cost something, too: each commit is work for the engine, the gateway and the edge. So if a request's
+drafts were not verified for a while, its commits are coalesced: the edge gets many tokens at once. The same holds for
+all requests of an edge none of whose drafts were verified for long, because they are wrong or too late. If a later
+proposal is verified because it pays by then, coalescing ends.
 """
 
 from dataclasses import dataclass
 
 COALESCE_AFTER = 8
-"""Commits of steps that left a draft unverified; more than two probes (probing.FIRST_PROBE_AFTER) come before."""
+"""Commits of steps that left a draft unverified, before coalescing starts; more than two probes
+(probing.FIRST_PROBE_AFTER) come first."""
 UNUSED_AFTER = 32
-"""Steps in a row that verified nothing for any of the requests that an edge answers."""
+"""Consecutive steps that verified nothing of an edge for any of its requests, before coalescing starts."""
 COALESCED_TOKENS = 32
-"""Tokens that are collected before they are published."""
+"""Tokens to collect before they are published."""
 
 
 @dataclass(slots=True)
 class Coalescing:
-    """The commits of one request since it was given to its edge."""
+    """The commits of one request since it was assigned to its edge."""
 
     num_refused: int = 0
     """Commits of steps that left its edge's draft unverified, since one was last verified."""
     num_collected: int = 0
-    """Tokens since those last published."""
+    """Tokens not published yet."""
     is_edge_unused: bool = False
-    """Nothing of its edge was verified for long."""
+    """Whether no draft of its edge was verified for long."""
 
     @property
     def is_due(self) -> bool:
-        """Whether all that was collected is to be published now."""
+        """Whether to publish the collected tokens now."""
         is_coalescing = self.num_refused > COALESCE_AFTER or self.is_edge_unused
         return not is_coalescing or self.num_collected >= COALESCED_TOKENS
 
     def committed(self, num_tokens: int, is_refused: bool, is_verified: bool, num_unused: int = 0) -> None:
-        """A step decided this many tokens.
+        """Record the tokens that a step decided.
 
-        `is_refused`: a draft was there when the step was planned, and was left out. `is_verified`: one was verified.
-        `num_unused`: steps in a row that verified nothing for any request of the edge.
+        `is_refused`: a draft was there when the step was planned, and was not verified. `is_verified`: one was
+        verified. `num_unused`: consecutive steps that verified nothing for any request of the edge.
         """
         if is_verified:
             self.num_refused = 0

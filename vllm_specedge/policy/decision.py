@@ -1,14 +1,14 @@
-"""What the next step verifies, and who waits for a draft. Pure: plain values in, a decision out; no clock, no vLLM.
+"""What the next step verifies, and which requests wait for a draft. Pure: values in, a decision out; no clock, no vLLM.
 
-Everything is counted in tokens: a second is worth `rate` of them, what the server makes in one. So a draft token is
-worth verifying if the chance that it is right exceeds what the step grows by, and a draft is worth waiting for if what
-it brings exceeds what is not made meanwhile.
+Everything is measured in tokens: a second is worth `rate` tokens, what the server generates in one. So a draft token is
+worth verifying if its probability to be right exceeds the cost of the longer step, and a draft is worth waiting for if
+its expected tokens exceed those not generated meanwhile.
 
-Rule 1: what rises expected tokens per second is done, nothing else; a server that is full verifies nothing.
-Rule 2: whoever has to be served first is not delayed: while prompts are computed or wait nobody is held, and drafts get
-only what they leave of the step; of the cache, see plan.Row.
-Rule 3: nobody is held longer than HoldLimits.hold_limit_s after its last token, whoever it is held for.
-Rule 4: the order in which rows are given changes nothing; among equals the more important, then the older comes first.
+Rule 1: only what raises expected tokens per second is done; a full server verifies nothing.
+Rule 2: urgent work is not delayed. While prompts are prefilled or wait, no request is held, and drafts only get the
+rest of the step; for the cache, see plan.Row.
+Rule 3: no request is held longer than HoldLimits.hold_limit_s after its last token, for whatever draft.
+Rule 4: the order of the given rows changes nothing. Among equals the more important comes first, then the older.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,18 +20,18 @@ from vllm_specedge.policy.verifying import budget
 
 @dataclass(slots=True)
 class Decision:
-    """For each candidate that is in neither: decode plainly."""
+    """The decision for each candidate. Those in neither `lengths` nor `holds` decode plainly."""
 
     lengths: dict[str, int] = field(default_factory=dict)
-    """Draft tokens to verify."""
+    """Number of draft tokens to verify, by request."""
     holds: dict[str, float] = field(default_factory=dict)
-    """Left out of the step, until when at most."""
+    """Requests left out of the step, and until when at most."""
     wait_until_s: float | None = None
-    """Nobody runs before, unless a draft arrives: then all are in `holds`."""
+    """If set, no request runs before this time unless a draft arrives; then all are in `holds`."""
 
 
 def decide(situation: Situation) -> Decision:
-    """What the next step does. The order in which rows are given decides nothing."""
+    """Decide what the next step does. The order of the rows does not matter."""
     ordered = replace(situation, rows=sorted(situation.rows, key=lambda row: (row.priority, row.order)))
     lengths = budget(ordered)
     if situation.limits.mode not in HOLDING_MODES or not ordered.rows:

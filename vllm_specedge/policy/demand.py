@@ -1,7 +1,7 @@
-"""What each class of requests asks of an engine, refused ones included, in requests and tokens of answers. Pure.
+"""The demand of each class on an engine, refused requests included, in requests and answer tokens. Pure.
 
-A request is counted when it comes, so that a surge is seen at once: its answer is taken for as long as those of its
-class are of late. What its prompt costs is part of the capacity that demand is compared with (`capacity`).
+A request is counted when it arrives, so that a surge shows at once, with the recent mean answer length of its class.
+The cost of its prompt is part of the capacity that demand is compared with (`capacity`).
 """
 
 from collections import Counter
@@ -13,14 +13,14 @@ from vllm_specedge.estimators import Rate, Smoothed
 from vllm_specedge.policy.capacity import Mix
 
 FIRST_ANSWER_TOKENS = 128.0
-"""An answer is thought to have so many until one has ended."""
+"""Assumed length of an answer until one has ended."""
 LATELY_S = 30.0
-"""A class of which nobody came for so long is not expected."""
+"""A class without a request for this long is not expected."""
 
 
 @dataclass(slots=True)
 class _Sizes:
-    """Tokens of requests that have ended of late."""
+    """Mean tokens of requests that have ended recently."""
 
     prompt: Smoothed = field(default_factory=Smoothed)
     answer: Smoothed = field(default_factory=Smoothed)
@@ -28,7 +28,7 @@ class _Sizes:
 
 @dataclass(slots=True)
 class _Arriving:
-    """Requests that came, as far as they were sampled."""
+    """Arrivals of one class, as of the last sample."""
 
     num_seen: int = 0
     last_s: float = -inf
@@ -36,11 +36,11 @@ class _Arriving:
 
 
 class Demand:
-    """Of one engine, since it started."""
+    """The demand on one engine since it started."""
 
     def __init__(self, classes: Iterable[str]) -> None:
         self.counters: Mapping[str, Counter[str]] = {name: Counter() for name in classes}
-        """By class, by the names in wire/telemetry.py, DEMAND_COUNTERS."""
+        """Counters by class, with the names of DEMAND_COUNTERS in wire/telemetry.py."""
         self._of_class = {name: _Sizes() for name in self.counters}
         self._of_all = _Sizes()
         self._arriving = {name: _Arriving() for name in self.counters}
@@ -52,7 +52,7 @@ class Demand:
         self._count(class_, num_requests, "offered", "refused")
 
     def deferred(self, class_: str, num_requests: int) -> None:
-        """Of those admitted, so many had to wait before the engine began with them."""
+        """Record admitted requests that had to wait before the engine began with them."""
         self._count(class_, num_requests, "deferred")
 
     def ended(self, class_: str, prompt_tokens: int, answer_tokens: int) -> None:
@@ -62,11 +62,11 @@ class Demand:
 
     @property
     def mix(self) -> Mix:
-        """What requests are like of late."""
+        """The recent mean sizes of requests."""
         return Mix(self._of_all.prompt.mean or 1.0, max(1.0, self._of_all.answer.mean or FIRST_ANSWER_TOKENS))
 
     def sample(self, now_s: float) -> None:
-        """To be called now and then."""
+        """Update arrival rates; to be called regularly."""
         for name, counters in self.counters.items():
             arriving, offered = self._arriving[name], counters["offered_requests"]
             if offered > arriving.num_seen:
@@ -76,11 +76,11 @@ class Demand:
 
     @property
     def offered_per_s(self) -> dict[str, float]:
-        """By class, requests that come, refused ones too."""
+        """Arriving requests per second by class, refused ones included."""
         return {name: arriving.rate.per_s for name, arriving in self._arriving.items()}
 
     def lately(self, now_s: float) -> list[str]:
-        """The classes of which a request came in the last LATELY_S."""
+        """The classes with a request in the last LATELY_S."""
         return [name for name, arriving in self._arriving.items() if now_s - arriving.last_s < LATELY_S]
 
     def _count(self, class_: str, num_requests: int, *outcomes: str) -> None:

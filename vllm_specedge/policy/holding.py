@@ -1,6 +1,7 @@
-"""Who is left out of the next step because its draft is expected soon, and when all wait.
+"""Which requests are left out of the next step because their drafts are expected soon, and when all wait.
 
-Everything is counted in tokens: a draft is worth waiting for if what it brings exceeds what is not made meanwhile.
+Everything is measured in tokens: a draft is worth waiting for if its expected tokens exceed those not generated
+meanwhile.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,9 @@ from vllm_specedge.policy.situation import Awaited, Candidate, HoldLimits, Situa
 
 
 def awaited(record: EdgeRecord, own: Acceptance, since_s: float, limit: int, limits: HoldLimits) -> Awaited | None:
-    """What is expected of an edge for a request that came to be without a draft at `since_s`; None: nothing.
+    """The draft expected from an edge for a request that has had none since `since_s`; None: none is expected.
 
-    In mode `wait` an answer is expected of any edge, whatever its record says.
+    In mode `wait` an answer is expected from every edge, regardless of its record.
     """
     limit_s = since_s + limits.hold_limit_s
     if limits.mode == "wait":
@@ -35,23 +36,23 @@ _Waiting: TypeAlias = tuple[Candidate, Awaited]
 
 @dataclass(frozen=True, slots=True)
 class _Prices:
-    """What time is worth."""
+    """The value of time."""
 
     step_s: float
-    """A plain step of all."""
+    """Seconds of a plain step with all requests."""
     saved_s: float
-    """How much shorter it is with one request less."""
+    """Seconds that it is shorter with one request less."""
     rate: float
-    """Tokens a second."""
+    """Tokens per second."""
     growth_s: Sequence[float]
-    """How much longer the step takes with 1, 2, ... draft tokens more."""
+    """Seconds that the step is longer with 1, 2, ... more draft tokens."""
     excess: float
-    """Tokens that an average step makes beyond a plain one, for each request."""
+    """Tokens per request that an average step makes beyond a plain one."""
     verifying_s: float
-    """How much longer the step takes because it verifies at all."""
+    """Seconds that the step is longer because it verifies at all."""
 
     def value(self, survivals: Sequence[float]) -> float:
-        """Tokens that a draft brings when it is verified, less what its verification takes; 0: it would not be."""
+        """Tokens gained by verifying a draft, less the cost of verification; 0: it would not be verified."""
         best = total = 0.0
         for survival, growth_s in zip(survivals, self.growth_s, strict=False):
             total += survival
@@ -60,8 +61,8 @@ class _Prices:
 
 
 def holding(situation: Situation, lengths: Mapping[str, int]) -> tuple[dict[str, float], float | None]:
-    """Whom to leave out of a step that verifies these `lengths`, until when at most; and until when all wait, if nobody
-    is to run before: then nothing is verified."""
+    """The requests to leave out of a step that verifies these `lengths`, and until when at most; and until when all
+    wait, if no request is to run before: then nothing is verified."""
     rows, load, limits = situation.rows, situation.load, situation.limits
     waiting = [
         (row, row.awaited)
@@ -99,11 +100,11 @@ def _prices(situation: Situation, waiting: Sequence[_Waiting], num_verified: int
 
 
 def _wait(situation: Situation, waiting: Sequence[_Waiting], prices: _Prices, longest_s: float) -> float | None:
-    """Until when all wait for drafts, or None to run now. `longest_s`: what a step and the wait before it may take.
+    """Until when all wait for drafts, or None to run now. `longest_s`: limit of a step and the wait before it.
 
-    Waiting w seconds costs rate * w. It brings, for each draft that comes meanwhile, what it is worth times the chance
-    that going on without it would spoil it; and it avoids a plain step, which makes less than an average one (the
-    renewal argument for one request: wait if value * (1 - kept) > rate * w - kept * (speedup - 1)).
+    Waiting w seconds costs rate * w tokens. For each draft that arrives meanwhile it gains the draft's value times the
+    probability that going on without it would spoil it. It also avoids a plain step, which makes less than an average
+    one (the renewal argument for one request: wait if value * (1 - kept) > rate * w - kept * (speedup - 1)).
     """
     now_s = situation.now_s
     oldest_s = min(row.since_s for row in situation.rows)
@@ -124,10 +125,11 @@ def _wait(situation: Situation, waiting: Sequence[_Waiting], prices: _Prices, lo
 
 
 def _left_out(situation: Situation, waiting: Sequence[_Waiting], prices: _Prices, longest_s: float) -> dict[str, float]:
-    """Those to hold, and until when: their drafts will be there when this step ends, for more than a plain token now.
+    """The requests to hold, and until when: their drafts will be there when this step ends, and gain more than a plain
+    token now.
 
-    A row left out makes the step shorter; where compute is full that is worth nearly the token that the row makes. So
-    groups form: while one is verified, the others' edges draft.
+    Leaving a row out makes the step shorter; if the server is compute-bound, that is worth nearly the token that the
+    row would make. So groups form: while one is verified, the edges of the others draft.
     """
     end_s = situation.now_s + prices.step_s
     left_out = []
@@ -139,6 +141,6 @@ def _left_out(situation: Situation, waiting: Sequence[_Waiting], prices: _Prices
         value = prices.value(draft.survivals)
         if value > 0.0 and draft.punctual * value * (1.0 - draft.kept) > 1.0 - prices.rate * prices.saved_s:
             left_out.append((draft.arrives_s, row.order, row.key))
-    if len(left_out) == len(situation.rows):  # somebody has to run meanwhile: those whose drafts come last
+    if len(left_out) == len(situation.rows):  # some have to run meanwhile: those whose drafts arrive last
         left_out = sorted(left_out)[: len(situation.rows) // 2]
     return {key: end_s for _, _, key in left_out}

@@ -1,39 +1,39 @@
-"""Steps against what seems best, since what they cost was not seen for long. Pure."""
+"""Probing steps that do not seem best, because their cost was not measured for long. Pure."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 FIRST_PROBE_AFTER, PROBE_AFTER = 4, 64
-"""Steps with drafts that did not seem worth verifying; then a little is verified, to see what that costs now. Soon at
-first, when what it costs is hardly known, and after twice as many steps each time."""
+"""Steps whose drafts did not seem worth verifying, before a few tokens are verified to measure the current cost. Few at
+first, when the cost is hardly known, and twice as many each time."""
 FORCED_AFTER = 2
-"""A probe that would slow somebody by more than allowed waits for this many times as many steps, and is made then."""
+"""A probe that would slow a request by more than allowed is made after this many times as many steps."""
 PLAIN_PROBE_AFTER = 256
-"""Steps in a row that verified something; then one does not, to see what that costs now."""
+"""Consecutive steps that verified something, before one verifies nothing to measure its current cost."""
 
 
 class Probe(Enum):
-    """What the next step tries."""
+    """What the next step probes."""
 
     NONE = "none"
     VERIFY = "verify"
-    """A little, even where it seems not to pay, as long as nobody seems to be slowed by more than allowed."""
+    """Verify a few tokens even if that seems not to pay, unless it would slow a request by more than allowed."""
     FORCED = "forced"
-    """A little, whatever it seems to cost: else a cost that was once thought too high would never be seen again."""
+    """Verify a few tokens at any expected cost: else a cost once estimated too high would never be measured again."""
     PLAIN = "plain"
-    """Nothing."""
+    """Verify nothing."""
 
 
 @dataclass(slots=True)
 class Probing:
-    """How long verifying, or leaving it, has not been tried."""
+    """The time since verifying, or not verifying, was last tried."""
 
     num_refused: int = 0
-    """Steps in a row in which drafts were there and none was verified."""
+    """Consecutive steps in which drafts were there and none was verified."""
     num_verifying: int = 0
-    """Steps in a row that verified something."""
+    """Consecutive steps that verified something."""
     after: int = FIRST_PROBE_AFTER
-    """Refused steps before the next probe."""
+    """Such refused steps before the next probe."""
 
     @property
     def next(self) -> Probe:
@@ -42,7 +42,7 @@ class Probing:
         return Probe.PLAIN if self.num_verifying >= PLAIN_PROBE_AFTER else Probe.NONE
 
     def started(self, has_drafts: bool, is_verifying: bool) -> None:
-        """A step began: whether there were drafts, and whether it verifies any."""
+        """Record a step that begins: whether there were drafts, and whether it verifies any."""
         self.num_verifying = self.num_verifying + 1 if is_verifying else 0
         if is_verifying:
             if self.num_refused >= self.after:  # this was a probe

@@ -1,7 +1,7 @@
-"""Targets for latency, and whether one more request would break them. Pure.
+"""Latency targets, and whether one more request would break them. Pure.
 
-Rule: speculation is shed first (a step is never made longer than the shortest target of those in it), then requests
-are refused at the front, before they cost anything: so that those admitted meet their targets under any load.
+Rule: speculation is shed first (a step never becomes longer than the shortest target of its requests), then requests
+are refused in the API server, before they cost anything. So admitted requests meet their targets under any load.
 """
 
 from bisect import bisect_left
@@ -13,18 +13,18 @@ from types import MappingProxyType
 from vllm_specedge.policy.step_cost import StepCost
 
 DEFAULT_CLASS = "default"
-"""Of the requests that have no class of their own."""
+"""The class of requests without a class of their own."""
 MAX_CLASSES = 16
-"""This one included: they are labels of metrics."""
+"""Maximum classes, the default included: they are metric labels."""
 
 MAX_BLOCKED = 0.5
-"""Of the more important requests so many may find no place because of less important ones."""
+"""Maximum share of the more important requests that may find no place because of less important ones."""
 MAX_RESERVED = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a class of requests is to get; inf: no target."""
+    """The targets of a class of requests; inf: no target."""
 
     ttft_s: float = inf
     itl_s: float = inf
@@ -41,50 +41,50 @@ class Targets:
         return self.by_priority.get(priority, self.default)
 
     def without(self, priorities: Collection[int]) -> "Targets":
-        """The same without those of these priorities; without the default's where one of them has none of its own."""
+        """The same without the targets of these priorities, and without the default if one of them uses it."""
         kept = {each: Target() if each in priorities else target for each, target in self.by_priority.items()}
         return Targets(kept, self.default if set(priorities) <= kept.keys() else Target())
 
     @property
     def priorities(self) -> list[int]:
-        """The priorities that have a target of their own."""
+        """The priorities with their own target."""
         return sorted(self.by_priority)
 
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """What an engine has to do."""
+    """The work of an engine."""
 
     running: Sequence[int]
-    """The priorities of the requests that run."""
+    """Priorities of the running requests."""
     waiting: Sequence[tuple[int, int]]
-    """Priority and prompt tokens of those that do not."""
+    """Priority and prompt tokens of each waiting request."""
     context: int
-    """Tokens in the caches of those that run."""
+    """Cached tokens of the running requests."""
     slots: int
-    """Requests that can run at once."""
+    """Maximum running requests."""
     room: int
-    """Tokens that fit into a step."""
+    """Maximum tokens of a step."""
     finished_per_s: float
-    """Requests that ended per second, of late."""
+    """Recent rate of requests that ended, per second."""
     is_by_priority: bool
-    """The more important are admitted first, else who came first."""
+    """Whether waiting requests start by priority, else in order of arrival."""
     prompt_per_token: float = 0.0
-    """Tokens of prompts that are computed for each token of an answer, of late: steps have them beside."""
+    """Recent number of prompt tokens to prefill per answer token; steps include them."""
     lately: frozenset[int] = frozenset()
-    """The priorities of requests that came of late, admitted or not: more of them are expected."""
+    """Priorities of recent requests, admitted or not: more of them are expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """For one more request that came now."""
+    """Expected latencies of one more request that arrives now."""
 
     ttft_s: float
     itl_s: float
 
 
 def forecast(queue: Queue, priority: int, num_tokens: int, cost: StepCost) -> Forecast:
-    """What a request with a prompt of so many tokens would get, without speculation."""
+    """The latencies that a request with `num_tokens` prompt tokens would get, without speculation."""
     ahead = [tokens for other, tokens in queue.waiting if other <= priority or not queue.is_by_priority]
     num_running, num_left = len(queue.running), sum(ahead) + num_tokens
     room = max(1, queue.room - num_running)
@@ -102,7 +102,7 @@ def forecast(queue: Queue, priority: int, num_tokens: int, cost: StepCost) -> Fo
 
 
 def is_admitted(queue: Queue, priority: int, num_tokens: int, targets: Targets, cost: StepCost) -> bool:
-    """Whether one more request would get what its class is to get, and leave the others what theirs are to get."""
+    """Whether one more request would meet its class's target without breaking the others' targets."""
     expected = forecast(queue, priority, num_tokens, cost)
     target = targets.of(priority)
     others = {*queue.running, *(other for other, _ in queue.waiting), *queue.lately}
@@ -113,7 +113,7 @@ def is_admitted(queue: Queue, priority: int, num_tokens: int, targets: Targets, 
 def num_admissible(
     queue: Queue, priority: int, num_tokens: int, targets: Targets, cost: StepCost, limit: int = 64
 ) -> int:
-    """How many requests of this class, each with a prompt of so many tokens, could come now, up to a limit."""
+    """How many requests of this class, with `num_tokens` prompt tokens each, could be admitted now, up to a limit."""
 
     def is_full(num_more: int) -> bool:
         more = replace(queue, waiting=[*queue.waiting, *[(priority, num_tokens)] * num_more])
@@ -123,8 +123,11 @@ def num_admissible(
 
 
 def num_reserved(offered_per_s: float, freed_per_s: float) -> int:
-    """How many places a less important class leaves free for more important requests that come at this rate, where
-    places become free at the other (trunk reservation): with r of them about ratio ** r of these find none."""
+    """How many places a less important class leaves free for more important requests (trunk reservation).
+
+    These arrive at `offered_per_s`, and places become free at `freed_per_s`: with r reserved places, about ratio ** r
+    of them find none.
+    """
     if offered_per_s <= 0.0 or freed_per_s <= 0.0:
         return 0
     ratio = min(offered_per_s / freed_per_s, 1.0)
@@ -134,8 +137,8 @@ def num_reserved(offered_per_s: float, freed_per_s: float) -> int:
 def unserved(
     queue: Queue, classes: Mapping[str, int], num_tokens: int, targets: Targets, cost: StepCost
 ) -> frozenset[str]:
-    """The classes, of these priorities, whose targets this engine could not meet with nothing else to do. Whatever they
-    ask for, they are nothing to the others."""
+    """The classes (names with priorities) whose targets this engine could not meet even when idle. They do not limit
+    the other classes."""
     idle = replace(queue, running=[], waiting=[], context=0, lately=frozenset())
     return frozenset(
         name for name, priority in classes.items() if not is_admitted(idle, priority, num_tokens, targets, cost)
@@ -150,8 +153,8 @@ def rooms(
     cost: StepCost,
     offered_per_s: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, int]:
-    """By class, of these priorities: how many requests with a prompt of so many tokens could come now. `offered_per_s`:
-    by class, requests that come, admitted or not."""
+    """By class (names with priorities), how many requests with `num_tokens` prompt tokens could be admitted now.
+    `offered_per_s`: arriving requests by class, admitted or not."""
     never = unserved(queue, classes, num_tokens, targets, cost)
     found, ahead_per_s = dict.fromkeys(never, 0), 0.0
     targets = targets.without({classes[name] for name in never})
@@ -163,7 +166,7 @@ def rooms(
 
 
 def retry_after_s(queue: Queue) -> int:
-    """When it may be worth another try: when about a tenth of those that run have ended, 1 to 30 seconds."""
+    """Seconds until a retry may be worthwhile: when about a tenth of the running requests have ended, 1 to 30."""
     if queue.finished_per_s <= 0.0:
         return 1
     return ceil(min(30.0, max(1.0, len(queue.running) / 10 / queue.finished_per_s)))

@@ -1,16 +1,16 @@
-"""How long a step of the engine takes, by what is in it: learnt while it serves. Pure: no clock.
+"""The cost model of the engine's steps, learnt while it serves. Pure: no clock.
 
 Model: seconds = curve(tokens) + requests * a + context * b + prefilled * c, + requests * d if anything is verified, +
-gap if the step is synchronous on an engine whose steps need not be. The curve is known at KNOTS and straight between
-them, so it can be flat where weights are read from memory and steep where compute is full; d is what vLLM's rejection
-sampler does with the rows of all requests, drafts or not; in the gap the device waits for the scheduler. All are
-estimated together by a Kalman filter: what is seen at one size moves what is thought of the sizes around it, the less
-the further away (a Gaussian process over log2 tokens), and what was not seen for long becomes uncertain again.
+gap if the step is synchronous on an engine whose steps need not be. The curve is known at KNOTS and linear in between,
+so it can be flat where weights are read from memory and steep where compute is full. d is the cost of vLLM's rejection
+sampler, which processes the rows of all requests, with or without drafts. In the gap the device waits for the
+scheduler. A Kalman filter estimates all together: a measurement at one size also moves the estimates of sizes around
+it, less with distance (a Gaussian process over log2 tokens), and estimates without measurements become uncertain again.
 
-Rule 1: one outlier moves it by little: what surprises by more than MAX_SURPRISE deviations is thought to be noise.
-Rule 2: more tokens are thought to take less time only where that was seen: some kernels are slower for two rows than
-for four (56 and 40 ms on the test machine), and to think otherwise makes what comes after look free.
-Rule 3: sizes that were seen often are looked at now and then only, for an update costs a tenth of a millisecond.
+Rule 1: one outlier has little effect: a surprise of more than MAX_SURPRISE deviations counts as noise.
+Rule 2: more tokens count as faster only if that was measured: some kernels are slower for two rows than for four (56
+and 40 ms on the test machine), and assuming otherwise would make further tokens look free.
+Rule 3: sizes with many measurements are only updated now and then, as an update costs a tenth of a millisecond.
 """
 
 from bisect import bisect_right
@@ -21,46 +21,46 @@ from operator import mul
 
 KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 1024, 2048, 4096, 8192)
 PROFILED = (1, 4, 16, 64, 128, 256, 512, 1024)
-"""Sizes that are tried at start-up, as many of them as there is time for."""
+"""Sizes to profile at start-up, as far as time allows."""
 _NUM_KNOTS = len(KNOTS)
 _REQUESTS, _CONTEXT, _PREFILLED, _VERIFYING, _SYNCHRONOUS = range(_NUM_KNOTS, _NUM_KNOTS + 5)
 _NUM = _NUM_KNOTS + 5
 CONTEXT_UNIT = 1024.0
 MAX_SURPRISE = 3.0
 FORGETTING = 1 / 2048
-"""The part by which, with each step, what is known becomes as uncertain again as before anything was seen."""
+"""Share by which each step moves the uncertainty of estimates back towards the prior's."""
 SETTLED, SETTLED_EVERY = 32, 4
-"""After so many steps of a size one of so many is looked at."""
+"""After SETTLED steps of a size, only one of SETTLED_EVERY is used."""
 _MIN_SEEN = 4
-"""Steps of a size, after which what it takes is known by itself."""
+"""Steps of a size after which its own estimate is trusted."""
 _NOISE_GAIN = 0.03
 _FIRST_NOISE = 0.1
 _MIN_NOISE = 0.01
 _PROMPT_NOISE = 3.0
-"""Steps that compute prompts are so much noisier: attention, new requests and much else take time in them."""
+"""Noise factor of steps that prefill prompts: attention, new requests and much else take time in them."""
 _PRIOR_SCALE = 0.5
-"""How wrong, as a part of it, the prior's level may be; as a profile leaves out sampling and much else."""
+"""Relative deviation of the prior's level: a profile leaves out sampling and much else."""
 _PRIOR_OCTAVE = 0.3
-"""How wrong its growth from one size to twice that, as a part of the curve."""
+"""Relative deviation of its growth from one size to twice that size."""
 _PRIOR_KINK = 0.03
 _PRIOR_CONTEXT, _PRIOR_REQUEST, _PRIOR_PREFILLED, _PRIOR_VERIFYING, _PRIOR_GAP = 0.02, 0.002, 0.002, 0.004, 0.1
-"""The deviations of what 1,024 tokens of context, a request, a prefilled token, a request in a step that verifies, and
-the gap of a synchronous step cost beside, as parts of a step of one token."""
+"""Prior deviations of the extra cost of 1,024 tokens of context, a request, a prefilled token, a request in a step that
+verifies, and the gap of a synchronous step, as shares of a step of one token."""
 UNKNOWN_SLOPE = 1 / 128
-"""Without a profile a token is thought to cost so much of a step of one."""
+"""Without a profile, the assumed cost of a token as a share of a step of one token."""
 
 
 class StepCost:
-    """What the engine's steps take, in seconds."""
+    """Seconds of the engine's steps."""
 
     def __init__(self, profile: Mapping[int, float] | None = None) -> None:
-        """`profile`: seconds by number of tokens, as tried at start-up; None: the first step seen sets the scale."""
+        """`profile`: seconds by number of tokens, measured at start-up; None: the first step sets the scale."""
         self._mean: list[float] = []
         self._prior: list[list[float]] = []
         self._covariance: list[list[float]] = []
         self._noise = _FIRST_NOISE
         self._curve: list[float] = []
-        """The knots' means; those that were not seen, made to rise."""
+        """The means at the knots; those without measurements are made to rise."""
         self._seen = [0] * _NUM_KNOTS
         if profile:
             sizes = sorted(profile)
@@ -88,8 +88,8 @@ class StepCost:
 
     @property
     def parts_s(self) -> tuple[Sequence[float], float, float, float]:
-        """Seconds of a step of each size in KNOTS; what each request, and each CONTEXT_UNIT of context, adds; what each
-        request adds where something is verified. No sizes before anything was measured."""
+        """Seconds of a step of each size in KNOTS; seconds added by each request, by each CONTEXT_UNIT of context, and
+        by each request if something is verified. No sizes before any step was measured."""
         return self._curve, self._each_s(_REQUESTS), self._each_s(_CONTEXT), self._each_s(_VERIFYING)
 
     def _each_s(self, index: int) -> float:
@@ -97,7 +97,7 @@ class StepCost:
 
     @property
     def gap_s(self) -> float:
-        """How much longer a synchronous step takes, on an engine whose steps need not be synchronous."""
+        """Seconds that a synchronous step is longer, on an engine whose steps need not be synchronous."""
         return self._each_s(_SYNCHRONOUS)
 
     def observe(
@@ -110,9 +110,9 @@ class StepCost:
         is_verifying: bool = False,
         has_gap: bool = False,
     ) -> None:
-        """A step of `tokens` tokens, `prefilled` of them of prompts, for so many requests with so long a context in
-        all, took so long. `is_verifying`: draft tokens were among them. `has_gap`: it was synchronous, and need not
-        have been."""
+        """Record a step: `tokens` tokens, `prefilled` of them of prompts, for `requests` requests with `context` tokens
+        in all, took `took_s`. `is_verifying`: it had draft tokens. `has_gap`: it was synchronous, and need not have
+        been."""
         if tokens <= 0 or took_s <= 0.0:
             return
         if not self._mean:
@@ -140,7 +140,7 @@ class StepCost:
         noisy = (believed_s**2 - (variance - noise)) / expected_s**2
         if not prefilled:
             self._noise = sqrt(max(_MIN_NOISE**2, self._noise**2 + _NOISE_GAIN * (noisy - self._noise**2)))
-        # What is further off counts as so much noisier: it moves little, and leaves nothing more certain than it was.
+        # A larger surprise counts as noisier: it moves the estimates little, and makes nothing more certain.
         self._update(spread, max(variance, (surprise_s / MAX_SURPRISE) ** 2), surprise_s)
 
     def _update(self, spread: Sequence[float], variance: float, surprise_s: float) -> None:
@@ -159,7 +159,7 @@ class StepCost:
             self._curve[index] = least
 
     def __call__(self, requests: int, tokens: int, context: int, prefilled: int = 0) -> float:
-        """Seconds of a step that verifies nothing; 0 before anything is known."""
+        """Seconds of a step that verifies nothing; 0 before any step was measured."""
         if not self._mean or tokens <= 0:
             return 0.0
         beside = (
@@ -170,12 +170,12 @@ class StepCost:
         return max(1e-6, on_curve(self._curve, tokens) + beside)
 
     def verifying_s(self, requests: int) -> float:
-        """How much longer a step of so many requests takes because something is verified, however little, without the
-        gap."""
+        """Seconds that a step of this many requests is longer because something is verified, however little, without
+        the gap."""
         return requests * self._each_s(_VERIFYING)
 
     def growth(self, tokens: int, more: int) -> list[float]:
-        """How much longer a step of `tokens` tokens takes with 1, 2, ... `more` further ones, without `verifying_s`."""
+        """Seconds that a step of `tokens` tokens is longer with 1, 2, ... `more` further ones (no `verifying_s`)."""
         if not self._mean or more <= 0:
             return [0.0] * max(0, more)
         base = on_curve(self._curve, max(1, tokens))
@@ -194,20 +194,20 @@ class StepCost:
 
 
 def on_curve(curve: Sequence[float], tokens: int) -> float:
-    """Between the values at KNOTS; past the last, the line of the last two goes on."""
+    """Linear interpolation between the values at KNOTS; past the last, extrapolation from the last two."""
     (low, part), (high, other) = _weights(tokens)
     return part * curve[low] + other * curve[high]
 
 
 def _weights(tokens: int) -> tuple[tuple[int, float], tuple[int, float]]:
-    """The two knots around a size, and how much each counts."""
+    """The two knots around a size, with their weights."""
     low = min(_NUM_KNOTS - 2, bisect_right(KNOTS, tokens) - 1)
     part = (tokens - KNOTS[low]) / (KNOTS[low + 1] - KNOTS[low])
     return (low, 1.0 - part), (low + 1, part)
 
 
 def _interpolated(sizes: Sequence[int], seconds: Sequence[float], size: int) -> float:
-    """On straight lines through what was tried; the first and last line go on."""
+    """Linear interpolation of a profile, extrapolated on both ends."""
     if len(sizes) == 1:
         return seconds[0] * (1 + UNKNOWN_SLOPE * size) / (1 + UNKNOWN_SLOPE * sizes[0])
     high = min(len(sizes) - 1, max(1, bisect_right(sizes, size)))

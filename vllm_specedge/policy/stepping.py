@@ -1,51 +1,51 @@
-"""Whether the engine's steps follow each other synchronously, so that drafts can be verified, or asynchronously. Pure.
+"""Whether the engine's steps run synchronously, so that drafts can be verified, or asynchronously. Pure.
 
-An asynchronous engine schedules a step while the one before is computed: there is no gap between two steps, but the
-tokens of the step before are not known when drafts would have to be chosen. A synchronous step knows them, and lasts
+An asynchronous engine schedules a step while the previous one is computed. There is no gap between two steps, but the
+tokens of the previous step are not known when drafts would have to be chosen. A synchronous step knows them, and is
 longer by the gap (StepCost.gap_s).
 
-Rule 1: without useful drafts every step is asynchronous, as plain vLLM's are.
-Rule 2: no change for one step alone: a change leaves the pipeline empty once.
-Rule 3: what was measured counts for more than what is expected: where synchronous steps made fewer tokens a second than
-plain ones would have, the next try comes later each time.
-Rule 4: no try is shorter than it takes to measure something, and none costs more than a small part of the pause before.
+Rule 1: without useful drafts every step is asynchronous, as in plain vLLM.
+Rule 2: no switch for a single step: each switch leaves the pipeline empty once.
+Rule 3: measurements count more than expectations: if synchronous steps made fewer tokens per second than plain ones
+would have, the next try comes later each time.
+Rule 4: no try is too short to measure something, and none costs more than a small part of the pause before it.
 """
 
 from dataclasses import dataclass
 
 WANTED_BEFORE = 2
-"""Asynchronous steps in a row that would better have been synchronous, before the next ones are."""
+"""Consecutive asynchronous steps that should have been synchronous, before the switch."""
 UNWANTED_BEFORE = 6
-"""Synchronous steps in a row with nothing to verify and nobody to wait for, before the next ones are asynchronous; one
-is enough where a try is judged already and does not pay."""
+"""Consecutive synchronous steps with nothing to verify and no draft to wait for, before the switch back; one is enough
+if the try was judged already and does not pay."""
 JUDGED_AFTER, PAYS_AFTER = 12, 48
-"""Synchronous steps after which the gain that was measured decides whether to go on: LEAST_GAIN first, 1 later."""
+"""Synchronous steps after which the measured gain decides whether to go on: it must be LEAST_GAIN first, 1 later."""
 LEAST_GAIN = 0.9
 FIRST_PAUSE, LAST_PAUSE = 64, 4096
 """Asynchronous steps between a try that did not pay and the next; doubled each time."""
 TRIED_PER_PAUSED = 1 / 32
-"""Steps of a try before it is judged, for each one of the pause before it; at most JUDGED_AFTER."""
+"""Steps of a try before it is judged, per step of the pause before it; at most JUDGED_AFTER."""
 
 
 @dataclass(slots=True)
 class Stepping:
-    """How the next steps follow each other."""
+    """Whether the next steps are synchronous."""
 
     is_synchronous: bool = False
     num_switches: int = 0
     _num_against: int = 0
-    """Steps in a row that spoke against the present way."""
+    """Consecutive steps that spoke against the present state."""
     _num_steps: int = 0
-    """Synchronous steps since the last change."""
+    """Synchronous steps since the last switch."""
     _pause: int = FIRST_PAUSE
     """Asynchronous steps before the next try, if this one does not pay."""
     _num_paused: int = 0
-    """Asynchronous steps that are still to be made before the next try."""
+    """Asynchronous steps left before the next try."""
     _judged_after: int = JUDGED_AFTER
 
     def planned(self, is_useful: bool, gain: float) -> None:
-        """A step was planned. `is_useful`: a synchronous step verifies something now, or waits for a draft. `gain`:
-        tokens per second of synchronous steps of late, over those of asynchronous ones."""
+        """Record a planned step. `is_useful`: a synchronous step would verify something now, or wait for a draft.
+        `gain`: recent tokens per second of synchronous steps, relative to asynchronous ones."""
         if self.is_synchronous:
             self._after_synchronous(is_useful, gain)
         elif self._num_paused:

@@ -1,4 +1,4 @@
-"""What the next step verifies: the draft tokens that are most probably right, while they make more tokens a second."""
+"""What the next step verifies: the most probable draft tokens, as long as they raise tokens per second."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -8,17 +8,17 @@ from vllm_specedge.policy.probing import Probe
 from vllm_specedge.policy.situation import BUDGET_MODES, FAST, Situation, cautious
 
 LEAST_GAIN = 0.03
-"""Part of a plain step's tokens a second that verifying is to bring at least. Where less is expected, what
-was expected too much loses more than what is gained: in simulation 2 to 4 % at 16 requests on a CPU, for 1 or 2."""
+"""Minimum expected gain of verifying, as a share of a plain step's tokens per second. Below it, wrong expectations lose
+more than right ones gain: in simulation 2 to 4 % at 16 requests on a CPU, for a gain of 1 or 2."""
 PROBE_PART = 8
-"""A probe verifies one draft token for so many requests."""
+"""A probe verifies one draft token per this many requests."""
 
 _Token: TypeAlias = tuple[float, int, int]
-"""Survival, negative so that the best sort first; index of its row; how deep it is in the draft."""
+"""Survival, negated so that the best sort first; index of its row; depth in the draft."""
 
 
 def budget(situation: Situation) -> dict[str, int]:
-    """Draft tokens by request: those most probably right, as long as more of them make more tokens per second."""
+    """Number of draft tokens to verify by request: the most probable ones, as long as more raise tokens per second."""
     rows, load, num_rows = situation.rows, situation.load, situation.num_rows
     tokens = [
         (-survival, index, depth) for index, row in enumerate(rows) for depth, survival in enumerate(row.survivals)
@@ -38,7 +38,7 @@ def budget(situation: Situation) -> dict[str, int]:
 
 
 def _best(tokens: Sequence[_Token], situation: Situation) -> int:
-    """How many of the tokens, most probable first, give most tokens per second."""
+    """How many of the tokens (most probable first) to verify for the most tokens per second."""
     rows, load, num_rows = situation.rows, situation.load, situation.num_rows
     size = num_rows + load.prefill
     step_s = situation.plain_s(num_rows, size, load.prefill)
@@ -51,7 +51,7 @@ def _best(tokens: Sequence[_Token], situation: Situation) -> int:
     verifying_s = situation.verifying_s
     growth_s = [verifying_s + growth for growth in situation.cost.growth(size, len(tokens))]
     best = len(tokens)
-    # Fewer tokens may leave more rows without any, for whom the step may take less long.
+    # Fewer tokens may leave more rows without any, which lowers the limit of the step.
     while best:
         verified = {index for _, index, _ in tokens[:best]}
         plain = [row for index, row in enumerate(rows) if index not in verified]
@@ -79,12 +79,12 @@ def _scan(
     longest_s: float,
     stretch_s: float,
 ) -> int:
-    """How many of the tokens make most tokens a second.
+    """How many of the tokens give the most tokens per second.
 
-    A step of `size` tokens takes `plain_s`, `growth_s` longer with 1, 2, ... of these, and one of its rows has waited
-    `waited_s` for it. It may take `longest_s` and, if it does not make tokens come FAST times as fast, `stretch_s`.
+    A step of `size` tokens takes `plain_s`, and `growth_s` longer with 1, 2, ... of these tokens; one of its rows has
+    waited `waited_s`. It may take `longest_s`, and only `stretch_s` unless it makes tokens come FAST times as fast.
     """
-    # Tokens of prompts count as made: else they would make drafts look cheap, whose time they pay for.
+    # Prompt tokens count as generated: else they would pay for the drafts' time and make these look cheap.
     best, best_rate, expected = 0, (1.0 + LEAST_GAIN) * size / plain_s, float(size)
     for number, (growth, token) in enumerate(zip(growth_s, tokens, strict=False), 1):
         expected -= token[0]

@@ -1,1 +1,1 @@
-"""The shipping decisions on virtual time."""
+"""Simulation of the shipping decisions in virtual time."""

@@ -1,10 +1,10 @@
-"""A rate for each class of requests at which they are let in, raised and lowered by what latencies came of it. Pure.
+"""An admission rate for each class of requests, raised and lowered by the latencies that result. Pure.
 
-It knows nothing of the engine but how late tokens are: the time to a first token, or from one token to the next, over
-the target of its class. As TopFull does it, without its learning: additive increase, multiplicative decrease, and by
-importance: the least important class is lowered first, the most important one raised first, for all share one engine.
-Rule 1: who is not limited is not counted: a rate is made when something is late, from what was let in by then.
-Rule 2: what a decrease brings is seen when requests that were let in before have ended, so the next one waits for that.
+Its only input is the lateness of tokens: TTFT, or the time from one token to the next, relative to the target of the
+class. As in TopFull, without its learning: additive increase, multiplicative decrease, by importance. As all classes
+share one engine, the least important one is lowered first, and the most important one raised first.
+Rule 1: a class without a limit has no rate. A rate is set when something is late, from the requests admitted by then.
+Rule 2: the effect of a decrease shows when requests admitted before have ended, so the next decrease waits for that.
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,24 @@ from vllm_specedge.estimators import Rate, Smoothed, quantile
 INTERVAL_S = 0.5
 LATE = 1.0
 EARLY = 0.95
-"""Of a target: rates are raised where eight of ten latencies are below, lowered where they are not below LATE."""
+"""Share of a target: rates are raised if eight of ten latencies are below it, and lowered if they exceed LATE."""
 PART = 0.8
 LEAST_DECREASE, MOST_DECREASE = 0.05, 0.3
 INCREASE = 0.2
-"""Of what is let in of all classes together."""
+"""Share of the admitted requests of all classes together."""
 LEAST_RATE = 0.1
 BURST_S = 1.0
-"""What was not used of a rate stays for so long."""
+"""Seconds for which an unused part of a rate is kept."""
 MEMORY_S = 5.0
 MAX_OBSERVED = 512
-"""Latencies of an interval that are kept, of each class."""
+"""Maximum latencies kept per interval and class."""
 
 
 @dataclass(slots=True)
 class _Class:
     rate: float = inf
     tokens: float = 0.0
-    """Of its bucket: requests that may come now."""
+    """Tokens in its bucket: requests that may be admitted now."""
     num_offered: int = 0
     num_admitted: int = 0
     offered: Rate = field(default_factory=lambda: Rate(MEMORY_S))
@@ -46,7 +46,7 @@ class _Class:
 
 
 class AdmittedRates:
-    """The rates of one server's classes."""
+    """The admission rates of one server's classes."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         """`classes`: the most important first."""
@@ -57,11 +57,11 @@ class AdmittedRates:
         self._durations = Smoothed()
 
     def rate(self, class_: str) -> float:
-        """Requests a second; inf: it is not limited."""
+        """Requests per second; inf: no limit."""
         return self._classes[class_].rate
 
     def ask(self, class_: str, now_s: float) -> bool:
-        """Whether a request may come; it has come then."""
+        """Whether a request is admitted. If so, it counts."""
         self._fill(now_s)
         own = self._classes[class_]
         own.num_offered += 1
@@ -73,17 +73,17 @@ class AdmittedRates:
         return True
 
     def observe(self, class_: str, lateness: float) -> None:
-        """A latency of a request that was let in, over its target."""
+        """Record a latency of an admitted request, relative to its target."""
         seen = self._classes[class_].lateness
         if len(seen) < MAX_OBSERVED:
             seen.append(lateness)
 
     def ended(self, took_s: float) -> None:
-        """A request that was let in is over."""
+        """Record that an admitted request has ended."""
         self._durations.observe(took_s)
 
     def decide(self, now_s: float) -> None:
-        """To be called now and then; changes rates every INTERVAL_S at most."""
+        """Adjust rates, every INTERVAL_S at most; to be called regularly."""
         if self._decided_s is not None and now_s - self._decided_s < INTERVAL_S:
             return
         self._decided_s = now_s
@@ -108,7 +108,7 @@ class AdmittedRates:
             return
         self._lowered_s = now_s
         total = sum(each.admitted.per_s for each in left)
-        # Of all that is let in; the less important ones give what they have first.
+        # Relative to all admitted requests; the less important classes give theirs first.
         owed = total * min(MOST_DECREASE, max(LEAST_DECREASE, 1.0 - LATE / worst))
         for each in reversed(left):
             now_per_s = min(each.rate, each.admitted.per_s)

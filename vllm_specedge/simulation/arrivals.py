@@ -1,4 +1,4 @@
-"""When requests come, and what they are. Pure: chance follows from seeds."""
+"""Arrival times, classes and sizes of requests. Pure: random numbers follow from seeds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from vllm_specedge.simulation.models import chance, key_of
 
 Kind: TypeAlias = Literal["poisson", "bursty"]
 BURST_FACTOR = 3.0
-"""In a burst so many times the mean rate, and nothing between bursts."""
+"""Rate in a burst as a multiple of the mean rate; between bursts it is 0."""
 BURST_S = 2.0
-"""A burst lasts so long on average."""
+"""Mean length of a burst in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,13 @@ class RequestClass:
     name: str
     priority: int
     share: float
-    """Of all requests."""
+    """Share of all requests."""
     target: Target
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request that comes."""
+    """An arriving request."""
 
     at_s: float
     class_: RequestClass
@@ -38,7 +38,7 @@ class Arrival:
 def arrivals(
     kind: Kind, per_s: float, until_s: float, classes: tuple[RequestClass, ...], answer_tokens: int, seed: int
 ) -> Iterator[Arrival]:
-    """Requests of all classes, in order. Answers have half to one and a half times `answer_tokens`."""
+    """Requests of all classes, in order of arrival. Answers have 0.5 to 1.5 times `answer_tokens`."""
     key, now_s, number = key_of(seed, 1), 0.0, 0
     burst = _Bursts(key_of(seed, 2)) if kind == "bursty" else None
     rate = per_s * (BURST_FACTOR if burst is not None else 1.0)
@@ -60,13 +60,13 @@ def arrivals(
 
 
 class _Bursts:
-    """Time in bursts, as time on the clock: pauses lie between, that make up for the rate within."""
+    """Conversion of time within bursts to clock time, with pauses in between that restore the mean rate."""
 
     def __init__(self, key: int) -> None:
         self._key = key
         self._number = 0
         self._end_s = 0.0
-        """Of the present burst, in time within bursts."""
+        """End of the present burst, in time within bursts."""
         self._pauses_s = 0.0
 
     def at(self, busy_s: float) -> float:

@@ -1,4 +1,4 @@
-"""Virtual time, and frames that take some of it."""
+"""Virtual time, and frames that take time to arrive."""
 
 import heapq
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from vllm_specedge.wire.codec import Frame
 
 
 class VirtualTime:
-    """A clock that jumps from one thing to do to the next."""
+    """A clock that jumps from one action to the next."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -18,14 +18,14 @@ class VirtualTime:
         self._order = count()
 
     def at(self, at_s: float, action: Callable[..., None], *arguments: object) -> None:
-        """What is due at the same time is done in the order in which it was asked for."""
+        """Schedule an action. Actions due at the same time run in the order in which they were scheduled."""
         heapq.heappush(self._due, (max(at_s, self.now_s), next(self._order), action, arguments))
 
     def after(self, delay_s: float, action: Callable[..., None], *arguments: object) -> None:
         self.at(self.now_s + delay_s, action, *arguments)
 
     def run(self, limit_s: float, is_over: Callable[[], bool]) -> None:
-        """Do what is due until `is_over`, or there is nothing left to do, or it is `limit_s`."""
+        """Run actions until `is_over`, until none is left, or until `limit_s`."""
         while self._due and not is_over():
             at_s, _, action, arguments = heapq.heappop(self._due)
             if at_s > limit_s:
@@ -36,7 +36,7 @@ class VirtualTime:
 
 @dataclass(slots=True)
 class Way:
-    """One direction of a connection: frames arrive later, in order."""
+    """One direction of a connection: frames arrive with a delay, in order."""
 
     time: VirtualTime
     delay_s: float

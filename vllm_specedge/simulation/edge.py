@@ -1,4 +1,4 @@
-"""An edge in virtual time, and a draft model that is right as often as it is told to be."""
+"""An edge in virtual time, and a draft model with a given acceptance rate."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field
@@ -16,25 +16,25 @@ from vllm_specedge.wire.frames import Bye, Ping, Pong, Propose, Welcome
 
 MAX_CONTEXT_TOKENS = 1 << 20
 DRAFTING = 0
-"""What chance is for: `key_of` of a draft; the simulation's own begin behind it."""
+"""Purpose of random numbers in `key_of`: a draft. The simulation's own purposes follow after it."""
 
 
 class SimulatedDraft:
-    """A draft model that is right so often, and knows how often it is."""
+    """A draft model that is right with a given probability, and knows this probability."""
 
     def __init__(self, target: SimulatedTarget, model: EdgeModel) -> None:
         self.target = target
         self._acceptance, self._branch = model.acceptance, model.branch
         missed = 1.0 - model.acceptance
         self._claims = (model.acceptance, missed * model.branch, missed * (1.0 - model.branch) * 0.3)
-        """How probable it says that its candidates are."""
+        """The probabilities that it gives to its candidates."""
 
     def open(self) -> DraftSequence:
         return _SimulatedSequence(self)
 
     def candidates(self, key: int, drafting: int, position: int, width: int) -> list[Candidate]:
-        """What may follow; the keys are the request's. Behind a context that the target would not have written, at
-        position 0, what is said is of no use."""
+        """The candidates at a position; the keys are the request's. At position 0, which stands for a context that the
+        target would not have written, candidates are useless."""
         if not position:
             return [Candidate(i, self._claims[i]) for i in range(width)]
         vocab_size, right = self.target.vocab_size, self.target.token(key, position)
@@ -49,7 +49,7 @@ class SimulatedDraft:
 
 
 class _SimulatedSequence(DraftSequence):
-    """Of each entry it is enough to know its position, and whether it is on the target's way; -1 if not."""
+    """A context. Each entry is its position if it is on the target's path, else -1."""
 
     def __init__(self, draft: SimulatedDraft) -> None:
         self._draft = draft
@@ -94,9 +94,9 @@ class VirtualEdge:
     speculation: Speculation
     open_sequence: InitVar[Callable[[], DraftSequence]]
     pass_s: Callable[[int], float]
-    """Seconds of a forward pass of so many tokens."""
+    """Seconds of a forward pass by its tokens."""
     free_s: Callable[[float], float] = lambda now_s: now_s
-    """From when on it is at work."""
+    """The time from which on the edge works, given the present time."""
     send: Callable[[Frame], None] = lambda frame: None
     _sequences: Sequences = field(init=False)
     _is_busy: bool = False
@@ -166,7 +166,7 @@ class VirtualEdge:
 
 
 def speculation(scenario: Scenario) -> Speculation:
-    """What decides on an edge of a scenario."""
+    """The Speculation of an edge in a scenario."""
     model = scenario.edge
     return Speculation(
         MAX_CONTEXT_TOKENS,

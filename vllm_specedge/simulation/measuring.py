@@ -1,4 +1,4 @@
-"""What a simulation measures, from the moment on at which every client has made its warm-up."""
+"""The measurements of a simulation, which begin when every client has finished its warm-up."""
 
 from array import array
 from collections import Counter
@@ -10,42 +10,42 @@ from vllm_specedge.simulation.scenario import Outcome, Scenario
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """Asks, reads the answer, and asks again."""
+    """A client that sends a request, reads the answer, and sends the next request."""
 
     made: int = 0
-    """Tokens that it got."""
+    """Tokens that it has received."""
 
 
 @dataclass(slots=True)
 class _Measured:
-    """From the end of the warm-up on."""
+    """Measurements since the end of the warm-up."""
 
     started_s: float
     before: Counter[str]
-    """The engine's counters as they were then."""
+    """The engine's counters at that time."""
     tokens: int = 0
     gaps_s: "array[float]" = field(default_factory=lambda: array("d"))
     ttfts_s: "array[float]" = field(default_factory=lambda: array("d"))
 
 
 class Measuring:
-    """Tokens as clients get them."""
+    """Measures tokens as clients receive them."""
 
     def __init__(self, scenario: Scenario, counters: Counter[str]) -> None:
         """`counters`: the engine's."""
         self._warm, self._enough = scenario.warm_up * scenario.tokens, scenario.tokens
         self._counters = counters
         self._num_cold = self._num_busy = scenario.requests
-        """Clients that have not made what the warm-up takes; what they all are to make."""
+        """Clients that have not finished their warm-up, and clients that have not received all their tokens."""
         self._measured = None if scenario.warm_up else _Measured(0.0, Counter())
 
     @property
     def is_done(self) -> bool:
-        """Each client has its tokens."""
+        """Whether each client has received its tokens."""
         return not self._num_busy
 
     def count(self, client: Client, num_tokens: int, since_s: float, is_first: bool, now_s: float) -> None:
-        """A client got tokens; before, it got some, or asked, at `since_s`."""
+        """Record that a client received tokens. `since_s`: when it received the previous ones, or sent its request."""
         if self._measured is not None:
             (self._measured.ttfts_s if is_first else self._measured.gaps_s).append(now_s - since_s)
             self._measured.tokens += num_tokens

@@ -1,4 +1,4 @@
-"""What the simulator takes for given: servers, the target, faults, and chance. Pure: chance follows from seeds."""
+"""The simulator's models: servers, the target, faults, and random numbers. Pure: random numbers follow from seeds."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from typing import ClassVar, Protocol
 
 _MASK = (1 << 64) - 1
 _STRIDE = 0x9E3779B97F4A7C15
-"""As SplitMix64 has it: the golden ratio, so that what is counted from a key on is well spread."""
+"""SplitMix64's increment, from the golden ratio, so that successive indices of a key are well spread."""
 
 
-# -- chance --------------------------------------------------------------------------------------------------------
+# -- random numbers ------------------------------------------------------------------------------------------------
 
 
 def mixed(value: int) -> int:
-    """64 bits that look like chance, and are always the same for the same value (SplitMix64)."""
+    """64 bits that look random, and are always the same for the same value (SplitMix64)."""
     value &= _MASK
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
@@ -23,7 +23,7 @@ def mixed(value: int) -> int:
 
 
 def key_of(*parts: int) -> int:
-    """A key for `chance`: different for different parts."""
+    """A key for `chance`, different for different parts."""
     key = 0
     for part in parts:
         key = mixed(key ^ mixed(part + _STRIDE))
@@ -31,7 +31,7 @@ def key_of(*parts: int) -> int:
 
 
 def chance(key: int, index: int) -> float:
-    """The number in [0, 1) that belongs to this index of a key."""
+    """The pseudo-random number in [0, 1) for this index of a key."""
     return mixed(key + index * _STRIDE) / 2.0**64
 
 
@@ -40,9 +40,9 @@ def chance(key: int, index: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedTarget:
-    """What the served model says: a token for each position of each request, whatever came before.
+    """The served model: it has a fixed token for each position of each request, regardless of the context.
 
-    The first NUM_NAMING tokens of a prompt are the request's number, so that a draft model can know it from them.
+    The first NUM_NAMING tokens of a prompt encode the request's number, which a draft model reads from them.
     """
 
     NUM_NAMING: ClassVar[int] = 2
@@ -56,13 +56,13 @@ class SimulatedTarget:
         return mixed(key + position * _STRIDE) % self.vocab_size
 
     def prompt(self, request: int, num_tokens: int) -> list[int]:
-        """At least NUM_NAMING tokens."""
+        """A prompt of `num_tokens` tokens, but at least NUM_NAMING."""
         key = self.key(request)
         rest = range(self.NUM_NAMING, max(self.NUM_NAMING, num_tokens))
         return [*divmod(request, self.vocab_size), *(self.token(key, position) for position in rest)]
 
     def named(self, tokens: Sequence[int]) -> int:
-        """The number of the request whose prompt begins so."""
+        """The number of the request whose prompt begins with these tokens."""
         return tokens[0] * self.vocab_size + tokens[1]
 
 
@@ -70,31 +70,31 @@ class SimulatedTarget:
 
 
 class Server(Protocol):
-    """How long a server's steps take."""
+    """The step times of a server."""
 
     @property
     def draft_step_s(self) -> float:
-        """A step of the draft model on the server itself, for drafting there; 0: not known."""
+        """Seconds of a step of the draft model on the server itself, for in-server drafting; 0: not known."""
         ...
 
     def step_s(self, requests: int, tokens: int, is_verifying: bool = False) -> float:
-        """Seconds of a step with so many tokens in all, prompts included; `is_verifying`: draft tokens as well."""
+        """Seconds of a step with `tokens` tokens in all, prompts included; `is_verifying`: with draft tokens."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RooflineServer:
-    """The longer of reading the weights and computing, and what each step costs beside, in seconds."""
+    """A step takes the longer of reading memory and computing, plus a fixed overhead, in seconds."""
 
     weights_s: float
     request_s: float
-    """While the weights are read."""
+    """Reading, added by each request."""
     token_s: float
-    """Of computing."""
+    """Computing, added by each token."""
     overhead_s: float
     draft_step_s: float = 0.0
     verifying_s: float = 0.0
-    """For each request in a step that verifies something."""
+    """Added by each request if the step verifies something."""
 
     def step_s(self, requests: int, tokens: int, is_verifying: bool = False) -> float:
         step_s = max(self.weights_s + self.request_s * requests, self.token_s * tokens) + self.overhead_s
@@ -105,20 +105,20 @@ SERVERS: dict[str, Server] = {
     "a100-14b": RooflineServer(0.022, 20e-6, 0.11e-3, 0.5e-3, 0.004),
     "h100-70b-tp4": RooflineServer(0.020, 20e-6, 0.06e-3, 0.5e-3, 0.003),
     "h100-8b": RooflineServer(0.008, 20e-6, 0.027e-3, 0.5e-3, 0.0015),
-    # On a CPU core computing adds to reading: nothing overlaps.
+    # On a CPU core, computing adds to reading: nothing overlaps.
     "cpu-135m": RooflineServer(0.0, 0.0, 2.3e-3, 0.027, 0.010, 0.2e-3),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class FittedServer:
-    """Straight lines over tokens through what was measured, and so much for each request, more where it verifies."""
+    """Linear interpolation of measurements over tokens, plus a cost per request, higher if the step verifies."""
 
     knots: Sequence[int]
-    """Tokens; one at least."""
+    """Sizes in tokens, at least one."""
     seconds: Sequence[float]
     slope_s: float
-    """Of the last line, which goes on."""
+    """Seconds per token after the last knot."""
     request_s: float
     verifying_s: float = 0.0
     draft_step_s: float = 0.0
@@ -134,8 +134,8 @@ class FittedServer:
 
 
 def in_server_gain(server: Server, requests: int, spec_tokens: int, acceptance: float) -> float | None:
-    """Tokens per second against plain steps, where the server runs the same draft model itself: `spec_tokens` draft
-    steps one after the other, then a step that verifies them all. None if the server does not say what those take."""
+    """Speedup over plain steps if the server runs the same draft model itself: `spec_tokens` draft steps one after the
+    other, then a step that verifies them all. None if the server's draft step is not known."""
     if not server.draft_step_s:
         return None
     made = sum(acceptance**depth for depth in range(spec_tokens + 1))
@@ -148,7 +148,7 @@ def in_server_gain(server: Server, requests: int, spec_tokens: int, acceptance: 
 
 @dataclass(slots=True)
 class Faults:
-    """When an edge is at work: always, or but for `stall_s` every `every_s` on average, or until it dies."""
+    """The times at which an edge works: always, except for `stall_s` every `every_s` on average, or until it dies."""
 
     key: int
     kind: str
@@ -159,7 +159,7 @@ class Faults:
     _ends_s: float = 0.0
 
     def free_s(self, now_s: float) -> float:
-        """From when on it is at work; `inf` if it is dead. Times asked for never go back."""
+        """The time from which on it works; `inf` if it is dead. `now_s` must never decrease."""
         if not self.kind:
             return now_s
         if self.kind == "dead":

@@ -1,4 +1,4 @@
-"""What a policy is told that need not learn what drafts are worth and what steps cost."""
+"""Exact acceptance and step costs, for a policy that need not learn them."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from vllm_specedge.simulation.models import Server
 
 
 class ExactCost(StepCost):
-    """Knows the server."""
+    """The exact step costs of a server."""
 
     def __init__(self, server: Server, gap_s: float = 0.0) -> None:
-        """`gap_s`: what a synchronous step adds, on an engine whose steps need not be."""
+        """`gap_s`: seconds added by a synchronous step, on an engine whose steps need not be synchronous."""
         super().__init__()
         self._server, self._gap_s = server, gap_s
         self._requests = 1
-        """Of the step asked about last; the policy asks next how that grows."""
+        """Requests of the step queried last; the policy queries its growth next."""
 
     def observe(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -37,7 +37,7 @@ class ExactCost(StepCost):
 
 
 class ExactAcceptance(Acceptance):
-    """Knows the draft."""
+    """The exact acceptance of a draft model."""
 
     __slots__ = ()
 

@@ -1,6 +1,6 @@
-"""A server under overload in virtual time: requests come whether or not others have ended, and some are let in.
+"""A server under overload in virtual time: requests arrive whether or not others have ended, and some are admitted.
 
-The engine is that of `run`, with the shipping driver, router and edges. An arm of `overload_arms` decides who comes in.
+The engine is that of `run`, with the shipping driver, router and edges. An arm of `overload_arms` decides admission.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ from vllm_specedge.simulation.scenario import Scenario
 
 REPORT_EVERY_S = 0.1
 ENOUGH_TOKENS = 8
-"""After so many the mean time between the tokens of an answer says something."""
+"""Tokens of an answer from which on the mean time between them is meaningful."""
 CLASSES = (
     RequestClass("gold", -1, 0.3, Target(ttft_s=1.0, itl_s=0.08)),
     RequestClass("default", 0, 0.7, Target(ttft_s=4.0, itl_s=0.16)),
@@ -31,17 +31,17 @@ CLASSES = (
 
 @dataclass(frozen=True, slots=True)
 class Overload:
-    """What is simulated."""
+    """The parameters of a simulation."""
 
     scenario: Scenario
     kind: Kind = "poisson"
     times: float = 1.0
-    """The capacity, so many times."""
+    """Load as a multiple of the capacity."""
     arm: str = "none"
     classes: tuple[RequestClass, ...] = CLASSES
     duration_s: float = 60.0
     warm_up_s: float = 15.0
-    """Requests that come before are not counted."""
+    """Requests that arrive before this time are not counted."""
 
     @property
     def mix(self) -> Mix:
@@ -49,7 +49,7 @@ class Overload:
 
     @property
     def capacity_per_s(self) -> float:
-        """Requests a second, without edges, so that all meet the shortest of the targets."""
+        """Requests per second, without edges, at which all meet the shortest target."""
         return self._tokens_per_s / self.scenario.output_tokens
 
     @property
@@ -60,39 +60,39 @@ class Overload:
 
     @property
     def limit(self) -> int:
-        """Requests at a time at that rate: what an operator would set by hand who knows all of this."""
+        """Concurrent requests at that rate: the limit that an operator with full knowledge would set by hand."""
         step_s = min(each.target.itl_s for each in self.classes)
         return max(1, round(self._tokens_per_s * step_s))
 
 
 @dataclass(slots=True)
 class ClassOutcome:
-    """What became of the requests of one class."""
+    """The outcome of the requests of one class."""
 
     offered: int = 0
     admitted: int = 0
     good: int = 0
-    """Of those, they had all their tokens, and in time."""
+    """Admitted requests that got all their tokens, and in time."""
 
 
 @dataclass(frozen=True, slots=True)
 class OverloadOutcome:
-    """Of the requests that came after the warm-up."""
+    """The outcome of the requests that arrived after the warm-up."""
 
     seconds: float
     classes: Mapping[str, ClassOutcome]
     verified_per_step: float
-    """Draft tokens that a step verified, on average."""
+    """Mean draft tokens verified per step."""
 
     @property
     def goodput_per_s(self) -> float:
-        """Requests a second that met their targets."""
+        """Requests per second that met their targets."""
         return sum(each.good for each in self.classes.values()) / self.seconds
 
 
 @dataclass(eq=False)
 class _Caller(Client):
-    """A request's client."""
+    """The client of one request."""
 
     arrival: Arrival | None = None
     first_s: float = 0.0
@@ -102,7 +102,7 @@ class _Caller(Client):
 
 
 class OverloadSimulation(Simulation):
-    """Takes what comes."""
+    """A simulation with arriving requests in place of clients that wait for their answers."""
 
     def __init__(self, overload: Overload) -> None:
         super().__init__(overload.scenario)
@@ -120,7 +120,7 @@ class OverloadSimulation(Simulation):
     def simulate(self) -> OverloadOutcome:
         self._connect()
         self._next()
-        # Until those who came have their tokens; what takes longer than this is late in any case.
+        # Until all requests have their tokens; what takes longer than this is late in any case.
         self.time.run(2 * self._overload.duration_s, lambda: False)
         counters = self.driver.counters
         verified = counters["verified_tokens"] / max(1, counters["engine_steps"])
@@ -186,7 +186,7 @@ class OverloadSimulation(Simulation):
             self._arm.began(self.time.now_s - request.chunk_s, self.time.now_s)
 
     def _look(self) -> tuple[list[Row], Load]:
-        """As adapter/look.py does: no step is to be longer than the shortest target of those that decode in it."""
+        """Like adapter/look.py: no step may be longer than the shortest target of the requests that decode in it."""
         rows, load = super()._look()
         priorities = {_priority(request) for request in self._running if request.num_left == 1}
         step_limit_s = min((self._targets.of(priority).itl_s for priority in priorities), default=inf)
@@ -204,7 +204,7 @@ class OverloadSimulation(Simulation):
             self._arm.reported(self._queue(), self.scenario.prompt_tokens, self.driver.cost, offered_per_s, now_s)
 
     def _queue(self) -> Queue:
-        """As adapter/load_report.py has it."""
+        """The queue, as in adapter/load_report.py."""
         priorities = {each.name: each.priority for each in self._overload.classes}
         return Queue(
             running=[_priority(request) for request in self._running],

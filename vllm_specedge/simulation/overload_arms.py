@@ -1,4 +1,4 @@
-"""Ways to choose whom a server under overload lets in: those that others have, and ours, which is the shipping one."""
+"""Admission policies of a server under overload: those of other systems, and ours, which includes the shipping one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import inf, sqrt
@@ -10,31 +10,32 @@ from vllm_specedge.simulation.admitted_rate import AdmittedRates
 from vllm_specedge.simulation.arrivals import RequestClass
 
 STALE_S = 2.0
-"""As frontend/admission.py has it."""
+"""As in frontend/admission.py."""
 
 
 class Arm(Protocol):
-    """What decides who comes in, and is told what becomes of those."""
+    """An admission policy, which is told the outcome of admitted requests."""
 
     def ask(self, class_: RequestClass, now_s: float) -> bool: ...
 
     def reported(
         self, queue: Queue, num_tokens: int, cost: StepCost, offered_per_s: Mapping[str, float], now_s: float
     ) -> None:
-        """The engine's report, every tenth of a second: its prompts have so many tokens, so many requests come."""
+        """The engine's report, every tenth of a second. `num_tokens`: prompt tokens of a request. `offered_per_s`:
+        arriving requests by class."""
 
     def began(self, waited_s: float, now_s: float) -> None:
-        """The engine begins with a request, that waited for so long."""
+        """The engine begins with a request that has waited for `waited_s`."""
 
     def got(self, class_: RequestClass, took_s: float, is_first: bool) -> None:
-        """A request got its first token, so long after it came; or others, so long each on average by now."""
+        """A request got its first token, `took_s` after its arrival; or later ones, `took_s` each on average so far."""
 
     def ended(self, took_s: float) -> None:
-        """A request is over."""
+        """A request has ended."""
 
 
 class _Told:
-    """An arm that takes no notice."""
+    """An arm that ignores all reports."""
 
     def reported(
         self, queue: Queue, num_tokens: int, cost: StepCost, offered_per_s: Mapping[str, float], now_s: float
@@ -52,14 +53,14 @@ class _Told:
 
 
 class Everybody(_Told):
-    """No admission."""
+    """No admission control: everything is admitted."""
 
     def ask(self, class_: RequestClass, now_s: float) -> bool:
         return True
 
 
 class FixedLimit(_Told):
-    """So many requests at a time, as an operator sets it by hand."""
+    """A fixed limit of concurrent requests, as an operator sets it by hand."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -76,11 +77,12 @@ class FixedLimit(_Told):
 
 
 class QueueTime(_Told):
-    """CoDel (RFC 8289) at the door: requests are refused while even the shortest wait of an interval is over a target,
-    the longer that lasts the more of them. DAGOR and Breakwater go by queueing delay too."""
+    """CoDel (RFC 8289) for admission: refuses requests while even the shortest wait in an interval is over a target,
+    more of them the longer that lasts. DAGOR and Breakwater also use queueing delay."""
 
     def __init__(self, target_s: float = 0.1, interval_s: float = 1.0) -> None:
-        """Longer than a step, for which every request waits; an interval is long enough for some to begin."""
+        """The target must be longer than a step, for which every request waits, and the interval long enough for some
+        requests to begin."""
         self._target_s, self._interval_s = target_s, interval_s
         self._since_s = 0.0
         self._shortest_s = inf
@@ -109,7 +111,7 @@ class QueueTime(_Told):
 
 
 class CostModel(_Told):
-    """Ours: as many as would meet their targets and leave others theirs, by what steps are known to cost."""
+    """Ours: as many as would meet their targets without breaking others', by the cost model of steps."""
 
     def __init__(self, classes: Sequence[RequestClass]) -> None:
         self._targets = targets_of(classes)
@@ -135,7 +137,7 @@ class CostModel(_Told):
 
 
 class Adaptive(_Told):
-    """Ours: a rate for each class, raised and lowered by what latencies came of it."""
+    """Ours: a rate for each class, raised and lowered by the resulting latencies."""
 
     def __init__(self, classes: Sequence[RequestClass]) -> None:
         by_importance = sorted(classes, key=lambda each: each.priority)
@@ -167,4 +169,4 @@ ARMS: dict[str, Callable[[Sequence[RequestClass], int], Arm]] = {
     "cost model": lambda classes, limit: CostModel(classes),
     "adaptive": lambda classes, limit: Adaptive(classes),
 }
-"""By name; `limit`: of the fixed one."""
+"""Constructors by name, from the classes and the limit for `fixed`."""

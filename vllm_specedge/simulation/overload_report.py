@@ -1,4 +1,4 @@
-"""What `vllm-specedge simulate-overload` shows: goodput by arm and load, arrivals of both kinds, classes apart."""
+"""The output of `vllm-specedge simulate-overload`: goodput by arm and load, for both kinds of arrivals, by class."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +34,7 @@ class Cell:
         return sum(each.verified_per_step for each in self.outcomes) / len(self.outcomes)
 
     def met(self, class_: str) -> float:
-        """The part of the requests of a class, refused ones included, that had their targets met."""
+        """Share of the requests of a class, refused ones included, that met their targets."""
         of_class = [each.classes[class_] for each in self.outcomes]
         return sum(each.good for each in of_class) / max(1, sum(each.offered for each in of_class))
 
@@ -50,7 +50,7 @@ def cells(base: Overload, times: Iterable[float], num_seeds: int) -> Iterator[Ce
 
 
 def show(base: Overload, times: Sequence[float], num_seeds: int, is_json: bool) -> int:
-    """Print it; the exit status."""
+    """Simulate and print. Returns the exit status."""
     found = list(cells(base, times, num_seeds))
     if is_json:
         print(json.dumps([_as_row(base, cell) for cell in found], indent=1))  # noqa: T201
@@ -60,8 +60,8 @@ def show(base: Overload, times: Sequence[float], num_seeds: int, is_json: bool) 
         f"{each.name} ({each.share:.0%}): first token in {each.target.ttft_s:g} s, then {1e3 * each.target.itl_s:g} ms"
         for each in base.classes
     )
-    console.print(f"Capacity: {base.capacity_per_s:.2f} requests a second. {classes}.")
-    console.print("Goodput: requests a second that met their targets; in brackets, the part of each class that did.")
+    console.print(f"Capacity: {base.capacity_per_s:.2f} requests per second. {classes}.")
+    console.print("Goodput: requests per second that met their targets; in brackets, the share of each class that did.")
     for kind in KINDS:
         console.print(_table(base, kind, times, [cell for cell in found if cell.kind == kind]))
     return 0

@@ -1,4 +1,4 @@
-"""What `vllm-specedge simulate` finds out and shows: tables and curves."""
+"""The output of `vllm-specedge simulate`: tables and curves."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from vllm_specedge.simulation.scenario import Outcome, Scenario
 
 AUTO, NO_BRANCHES, ORACLE = "auto", ", no branches", "oracle"
 MIN_TOKENS, TOTAL_TOKENS = 100, 4000
-"""Each client makes so many at least, and all together so many: chance is then worth a few percent."""
+"""Minimum tokens of each client, and of all together; random variation is then a few percent."""
 HELPS, LOSES = 1.02, 0.98
-"""Ratios of tokens per second between these are no difference."""
+"""Ratios of tokens per second between these count as no difference."""
 MAX_RTT_S, HALVINGS = 0.512, 8
 WAIT_S = 1.0
-"""How long mode `wait` waits: for the draft, not for a limit."""
+"""Hold limit in mode `wait`: long enough that it always waits for the draft."""
 POOR_ACCEPTANCE = 0.3
 EDGES = ("good", "poor", "stalling", "dead", "half")
-"""Kinds of edges in a results file: as given; seldom right; standing still now and then; silent after a while; as good
-as given, but for half of the requests."""
+"""Kinds of edges in a results file: as given; seldom right; stalling now and then; silent after a while; as given, but
+for half of the requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def in_server(self) -> float | None:
-        """The ratio of drafting on the server itself; None: not known."""
+        """The ratio of in-server drafting; None: not known."""
         scenario = self.scenario
         return in_server_gain(scenario.server, scenario.requests, scenario.spec_tokens, scenario.edge.acceptance)
 
@@ -67,12 +67,12 @@ class Cell:
 
 
 def tokens_each(requests: int) -> int:
-    """How many tokens each client makes so that chance does not matter much."""
+    """Tokens of each client, enough to make random variation small."""
     return max(MIN_TOKENS, TOTAL_TOKENS // requests)
 
 
 def arms(scenario: Scenario, has_all_modes: bool, has_oracle: bool) -> dict[str, Scenario]:
-    """What is compared with plain decoding, by name."""
+    """The scenarios to compare with plain decoding, by name."""
     chosen = {AUTO: scenario}
     if has_all_modes:
         without = replace(scenario, edge=replace(scenario.edge, max_width=1))
@@ -98,7 +98,7 @@ def cell(scenario: Scenario, has_all_modes: bool = False, has_oracle: bool = Fal
 
 
 def break_even_s(scenario: Scenario) -> float:
-    """The RTT from which on edges make no difference; 0: they do not help at any, inf: they do up to MAX_RTT_S."""
+    """The RTT from which on edges make no difference; 0: they help at none; inf: they help up to MAX_RTT_S."""
     plain_per_s = plain(scenario).tokens_per_s
 
     def helps(rtt_s: float) -> bool:
@@ -112,7 +112,7 @@ def break_even_s(scenario: Scenario) -> float:
 
 
 def cells(base: Scenario, asked: Asked) -> list[Cell]:
-    """One for each load and RTT that were asked about."""
+    """One cell for each requested load and RTT."""
     return [
         cell(
             replace(base, requests=int(requests), rtt_s=rtt_ms / 1e3, tokens=tokens_each(int(requests))),
@@ -124,11 +124,11 @@ def cells(base: Scenario, asked: Asked) -> list[Cell]:
     ]
 
 
-# -- shown ---------------------------------------------------------------------------------------------------------
+# -- output --------------------------------------------------------------------------------------------------------
 
 
 def show(base: Scenario, asked: Asked, curve: Path | None, is_json: bool) -> int:
-    """Simulate what was asked about and print it. Returns an exit status."""
+    """Simulate what was requested and print it. Returns the exit status."""
     if min(asked.requests) < 1:
         raise UserError("--requests takes numbers from 1 on.")
     base = with_edge(base, asked.edge)
@@ -158,7 +158,7 @@ def _break_even_text(requests: int, rtt_s: float) -> str:
 
 
 def table(cells: Sequence[Cell]) -> Table:
-    """One line a cell: plain decoding, with edges, and what that means. Fits 80 columns."""
+    """One line per cell: plain decoding, with edges, and the verdict. Fits 80 columns."""
     shown = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -186,7 +186,7 @@ def table(cells: Sequence[Cell]) -> Table:
 
 
 def arms_table(cells: Sequence[Cell]) -> Table:
-    """Each arm's tokens per second against plain decoding, one column a cell."""
+    """Each arm's tokens per second relative to plain decoding, one column per cell."""
     shown = Table("plain = 1", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for each in cells:
         title = f"{each.scenario.requests} req.\n{each.scenario.rtt_s * 1e3:g} ms"
@@ -198,7 +198,7 @@ def arms_table(cells: Sequence[Cell]) -> Table:
 
 
 def as_json(cells: Sequence[Cell], break_even: float | None) -> str:
-    """The same, for programs. `break_even_rtt_ms` is null where edges help at every RTT, or nobody asked."""
+    """The results as JSON. `break_even_rtt_ms` is null if edges help at every RTT, or if it was not requested."""
     known = None if break_even in (None, inf) else round(1e3 * (break_even or 0.0), 1)
     return json.dumps({"break_even_rtt_ms": known, "cells": [_cell_json(each) for each in cells]}, indent=1)
 
@@ -226,7 +226,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, float]:
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
-    """Throughput and inter-token latency: over RTT if several were simulated, else over load."""
+    """Plot throughput and inter-token latency: over RTT if several were simulated, else over load."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
     except ImportError:

@@ -1,11 +1,11 @@
-"""A server, its edges and the network between them in virtual time: what drafting would bring, before it is tried.
+"""A server, its edges and the network between them in virtual time, to predict the gain from drafting.
 
-Rule 1: what is decided, the shipping code decides: StepDriver and its policy, Router, Speculation and Pace. Here are
-only the things around them: a scheduler as vLLM's, forward passes, a network, and clients.
-Rule 2: no clock, and all chance follows from the seed: the same scenario always has the same outcome.
-Rule 3: nothing is kept of what is over, but what is measured.
+Rule 1: the shipping code makes all decisions: StepDriver and its policy, Router, Speculation and Pace. This module only
+has what surrounds them: a scheduler like vLLM's, forward passes, a network, and clients.
+Rule 2: no clock, and all random numbers follow from the seed: the same scenario always has the same outcome.
+Rule 3: of ended requests, only measurements are kept.
 
-Frames travel as objects, not as bytes, and the engine's hop to its gateway takes no time of its own: what both take is
+Frames are passed as objects, not as bytes, and the hop from the engine to its gateway takes no separate time: both are
 part of `processing_s`.
 """
 
@@ -35,9 +35,9 @@ from vllm_specedge.wire.frames import PROTOCOL_VERSION, Hello
 
 _ENGINE = b"engine"
 _MAX_IN_FLIGHT = 2
-"""Steps that vLLM's asynchronous engine has under way: one that is computed, and one that is scheduled."""
+"""Running steps of vLLM's asynchronous engine: one that is computed, and one that is scheduled."""
 _JITTER, _LENGTHS, _FAULTS = range(DRAFTING + 1, DRAFTING + 4)
-"""What else chance is for."""
+"""Further purposes of random numbers."""
 
 
 def simulate(scenario: Scenario) -> Outcome:
@@ -54,15 +54,15 @@ class Served:
     client: Client
     tokens: list[int]
     end: int
-    """It is over when it has so many tokens."""
+    """Number of tokens at which it ends."""
     chunk_s: float
-    """When it got a token last; before the first: when it was asked."""
+    """Time of its last token, or before the first, of its arrival."""
     num_computed: int = 0
-    """Tokens whose computing is scheduled."""
+    """Tokens whose computation is scheduled."""
     num_in_flight: int = 0
-    """Tokens that steps under way decide, at most."""
+    """Maximum tokens that running steps decide."""
     has_begun: bool = False
-    """It has a token of its answer."""
+    """Whether it has a token of its answer."""
 
     @property
     def num_left(self) -> int:
@@ -71,23 +71,23 @@ class Served:
 
     @property
     def is_done(self) -> bool:
-        """It has all its tokens when the steps under way are done."""
+        """Whether it has all its tokens once the running steps are done."""
         return len(self.tokens) + self.num_in_flight >= self.end
 
 
 class _Part(NamedTuple):
-    """What a step computes of one request."""
+    """The part of a step for one request."""
 
     request: Served
     num_tokens: int
     draft: list[int]
-    """The last ones of these."""
+    """The last of these tokens."""
     is_decided: bool
-    """The step decides at least one token of it."""
+    """Whether the step decides at least one token of it."""
 
 
 class _Step(NamedTuple):
-    """One that was scheduled, and whose outcome is not known."""
+    """A scheduled step whose outcome is not known yet."""
 
     plan: StepPlan
     parts: list[_Part]
@@ -95,7 +95,7 @@ class _Step(NamedTuple):
 
 
 class Simulation:
-    """An engine that schedules as vLLM does, with the driver of its steps, its gateway and edges."""
+    """An engine that schedules like vLLM, with the driver of its steps, its gateway and edges."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -121,12 +121,12 @@ class Simulation:
         self._stepping = Stepping()
         self._in_flight: deque[_Step] = deque()
         self._free_s = 0.0
-        """When the device has done all that was scheduled."""
+        """Time at which the device has done all scheduled steps."""
         self._ended_s = 0.0
-        """When the last step ended."""
+        """End of the last step."""
 
     def run(self) -> Outcome:
-        """Until each client has its tokens."""
+        """Run until each client has its tokens."""
         self._connect()
         for _ in range(self.scenario.requests):
             self._ask(Client())
@@ -198,14 +198,14 @@ class Simulation:
         tokens = self.target.prompt(number, scenario.prompt_tokens)
         end = len(tokens) + scenario.output_tokens
         if number < scenario.requests and not scenario.is_in_step:
-            # The first answers have all lengths, so that afterwards requests do not come all at once.
+            # The first answers have all lengths, so that later requests do not arrive all at once.
             end -= int(chance(key_of(scenario.seed, number, _LENGTHS), 0) * scenario.output_tokens)
         request = Served(f"r{number}", number, self.target.key(number), client, tokens, end, self.time.now_s)
         self._waiting.append(request)
         self._publish(self.driver.open(request.id_, request.tokens, ""))
 
     def _begin(self) -> None:
-        """Schedule what may begin now, or sleep while all wait for drafts."""
+        """Schedule the steps that may begin now, or sleep while all requests wait for drafts."""
         self._is_parked = False
         while len(self._in_flight) < _MAX_IN_FLIGHT:
             is_synchronous = self.scenario.gap_s is None or self._stepping.is_synchronous
@@ -213,7 +213,7 @@ class Simulation:
                 return
 
     def _schedule_step(self, is_synchronous: bool) -> bool:
-        """Whether there was something to schedule."""
+        """Schedule a step. Returns whether there was something to schedule."""
         self._take_in()
         rows, load = self._look()
         load = replace(load, is_synchronous=is_synchronous)
@@ -238,7 +238,7 @@ class Simulation:
         return True
 
     def _as_stepped(self, plan: StepPlan, is_synchronous: bool) -> StepPlan:
-        """As adapter/drafting.py has it."""
+        """Same as in adapter/drafting.py."""
         if self.scenario.gap_s is None:
             return plan
         self._stepping.planned(not plan.is_plain, self.driver.speedups.gain_of_waiting)
@@ -249,7 +249,7 @@ class Simulation:
             self._begin()
 
     def _look(self) -> tuple[list[Row], Load]:
-        """As adapter/look.py does."""
+        """Same as adapter/look.py."""
         scenario, has_edges = self.scenario, bool(self.driver.num_edges)
         rows: list[Row] = []
         prefill = context = num_others = 0
@@ -271,7 +271,7 @@ class Simulation:
         return rows, Load(context, num_others, min(prefill, room), is_pressed, room)
 
     def _schedule(self, plan: StepPlan) -> list[_Part]:
-        """As vLLM's scheduler does: who runs already comes first, and prompts take what room is left."""
+        """Same as vLLM's scheduler: running requests come first, and prompts take the remaining room."""
         room, parts = self.scenario.max_step_tokens, list[_Part]()
         for request in self._running:
             if request.id_ in plan.holds or not room or request.is_done:
@@ -288,7 +288,7 @@ class Simulation:
     # -- after a step ----------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """The oldest step under way is done."""
+        """The oldest running step is done."""
         step = self._in_flight.popleft()
         outcomes, over = [], []
         for request, num_tokens, draft, is_decided in step.parts:
@@ -308,7 +308,7 @@ class Simulation:
         self._begin()
 
     def _decide(self, request: Served, draft: list[int]) -> None:
-        """A step has decided tokens of it."""
+        """A step has decided tokens of a request."""
         said = self._verify(request, draft)
         request.tokens += said
         request.num_in_flight -= 1 + len(draft)
@@ -318,7 +318,7 @@ class Simulation:
         request.chunk_s, request.has_begun = now_s, True
 
     def _verify(self, request: Served, draft: list[int]) -> list[int]:
-        """What a greedy target emits: its own choices, up to the first one that the draft did not foresee."""
+        """The tokens of a greedy target: its own choices, up to the first that differs from the draft."""
         position, said = len(request.tokens), list[int]()
         for guess in [*draft, None]:
             said.append(self.target.token(request.key, position + len(said)))
@@ -328,7 +328,7 @@ class Simulation:
 
 
 def _part(request: Served, draft: list[int], room: int) -> _Part:
-    """Schedule what there is room for of a request."""
+    """Schedule as many tokens of a request as there is room for."""
     num_left = request.num_left
     num_tokens = min(num_left + len(draft), room)
     draft, is_decided = draft[: max(0, num_tokens - num_left)], num_tokens >= num_left

@@ -1,7 +1,8 @@
-"""How many engines run while demand changes, by a rule that looks ahead and by one that looks at who waits.
+"""Scaling under changing demand: a rule that looks ahead against rules that react to waiting requests or busy engines.
 
-A fluid model: tokens that are asked for, and engines that make so many a second. What would wait for longer than the
-target is refused, by both rules, and is a miss. Engines take a while to start, and are paid for from then on.
+A fluid model of requested tokens, and of engines that each generate a number of tokens per second. With all rules,
+tokens that would wait longer than the target are refused, and count as misses. Engines take a while to start, and are
+paid for from then on.
 """
 
 import json
@@ -21,32 +22,32 @@ from vllm_specedge.simulation.models import chance, key_of
 
 DAY_S = 86_400.0
 ANSWER_S = 10
-"""An answer takes so long, over which what a request asks for is spread."""
+"""Seconds of an answer, over which the tokens of a request are spread."""
 DECIDED_EVERY_S = 15.0
-"""As the Kubernetes autoscaler does."""
+"""Seconds between decisions, as in the Kubernetes autoscaler."""
 STABLE_S = 300.0
-"""An engine is taken away when for so long fewer were enough; the same autoscaler's default."""
+"""Seconds for which fewer engines must suffice before one is stopped; the same autoscaler's default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Demand in tokens a second: a day's rise and fall, surges, and chance."""
+    """Demand in tokens per second: a daily rise and fall, surges, and noise."""
 
     days: float = 3.0
     mean: float = 1000.0
     swing: float = 0.6
     surges_per_day: float = 8.0
     surge: float = 0.8
-    """How much a surge adds, as a part of the mean; half to one and a half of it."""
+    """Demand added by a surge, as a share of the mean; varies from 0.5 to 1.5 times this."""
     ramp_s: float = 360.0
-    """A surge rises for so long, half to one and a half of it."""
+    """Seconds in which a surge rises; varies from 0.5 to 1.5 times this."""
     plateau_s: float = 600.0
     request_tokens: float = 200.0
-    """By which chance is the larger: requests come one at a time."""
+    """Tokens of a request; more mean more noise, as requests arrive one at a time."""
     seed: int = 0
 
     def surges(self) -> list[tuple[float, float, float]]:
-        """When each begins, how long it rises, and how much it adds."""
+        """Start, rise time and added demand of each surge."""
         key, at_s, found, number = key_of(self.seed, 5), 0.0, list[tuple[float, float, float]](), 0
         while True:
             at_s += DAY_S / self.surges_per_day * (0.4 + 1.2 * chance(key, 3 * number))
@@ -57,7 +58,7 @@ class Trace:
             number += 1
 
     def seconds(self) -> Iterator[tuple[float, bool]]:
-        """Of each second the demand, and whether it is one of a surge."""
+        """The demand of each second, and whether it is part of a surge."""
         key, surges = key_of(self.seed, 6), deque(self.surges())
         running, noise = list[tuple[float, float, float]](), 0.0
         for second in range(int(self.days * DAY_S)):
@@ -66,60 +67,60 @@ class Trace:
             running = [each for each in running if second < each[0] + 2 * each[1] + self.plateau_s]
             smooth = self.mean * (1.0 - self.swing * cos(2 * pi * second / DAY_S))
             smooth += sum(each[2] * self._shape(second - each[0], each[1]) for each in running)
-            # Of twelve numbers the sum, less 6, is nearly normal.
+            # The sum of twelve uniform numbers, less 6, is nearly normal.
             if second % ANSWER_S == 0:
                 noise = sum(chance(key, 12 * second + index) for index in range(12)) - 6.0
             yield max(0.0, smooth + noise * sqrt(smooth * self.request_tokens / ANSWER_S)), bool(running)
 
     def _shape(self, since_s: float, ramp_s: float) -> float:
-        """Up in `ramp_s`, level, and down as fast."""
+        """The shape of a surge: up in `ramp_s`, level, and down as fast."""
         return max(0.0, min(1.0, since_s / ramp_s, (2 * ramp_s + self.plateau_s - since_s) / ramp_s))
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What engines are like."""
+    """The properties of engines."""
 
     capacity: float = 200.0
-    """Tokens a second of each."""
+    """Tokens per second of each engine."""
     start_s: float = 180.0
     target_s: float = 2.0
-    """Nobody waits longer: who would is refused."""
+    """Maximum waiting time; requests that would wait longer are refused."""
     request_tokens: float = 200.0
 
 
 @dataclass(slots=True)
 class Seen:
-    """What a rule may look at."""
+    """The inputs of a rule."""
 
     demand: float
-    """Tokens a second that are asked for now, refused ones included."""
+    """Present demand in tokens per second, refused requests included."""
     waiting: float
-    """Requests."""
+    """Waiting requests."""
     busy: float
-    """Of the engines that run, the part that has something to do."""
+    """Share of the running engines that is busy."""
     engines: int
-    """That run."""
+    """Running engines."""
     ordered: int
-    """With those that start."""
+    """Running and starting engines."""
 
 
 class Rule(Protocol):
     def observe(self, seen: Seen, now_s: float) -> None:
-        """Every second."""
+        """Record the present state; called every second."""
 
     def wanted(self, seen: Seen) -> int:
-        """How many engines there should be."""
+        """The number of engines that there should be."""
         ...
 
 
 @dataclass(slots=True)
 class Waiting:
-    """As autoscalers are usually set up for servers of language models: more when requests wait, fewer when one engine
-    less would not be busier than so much."""
+    """The usual autoscaling of LLM servers: one engine more if requests wait, one less if the others would not become
+    busier than `busy`."""
 
     threshold: float = 1.0
-    """Requests that wait, of each engine, on average."""
+    """Mean waiting requests per engine."""
     busy: float = 0.8
     _waiting: deque[float] = field(default_factory=lambda: deque(maxlen=int(DECIDED_EVERY_S)))
     _load: deque[float] = field(default_factory=lambda: deque(maxlen=int(4 * DECIDED_EVERY_S)))
@@ -138,7 +139,7 @@ class Waiting:
 
 @dataclass(slots=True)
 class Busy:
-    """As others are set up: so many that they are busy for this part of the time, by the last half minute."""
+    """Another usual setup: as many engines as are needed for this share of busy time, by the last half minute."""
 
     busy: float = 0.8
     _load: deque[float] = field(default_factory=lambda: deque(maxlen=int(2 * DECIDED_EVERY_S)))
@@ -152,7 +153,7 @@ class Busy:
 
 @dataclass(slots=True)
 class Ahead:
-    """`specedge_engines_needed`."""
+    """Scaling by `specedge_engines_needed`."""
 
     fleet: Fleet
     headroom: float = HEADROOM
@@ -167,7 +168,7 @@ class Ahead:
 
 @dataclass(slots=True)
 class Outcome:
-    """Of a whole trace."""
+    """The totals of a whole trace."""
 
     asked: float = 0.0
     missed: float = 0.0
@@ -189,7 +190,7 @@ class Outcome:
 
 
 def scale(seconds: Iterable[tuple[float, bool]], fleet: Fleet, rule: Rule) -> Outcome:
-    """Run a trace's seconds. The first day is not counted: what the rule learns of days it does not know then."""
+    """Run a trace's seconds. The first day is not counted: the rule has not learnt the daily season by then."""
     outcome, ready, starting = Outcome(), 1, deque[float]()
     backlog, wanted_lately = 0.0, deque[int](maxlen=int(STABLE_S / DECIDED_EVERY_S))
     for second, (demand, is_surge) in enumerate(seconds):
@@ -218,11 +219,11 @@ def scale(seconds: Iterable[tuple[float, bool]], fleet: Fleet, rule: Rule) -> Ou
     return outcome
 
 
-# -- what the command shows ------------------------------------------------------------------------------------------
+# -- output of the command -------------------------------------------------------------------------------------------
 
 
 def rules(fleet: Fleet) -> dict[str, Callable[[], Rule]]:
-    """Those that are compared, by name."""
+    """The rules to compare, by name."""
     waiting = {f"waiting, fewer below {busy:g}": partial(Waiting, busy=busy) for busy in (0.7, 0.9)}
     busy_ = {f"busy {busy:g}": partial(Busy, busy) for busy in (0.7, 0.8, 0.9)}
     ahead = {f"ahead, times {headroom:g}": partial(Ahead, fleet, headroom) for headroom in (1.0, 1.1, HEADROOM)}
@@ -230,7 +231,7 @@ def rules(fleet: Fleet) -> dict[str, Callable[[], Rule]]:
 
 
 def rows(trace: Trace, fleet: Fleet, num_seeds: int) -> list[dict[str, str | float]]:
-    """What comes of each rule, over some traces."""
+    """The outcome of each rule over some traces."""
     found = list[dict[str, str | float]]()
     traces = [list(replace(trace, seed=trace.seed + number).seconds()) for number in range(num_seeds)]
     for name, make in rules(fleet).items():
@@ -248,7 +249,7 @@ def rows(trace: Trace, fleet: Fleet, num_seeds: int) -> list[dict[str, str | flo
 
 
 def show(trace: Trace, fleet: Fleet, num_seeds: int, is_json: bool) -> int:
-    """Print it; the exit status."""
+    """Simulate and print. Returns the exit status."""
     found = rows(trace, fleet, num_seeds)
     if is_json:
         print(json.dumps(found, indent=1))  # noqa: T201

@@ -1,4 +1,4 @@
-"""What is simulated, and what is measured of it."""
+"""The parameters and the outcome of a simulation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,20 +12,20 @@ from vllm_specedge.simulation.models import SERVERS, Server
 
 @dataclass(frozen=True, slots=True)
 class EdgeModel:
-    """What one edge is like."""
+    """The properties of one edge."""
 
     pass_s: float = 0.006
-    """A forward pass of its draft model."""
+    """Seconds of a forward pass of its draft model."""
     row_s: float = 0.0
-    """For each further row of it, and each further token of a prompt."""
+    """Seconds added by each further row of a pass, and each further token of a prompt."""
     acceptance: float = 0.75
-    """How often the target says what the draft thinks most probable, at each position anew."""
+    """Probability that the target chooses the draft's most probable token, independent at each position."""
     branch: float = 0.6
-    """How often, where it does not, it says the second candidate."""
+    """Probability that it chooses the second candidate if not."""
     max_width: int = 8
-    """Rows a pass of one request; 1: no branches."""
+    """Maximum rows of a pass for one request; 1: no branches."""
     max_shared_rows: int = 16
-    """Rows of a pass that several requests share; 0: each has passes of its own."""
+    """Maximum rows of a pass that several requests share; 0: passes are not shared."""
     uplink_bytes_per_token: float = UPLINK_BYTES_PER_TOKEN
     fault: str = ""
     """`stalling`, `dead`, or none."""
@@ -37,39 +37,39 @@ class Scenario:
 
     server: Server = SERVERS["a100-14b"]
     requests: int = 1
-    """At any time: each client asks again when it has its answer."""
+    """Concurrent requests: each client sends its next request when it has its answer."""
     rtt_s: float = 0.020
-    """Between edges and gateway."""
+    """RTT between edges and gateway."""
     jitter_s: float = 0.0
-    """At most so much more, each way. Frames do not overtake each other."""
+    """Maximum extra delay each way. Frames do not overtake each other."""
     processing_s: float = 0.0005
-    """What soft- and hardware on both ends add to each way."""
+    """Delay each way by software and hardware on both ends."""
     edge: EdgeModel = field(default_factory=EdgeModel)
     share: float = 1.0
-    """For so many of the requests there is an edge."""
+    """Share of the requests that have an edge."""
     requests_per_edge: int = 1
-    """More, where `max_edges` do not suffice."""
+    """Requests per edge; more if `max_edges` do not suffice."""
     max_edges: int = 1 << 20
     gap_s: float | None = None
-    """What a synchronous step adds on an engine that can schedule asynchronously; None: it cannot, and its steps have
-    all in them."""
+    """Seconds added by a synchronous step on an engine that can schedule asynchronously; None: it cannot, and its step
+    times include all."""
     limits: HoldLimits = field(default_factory=HoldLimits)
     spec_tokens: int = 5
     credit_tokens: int = RouterLimits().credit_tokens
     prompt_tokens: int = 64
     output_tokens: int = 256
     tokens: int = 400
-    """It goes on until each client has so many."""
+    """Tokens that each client must have at the end."""
     warm_up: float = 0.25
-    """The part of `tokens` that is not measured."""
+    """Share of `tokens` that is not measured."""
     is_in_step: bool = False
-    """Clients ask again together, when the last one has its answer."""
+    """Whether clients send their next requests together, when the last one has its answer."""
     max_running: int = 1024
     max_step_tokens: int = 8192
     vocab_size: int = 128_256
     seed: int = 0
     is_oracle: bool = False
-    """The policy is told how long steps take and how often drafts are right, and need not learn it."""
+    """Whether the policy knows step times and acceptance exactly, and need not learn them."""
 
     @property
     def num_edges(self) -> int:
@@ -83,18 +83,18 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was measured after the warm-up."""
+    """The measurements after the warm-up."""
 
     seconds: float
     tokens: int
     itl_p50_s: float
-    """Between one chunk of an answer and the next, as a client that streams sees it; a chunk is what a step made."""
+    """Time between the chunks of an answer as a streaming client sees it; each step makes one chunk."""
     itl_p99_s: float
     ttft_p50_s: float
-    """From the arrival of a request to its first token."""
+    """Time from the arrival of a request to its first token."""
     ttft_p99_s: float
     counters: Mapping[str, int]
-    """Those of the engine's that grew, by their names in wire/telemetry.py."""
+    """The engine's counters that grew, by their names in wire/telemetry.py."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -102,6 +102,6 @@ class Outcome:
 
     @property
     def verified_per_accepted(self) -> float:
-        """Draft tokens verified for each accepted one; 0 where none was."""
+        """Draft tokens verified per accepted one; 0 if none was accepted."""
         accepted = self.counters.get("accepted_tokens", 0)
         return self.counters.get("verified_tokens", 0) / accepted if accepted else 0.0

@@ -1,1 +1,1 @@
-"""What travels: frames, their order, vocabularies, counters and the fields of requests. Pure."""
+"""The wire protocol: frames, their order, vocabularies, counters and the fields of requests. Pure."""

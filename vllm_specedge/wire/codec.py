@@ -1,7 +1,7 @@
 """Frames as bytes: a 16-bit big-endian byte count, then a msgpack array of the frame's code and its fields.
 
-Rule 1: `decode` takes what `encode` makes, whatever width msgpack's numbers have; all else is a RemoteProtocolError.
-Rule 2: what a header claims is compared with what a frame may have before room is made for it.
+Rule 1: `decode` accepts what `encode` makes, with msgpack numbers of any width; all else is a RemoteProtocolError.
+Rule 2: the length in a header is compared with the limit of a frame before memory is allocated.
 Invariant: no input makes a reader hold more than `MAX_FRAME_BYTES` or allocate more than a small multiple of it.
 """
 
@@ -39,11 +39,11 @@ _TYPES: dict[object, Any] = {
     "tokens": Annotated[bytes, msgspec.Meta(max_length=1 + _WORD_BYTES * MAX_TOKENS_PER_FRAME)],
     "branches": Annotated[tuple[_Uint, ...], msgspec.Meta(max_length=2 * MAX_BRANCHES)],
 }
-"""What a field is on the wire, by its name where that says more, or by its type. Token ids travel packed."""
+"""The wire type of a field, by its name if listed here, else by its Python type. Token ids are packed."""
 
 
 class _Form:
-    """How frames of one kind are read and written."""
+    """Reader and writer for frames of one kind."""
 
     def __init__(self, cls: type[Frame]) -> None:
         fields = dataclasses.fields(cls)
@@ -58,7 +58,7 @@ class _Form:
         self.values: Callable[[Frame], tuple[Any, ...]] = get if len(names) > 1 else lambda frame: (get(frame),)
 
     def write(self, frame: Frame) -> bytes:
-        """Raises ValueError for a field that is out of bounds."""
+        """The bytes of a frame. Raises ValueError for a field that is out of bounds."""
         values = self.values(frame)
         at = self._packed
         if at is not None:
@@ -71,7 +71,7 @@ class _Form:
         return packed
 
     def read(self, body: bytes) -> Frame:
-        """Raises ValueError for what is no frame of this kind."""
+        """The frame in these bytes. Raises ValueError if they are not a frame of this kind."""
         values = self._check(self._read(body))
         at = self._packed
         if at is not None:
@@ -82,7 +82,7 @@ class _Form:
         return self.cls(*values)
 
     def _check(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Without the code. msgspec counts letters, and a text is bounded in bytes."""
+        """The values without the code, once the texts are checked: msgspec counts characters, the limit is in bytes."""
         for index in self._texts:
             if len(values[index + 1].encode()) > MAX_TEXT_BYTES:
                 raise ValueError(f"a text of over {MAX_TEXT_BYTES} bytes")
@@ -95,7 +95,7 @@ _BY_CODE = {cls.CODE: form for cls, form in _FORMS.items()}
 
 
 def encode(frame: Frame) -> bytes:
-    """One frame as bytes, length first. Raises ValueError for a field out of bounds: a bug of the caller's."""
+    """One frame as bytes, length first. Raises ValueError for a field out of bounds, a bug of the caller."""
     try:
         packed = _FORMS[type(frame)].write(frame)
     except (ValueError, TypeError, OverflowError, struct.error, AttributeError) as error:
@@ -104,7 +104,7 @@ def encode(frame: Frame) -> bytes:
 
 
 def decode(body: bytes) -> Frame:
-    """One frame from its bytes without the length. Raises RemoteProtocolError for all that `encode` cannot make."""
+    """One frame from its bytes without the length. Raises RemoteProtocolError for what `encode` cannot make."""
     form = _BY_CODE.get(_code(body))
     if form is None:
         raise RemoteProtocolError(f"unknown frame code {_code(body)}")
@@ -115,7 +115,7 @@ def decode(body: bytes) -> Frame:
 
 
 def _code(body: bytes) -> int:
-    """That of a frame, whatever widths its array's length and its code are written in."""
+    """A frame's code, with its array's length and the code written in any width."""
     at = 3 if body[:1] == b"\xdc" else 1
     if at == 1 and (not body or body[0] & 0xF0 != 0x90):
         raise RemoteProtocolError("a frame is an array that starts with its code")
@@ -129,7 +129,7 @@ def _code(body: bytes) -> int:
 
 
 def is_text(value: object) -> bool:
-    """Whether a frame can carry it."""
+    """Whether a frame can carry this value as a text."""
     if type(value) is not str:
         return False
     try:
@@ -139,9 +139,9 @@ def is_text(value: object) -> bool:
 
 
 def pack_tokens(tokens: Sequence[int]) -> bytes:
-    """Token ids as one byte that says how many bytes each takes, and each in so many, little-endian; nothing for none.
+    """Token ids as one byte with the width, and each id in this many bytes, little-endian; no bytes for no ids.
 
-    A vocabulary needs two or three bytes an id, for which msgpack's integers take three or five.
+    A vocabulary needs two or three bytes per id, for which msgpack's integers take three or five.
     """
     if not tokens:
         return b""
@@ -154,12 +154,12 @@ def pack_tokens(tokens: Sequence[int]) -> bytes:
 
 
 def unpack_tokens(data: bytes) -> tuple[int, ...]:
-    """Raises RemoteProtocolError for what `pack_tokens` does not make."""
+    """The token ids in these bytes. Raises RemoteProtocolError for anything that `pack_tokens` does not make."""
     if not data:
         return ()
     width, packed = data[0], data[1:]
     if not 1 <= width <= _WORD_BYTES or not packed or len(packed) % width:
-        raise RemoteProtocolError(f"{len(packed)} bytes are no token ids of {width} bytes")
+        raise RemoteProtocolError(f"{len(packed)} bytes are not token ids of {width} bytes")
     wide = bytearray(len(packed) // width * _WORD_BYTES)
     for index in range(width):
         wide[index::_WORD_BYTES] = packed[index::width]
@@ -169,13 +169,13 @@ def unpack_tokens(data: bytes) -> tuple[int, ...]:
 
 
 class FrameReader:
-    """Bytes in, frames out, however the bytes are cut."""
+    """Bytes in, frames out, for any split of the bytes."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that are whole now. Raises RemoteProtocolError; the reader is of no use after that."""
+        """The frames that are complete now. Raises RemoteProtocolError; the reader cannot be used after that."""
         self._buffer += data
         frames: list[Frame] = []
         start = 0

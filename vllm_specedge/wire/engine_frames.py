@@ -1,4 +1,4 @@
-"""What engine and gateway say to each other beside what edges hear (docs/protocol.md, appendix)."""
+"""The frames between engine and gateway only, in addition to those of edges (docs/protocol.md, appendix)."""
 
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -18,21 +18,21 @@ class EngineHello(Coded, code=32):
 
 @dataclass(frozen=True, slots=True)
 class EngineWelcome(Coded, code=33):
-    """Gateway to engine: known now; open your requests (again) when there are edges."""
+    """Gateway to engine: admitted; open your requests (again) when there are edges."""
 
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class Edges(Coded, code=34):
-    """Gateway to engine: so many edges could draft for you. At 0 nothing need be published."""
+    """Gateway to engine: the number of edges that could draft for it. At 0 nothing need be published."""
 
     num_edges: int
 
 
 @dataclass(frozen=True, slots=True)
 class Assign(Coded, code=35):
-    """Gateway to engine: the edge of this number, from 1 on, drafts for this request; 0: none does any more."""
+    """Gateway to engine: the edge with this number, from 1 on, drafts for this request; 0: none does any more."""
 
     request: int
     edge: int
@@ -40,16 +40,16 @@ class Assign(Coded, code=35):
 
 @dataclass(frozen=True, slots=True)
 class Stats(Coded, code=36):
-    """Engine to gateway, now and then: its counters since it started, in the order of telemetry.ENGINE_COUNTERS."""
+    """Engine to gateway, regularly: its counters since it started, in the order of telemetry.ENGINE_COUNTERS."""
 
     values: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Report(Coded, code=37):
-    """Engine to gateway: a request is about to close; its own counters, in the order of telemetry.REQUEST_COUNTERS.
+    """Engine to gateway, before a request closes: its own counters, in the order of telemetry.REQUEST_COUNTERS.
 
-    A counter that no longer fits says MAX_UINT32.
+    A counter that does not fit is MAX_UINT32.
     """
 
     request: int
@@ -58,26 +58,26 @@ class Report(Coded, code=37):
 
 @dataclass(frozen=True, slots=True)
 class StepTimes(Coded, code=38):
-    """Engine to gateway, with Stats: what it has learnt its steps to take.
+    """Engine to gateway, with Stats: the step times that it has learnt.
 
-    `curve_us`: microseconds of a step of each number of tokens in step_cost.KNOTS, but for what the others add.
+    `curve_us`: microseconds of a step by its tokens, at step_cost.KNOTS, without what the other fields add.
     """
 
     curve_us: tuple[int, ...]
     request_ns: int
-    """For each request in the step."""
+    """Added by each request in the step."""
     context_ns: int
-    """For each 1,024 tokens of these requests' contexts."""
+    """Added by each 1,024 tokens of these requests' contexts."""
     verifying_ns: int
-    """For each request in a step that verifies something."""
+    """Added by each request if the step verifies something."""
 
 
 @dataclass(frozen=True, slots=True)
 class Groups(Coded, code=39):
-    """Engine to gateway, with Stats: its last steps, for people to look at.
+    """Engine to gateway, with Stats: its last steps, for display.
 
-    `values`: five numbers a step: microseconds from its end to now, and that it took; its requests; their draft tokens
-    that were verified, and accepted.
+    `values`: five numbers per step: microseconds from its end to now, and of its duration; its requests; their verified
+    draft tokens; and those accepted.
     """
 
     values: tuple[int, ...]
@@ -92,7 +92,7 @@ class WantVocabulary(Coded, code=40):
 
 @dataclass(frozen=True, slots=True)
 class VocabularyPart(Coded, code=41):
-    """Engine to gateway, when asked: as much of its packed vocabulary as a frame takes; nothing where there is none."""
+    """Engine to gateway, on request: the part of its packed vocabulary that fits a frame; empty if it has none."""
 
     offset: int
     data: bytes
@@ -100,8 +100,8 @@ class VocabularyPart(Coded, code=41):
 
 @dataclass(frozen=True, slots=True)
 class Demand(Coded, code=43):
-    """Engine to gateway, with Stats, for each class of requests: its counters, in the order of
-    telemetry.DEMAND_COUNTERS, as Stats has its own."""
+    """Engine to gateway, with Stats, for each class of requests: the counters of the class since the start, in the
+    order of telemetry.DEMAND_COUNTERS."""
 
     name: str
     values: tuple[int, ...]
@@ -109,8 +109,8 @@ class Demand(Coded, code=43):
 
 @dataclass(frozen=True, slots=True)
 class Capacity(Coded, code=44):
-    """Engine to gateway, with Stats: how many tokens of answers a second it could make, in thousandths, with the edges
-    it has and without, and milliseconds from the start of its server to its own."""
+    """Engine to gateway, with Stats: its capacity in thousandths of answer tokens per second, with its present edges
+    and without, and milliseconds from the start of its server process to that of the engine."""
 
     with_edges: int
     without_edges: int
@@ -119,7 +119,7 @@ class Capacity(Coded, code=44):
 
 @dataclass(frozen=True, slots=True)
 class EngineOpen(Coded, code=42):
-    """Engine to gateway: a request begins. As Open, but how far an edge may propose is the gateway's to say."""
+    """Engine to gateway: a request begins. Like Open without the credit, which the gateway sets."""
 
     request: int
     num_tokens: int
@@ -132,4 +132,4 @@ FromEngine: TypeAlias = (
     EngineHello | EngineOpen | Stats | Report | StepTimes | Groups | VocabularyPart | Demand | Capacity
 )
 ToEngine: TypeAlias = EngineWelcome | Edges | Assign | WantVocabulary
-"""What an engine says, and hears, beside frames that edges have too."""
+"""Frames from and to an engine, in addition to those shared with edges."""

@@ -1,7 +1,7 @@
-"""The wire vocabulary: what edge and gateway say to each other, and nothing else (docs/protocol.md).
+"""The frames between edge and gateway (docs/protocol.md).
 
-Rule: a frame states facts (which tokens, at which position); whatever follows from them is computed by who needs it.
-How frames become bytes is in `codec`; what engine and gateway say to each other beside, in `engine_frames`.
+Rule: a frame states facts (which tokens, at which position); the receiver computes whatever follows from them.
+`codec` encodes frames as bytes; `engine_frames` has the further frames between engine and gateway.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ PROTOCOL_VERSION = 1
 MEDIA_TYPE = "application/vnd.specedge.frames"
 
 MAX_TOKENS_PER_FRAME = 1024
-"""A longer run of tokens (a prompt) travels as several Commit frames, so that no frame holds up those behind it."""
+"""A longer run of tokens (a prompt) is sent as several Commit frames, so that no frame delays those behind it."""
 MAX_FRAME_BYTES = 8192
 """Holds MAX_TOKENS_PER_FRAME numbers of 5 bytes and every other field at its largest."""
 MAX_BRANCHES = 64
@@ -28,7 +28,7 @@ class Coded:
     CODE: ClassVar[int]
 
     def __init_subclass__(cls, code: int | None = None) -> None:
-        if code is not None:  # a dataclass with slots is a second class of its kind
+        if code is not None:  # a dataclass with slots is created a second time, without the argument
             cls.CODE = code
 
 
@@ -42,20 +42,20 @@ class Greet(Coded, code=1):
 
 @dataclass(frozen=True, slots=True)
 class Hello(Coded, code=2):
-    """Edge to gateway, first: who it is and what it can draft for."""
+    """Edge to gateway, first: its identity and the vocabulary it can draft for."""
 
     version: int
     client: str
     name: str
     role: str
     fingerprint: str
-    """Of the draft's tokenizer (`fingerprint.py`); empty for a drafter that needs none, such as n-grams."""
+    """Fingerprint of the draft's tokenizer (`fingerprint.py`); empty for a drafter that needs none, such as n-grams."""
     max_requests: int
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome(Coded, code=3):
-    """Gateway to edge: admitted. `session` is what a request names to be drafted for by this edge alone."""
+    """Gateway to edge: admitted. A request that names `session` is drafted for by this edge only."""
 
     session: str
     model: str
@@ -69,7 +69,7 @@ class Open(Coded, code=4):
 
     Its first `num_tokens` token ids follow as Commits from position 0. At most `max_draft` draft tokens are verified
     at once; a proposal may end at most `credit` tokens past the last commit. `session` is empty for a pooled request.
-    `sampling` says how the target samples it (`sampling.Sampling`); empty: it is greedy, or that cannot be followed.
+    `sampling`: how the target samples it (`sampling.Sampling`); empty: it is greedy, or a draft cannot follow it.
     """
 
     request: int
@@ -82,7 +82,7 @@ class Open(Coded, code=4):
 
 @dataclass(frozen=True, slots=True)
 class Commit(Coded, code=5):
-    """The tokens at positions base, base + 1, ... are decided: prompt, or chosen by the target."""
+    """The decided tokens at positions base, base + 1, ...: of the prompt, or chosen by the target."""
 
     request: int
     base: int
@@ -91,14 +91,14 @@ class Commit(Coded, code=5):
 
 @dataclass(frozen=True, slots=True)
 class Close(Coded, code=6):
-    """No more about this request, in either direction. `reason` is a CloseReason."""
+    """The end of a request, in either direction: no more frames about it. `reason` is a CloseReason."""
 
     request: int
     reason: int
 
 
 class CloseReason:
-    """Values of `Close.reason`; a receiver treats those it does not know as FINISHED."""
+    """Values of `Close.reason`; a receiver treats unknown ones as FINISHED."""
 
     FINISHED = 0
     DECLINED = 1
@@ -108,9 +108,9 @@ class CloseReason:
 
 @dataclass(frozen=True, slots=True)
 class Propose(Coded, code=7):
-    """Draft tokens for positions base, base + 1, ...; no tokens: nothing to say for `base`, do not wait.
+    """Draft tokens for positions base, base + 1, ...; no tokens: the edge has no draft for `base`, do not wait.
 
-    `tokens` is a run of the trunk, and behind it the tokens of branches. `branches` holds two numbers for each branch:
+    `tokens` is a run of the trunk, followed by the tokens of branches. `branches` holds two numbers for each branch:
     how many positions before the end of the run it leaves the trunk, and how many of the tokens are its own.
     """
 
@@ -120,18 +120,18 @@ class Propose(Coded, code=7):
     branches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError if the branches do not add up to the tokens, or have no token of their trunk in front."""
+        """Raises ValueError if the branches do not add up to the tokens, or if no token of their trunk comes first."""
         if not self.branches:
             return
         num_trunk = len(self.tokens) - sum(self.branches[1::2])
         if num_trunk < 0 or len(self.branches) % 2 or max(self.branches[::2]) > self.base + num_trunk:
             raise ValueError("a proposal's branches do not add up to its tokens")
         if not num_trunk:
-            raise ValueError("a proposal of branches has a token of their trunk in front")
+            raise ValueError("a proposal with branches must start with a token of their trunk")
 
     @property
     def num_drafted(self) -> int:
-        """Draft tokens in it: all but the known one in front."""
+        """Number of draft tokens: all but the known one in front."""
         return max(0, len(self.tokens) - 1)
 
     @property
@@ -148,7 +148,7 @@ class Propose(Coded, code=7):
 
 @dataclass(frozen=True, slots=True)
 class Ping(Coded, code=8):
-    """Either side, any time once live: answer with a Pong of the same stamp."""
+    """Either side, any time once live: the peer answers with a Pong with the same stamp."""
 
     stamp: int
 
@@ -169,11 +169,11 @@ class Bye(Coded, code=10):
 
 
 EdgeFrame: TypeAlias = Greet | Hello | Welcome | Open | Commit | Close | Propose | Ping | Pong | Bye
-"""All that an edge and its gateway say."""
+"""All frames between an edge and its gateway."""
 
 
 def bye(code: int, text: str) -> Bye:
-    """A Bye whose text fits, however long the names in it are."""
+    """A Bye with its text cut to the limit, as the names in it may be long."""
     return Bye(code, text.encode()[:MAX_TEXT_BYTES].decode(errors="ignore"))
 
 
@@ -184,6 +184,6 @@ def commits(request: int, base: int, tokens: Sequence[int]) -> Iterator[Commit]:
 
 
 def num_equal(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens of two runs are the same."""
+    """Length of the common prefix of two runs of tokens."""
     pairs = zip(one, other, strict=False)
     return next((i for i, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(one), len(other)))

@@ -1,13 +1,14 @@
-"""Fields of a request's JSON that are read here: OpenAI's `prediction`, and where it goes in `vllm_xargs`. Pure."""
+"""OpenAI's `prediction` field of a request's JSON, and its place in `vllm_xargs`. Pure."""
 
 from typing import Any
 
 KEY = "specedge_prediction"
-"""Of `vllm_xargs`: where a prediction travels to the engine, as text or token ids."""
+"""The key in `vllm_xargs` that carries a prediction to the engine, as text or token ids."""
 
 
 def take_prediction(asked: dict[str, Any]) -> str:
-    """The text that is predicted, empty if there is none; it goes to where the engine reads it. Raises ValueError."""
+    """Move a request's prediction to where the engine reads it. Returns its text, empty if there is none. Raises
+    ValueError."""
     given = asked.pop("prediction", None)
     others = asked.get("vllm_xargs")
     if given is None:
@@ -20,7 +21,7 @@ def take_prediction(asked: dict[str, Any]) -> str:
 
 
 def prediction_text(given: object) -> str:
-    """What OpenAI's `prediction` field says. Raises ValueError with a sentence."""
+    """The text in OpenAI's `prediction` field. Raises ValueError with a sentence."""
     content = given.get("content") if isinstance(given, dict) and given.get("type") == "content" else None
     if isinstance(content, str):
         return content

@@ -1,10 +1,10 @@
-"""How the target samples a request, as an edge is told that is to guess what it says (docs/protocol.md, "Sampling")."""
+"""A request's sampling parameters, which an edge needs to predict sampled tokens (docs/protocol.md, "Sampling")."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 SPLITMIX, MURMUR = 1, 2
-"""Kinds of noise: that of vLLM's CPU build, and the V2 model runner's (edge_client/drafting/noise.py)."""
+"""Kinds of noise: of vLLM's CPU build, and of the V2 model runner (edge_client/drafting/noise.py)."""
 _PER_UNIT = 1000
 _MASK = 2**32 - 1
 _NUM_FIELDS = 7
@@ -21,17 +21,17 @@ class Sampling:
     seed: int = field(repr=False)
     """64 bits."""
     first: int
-    """The position of the first token that is sampled: the length of the prompt."""
+    """Position of the first sampled token: the length of the prompt."""
     noise: int = SPLITMIX
 
     def fields(self) -> tuple[int, ...]:
-        """Its numbers on the wire."""
+        """The parameters as numbers on the wire."""
         heat, part = round(self.temperature * _PER_UNIT), round(self.top_p * _PER_UNIT)
         return self.noise, heat, self.top_k, part, self.first, self.seed >> 32 & _MASK, self.seed & _MASK
 
 
 def sampling_of(fields: Sequence[int]) -> Sampling | None:
-    """What such numbers say; None: the request is greedy, or nothing is known of how it is sampled."""
+    """The parameters in these numbers; None: the request is greedy, or its sampling is not known."""
     if len(fields) != _NUM_FIELDS or fields[0] not in (SPLITMIX, MURMUR) or not fields[1]:
         return None
     noise, heat, top_k, part, first, high, low = fields

@@ -1,9 +1,9 @@
 """One connection between an edge and the gateway, without the I/O.
 
-Rule 1: which frame is legal when is decided here, and only by the table below; both ends read the same one.
+Rule 1: the table below alone decides which frame is legal when; both ends use the same table.
 Rule 2: the caller moves bytes; this file decides what they mean. No clock, no sockets.
-Whether a request number is known is not legality: a proposal for a request that has just ended is ordinary and is
-dropped by whoever looks it up.
+Unknown request numbers are no violation: a proposal for a request that has just ended is ordinary input, and the router
+drops it.
 """
 
 from enum import Enum
@@ -42,14 +42,14 @@ TRANSITIONS: dict[State, dict[tuple[Role, type[Frame]], State]] = {
     },
     State.CLOSED: {},
 }
-"""In each state: who may say what, and the state after it."""
+"""For each state: which role may send which frame, and the next state."""
 
 
 class Session:
-    """The legality of one connection, as seen from `role`.
+    """The protocol state of one connection, as seen from `role`.
 
-    Raises LocalProtocolError from `send` (our bug) and RemoteProtocolError from `receive` (the peer's fault: say Bye
-    with its code and close). Any other exception is a bug.
+    `send` raises LocalProtocolError (our bug), `receive` RemoteProtocolError (the peer's fault: send Bye with its code
+    and close). Any other exception is a bug.
     """
 
     def __init__(self, role: Role) -> None:
@@ -72,7 +72,7 @@ class Session:
         return data
 
     def receive(self, data: bytes) -> list[Frame]:
-        """The frames that became whole with `data`, each of them legal; none after one's own Bye."""
+        """The frames completed by `data`, each of them legal; none after this side's own Bye."""
         if self._has_said_bye:
             return []  # sent before the peer knew
         frames = self._reader.feed(data)

@@ -1,1 +1,1 @@
-"""Models of transformers as drafts."""
+"""Hugging Face models as draft models."""

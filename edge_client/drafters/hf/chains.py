@@ -1,4 +1,4 @@
-"""A model of transformers that drafts chains, whatever its cache is; the cache survives rollbacks."""
+"""A transformers model that drafts chains, with any kind of cache; the cache survives rollbacks."""
 
 import inspect
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from edge_client.drafters.torch_passes import candidates
 from vllm_specedge.errors import UserError
 
 ENTRIES_OF = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Kinds of layers that keep an entry for each token, all or the last ones."""
+"""Layer types that keep an entry for each token, or for the last tokens."""
 UNLIMITED = 1 << 20
 
 
 class HfSequence:
     """One request's KV cache, of a chain.
 
-    A sliding window hides entries by the mask; the cache keeps them all, for a rollback needs those that were out of
-    sight. A layer with a state (Mamba, convolutions) has no entries to cut: there the context is run anew.
+    A sliding window is applied by the mask. The cache keeps all entries, as a rollback needs those outside of the
+    window. A layer with a state (Mamba, convolutions) has no entries to cut: then a rollback runs the context again.
     """
 
     def __init__(self, model: Any, kept: Tensor | None) -> None:
@@ -32,9 +32,9 @@ class HfSequence:
         self._entries = Entries()
         self._has_state = not all(type(layer) in ENTRIES_OF for layer in DynamicCache(config=model.config).layers)
         self._tokens: list[int] = []
-        """Of all entries, where there may be need to run them again."""
+        """Tokens of all entries, if they may have to run again."""
         self._num_run = 0
-        """How many of them the cache has seen."""
+        """Number of them that the cache has seen."""
         self._cache = self._new_cache()
 
     def _new_cache(self) -> DynamicCache:
@@ -63,16 +63,16 @@ class HfSequence:
         return candidates(output.logits[0].float(), width, self._kept)[0]
 
     def branch(self, tokens: Sequence[int], parents: Sequence[int], width: int) -> list[list[Candidate]]:
-        raise NotImplementedError("a drafter of width 1 is not asked for branches")
+        raise NotImplementedError("a drafter of width 1 does not branch")
 
 
 class HfDrafter:
-    """A draft model and its tokenizer's fingerprint; `kept` cuts its output head down to those token ids."""
+    """A draft model and its tokenizer's fingerprint. `kept` reduces its output head to these token ids."""
 
     max_width = 1
 
     def __init__(self, model: Any, fingerprint: str, name: str, kept: list[int] | None) -> None:
-        """Raises UserError for a model that does not go on from a cache: it would see the last tokens alone."""
+        """Raises UserError for a model that cannot resume from a cache: it would only see the last tokens."""
         if "past_key_values" not in inspect.signature(model.forward).parameters:
             raise UserError(
                 f"'{name}' has no key-value cache to resume from (Mamba, for instance): choose another draft."
@@ -80,7 +80,7 @@ class HfDrafter:
         self.model = model
         self.kept = None if kept is None else torch.tensor(kept, device=model.device)
         self.fingerprint = fingerprint
-        # Models that see distances and no positions, such as Bloom, name no limit.
+        # Models that use distances instead of positions, such as Bloom, have no limit.
         self.max_context_tokens = int(getattr(model.config, "max_position_embeddings", UNLIMITED))
         self.description = f"{name} on {model.device}, {str(model.dtype).removeprefix('torch.')}"
         if kept is not None:

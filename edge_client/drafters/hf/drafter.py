@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model as the draft, on CUDA, MPS or the CPU."""
+"""A Hugging Face causal language model as the draft model, on CUDA, MPS or the CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from edge_client.drafters.hub import model_name
 
 
 def devices_of_torch() -> list[str]:
-    """What the torch that is installed here can use, best first."""
+    """The devices that the installed torch can use, best first."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return [device for device, is_there in there.items() if is_there]
 
 
 def load_hf_drafter(name: str, device: str, kept: list[int] | None, fingerprint: str) -> HfDrafter | SlotDrafter:
-    """Load a model by directory or hub name; one that cannot branch drafts chains. Raises UserError."""
+    """Load a model by directory or hub name. A model that cannot branch drafts chains. Raises UserError."""
     try:
         dtype = number_format(AutoConfig.from_pretrained(name), device)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
@@ -29,10 +29,10 @@ def load_hf_drafter(name: str, device: str, kept: list[int] | None, fingerprint:
 
 
 def number_format(config: Any, device: str) -> torch.dtype:
-    """What a model's weights are held in on a device.
+    """The dtype of a model's weights on a device.
 
-    Bfloat16 where a model was trained in it: some, Gemma among them, exceed what float16 can hold. On a CPU float32:
-    few have products of anything shorter.
+    Bfloat16 if the model was trained in it: some models, Gemma among them, exceed the range of float16. Float32 on a
+    CPU, as few CPUs have products of shorter types.
     """
     if device.startswith("cpu"):
         return torch.float32

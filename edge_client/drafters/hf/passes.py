@@ -1,8 +1,8 @@
-"""A Hugging Face model whose contexts share one cache of slots: trees, shared passes, and on CUDA captured graphs.
+"""A Hugging Face model whose contexts share one cache of slots: trees, shared passes, and CUDA graphs.
 
-Decoding a token at a time, a framework's Python takes longer than a small model's arithmetic. Here a pass has tensors
-of few shapes at addresses that stay, so that CUDA can record its kernels once for each shape and replay them. A
-context's entries lie anywhere in the cache and never move; what an entry attends to is a row of a mask.
+In token-by-token decoding, a framework's Python takes longer than a small model's arithmetic. Here the tensors of a
+pass have few shapes and fixed addresses, so that CUDA can record the kernels once for each shape and replay them. A
+context's entries lie anywhere in the cache and never move; a row of a mask selects what an entry attends to.
 """
 
 import logging
@@ -27,23 +27,23 @@ logger = logging.getLogger(__name__)
 
 ATTENTION = "specedge_slots"
 FULL, SLIDING = "full_attention", "sliding_attention"
-"""What transformers calls the kinds of a model's layers."""
+"""Transformers' names for the kinds of layers."""
 KIND_OF = {DynamicLayer: FULL, DynamicSlidingWindowLayer: SLIDING}
 RECORDED_ROWS = (1, 2, 4, 8, 16, 32)
-"""Rows of the passes that are recorded; those of a pass are filled up to one of these."""
+"""Row counts of recorded passes; a pass is padded to the next of them."""
 NUM_WARM_UPS = 2
-"""Passes before one is recorded: libraries choose and set up their kernels in the first."""
+"""Passes before a recording: libraries choose and set up their kernels in the first ones."""
 
 
 class Pass(NamedTuple):
-    """What goes into a forward pass, on the model's device."""
+    """The inputs of a forward pass."""
 
     ids: Tensor
     """[1, rows]."""
     positions: Tensor
     """[1, rows]."""
     slots: Tensor
-    """[rows]: where keys and values go."""
+    """[rows]: slots that keys and values are written to."""
     seen: Mapping[str, Tensor]
     """By kind of layer, whether a row attends to a slot: [rows, extent]."""
 
@@ -63,7 +63,7 @@ class SlotLayer(StaticLayer):  # type: ignore[misc]
         slots, extent = self._where.slots, self._where.extent
         if not self.is_initialized or self.keys.shape[2] < self._where.size:
             self._grow(keys, values)
-        # Numbers that are none would reach every context: what a mask hides still counts, as nothing times itself.
+        # NaN and infinite values would reach every context: attention multiplies masked values by 0.
         self.keys[:, :, slots] = keys.nan_to_num(0.0, 0.0, 0.0)
         self.values[:, :, slots] = values.nan_to_num(0.0, 0.0, 0.0)
         return self.keys[:, :, :extent], self.values[:, :, :extent]
@@ -72,7 +72,7 @@ class SlotLayer(StaticLayer):  # type: ignore[misc]
         return 0
 
     def _grow(self, keys: Tensor, values: Tensor) -> None:
-        """All or nothing: where there is no room, the layer stays as it was."""
+        """Grow keys and values together: if memory runs out, the layer stays as it was."""
         held = (self.keys, self.values) if self.is_initialized else (keys[:, :, :0], values[:, :, :0])
         grown = [
             torch.zeros(*new.shape[:2], self._where.size, new.shape[-1], dtype=new.dtype, device=new.device)
@@ -85,7 +85,7 @@ class SlotLayer(StaticLayer):  # type: ignore[misc]
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """Where a pass's rows go."""
+    """The cache of all layers, with the slots that the rows of the current pass are written to."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
@@ -103,10 +103,10 @@ def attend(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of rows to slots; a group of query heads are rows of their key head, so that no key is repeated.
+    """Attention of rows to slots. The query heads of a group become rows of their key head, so that no key is repeated.
 
-    `attention_mask` [1, 1, query heads of a key head * rows, slots]. Raises ValueError for what it does not know:
-    capped scores, sinks.
+    `attention_mask`: [1, 1, query heads per key head * rows, slots]. Raises ValueError for unsupported options: capped
+    scores, sinks.
     """
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     if unknown:
@@ -127,7 +127,7 @@ AttentionInterface.register(ATTENTION, attend)
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """A recorded pass: what to fill in, and what comes out."""
+    """A recorded pass: its graph, its inputs to fill in, and its output."""
 
     graph: Any
     logits: Tensor
@@ -138,7 +138,7 @@ class HfPasses:
     """A model, its cache of slots, and the passes through them."""
 
     def __init__(self, model: Any, kept: Tensor | None) -> None:
-        """Raises ValueError for a model whose layers keep no entry for each token, or whose attention is its own."""
+        """Raises ValueError for a model whose layers keep no entry per token, or whose attention is not supported."""
         layers = DynamicCache(config=model.config).layers
         kinds = {KIND_OF.get(type(layer), "") for layer in layers}
         if "" in kinds:
@@ -154,9 +154,9 @@ class HfPasses:
         self._kinds = sorted(kinds)
         self._cache = SlotCache(len(layers))
         self._recorded: dict[tuple[int, int], _Recorded] = {}
-        """By rows and extent."""
+        """Recorded passes by rows and extent."""
         self._num_of_shape = Counter[tuple[int, int]]()
-        """Passes by rows and extent."""
+        """Number of passes by rows and extent."""
         self._is_recording = model.device.type == "cuda"
         model.set_attn_implementation(ATTENTION)
 
@@ -164,7 +164,7 @@ class HfPasses:
     def run(self, rows: Rows, asked: Sequence[int], width: int) -> list[list[Candidate]]:
         if self._cache.size < self.slots.size:
             self._cache.size = self.slots.size
-            self._recorded.clear()  # with the addresses of the cache before
+            self._recorded.clear()  # they hold addresses of the old cache
         number = len(rows.slots)
         given = Pass(
             torch.from_numpy(rows.tokens)[None],
@@ -185,7 +185,7 @@ class HfPasses:
         return candidates(logits.float(), width, self._kept)
 
     def _seen(self, rows: Rows) -> dict[str, Truths]:
-        """By kind of layer."""
+        """Whether rows attend to slots, by kind of layer."""
         seen = {FULL: rows.seen}
         if SLIDING in self._kinds:
             seen[SLIDING] = self.slots.in_window(rows.seen, rows.positions, self._window)
@@ -213,8 +213,8 @@ class HfPasses:
         return logits
 
     def _replayed(self, given: Pass) -> Tensor | None:
-        """What a recorded pass says, until the next one runs; None where none is recorded: a shape that comes once is
-        not worth it."""
+        """Logits of a recorded pass, valid until the next one runs; None if no pass of this shape is recorded. A shape
+        is recorded when it comes for the second time."""
         shape = (len(given.slots), given.seen[self._kinds[0]].shape[1])
         self._num_of_shape[shape] += 1
         if shape not in self._recorded:
@@ -240,8 +240,8 @@ class HfPasses:
 
 
 def captured(run: Callable[[], Tensor], device: torch.device) -> tuple[Any, Tensor]:
-    """A CUDA graph of what `run` does, and where it puts what it returns. Raises RuntimeError where none can be."""
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):  # whatever a failure leaves behind
+    """A CUDA graph of `run`, and the tensor that its result is written to. Raises RuntimeError if it has none."""
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):  # restored after a failure
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
@@ -256,7 +256,7 @@ def captured(run: Callable[[], Tensor], device: torch.device) -> tuple[Any, Tens
 
 @cache
 def _memory() -> Any:
-    """What all graphs use: one runs after another, and what it returns is read before the next."""
+    """The memory pool that all graphs share: they run in turn, and each result is read before the next run."""
     return torch.cuda.graph_pool_handle()
 
 
@@ -266,7 +266,7 @@ def _query_heads_of_a_key_head(config: Any) -> int:
 
 
 def _filled(given: Pass, rows: int) -> Pass:
-    """The same with so many rows: those without a token see the slot that they write to, and nobody sees them."""
+    """The same pass padded to `rows` rows. Padding rows write to and read the TRASH slot, which no other row reads."""
     lacking = rows - len(given.slots)
     if not lacking:
         return given

@@ -1,4 +1,4 @@
-"""A Hugging Face model's tokenizer: its tokens, and what tells it from others. Loads no torch."""
+"""A Hugging Face model's tokenizer: its tokens and its fingerprint. Loads no torch."""
 
 from pathlib import Path
 
@@ -9,17 +9,17 @@ from vllm_specedge.wire.fingerprint import vocabulary_fingerprint
 
 
 def no_model(name: str, error: Exception) -> UserError:
-    """The sentence for a model that cannot be loaded."""
+    """The error for a model that cannot be loaded."""
     is_directory = Path(name).is_dir()
     where = (
-        "has no model that transformers can load" if is_directory else "is no model directory, nor can it be fetched"
+        "has no model that transformers can load" if is_directory else "is not a model directory and cannot be fetched"
     )
     detail = str(error).strip().partition("\n")[0]
     return UserError(f"'{name}' {where} ({detail:.120}): give a model directory or 'ngram'.")
 
 
 def tokenizer_fingerprint(name: str) -> tuple[str, int]:
-    """Of a model's tokenizer, by directory or hub name; and the model's vocabulary size. Raises UserError."""
+    """A tokenizer's fingerprint and the model's vocabulary size, by directory or hub name. Raises UserError."""
     try:
         return vocabulary_fingerprint(tokenizer_vocabulary(name)), int(AutoConfig.from_pretrained(name).vocab_size)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A model of transformers that drafts trees, for several requests in one pass."""
+"""A transformers model that drafts trees, for several requests in one pass."""
 
 import logging
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from edge_client.drafters.slots import MAX_SLOTS
 logger = logging.getLogger(__name__)
 
 WIDTHS = {"cuda": 16, "mps": 16, "cpu": 8}
-"""By device: how many entries of a context a pass takes at most."""
+"""Maximum entries of one context in a pass, by device."""
 SHARED_ROWS = {"cuda": 32, "mps": 32, "cpu": 16}
 
 
 class SlotDrafter:
-    """The model of `chains`, which is not to be used any more. Raises ValueError for one that keeps a state."""
+    """The model of `chains`, which must not be used any more. Raises ValueError for a model with a state."""
 
     def __init__(self, chains: HfDrafter) -> None:
         device = chains.model.device.type
@@ -37,7 +37,7 @@ class SlotDrafter:
 
 
 def with_trees(chains: HfDrafter) -> HfDrafter | SlotDrafter:
-    """The same model for trees, where it says to their leaves what it says to the chains that lead there."""
+    """The same model for trees, if it gives the same output at their leaves as after the same chains; else `chains`."""
     before = chains.model.config._attn_implementation
     paths = probed_paths(chains.model.get_input_embeddings().num_embeddings)
     alone = [chains.open().append(path, PROBED) for path in paths]

@@ -1,8 +1,8 @@
-"""A Llama, Qwen2 or Qwen3 on a CPU, a token at a time, with as little between the matrix products as torch allows.
+"""Llama, Qwen2 and Qwen3 on a CPU, with as little work between the matrix products as torch allows.
 
-Drafting is thousands of passes one token long. There a framework's Python and the memory traffic of float32 weights are
-the cost, so this runtime keeps a preallocated key/value cache, stacks projections that share an input, folds the norms'
-weights into them, and holds the matrices in int8, a quarter of the bytes.
+Drafting takes thousands of passes of one token each. Their cost is a framework's Python and the memory traffic of
+float32 weights. So this runtime preallocates its key/value cache, stacks projections that share an input, folds the
+norms' weights into them, and holds the matrices in int8, a quarter of the bytes.
 """
 
 import warnings
@@ -34,10 +34,10 @@ def _float_matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
 
 
 def _int8_matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
-    """The same with int8 weights (a scale an output row) and activations quantized on the fly.
+    """A product with int8 weights (one scale per output row) and activations quantized on the fly.
 
-    Seven bits of activation: without VNNI the int8 product adds pairs in 16 bits, which eight would overflow. Torch
-    warns that its quantized tensors will go some day; what is to replace them has no int8 product for plain CPUs yet.
+    Activations have seven bits: without VNNI the int8 product adds pairs in 16 bits, which eight bits would overflow.
+    Torch warns that its quantized tensors are deprecated; their replacement has no int8 product for plain CPUs yet.
     """
     scales = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12).double()
     zeros = torch.zeros(len(scales), dtype=torch.long)
@@ -58,14 +58,14 @@ class _Block:
     gate_up: Matrix
     down: Matrix
     norm_qk: Tensor | None
-    """The weights that norm each query and key head, [heads + kv_heads, head_dim], in a model that has them."""
+    """Norm weights of each query and key head, [heads + kv_heads, head_dim]; None if the model has none."""
 
 
 def _paired(weight: Tensor, dim: int) -> Tensor:
     """Reorder each head's rows so that RoPE's two halves lie side by side and rotate as complex numbers.
 
-    `weight` [heads * dim, ...]. Queries and keys are reordered alike, so their products, all that attention sees, stay
-    the same.
+    `weight` [heads * dim, ...]. Queries and keys are reordered in the same way, so their products, and with them
+    attention, stay the same.
     """
     return weight.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).flatten(0, 2)
 
@@ -76,7 +76,7 @@ class FastLlama:
     def __init__(
         self, model: Llama, number_format: Format = "int8", kept: Tensor | None = None, context: int = 4096
     ) -> None:
-        """Take a loaded checkpoint; `kept` cuts the head down to those token ids."""
+        """Prepare a loaded checkpoint. `kept` reduces the head to these token ids."""
         if "fbgemm" in torch.backends.quantized.supported_engines:
             torch.backends.quantized.engine = "fbgemm"
         make = _float_matrix if number_format == "float32" else _int8_matrix
@@ -92,7 +92,7 @@ class FastLlama:
         self.turns = torch.complex(cos[:, :half], sin[:, :half])[:, None]
 
     def _block(self, layer: Layer, make: Callable[..., Matrix]) -> _Block:
-        """Fold a layer's norms into the products behind them and pair its rotating rows."""
+        """Fold a layer's norms into the products after them, and pair its rotating rows."""
         bias = None if layer.qkv_bias is None else self._rotating_paired(layer.qkv_bias)
         return _Block(
             make(self._rotating_paired(layer.qkv * layer.norm_in), bias),
@@ -103,7 +103,7 @@ class FastLlama:
         )
 
     def _rotating_paired(self, qkv: Tensor) -> Tensor:
-        """The rows of queries and keys paired, those of the values as they are."""
+        """The projection with paired rows of queries and keys; the rows of values stay as they are."""
         shape = self.shape
         turning = (shape.heads + shape.kv_heads) * shape.head_dim
         return torch.cat([_paired(qkv[:turning], shape.head_dim), qkv[turning:]])
@@ -120,7 +120,7 @@ class FastLlama:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def branch_together(self, parts: Sequence[Part]) -> list[list[list[Candidate]]]:
-        """The products of all contexts' rows are one; attention is each context's own."""
+        """Run the rows of all contexts in the same matrix products; only attention is computed per context."""
         pieces = [
             part.sequence.grown(part.parents) if part.parents else part.sequence.lengthened(len(part.tokens))
             for part in parts
@@ -132,7 +132,7 @@ class FastLlama:
         return [of_part if part.parents else of_part[-1:] for part, of_part in zip(parts, said, strict=True)]
 
     def forward(self, tokens: Sequence[int], pieces: Sequence["Piece"]) -> Tensor:
-        """Run the pieces' tokens, in turn, through the blocks, keys and values into the caches.
+        """Run the pieces' tokens through the blocks, and write their keys and values to the caches.
 
         Returns the hidden states before the last norm, [count, model width].
         """
@@ -158,20 +158,20 @@ class FastLlama:
     def candidates(self, hidden: Tensor, width: int) -> list[list[Candidate]]:
         """The `width` most probable next tokens, in the target's vocabulary, after each final hidden state.
 
-        `hidden` [rows, model width] is not yet normed.
+        `hidden`: [rows, model width], before the last norm.
         """
         shape = self.shape
         return candidates(self.head(functional.rms_norm(hidden, (shape.width,), None, shape.eps)), width, self.kept)
 
 
 class FastSequence:
-    """One request's context: its entries' keys and values, grown and cut back as drafts are taken or refused."""
+    """One request's context: the keys and values of its entries, cut back if drafts are rejected."""
 
     def __init__(self, model: FastLlama) -> None:
         self._model = model
         self._entries = Entries()
         self._cache: list[Tensor] = []
-        """A block's keys, then values: [2 * kv_heads, room, head_dim]."""
+        """For each block, keys then values: [2 * kv_heads, room, head_dim]."""
         self._room = 0
 
     def __len__(self) -> int:
@@ -186,9 +186,9 @@ class FastSequence:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def append(self, tokens: Sequence[int], width: int) -> list[Candidate]:
-        """In one pass, or in chunks where the tokens are many."""
+        """Append a chain in one pass, or in chunks if it is long."""
         if not tokens:
-            raise ValueError("a context grows by one token at least")
+            raise ValueError("a context must grow by at least one token")
         self._check_fits(len(self) + len(tokens))
         for at in range(0, len(tokens), CHUNK):
             chunk = tokens[at : at + CHUNK]
@@ -200,14 +200,14 @@ class FastSequence:
         return self._model.candidates(self._model.forward(tokens, [self.grown(parents)]), width)
 
     def lengthened(self, count: int) -> "Piece":
-        """With a chain of so many new entries; they are to be run."""
+        """Add a chain of `count` entries. Returns the piece that the caller must run."""
         start = len(self)
         self._check_fits(start + count)
         self._entries.append(count)
         return self._piece(self._model.turns[start : start + count], _causal_bias(count, start + count))
 
     def grown(self, parents: Sequence[int]) -> "Piece":
-        """With new entries behind these; they are to be run."""
+        """Add an entry behind each of `parents`. Returns the piece that the caller must run."""
         start = len(self)
         self._check_fits(2 + max(map(self._entries.position, parents)))
         self._entries.branch(parents)
@@ -215,7 +215,7 @@ class FastSequence:
         return self._piece(turns, tree_bias(self._entries, start, torch.float32))
 
     def _piece(self, turns: Tensor, bias: Tensor | None) -> "Piece":
-        """The last entries, one for each of `turns`."""
+        """The last entries as a piece, one for each of `turns`."""
         self._reserve(len(self))
         shape = self._model.shape
         if bias is not None:
@@ -227,7 +227,7 @@ class FastSequence:
             raise ValueError(f"{length} tokens do not fit a context of {self._model.context}")
 
     def _reserve(self, length: int) -> None:
-        """Grow the cache in steps: most requests never come near the longest context."""
+        """Grow the cache in steps: most requests never get near the maximum context."""
         if length <= self._room:
             return
         shape = self._model.shape
@@ -244,7 +244,7 @@ class Piece:
 
     cache: list[Tensor]
     end: int
-    """So many entries the context has with them."""
+    """Number of entries of the context, including these."""
     turns: Tensor
     """[count, 1, head_dim / 2]: the rotations of their positions."""
     bias: Tensor | None
@@ -256,9 +256,9 @@ class Piece:
         return len(self.turns)
 
     def attended(self, number: int, qkv: Tensor) -> Tensor:
-        """What attention gives in a block: [count, heads * head_dim].
+        """The attention output in block `number`: [count, heads * head_dim].
 
-        `qkv`: [count, heads + 2 * kv_heads, head_dim]; keys and values go into the cache.
+        `qkv`: [count, heads + 2 * kv_heads, head_dim]; its keys and values are written to the cache.
         """
         heads, kv_heads, dim = self.shape.heads, self.shape.kv_heads, self.shape.head_dim
         cache, count = self.cache[number], self.count
@@ -271,7 +271,7 @@ class Piece:
 
 
 def _causal_bias(count: int, length: int) -> Tensor | None:
-    """What hides from each of the last `count` entries of a chain those behind it: [count, length]."""
+    """A bias that hides from each of the last `count` entries of a chain those after it: [count, length]."""
     if count == 1:
         return None
     seen = torch.ones(count, length, dtype=torch.bool).tril(length - count)
@@ -293,7 +293,7 @@ class LlamaDrafter(FastLlama):
 
 
 def is_of_llama_family(directory: Path) -> bool:
-    """Whether a directory holds a checkpoint that this runtime understands."""
+    """Whether a directory holds a checkpoint that this runtime can run."""
     try:
         Shape.from_config(read_config(directory))
     except (OSError, ValueError, KeyError):

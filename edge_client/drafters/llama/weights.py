@@ -1,7 +1,7 @@
 """Reading a Hugging Face checkpoint of the Llama family (Llama, Qwen2, Qwen3) into the plain tensors of a forward pass.
 
-The training recipe and the CPU runtime share this: neither wants transformers' modules (their Python costs more than
-the arithmetic when a pass is one token long), and both want query/key/value and gate/up fused into one matrix each.
+The training recipe and the CPU runtime share this. Neither uses transformers' modules (their Python costs more than the
+arithmetic if a pass is one token long), and both need query/key/value and gate/up fused into one matrix each.
 """
 
 import json
@@ -20,7 +20,7 @@ BIASED = {"llama": False, "qwen2": True, "qwen3": False}
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a config.json that decide a forward pass."""
+    """The numbers of a config.json that define a forward pass."""
 
     layers: int
     width: int
@@ -38,15 +38,15 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Read a config.json. Raises ValueError for the variants whose passes would silently differ."""
+        """Read a config.json. Raises ValueError for variants whose passes would silently differ."""
         family, rope = config.get("model_type"), config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if family not in BIASED or kind != "default" or config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"Llama, Qwen2 and Qwen3 with default RoPE are understood, not {family} with {kind} RoPE")
+            raise ValueError(f"Llama, Qwen2 and Qwen3 with default RoPE are supported, not {family} with {kind} RoPE")
         if config.get("attention_bias") or config.get("mlp_bias"):
-            raise ValueError(f"{family} checkpoints with additional biases are not understood")
+            raise ValueError(f"{family} checkpoints with additional biases are not supported")
         if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-            raise ValueError("attention within a window is not understood")
+            raise ValueError("sliding-window attention is not supported")
         return cls(
             layers=config["num_hidden_layers"],
             width=config["hidden_size"],
@@ -75,15 +75,15 @@ class Layer:
     down: Tensor
     qkv_bias: Tensor | None = None
     norm_q: Tensor | None = None
-    """Of each head's query, [head_dim]; `norm_k` of its key."""
+    """Norm weights of each head's query, [head_dim]; `norm_k`: of its key."""
     norm_k: Tensor | None = None
 
 
 @dataclass
 class Llama:
-    """A whole checkpoint; `head` is the embedding itself where the two are tied.
+    """A whole checkpoint; `head` is the embedding itself if the two are tied.
 
-    Only these two stay in the format that they are stored in: of 150,000 rows a pass reads a few.
+    Only these two keep their stored dtype: a pass reads a few of 150,000 rows.
     """
 
     shape: Shape
@@ -106,11 +106,11 @@ class _Files:
         return name in self._where
 
     def __getitem__(self, name: str) -> Tensor:
-        """In float32. Raises ValueError for what the checkpoint lacks."""
+        """A tensor in float32. Raises ValueError if the checkpoint lacks it."""
         return self.stored(name).float()
 
     def stored(self, name: str) -> Tensor:
-        """As it lies there. Raises ValueError for what the checkpoint lacks."""
+        """A tensor in its stored dtype. Raises ValueError if the checkpoint lacks it."""
         if name not in self._where:
             raise ValueError(f"the checkpoint has no {name}")
         tensor: Tensor = self._where[name].get_tensor(name)
@@ -126,7 +126,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 class _Layers(Sequence[Layer]):
-    """A checkpoint's layers in float32, each read when it is asked for: a model of 500 million weights takes 2 GB."""
+    """A checkpoint's layers in float32, each read on access: a model of 500 million weights takes 2 GB."""
 
     def __init__(self, files: _Files, shape: Shape, numbers: Sequence[int]) -> None:
         self._files, self._shape, self._numbers = files, shape, numbers
@@ -151,7 +151,7 @@ class _Layers(Sequence[Layer]):
 
 
 def load_llama(directory: Path, keep: Sequence[int] | None = None) -> Llama:
-    """Open a checkpoint; `keep` names the layers wanted (all of them by default)."""
+    """Open a checkpoint. `keep`: the numbers of the layers to load; default: all."""
     shape = Shape.from_config(read_config(directory))
     files = _Files(directory)
     layers = _Layers(files, shape, range(shape.layers) if keep is None else keep)

@@ -1,1 +1,1 @@
-"""Models in MLX, the runtime for Apple silicon, as drafts."""
+"""Draft models in MLX, the runtime for Apple silicon."""

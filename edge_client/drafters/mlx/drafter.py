@@ -1,4 +1,4 @@
-"""A Hugging Face model in MLX as the draft: on Apple silicon, and for tests on the CPU of any machine."""
+"""A Hugging Face model in MLX as the draft model: on Apple silicon, and for tests on any machine's CPU."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,19 @@ from edge_client.drafters.slots import MAX_SLOTS
 from vllm_specedge.errors import UserError
 
 ENTRIES_OF = (KVCache, RotatingKVCache)
-"""Kinds of layers that keep an entry for each token, all or the last ones."""
+"""Layer types that keep an entry for each token, or for the last tokens."""
 MAX_WIDTH = 8
 MAX_SHARED_ROWS = 16
 
 
 class MlxDrafter:
-    """A model of mlx-lm; `kept` are the token ids that it drafts, all where there are none."""
+    """An mlx-lm model. `kept`: the token ids that it drafts; None: all."""
 
     max_width = MAX_WIDTH
     max_shared_rows = MAX_SHARED_ROWS
 
     def __init__(self, model: Any, config: dict[str, Any], fingerprint: str, name: str, kept: list[int] | None) -> None:
-        """Raises UserError for a model that MLX cannot draft trees with."""
+        """Raises UserError for a model that cannot draft trees in MLX."""
         self.fingerprint = fingerprint
         self.max_context_tokens = min(int(config.get("max_position_embeddings", MAX_SLOTS)), MAX_SLOTS // 2)
         self.description = f"{name} in MLX on {'the GPU' if is_gpu_there() else 'the CPU'}"
@@ -42,7 +42,7 @@ class MlxDrafter:
         self._passes = MlxPasses(model, len(caches), kept)
         try:
             paths = probed_paths(int(config["vocab_size"]))
-            # What the model says without a cache of ours.
+            # The model's output without our cache.
             alone = [self._passes.candidates(model(mx.array([path]))[0, -1:], PROBED)[0] for path in paths]
             can_branch = is_sound(self.open, paths, alone)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -58,12 +58,12 @@ class MlxDrafter:
 
 
 def is_gpu_there() -> bool:
-    """Whether MLX has more than a CPU here."""
+    """Whether MLX has a GPU here."""
     return bool(mx.default_device() == mx.gpu)
 
 
 def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How transformers wrote a model's rotations until its release 5, which is what most of mlx-lm's models read."""
+    """A model's RoPE options as transformers wrote them before release 5, the form that most mlx-lm models read."""
     rope = config.get("rope_parameters") or {}
     if "full_attention" in rope:  # by kind of layer, as Gemma 3 has it
         local = rope.get("sliding_attention", {}).get("rope_theta")
@@ -78,7 +78,7 @@ def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_mlx_drafter(directory: str, kept: list[int] | None, fingerprint: str) -> MlxDrafter:
-    """Load a model directory, of transformers' or of mlx-lm's weights. Raises UserError."""
+    """Load a model directory, with weights of transformers or of mlx-lm. Raises UserError."""
     try:
         model, config = load_model(
             Path(directory), model_config=_old_rope(json.loads((Path(directory) / "config.json").read_text()))

@@ -1,7 +1,8 @@
-"""A model of mlx-lm whose contexts share one cache of slots.
+"""An mlx-lm model whose contexts share one cache of slots.
 
-mlx-lm's models ask their cache for everything that a tree needs: the offset to rotate by, a mask, and what to attend
-to. A chain is one text of many tokens; other rows are texts of one token each, every one at a position of its own.
+mlx-lm's models get everything that a tree needs from their cache: the offset for RoPE, a mask, and the keys and values.
+A chain is a batch of one text with many tokens. Other rows are a batch of texts with one token each, every one at its
+own position.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from edge_client.drafters.slots import Slots, Truths
 
 
 class _Layer:
-    """One layer's keys and values, [1, kv heads, slots, head dim] each, as mlx-lm's models know a cache."""
+    """One layer's keys and values, [1, kv heads, slots, head dim] each, with the interface of an mlx-lm cache."""
 
     def __init__(self, passes: "MlxPasses") -> None:
         self._passes = passes
@@ -25,11 +26,11 @@ class _Layer:
 
     @property
     def offset(self) -> Any:
-        """To rotate queries and keys by: the first position of a chain, or one for each row."""
+        """The RoPE offset: the first position of a chain, or one position per row."""
         return self._passes.offset
 
     def make_mask(self, number: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        """As `create_attention_mask` of mlx-lm asks for it: [rows, slots], or [rows, 1, 1, slots]."""
+        """The mask for mlx-lm's `create_attention_mask`: [rows, slots], or [rows, 1, 1, slots]."""
         return self._passes.mask(window_size)
 
     def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
@@ -45,7 +46,7 @@ class _Layer:
         if before < size:
             more = mx.zeros((1, kv_heads, size - before, dim), new.dtype)
             held = more if held is None else mx.concatenate([held, more], axis=2)
-        # Numbers that are none would reach every context: what a mask hides still counts, as nothing times itself.
+        # NaN and infinite values would reach every context: attention multiplies masked values by 0.
         held[:, :, self._passes.into] = mx.nan_to_num(new, 0.0, 0.0, 0.0)
         return held
 
@@ -58,7 +59,7 @@ class MlxPasses:
     """A model, its cache of slots, and the passes through them."""
 
     def __init__(self, model: Any, num_caches: int, kept: Sequence[int] | None) -> None:
-        """`num_caches`: of the model; some have fewer than layers."""
+        """`num_caches`: the model's number of caches; some models have fewer caches than layers."""
         self.slots = Slots()
         self.offset: Any = 0
         self.into: Any = None
@@ -70,7 +71,7 @@ class MlxPasses:
         self._rows: Rows | None = None
 
     def mask(self, window: int | None) -> Any:
-        """Of the rows in a pass, whether they attend to a slot."""
+        """Whether each row of the pass attends to a slot."""
         assert self._rows is not None
         seen: Truths = self._rows.seen
         if window is not None:
@@ -86,7 +87,7 @@ class MlxPasses:
         return self.candidates(logits[mx.array(list(asked))], width)
 
     def candidates(self, logits: Any, width: int) -> list[list[Candidate]]:
-        """The `width` most probable (all there are if fewer) by each row of logits, most probable first."""
+        """The `width` most probable tokens (all if fewer) for each row of logits, most probable first."""
         logits = logits.astype(mx.float32) if self._kept is None else logits.astype(mx.float32)[:, self._kept]
         width = min(width, logits.shape[-1])
         best = mx.argpartition(-logits, width - 1, axis=-1)[:, :width]

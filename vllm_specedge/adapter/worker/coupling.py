@@ -1,14 +1,14 @@
-"""Sampled drafts verified by equality, in the worker's process: a draft token is right if the target says the same.
+"""Verification of sampled drafts by equality, in the worker's process: a draft token is right if the target samples it.
 
-What the target says at a position is the argmax of its logits, by temperature and with all constraints, plus noise that
-a number decides, which the request's generator draws for the position (V1 on CPUs), or the request's seed and the
-position (V2). vLLM's rejection sampler accepts a draft token by its probability, with numbers of its own: it keeps the
-distribution, but a request with a seed says something else with drafts than without. Here every row is sampled as a
-plain step would sample it, with the same noise, until one is not the draft's: the output is a function of seed and
-prompt, whoever drafted (Daliri, Musco and Suresh 2024, "Coupling without communication").
+At each position the target samples the argmax of its logits (at the temperature, with all constraints) plus noise. The
+noise follows from a number that the request's generator draws for the position (V1 on CPUs), or from the request's seed
+and the position (V2). vLLM's rejection sampler accepts a draft token by its probability, with its own random numbers:
+it keeps the distribution, but a request with a seed generates other tokens with drafts than without. Here every row is
+sampled as in a plain step, with the same noise, until one differs from the draft. So the output is a function of seed
+and prompt, regardless of the drafts (Daliri, Musco and Suresh 2024, "Coupling without communication").
 
-Without a draft's probabilities vLLM's own way accepts a token with the target's probability of it; so does this one,
-for a draft that knows nothing of the noise.
+Without draft probabilities, vLLM's own method accepts a token with the target's probability for it. So does this one,
+for a draft that knows nothing about the noise.
 """
 
 import logging
@@ -23,28 +23,30 @@ from vllm_specedge.adapter.wrapping import wrap
 logger = logging.getLogger("vllm.specedge.coupling")
 
 _NOTHING = -1
-"""Where a request has no token: vLLM's PLACEHOLDER_TOKEN_ID."""
+"""Marks the absence of a token: vLLM's PLACEHOLDER_TOKEN_ID."""
 _MAX_ROW_SEED = 2**31
 _MAX_SEED = 2**63 - 1
 SEED_KEY = "specedge_seed"
-"""Where a V2 worker finds the seed of a request that has none of its own (SamplingParams.extra_args; adapter/seeds.py).
+"""The key under which a V2 worker finds the seed of a request that has set none (SamplingParams.extra_args;
+adapter/seeds.py).
 
-As the request's own seed it would keep the whole batch from vLLM's fused sampler (v1/worker/gpu/sample/sampler.py).
+If it were set as the request's own seed, vLLM would not use its fused sampler for the whole batch
+(v1/worker/gpu/sample/sampler.py).
 """
 
 
 class _Verification:
-    """The step that is verified just now."""
+    """The step that is being verified."""
 
     row_seeds: torch.Tensor | None = None
-    """int64 of [draft tokens]; None: none is, or not by equality."""
+    """int64 [draft tokens]; None: no step is being verified, or not by equality."""
 
 
 _now = _Verification()
 
 
 def couple_v1() -> None:
-    """Wrap vLLM's rejection sampler in this process, if it samples on a CPU; again is harmless."""
+    """Wrap vLLM's rejection sampler in this process, if it samples on a CPU. Calling it again is harmless."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -66,14 +68,14 @@ def _replaying(forward: Any) -> Any:
         counts = metadata.num_draft_tokens
         generators = {row: each for row, each in sampling_metadata.generators.items() if counts[row]}
         states = {row: generator.get_state() for row, generator in generators.items()}
-        # The next number is then that of the token behind the draft, which vLLM samples itself.
+        # The next number is then the one for the bonus token, which vLLM samples itself.
         _now.row_seeds = _row_seeds(counts, generators)
         try:
             output = forward(self, metadata, draft_probs, logits, sampling_metadata)
         finally:
             _now.row_seeds = None
         num_said = (output.sampled_token_ids != _NOTHING).sum(1).tolist()
-        for row, generator in generators.items():  # back to where plain steps would have left it
+        for row, generator in generators.items():  # set to where plain steps would have left it
             generator.set_state(states[row])
             _draw(generator, num_said[row])
         return output
@@ -82,7 +84,7 @@ def _replaying(forward: Any) -> Any:
 
 
 def _row_seeds(num_draft_tokens: Sequence[int], generators: Mapping[int, torch.Generator]) -> torch.Tensor:
-    """Those of all draft tokens, drawn from the generators of the rows that have one."""
+    """Row seeds of all draft tokens, drawn from the generators of the rows that have one."""
     row_seeds = torch.randint(0, _MAX_ROW_SEED, (sum(num_draft_tokens),), dtype=torch.int64)
     start = 0
     for row, number in enumerate(num_draft_tokens):
@@ -118,11 +120,11 @@ def verified(
     is_greedy: torch.Tensor | None,
     row_seeds: torch.Tensor,
 ) -> torch.Tensor:
-    """What each request says: its draft as far as it is right, and one token more; int32 of [requests, 1 + most draft
-    tokens], -1 where a request has none.
+    """Each request's tokens: its draft up to the first wrong token, and one more; int32 [requests, 1 + most draft
+    tokens], padded with -1.
 
-    `drafts`, `logits` (float32, with a row each), `row_seeds`: of the draft tokens, request by request. `bonus`: of
-    [requests], the token behind a draft that is right. `is_greedy`: of [requests]; None: no request is.
+    `drafts`, `logits` (float32, one row each), `row_seeds`: for the draft tokens, request by request. `bonus`
+    [requests]: the token after a draft that is entirely right. `is_greedy` [requests]; None: no request is.
     """
     counts = torch.tensor(num_draft_tokens)
     starts = counts.cumsum(0) - counts
@@ -134,7 +136,7 @@ def verified(
         rows = rows[~is_through]
         if not len(rows):
             break
-        at = starts[rows] + depth  # rows behind a token that was not right are not sampled at all
+        at = starts[rows] + depth  # rows after a wrong token are not sampled at all
         said = sampled(logits[at], row_seeds[at], is_greedy[rows] if is_greedy is not None else None)
         output[rows, depth] = said.to(torch.int32)
         rows = rows[said == drafts[at]]
@@ -142,13 +144,13 @@ def verified(
 
 
 def sampled(logits: torch.Tensor, row_seeds: torch.Tensor, is_greedy: torch.Tensor | None) -> torch.Tensor:
-    """As vLLM's CPU build samples rows: int64 of [rows]."""
+    """Tokens sampled as by vLLM's CPU build: int64 [rows]."""
     said: torch.Tensor = torch.ops._C.fused_gumbel_argmax(logits, row_seeds)
     return said if is_greedy is None else torch.where(is_greedy, logits.argmax(-1), said)
 
 
 def couple_v2() -> None:
-    """Replace the V2 runner's rejection sampling in this process, and take seeds over; again is harmless."""
+    """Replace the V2 runner's rejection sampling in this process, and use our seeds. Calling it again is harmless."""
     problems = hooks.problems(hooks.COUPLING_V2)
     if problems:
         logger.warning("A seed gives other tokens with edges than without: %s", "; ".join(problems))
@@ -196,10 +198,10 @@ def _by_equality_v2(rejection_sample: Any) -> Any:
 def accepted(
     said: torch.Tensor, drafts: torch.Tensor, cu_num_logits: torch.Tensor, max_draft: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each request says, of [requests, 1 + max_draft], and how many tokens of that count, int32 of [requests].
+    """Each request's tokens, [requests, 1 + max_draft], and how many of them are valid, int32 [requests].
 
-    `said`, `drafts`: of [rows], request by request; a row's own token comes first, then its draft, so the token that
-    follows what a row says is the draft's if it is the next row's. `cu_num_logits`: of [requests + 1].
+    `said` [rows]: the sampled tokens, request by request. `drafts` [rows]: each request's last token, then its draft.
+    So a sampled token matches the draft if it equals the next row's entry. `cu_num_logits`: [requests + 1].
     """
     depths = torch.arange(max_draft + 1, device=said.device)
     counts = (cu_num_logits[1:] - cu_num_logits[:-1]).unsqueeze(1)

@@ -1,10 +1,10 @@
-"""A fault of vLLM's CPU backend that would break the promise of unchanged outputs, mended as vLLM lets a plugin do.
+"""Fix for `expand_kernel` of vLLM's CPU backend, a bug that would break the promise of unchanged outputs.
 
 Without Triton the CPU backend replaces vLLM's sampling kernels by C++ ones. Its `expand_kernel` (0.32,
-utils/cpu_triton_utils.py, _expand_kernel_impl) writes floats into an integer copy and drops it: the temperatures, top-p
-and top-k of draft tokens are whatever the memory held before. Greedy batches do not use them; any batch with a sampled
-request does, under every speculative method. `vllm.triton_utils.dispatcher.register_kernels` is vLLM's own way to
-replace a kernel; it is used here only where the kernel is seen to be wrong.
+utils/cpu_triton_utils.py, _expand_kernel_impl) writes floats into an integer copy and drops it, so the temperatures,
+top-p and top-k of draft tokens are uninitialized memory. Greedy batches do not use them; any batch with a sampled
+request does, with every speculative method. `vllm.triton_utils.dispatcher.register_kernels` is vLLM's own way to
+replace a kernel; it is used here only if a test shows that the kernel is wrong.
 """
 
 import logging
@@ -24,7 +24,7 @@ def expand(
     replace_to: float,
     MAX_NUM_TOKENS: int | None = None,
 ) -> None:
-    """Write each row's value, `replace_from` replaced, to the places of its tokens: [rows] -> [tokens], in place."""
+    """Copy each row's value, with `replace_from` replaced, to its tokens' places in `output`: [rows] -> [tokens]."""
     del MAX_NUM_TOKENS
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     values = torch.where(input_val == replace_from, torch.full_like(input_val, replace_to), input_val)
@@ -40,7 +40,7 @@ def _is_right() -> bool:
 
 
 def mend() -> None:
-    """Replace the kernel in this process if it is wrong. Raises RuntimeError if it still is afterwards."""
+    """Replace the kernel in this process if it is wrong. Raises RuntimeError if it is still wrong afterwards."""
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 

@@ -1,13 +1,13 @@
-"""A fault of vLLM 0.32's CPU backend, mended: the convolution of a gated delta net forgets where its window ends.
+"""Fix for a bug of vLLM 0.32's CPU backend: the convolution of a gated delta net loses the position of its window.
 
 Each request has a buffer of convolution inputs: the last `width - 2` before a step, then those of the step's tokens,
-from column 0 on (model_executor/layers/mamba/ops/causal_conv1d.py has it so on GPUs); the next step's window begins at
-the number of accepted drafts. 0.32's `_spec_forward` (ops/cpu/gdn_attention.py) writes them to the buffer's end
-instead. The two agree where every row has all K drafts. With fewer the next window is wrong, and where it was longer
-than the next step is, the copy raises and ends the engine. Rows without any draft take the same way: with speculation
-of any kind configured, plain vLLM's too, answers are wrong from the second token on. 0.33 has it right.
+from column 0 on (as on GPUs, model_executor/layers/mamba/ops/causal_conv1d.py). The next step's window begins at the
+number of accepted drafts. 0.32's `_spec_forward` (ops/cpu/gdn_attention.py) writes them to the end of the buffer
+instead. Both agree if every row has all K drafts. With fewer, the next window is wrong, and if it was longer than the
+next step is, the copy raises and ends the engine. Rows without any draft take the same path: with any speculation
+configured, in plain vLLM too, answers are wrong from the second token on. 0.33 is right.
 
-The rest of the step, the recurrent states, is vLLM's own operator here as there.
+The rest of the step, the recurrent states, uses vLLM's own operator in both versions.
 """
 
 import inspect
@@ -19,16 +19,16 @@ import torch
 logger = logging.getLogger("vllm.specedge.cpu_states")
 
 _AT_THE_END = "keep = B[:, offset + 1 :"
-"""What the faulty function does, as it is written there."""
+"""The faulty line in the source of vLLM's function."""
 
 
 def mend() -> None:
-    """Replace the function in this process if it is the faulty one; again is harmless."""
+    """Replace the function in this process if it is the faulty one. Calling it again is harmless."""
     from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 
     if _AT_THE_END in inspect.getsource(gdn_attention._spec_forward):
         gdn_attention._spec_forward = spec_forward
-        logger.info("Replaced vLLM's CPU convolution of gated delta nets, which takes steps of K drafts only")
+        logger.info("Replaced vLLM's CPU convolution of gated delta nets, which only supports steps of K drafts")
 
 
 def spec_forward(
@@ -42,7 +42,7 @@ def spec_forward(
     width: int,
     state_len: int,
 ) -> torch.Tensor:
-    """What attention gives to the rows of decoding requests: [tokens, ...], in the order of `spec_query_start_loc`.
+    """The attention output for the rows of decoding requests: [tokens, ...], in the order of `spec_query_start_loc`.
 
     `mixed_qkv_spec` [tokens, dim]; `conv_buf` [slots, dim, state_len] and `ssm_state` are written to.
     """
@@ -81,7 +81,7 @@ def _convolved(
     accepted: torch.Tensor,
     width: int,
 ) -> torch.Tensor:
-    """The inputs [tokens, dim] behind each row's window; afterwards the buffer is as the next step reads it."""
+    """The convolved inputs, [tokens, dim], each row's after its window. Updates the buffer for the next step."""
     window = (accepted - 1)[:, None] + torch.arange(width - 1)
     history = buffer[slots[:, None], :, window]  # [rows, width - 1, dim]
     before = history[:, 1:].clone()
@@ -95,7 +95,7 @@ def _convolved(
 
 
 def _by_kernel(layer: Any, inputs: torch.Tensor, windows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """By the operators that chunks of prompts go through, of any lengths; `windows` is written to."""
+    """The convolution by the operators for chunks of prompts, which take any lengths; `windows` is written to."""
     from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 
     num_rows = len(windows)

@@ -1,9 +1,9 @@
-"""A fault of vLLM's CPU backend that ends the engine, mended: a `seed` on a prompt that is computed in chunks.
+"""Fix for a bug of vLLM's CPU backend that ends the engine: a `seed` on a prompt that is computed in chunks.
 
-A step that computes a part of a prompt samples a token for it all the same, and throws it away. A seeded request's
-random numbers must not be used up by that, so vLLM sets its generator back, by an offset that generators on CPUs do not
-have (v1/worker/gpu_model_runner.py, `_bookkeeping_sync`): `set_offset` raises, and with it the engine, plain vLLM's
-too. Here the generator's whole state is put back instead.
+A step that computes a part of a prompt samples a token for it anyway, and discards it. This must not use up a seeded
+request's random numbers, so vLLM sets its generator back, by an offset that generators on CPUs do not have
+(v1/worker/gpu_model_runner.py, `_bookkeeping_sync`): `set_offset` raises, which ends the engine, in plain vLLM too.
+Here the generator's whole state is restored instead.
 """
 
 import logging
@@ -18,7 +18,7 @@ logger = logging.getLogger("vllm.specedge.discards")
 
 
 def mend() -> None:
-    """Wrap vLLM's worker in this process, if it is one on CPUs; again is harmless."""
+    """Wrap vLLM's worker in this process, if it runs on a CPU. Calling it again is harmless."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or _has_offsets():
@@ -42,7 +42,7 @@ def _has_offsets() -> bool:
 
 
 def _discarded(runner: Any) -> dict[int, torch.Generator]:
-    """The generators of requests, by row, whose token of this step is thrown away."""
+    """The generators, by row, of requests whose token of this step is discarded."""
     batch = runner.input_batch
     is_discarded = runner.discard_request_mask.np
     return {row: generator for row, generator in batch.generators.items() if is_discarded[row]}

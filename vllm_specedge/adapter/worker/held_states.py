@@ -1,11 +1,11 @@
-"""A fault of vLLM's V1 runner with models that keep a state (linear attention, convolutions), mended: a request that
-sits a step out goes on from a stale state.
+"""Fix for a bug of vLLM's V1 runner with models that keep a state (linear attention, convolutions): a request that is
+left out of a step continues from a stale state.
 
-After a step that verified drafts such a model has a state for each draft position, and the runner remembers by batch
-row how many tokens were accepted, which says where the request goes on. A request that a step leaves out loses its
-row, and gets a new one later with a count of 1, the state before all accepted drafts (v1/worker/gpu_input_batch.py,
-`add_request`). Plain vLLM does so where the token budget leaves a running request out; with edges, requests are held
-as a rule. Here the count is kept by request, and put back.
+After a step that verified drafts, such a model has a state for each draft position. The runner stores the number of
+accepted tokens by batch row, which tells where the request continues. A request that a step leaves out loses its row,
+and later gets a new one with a count of 1, the state before all accepted drafts (v1/worker/gpu_input_batch.py,
+`add_request`). In plain vLLM this happens if the token budget leaves a running request out; with edges, requests are
+held regularly. Here the count is kept by request and restored.
 """
 
 from collections.abc import Collection
@@ -14,11 +14,11 @@ from typing import Any
 from vllm_specedge.adapter.wrapping import wrap
 
 _KEPT = "_specedge_accepted"
-"""Of a runner: accepted tokens of the last step, the one without a draft included, by request that has no row."""
+"""Attribute of a runner: accepted tokens of the last step, the bonus token included, by request without a row."""
 
 
 def mend() -> None:
-    """Wrap vLLM's V1 runner in this process; again is harmless."""
+    """Wrap vLLM's V1 runner in this process. Calling it again is harmless."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     wrap(GPUModelRunner, "_update_states", _remembering)
@@ -40,11 +40,11 @@ def _remembering(update_states: Any) -> Any:
 
 
 def _keep(kept: dict[str, int], runner: Any, scheduled: Collection[str]) -> None:
-    """Of those that lose their rows."""
+    """Keep the counts of requests that lose their rows."""
     batch = runner.input_batch
     leaving = batch.req_id_to_index.keys() - scheduled
     if leaving and runner.num_accepted_tokens_event is not None:
-        runner.num_accepted_tokens_event.synchronize()  # the counts are copied from the device beside
+        runner.num_accepted_tokens_event.synchronize()  # the counts are copied from the device asynchronously
     for request_id in leaving:
         kept[request_id] = int(batch.num_accepted_tokens_cpu[batch.req_id_to_index[request_id]])
 

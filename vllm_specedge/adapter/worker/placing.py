@@ -1,8 +1,8 @@
-"""The worker's part on vLLM's V2 model runner, where drafts stay on the device: puts there what the scheduler chose.
+"""The worker's part on vLLM's V2 model runner, which reads drafts on the device: writes the scheduler's drafts there.
 
-The V2 runner takes from a SchedulerOutput how many draft tokens a request verifies, and which ones from a tensor on the
-device that its speculator filled after the last step (v1/worker/gpu/model_runner.py, `prepare_inputs`). Here the
-scheduler has them: they are written there right before the step that verifies them.
+The V2 runner gets the number of draft tokens of a request from the SchedulerOutput, and the tokens themselves from a
+tensor on the device that its speculator filled after the last step (v1/worker/gpu/model_runner.py, `prepare_inputs`).
+Here the scheduler has the tokens: they are written to the tensor right before the step that verifies them.
 
 Every rank of tensor parallelism gets the same SchedulerOutput, and writes the same.
 """
@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 
 class EdgeSpeculator(BaseSpeculator):
-    """Takes the place of vLLM's speculator, and drafts nothing."""
+    """Replaces vLLM's speculator, and drafts nothing."""
 
     supports_mm_inputs = False
     draft_logits = None
@@ -27,23 +27,23 @@ class EdgeSpeculator(BaseSpeculator):
         self._states = states
 
     def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What is there already, int64 of (requests, most draft tokens)."""
+        """The present draft tokens, unchanged: int64 [requests, most draft tokens]."""
         del args, kwargs
         tokens: torch.Tensor = self._states.draft_tokens[input_batch.idx_mapping]
         return tokens
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """There is no model that runs."""
+        """Do nothing: there is no draft model."""
 
     def capture(self) -> None:
-        """There is no model that runs."""
+        """Do nothing: there is no draft model."""
 
     def prepare_watermarking(self, *args: Any) -> None:
-        """Nothing is drafted that could be marked."""
+        """Do nothing: there are no drafts to mark."""
 
 
 def mend(runner: Any) -> None:
-    """Have a V2 model runner verify what the scheduler chose."""
+    """Make a V2 model runner verify the scheduler's drafts."""
     runner.speculator = EdgeSpeculator(runner.req_states)
     runner.execute_model = _placing(runner.execute_model, runner.req_states)
 
@@ -60,7 +60,7 @@ def _placing(execute_model: Callable[..., Any], states: Any) -> Callable[..., An
 
 
 def place(states: Any, drafts: Mapping[str, Sequence[int]]) -> None:
-    """Write draft tokens by request id to the device: one copy and one kernel, whatever their number.
+    """Write draft tokens, by request id, to the device, with one copy and one kernel for any number of them.
 
     A request without a slot there has just been freed, and is not in the step either.
     """

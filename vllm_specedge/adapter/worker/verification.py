@@ -1,10 +1,10 @@
-"""`min_p` and `logit_bias` in vLLM's verification of drafts, in the worker's process.
+"""Support for `min_p` and `logit_bias` in vLLM's verification of drafts, in the worker's process.
 
 vLLM's rejection sampler applies neither to the logits of draft tokens (v1/sample/rejection_sampler.py, 0.32 and 0.33),
-and beside speculation its worker has no processors for them (v1/sample/logits_processor, build_logitsprocs). So its
-front end refuses requests that set one (SamplingParams._validate_spec_decode): whoever turns edges on would lose
-requests that plain vLLM serves. Both are a few lines for draft tokens as well: they are applied where plain sampling
-applies them, the bias before the penalties, min_p between temperature and top-k.
+and with speculation its worker has no processors for them (v1/sample/logits_processor, build_logitsprocs). So its front
+end refuses requests that set one (SamplingParams._validate_spec_decode): a server with edges would refuse requests that
+plain vLLM serves. For draft tokens both take a few lines. They are applied where plain sampling applies them: the bias
+before the penalties, min_p between temperature and top-k.
 """
 
 import logging
@@ -22,8 +22,8 @@ _MARK = "_specedge_verifies_all"
 
 
 def mend() -> None:
-    """Wrap vLLM's functions in this process; again is harmless. Where they are not as expected nothing is done, and
-    the front end goes on refusing such requests."""
+    """Wrap vLLM's functions in this process; calling it again is harmless. If they are not as expected, do nothing: the
+    front end then still refuses such requests."""
     if hooks.problems(hooks.VERIFICATION):
         return
     from vllm.v1.sample import rejection_sampler
@@ -35,9 +35,9 @@ def mend() -> None:
 
 
 def admit(speculative_config: Any, runner: str) -> None:
-    """Let the front end take such requests where edges draft, in this process; again is harmless.
+    """Let the front end accept such requests with edges, in this process; calling it again is harmless.
 
-    vLLM's V2 runner applies both to draft tokens by itself.
+    vLLM's V2 runner itself applies both to draft tokens.
     """
     problems = hooks.problems(hooks.VERIFICATION if runner == hooks.V1 else hooks.VERIFICATION_V2)
     if problems:
@@ -58,7 +58,7 @@ def _unless_ours(validate: Any) -> Any:
 
 
 def _complete(build_logitsprocs: Any) -> Any:
-    """The processors that there are without speculation. The worker extension is built before them."""
+    """Build the processors that vLLM has without speculation. The worker extension is built before them."""
     from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
 
     def build(
@@ -117,9 +117,9 @@ def _without_improbable(apply_sampling_constraints: Any) -> Any:
 def drop_improbable(
     logits: torch.Tensor, min_p: torch.Tensor, temperature: torch.Tensor, cu_num_draft_tokens: torch.Tensor
 ) -> None:
-    """Leave draft tokens' logits [draft tokens, vocabulary], in place, only what is at least min_p times as probable as
-    the most probable token at the request's temperature. `min_p`, `temperature` (0: greedy) and `cu_num_draft_tokens`:
-    [requests]. Computed as MinPLogitsProcessor does, so that not even rounding makes a difference."""
+    """Mask, in the draft tokens' logits [draft tokens, vocabulary] in place, all tokens less than min_p times as
+    probable as the most probable one at the request's temperature. `min_p`, `temperature` (0: greedy) and
+    `cu_num_draft_tokens`: [requests]. Computed as in MinPLogitsProcessor, so that not even rounding differs."""
     counts = torch.diff(cu_num_draft_tokens, prepend=cu_num_draft_tokens.new_zeros(1))
     heat = torch.repeat_interleave(torch.where(temperature == 0, 1.0, temperature), counts).unsqueeze(1)
     probabilities = torch.nn.functional.softmax(logits / heat, dim=-1)
