@@ -1,6 +1,7 @@
 """The front refuses what the engines have no room for, and nothing else."""
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import subprocess
@@ -314,6 +315,20 @@ def test_four_processes_let_in_no_more_than_there_is_room_for(directory: Path) -
     with places.locked():
         assert places.refused()[0] == 4 * each - room
     places.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_process_that_is_stopped_with_the_lock_stops_no_other(directory: Path) -> None:
+    LoadFile(directory / "0.json").write(Load(1000.0, {DEFAULT_CLASS: 400}))
+    front = Front(directory, SharedPlaces(directory / PLACES), RequestClasses())
+    with (directory / PLACES).open("rb") as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)
+        admitted = sum(front.ask(DEFAULT_CLASS, 1000.0 + n * 1e-5).is_admitted for n in range(500))
+        assert admitted == 400
+        fcntl.flock(stopped, fcntl.LOCK_UN)
+        with front.places.locked(), pytest.raises(BlockingIOError):
+            fcntl.flock(stopped, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    front.places.close()
 
 
 @pytest.fixture

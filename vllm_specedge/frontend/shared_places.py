@@ -1,6 +1,7 @@
 """The places that all API processes of a server have taken, in one file that they share with its engines.
 
-Rule 1: the file is read and written under a lock (flock(2)), which the system releases if a process dies.
+Rule 1: the file is read and written under a lock (flock(2)), which the system releases if a process dies. One that is
+stopped while it holds the lock does not stop the others: after LOCK_LIMIT_S they count without it.
 Rule 2: places are stored by the time at which they were taken. An engine's report includes all requests that reached it
 by then, so older places no longer count, and a dead process blocks its places for no longer than a report.
 Rule 3: the count of refused requests of each class only grows, until the server ends.
@@ -13,6 +14,7 @@ request, and may be down. The file costs a lock, a read and a write of 1 KiB, so
 import fcntl
 import os
 import threading
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,10 @@ MAX_ENGINES: Final = 64
 SLICE_S: Final = 0.05
 NUM_SLICES: Final = 64
 """Slices kept: 3.2 s, longer than a report counts."""
+LOCK_LIMIT_S: Final = 0.5
+"""Time to wait for the lock, which is normally held for 20 microseconds. A process waits this long once; it then tries
+the lock without waiting until it is free again."""
+LOCK_PAUSE_S: Final = 0.0002
 _WORD_BYTES: Final = array("q").itemsize
 _BLOCK: Final = 2 * NUM_SLICES
 """Words per engine: for each slice its number and the places taken in it."""
@@ -50,6 +56,8 @@ class SharedPlaces:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._threads = threading.Lock()
         """The system's lock belongs to a process, so threads need their own."""
+        self._is_stuck = False
+        """The lock's holder stood still when it was last waited for."""
         try:
             with self.locked():
                 if os.fstat(self._file).st_size < _SIZE_BYTES:
@@ -65,13 +73,29 @@ class SharedPlaces:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock: values read inside stay valid until its end."""
+        """Hold the lock: values read inside stay valid until its end, unless the lock's holder stands still."""
         with self._threads:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+            is_held = self._lock()
             try:
                 yield
             finally:
-                fcntl.flock(self._file, fcntl.LOCK_UN)
+                if is_held:
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _lock(self) -> bool:
+        """Take the lock, or give up on it."""
+        end_s = time.monotonic() + (0.0 if self._is_stuck else LOCK_LIMIT_S)
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._is_stuck = time.monotonic() >= end_s
+                if self._is_stuck:
+                    return False
+                time.sleep(LOCK_PAUSE_S)
+            else:
+                self._is_stuck = False
+                return True
 
     # -- places, under the lock ------------------------------------------------------------------------------------
 
