@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any
 
 import typer
@@ -41,7 +42,7 @@ class Settings:
     pair: str
     dtype: str
     tokens: int
-    """Of each answer at most."""
+    """Of each answer at most, on average."""
     period_s: float
     seconds: float
     """Of a run."""
@@ -51,11 +52,18 @@ class Settings:
     def questions(self) -> list[Question]:
         return chosen(questions(), MIXED, sum(map(len, questions().values())))
 
+    def bodies(self) -> list[dict[str, Any]]:
+        """Answers of many lengths: equal ones end together, and then all prompts of a load are in one period."""
+        return [
+            {**question.body, "seed": number, "max_tokens": round(self.tokens * Random(number).uniform(0.25, 1.75))}
+            for number, question in enumerate(self.questions())
+        ]
+
 
 def measure(settings: Settings, slot: Slot, target: Target) -> Iterator[Run]:
     """Two runs: of the periods with drafts, and of those without."""
     body = {} if slot.temperature is None else {"temperature": slot.temperature}
-    bodies = [{**question.body, **body, "seed": number} for number, question in enumerate(settings.questions())]
+    bodies = [{**each, **body} for each in settings.bodies()]
     with drafting_as(slot, target, PAIRS[settings.pair]) as edges:
         target.converse(bodies[: slot.requests], WARM_UP_TOKENS)
         with edges.stopped() if edges and slot.edge == DEAD else nullcontext():
@@ -95,7 +103,7 @@ def measure_all(settings: Settings, kept: Kept, slots: Sequence[Slot]) -> None:
             with story("switched") as before:
                 plain = launch({PLAIN: None}, LOGS, before, **shared)[PLAIN]
                 bodies = [{**question.body, "temperature": 0} for question in settings.questions()]
-                answers = plain.converse(bodies, settings.tokens)
+                answers = plain.converse(bodies, 2 * settings.tokens)
                 write_recordings(RECORDINGS, [answer.recording for answer in answers])
         env = {"PYTHONPATH": str(ROOT / "benchmarks" / "switching"), VARIABLE: str(settings.period_s)}
         target = launch({OURS: edge(None, **settings.options)}, LOGS, stack, env=env, **shared)[OURS]
@@ -116,7 +124,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Starts of the server, to be added.", min=0)] = 1,
     period_s: Annotated[float, typer.Option(help="Of each half.", min=1)] = 3.0,
     seconds: Annotated[float, typer.Option(help="Of a run.", min=10)] = 60.0,
-    tokens: Annotated[int, typer.Option(help="Of each answer, at most.", min=16)] = 64,
+    tokens: Annotated[int, typer.Option(help="Of each answer, on average at most.", min=16)] = 64,
     options: Annotated[str, typer.Option(help="Of the server, as JSON: '{\"max_stretch\": 1.2}'.")] = "{}",
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/switched-PAIR.json.")] = None,
 ) -> None:
