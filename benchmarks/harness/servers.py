@@ -70,8 +70,10 @@ class Target:
     def converse_for(
         self, bodies: Sequence[Mapping[str, Any]], num_tokens: int, at_once: int, seconds: float
     ) -> list[Answer]:
-        """The same for so many conversations at a time, in turn and again, until so many seconds are over. A body may have
-        its own number of tokens."""
+        """The same for so many conversations at a time, in turn and again, until so many seconds are over.
+
+        A body may have its own number of tokens.
+        """
         named = [{"max_tokens": num_tokens, **body, "stream": True, "model": self.server.model} for body in bodies]
         try:
             answers = asyncio.run(ask_for(f"{self.server.url}/v1/chat/completions", named, at_once, seconds))
