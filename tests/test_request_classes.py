@@ -73,7 +73,7 @@ def test_classes_by_name_have_priorities() -> None:
         ({"slo": {"5": {"priority": 5}}}, 'only if "slo_by" is'),
         ({"slo": {"gold": {}}, "slo_by": "header"}, 'needs its own "priority"'),
         ({"slo": {"gold": {"priority": 0}}, "slo_by": "header"}, "different from the default"),
-        ({"slo": {"a": {"priority": 1}, "b": {"priority": 1}}, "slo_by": "header"}, "of its own"),
+        ({"slo": {"a": {"priority": 1}, "b": {"priority": 1}}, "slo_by": "header"}, 'needs its own "priority"'),
         ({"slo": {"Gold!": {"priority": 1}}, "slo_by": "header"}, "targets by name"),
         ({"slo_by": "key"}, "slo_keys_file"),
         ({"slo_keys_file": "keys.json"}, "slo_keys_file"),
