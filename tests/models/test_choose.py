@@ -123,7 +123,7 @@ def test_what_does_not_run_a_model_is_said(model: str, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=r"does not run in llama\.cpp, which takes GGUF files"):
         load_drafter(DrafterOptions(model, runtime=LLAMA_CPP))
     for runtime in set(RUNTIMES) - {LLAMA_CPP}:
-        with pytest.raises(UserError, match=r"runs in llama\.cpp alone"):
+        with pytest.raises(UserError, match=r"runs only in llama\.cpp"):
             load_drafter(DrafterOptions("a.gguf", runtime=runtime))
     other = tmp_path / "other"
     saved(CONFIGS["window"], other)
