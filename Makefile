@@ -1,6 +1,6 @@
-# Everything runs from .venv, which the first target that needs it makes. Needs Python 3.11 or newer and nothing else.
-# What is imported is compiled once, also where the environment says otherwise: a server takes twice as long to start
-# if each of its processes compiles vLLM anew.
+# Everything runs from .venv, which is made by the first target that needs it. Needs Python 3.11 or newer, nothing else.
+# Python may write bytecode even if the environment forbids it: a server takes twice as long to start if each of its
+# processes compiles vLLM again.
 export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -10,40 +10,40 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
-	@echo "make play            the demo's server and an edge that stay: a status page to look at, a chat"
-	@echo "make test            every test, on a real vLLM too (half an hour once installed)"
-	@echo "make check test-fast format, lint, types and the tests of what decides: for every save (half a minute)"
-	@echo "make test-processes  real gateways, commands and draft models, without vLLM (three minutes)"
-	@echo "make test-vllm-v2    vLLM's other model runner, in Triton's interpreter (three minutes)"
-	@echo "make test-v2-wheel   vllm serve of the CUDA wheel, on an H100 that is not there (five minutes)"
-	@echo "make test-faults     what can go wrong around a server under load: a table (ten minutes)"
+	@echo "make play            the demo's server and an edge, kept running: a status page and a chat"
+	@echo "make test            every test, including those on a real vLLM (half an hour once installed)"
+	@echo "make check test-fast format, lint, types and the tests of the decisions: on every save (half a minute)"
+	@echo "make test-processes  tests of real gateways, commands and draft models, without vLLM (three minutes)"
+	@echo "make test-vllm-v2    tests of vLLM's V2 model runner, in Triton's interpreter (three minutes)"
+	@echo "make test-v2-wheel   tests of vllm serve from the CUDA wheel, on a simulated H100 (five minutes)"
+	@echo "make test-faults     faults injected around a server under load: a table (ten minutes)"
 	@echo "make soak            two hours of load while edges come and go: what grows, what is left behind"
-	@echo "make fuzz            a minute of coverage-guided fuzzing of each of what parses (FUZZ_S=1800: half an hour)"
+	@echo "make fuzz            a minute of coverage-guided fuzzing of each parser (FUZZ_S=1800: half an hour)"
 	@echo "make docs            the documents as a site, .cache/site/index.html"
-	@echo "make picture         the README's picture, of a demo's results (RESULTS=.cache/demo.json PICTURE=demo.svg: of yours)"
+	@echo "make picture         the README's picture from demo results (yours: RESULTS=.cache/demo.json PICTURE=demo.svg)"
 	@echo "make dist            wheel and sdist in dist/, checked (half a minute)"
 	@echo "make bench           edges against vLLM, its ngram, its draft_model (hours; ARGS=--quick: a quarter of an hour)"
 	@echo "make evidence        a real pair, servers started five times, intervals and verdicts (hours; ARGS='--pair qwen')"
-	@echo "make published       the documents' tables that come from benchmarks/results, written anew"
-	@echo "make bench-switched  what edges bring or cost within one server, whose drafts count every other few seconds"
+	@echo "make published       rewrites the tables in the documents that come from benchmarks/results"
+	@echo "make bench-switched  gain or cost of edges within one server that switches drafts on and off every few seconds"
 	@echo "make bench-emulated  server, wire and edges at an accelerator's speed, without one (some minutes)"
-	@echo "make bench-timeline  a second of a real run, drawn: the server verifies while edges draft (two minutes)"
-	@echo "make bench-overload  goodput at 1 to 3 times capacity, by who is let in (an hour; ARGS=--quick)"
-	@echo "make bench-messages  frames through a gateway: latency, and what one costs"
+	@echo "make bench-timeline  a second of a real run as a drawing: the server verifies while edges draft (two minutes)"
+	@echo "make bench-overload  goodput at 1 to 3 times capacity, by admission policy (an hour; ARGS=--quick)"
+	@echo "make bench-messages  frames through a gateway: latency, and the cost of one"
 	@echo "make bench-overhead  memory, start-up, latency and parking costs"
-	@echo "make bench-ahead     what drafting ahead is worth at 0, 5, 20 and 80 ms (half an hour; ARGS=--quick)"
+	@echo "make bench-ahead     gain of drafting ahead at 0, 5, 20 and 80 ms (half an hour; ARGS=--quick)"
 	@echo "make bench-ahead ARGS='--pair qwen' the same with a real pair of models, by kind of question (an hour)"
-	@echo "make bench-micro     what each piece of the hot paths takes, microseconds"
-	@echo "make bench-sampling  how often drafts are right where the target samples, with its noise and without"
-	@echo "make bench-sampler   what sampling takes in a step that verifies drafts, by equality and by vLLM's own way"
-	@echo "make bench-other-tokenizer how often a draft of another tokenizer is right, and what translating costs"
+	@echo "make bench-micro     microseconds of each part of the hot paths"
+	@echo "make bench-sampling  how often drafts are right if the target samples, with its noise and without"
+	@echo "make bench-sampler   cost of sampling in a step that verifies drafts: by equality, and vLLM's own way"
+	@echo "make bench-other-tokenizer how often a draft with another tokenizer is right, and the cost of translating"
 	@echo "make bench-drafters  forward passes of each drafter that runs here, and what it drafts for 1 and 4 requests"
-	@echo "make bench-scheduling what a step costs vLLM's scheduler, with the plugin and without"
-	@echo "make bench-deciding  what the policy costs the engine, microseconds a request a step"
-	@echo "make bench-never-slower whether turning it on makes a server slower: a grid, a verdict a cell (2 hours; ARGS=--quick)"
+	@echo "make bench-scheduling cost of a step in vLLM's scheduler, with the plugin and without"
+	@echo "make bench-deciding  cost of the policy in the engine, microseconds per request and step"
+	@echo "make bench-never-slower whether the plugin slows a server down: a verdict per cell of a grid (2 hours; ARGS=--quick)"
 
 INSTALLED_FROM := pyproject.toml deploy/install $(wildcard deploy/*-metadata/pyproject.toml)
-# What the demo needs. Tests, checks and benchmarks need more, which comes on top (llama.cpp is compiled for it).
+# What the demo needs. Tests, checks and benchmarks need more, which is added later (llama.cpp is compiled for it).
 $(VENV)/.installed-demo: $(INSTALLED_FROM)
 	@PYTHON="$(PYTHON)" deploy/install $(VENV) cpu,demo
 	@touch $@
@@ -63,19 +63,19 @@ play: $(VENV)/.installed-demo
 
 test: test-fast test-processes test-vllm-v2 test-vllm
 
-# Decisions and data structures, in this process: for every save.
+# Decisions and data structures, in this process: on every save.
 test-fast: $(VENV)/.installed
 	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/vllm_v2 --ignore=tests/fake_gpu --ignore=tests/processes --ignore=tests/models -n 2 --dist worksteal --durations=15
 
-# Real gateways, servers, commands and draft models, each a process or a file of weights; no vLLM.
+# Real gateways, servers and commands as processes, and real draft models; no vLLM.
 test-processes: $(VENV)/.installed
 	$(BIN)/pytest tests/processes tests/models -n 2 --dist loadfile --durations=15
 
-# Each in turn: the servers of these tests take both cores. Two at a time starve their gateways (benchmarks/LOG.md).
+# One at a time: the servers of these tests use both cores. Two at a time starve their gateways (benchmarks/LOG.md).
 test-vllm: $(VENV)/.installed model
 	$(BIN)/pytest tests/vllm --durations=15
 
-# vLLM's V2 model runner, in this process: its kernels in Triton's interpreter, a model of some thousand numbers.
+# vLLM's V2 model runner, in this process: its kernels in Triton's interpreter, a model of some thousand parameters.
 TRITON := .cache/triton
 $(TRITON)/triton/__init__.py: $(VENV)/.installed-demo
 	@echo "  Triton, for its interpreter ..."
@@ -94,7 +94,7 @@ test-vllm-v2: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
 bench-scheduling: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
 	PYTHONPATH=$(VLLM_V2):$(TRITON) VLLM_LOGGING_LEVEL=ERROR $(BIN)/python benchmarks/scheduling.py
 
-# The whole of `vllm serve` on it, from the command line to answers: a server a test, in processes of their own.
+# All of `vllm serve` on it, from the command line to answers: one server per test, in its own processes.
 test-v2-wheel: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
 	PYTHONPATH=$(abspath $(VLLM_V2)):$(abspath $(TRITON)) $(BIN)/pytest tests/fake_gpu --durations=10
 
@@ -103,7 +103,7 @@ options: $(VENV)/.installed
 	@$(BIN)/vllm-specedge options > docs/options.md
 
 .PHONY: picture docs dist
-# The README's picture. Of your own demo: make picture RESULTS=.cache/demo.json PICTURE=demo.svg
+# The README's picture. From your own demo: make picture RESULTS=.cache/demo.json PICTURE=demo.svg
 RESULTS ?= benchmarks/results/demo.json
 PICTURE ?= docs/demo.svg
 picture: $(VENV)/.installed
@@ -113,7 +113,7 @@ picture: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/python docs/site/build.py
 
-# Checked as what a user gets: the description of the package, its files, and commands in an empty environment.
+# Checks what a user gets: the package's description, its files, and its commands in an empty environment.
 dist: $(VENV)/.installed
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
@@ -129,15 +129,15 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Ten minutes, some of it as root; ARGS="--only gateway-killed" for one of them.
+# Ten minutes, partly as root; ARGS="--only gateway-killed" for one fault.
 test-faults: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python -m tests.faults.matrix $(ARGS)
 
-# Two hours; ARGS="--minutes 10 --warm-up 2" for a look.
+# Two hours; ARGS="--minutes 10 --warm-up 2" for a short run.
 soak: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python -m tests.faults.soak $(ARGS)
 
-# Coverage-guided; what it finds is fixed and gets a test of its own. FUZZ_S=1800: half an hour each.
+# Coverage-guided; fix what it finds, and add a test for it. FUZZ_S=1800: half an hour each.
 FUZZ_S ?= 60
 fuzz: $(VENV)/.installed
 	@mkdir -p .cache/fuzz/frames .cache/fuzz/session .cache/fuzz/driver
@@ -173,7 +173,7 @@ bench-emulated: $(VENV)/.installed model
 bench-timeline: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/timeline.py $(ARGS)
 
-# An hour; ARGS=--quick for a look. What it prints in brackets is the simulator's.
+# An hour; ARGS=--quick for a short run. Figures in brackets are the simulator's.
 bench-overload: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/overload.py $(ARGS)
 
