@@ -1,7 +1,7 @@
-"""A certificate authority of one's own, to try TLS with: python examples/certificates.py DIRECTORY NAME ...
+"""A private certificate authority, to try TLS with: python examples/certificates.py DIRECTORY NAME ...
 
-Writes cert.pem and key.pem for a server of these names, and ca.pem, which edges are told to trust (`edge-client connect
---ca-file`). Not for production: nobody keeps the authority's key.
+Writes cert.pem and key.pem for a server with these names, and ca.pem for edges to trust (`edge-client connect
+--ca-file`). Not for production: the authority's key is not kept.
 """
 
 import os
@@ -21,7 +21,7 @@ def write_certificate(
     key_type: trustme.KeyType = trustme.KeyType.ECDSA,
     key_format: PrivateFormat = PrivateFormat.PKCS8,
 ) -> list[str]:
-    """A server's certificate, its key and its authority; returns the gateway's options for it. Whole files at once."""
+    """Write a server's certificate, key and authority, each file atomically; return the gateway's options for them."""
     certificate = authority.issue_cert(*(names or ("localhost",)), not_after=not_after, key_type=key_type)
     key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
     files = {

@@ -1,8 +1,8 @@
-"""A GGUF file as an ordinary Hugging Face checkpoint, which vLLM and transformers load as any other.
+"""Convert a GGUF file into an ordinary Hugging Face checkpoint, which vLLM and transformers load like any other.
 
     python examples/checkpoints.py FILE.gguf DIRECTORY [--dtype bfloat16] [--tie]
 
-`pairs.py` runs it as a process of its own for each file: what it takes of memory is gone with it.
+`pairs.py` runs it as a separate process for each file, so that its memory is freed afterwards.
 """
 
 import functools
@@ -18,16 +18,16 @@ import typer
 def convert(
     gguf: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
     directory: Annotated[Path, typer.Argument(file_okay=False)],
-    dtype: Annotated[str, typer.Option(help="What the weights are stored in: float32 or bfloat16.")] = "float32",
-    tie: Annotated[bool, typer.Option(help="Take the output head as the embedding too, as the original does.")] = False,
+    dtype: Annotated[str, typer.Option(help="Number format of the weights: float32 or bfloat16.")] = "float32",
+    tie: Annotated[bool, typer.Option(help="Use the output head as the embedding too, as the original does.")] = False,
 ) -> None:
-    """Dequantize the weights and take the tokenizer over, without the tokens that only fill its vocabulary."""
+    """Dequantize the weights and copy the tokenizer, without the tokens that only fill its vocabulary."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import gguf as gguf_package
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # transformers reads the file three times; its 450,000 texts of tokens and merges take most of the time.
+    # transformers reads the file three times; its 450,000 strings of tokens and merges take most of the time.
     gguf_package.GGUFReader = functools.cache(gguf_package.GGUFReader)
     source: dict[str, Any] = {"gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
@@ -42,7 +42,7 @@ def convert(
 
 
 def drop_fillers(file: Path) -> None:
-    """Take `[PADn]` out of a tokenizer.json: GGUF has them for ids that the model has and its tokenizer has not."""
+    """Remove `[PADn]` from a tokenizer.json: GGUF adds them for ids that the model has but its tokenizer has not."""
     tokenizer = json.loads(file.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = {token: id_ for token, id_ in vocabulary.items() if token != f"[PAD{id_}]"}

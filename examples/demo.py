@@ -1,9 +1,9 @@
-"""`make demo`: plain vLLM on one core, then the same with an edge on the other core, and what the edge brings.
+"""`make demo`: plain vLLM on one core, then the same with an edge on the other core, and the speedup.
 
     python examples/demo.py [--pair auto|qwen|smollm2] [--dtype bfloat16] [--draft ngram] [--hub]
 
-Both are asked the same: chat, code, editing. Answers stream to the screen, accepted draft tokens in green; a table by
-kind of question follows, and one JSON line is the last.
+Both answer the same questions: chat, code, editing. Answers stream to the screen, accepted draft tokens in green. A
+table by kind of question follows; the last line is JSON.
 """
 
 import json
@@ -28,20 +28,20 @@ from tokenizers import Tokenizer
 
 MAX_TOKENS = 80
 NUM_QUESTIONS = {QWEN.name: 1, SMOLLM2.name: 2}
-"""Of each kind: a token of the large pair takes a core from a fifth of a second to a whole one."""
+"""Questions of each kind: a token of the large pair takes a core between a fifth of a second and a second."""
 PORT = 8000
 SERVER_OPTIONS = ("--max-model-len", "2048", "--max-num-seqs", "8")
 RESULTS = CACHE / "demo.json"
-"""The last line, for `make picture`."""
+"""A copy of the last line, for `make picture`."""
 INSTALL_SECONDS = Path(sys.prefix) / ".install-seconds"
-"""What deploy/install took, if it made this environment."""
+"""Duration of deploy/install, if it made this environment."""
 EXACT = "float32"
-"""The number format in which a token does not depend on how many are computed with it (docs/design.md, Numerics)."""
+"""The number format in which a token does not depend on the batch size (docs/design.md, Numerics)."""
 
 
 @dataclass
 class Clock:
-    """Where the time goes, in seconds."""
+    """Seconds spent on each part of the demo."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -56,12 +56,12 @@ class Clock:
 
 @dataclass
 class Asking:
-    """A server, and how it is asked."""
+    """A server, and a client that sends it questions."""
 
     server: Server
     tokenizer: Tokenizer
     num_questions: int
-    """Of each kind."""
+    """Questions of each kind."""
     client: OpenAI = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,11 +84,11 @@ class Asking:
         return answer
 
     def warm_up(self) -> None:
-        """The first pass of a process is slower than all others."""
+        """Send a short request: the first pass of a process is slower than all others."""
         self.ask(Answer("", "Say hello."), 8)
 
     def stream(self, screen: Screen, kind: str, plain: Sequence[Answer]) -> list[Answer]:
-        """All questions of a kind, one after the other, on the screen."""
+        """Ask all questions of a kind, one after the other, and show the answers."""
         answers = [Answer(kind, question) for question in QUESTIONS[kind][: self.num_questions]]
         for answer in answers:
             with screen.stream(answer, plain):
@@ -96,7 +96,7 @@ class Asking:
         return answers
 
     def ask_together(self, answers: Sequence[Answer]) -> list[Answer]:
-        """The same questions again, all at once."""
+        """Ask the same questions again, all at once."""
         again = [Answer(answer.kind, answer.question) for answer in answers]
         with ThreadPoolExecutor(len(again)) as executor:
             return list(executor.map(self.ask, again))
@@ -107,7 +107,7 @@ class Asking:
 
 @dataclass
 class Demo:
-    """A pair of models to show, and what was measured so far."""
+    """A pair of models, and the measurements so far."""
 
     choice: Choice
     draft: str
@@ -117,10 +117,10 @@ class Demo:
     edge: dict[str, list[Answer]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     parted_by_itself: int | None = None
-    """How many of plain vLLM's answers are others when all are asked at once; None where none can be."""
+    """How many of plain vLLM's answers differ when all are asked at once; None if none can."""
 
     def run(self) -> dict[str, object]:
-        """Both servers, one after the other; what the last line says."""
+        """Run both servers, one after the other; return the contents of the last line."""
         pair = self.choice.pair
         tokenizer = Tokenizer.from_file(str(pair.target_directory(CACHE) / "tokenizer.json"))
         asking = partial(Asking, tokenizer=tokenizer, num_questions=NUM_QUESTIONS[pair.name])
@@ -133,7 +133,7 @@ class Demo:
             console.print(f"An edge drafts on the other core: {command}\n")
             with edge_client(server.gateway_url, self.draft, CACHE / "demo-edge.log"):
                 self._ask_with_edge(asking(server))
-        console.rule("3. what the edge brings")
+        console.rule("3. comparison")
         return self._results()
 
     @contextmanager
@@ -198,17 +198,17 @@ class Demo:
         if not differences:
             return f"All {num_answers} answers are the same, token by token."
         where = ", ".join(map(str, differences))
-        said = f"{len(differences)} of {num_answers} answers part from plain vLLM's, at token {where}."
+        said = f"{len(differences)} of {num_answers} answers differ from plain vLLM's, first at token {where}."
         if self.parted_by_itself is None:
             return said
         return (
             f"{said} In {self.choice.dtype} two words that are almost equally likely may change places with the number "
-            f"of tokens in a step: asked all at once, plain vLLM parts from itself in {self.parted_by_itself}."
+            f"of tokens in a step: asked all at once, plain vLLM differs from itself in {self.parted_by_itself}."
         )
 
 
 def parted(ones: Sequence[Answer], others: Sequence[Answer]) -> list[int]:
-    """Where answers that are not the same part, in tokens."""
+    """Positions of the first different token, for the answers that differ."""
     pairs = zip(ones, others, strict=True)
     found = (first_difference(one.token_ids, other.token_ids) for one, other in pairs)
     return [at for at in found if at is not None]
@@ -217,19 +217,19 @@ def parted(ones: Sequence[Answer], others: Sequence[Answer]) -> list[int]:
 def row(
     kind: str, plain: Sequence[Answer], edge: Sequence[Answer], before: dict[str, float], after: dict[str, float]
 ) -> Row:
-    """`before` and `after`: the engine's counters around the answers with an edge."""
+    """One row of the table. `before` and `after`: the engine's counters around the answers with an edge."""
     counted = {name: value - before[name] for name, value in after.items()}
     accepted = counted["accepted_tokens"] / max(counted["verified_tokens"], 1)
     return Row(kind, tokens_per_s(plain), tokens_per_s(edge), accepted, counted["committed_tokens"] / counted["steps"])
 
 
 def main(
-    pair: Annotated[str, typer.Option(help="qwen, smollm2, or auto: the first for which there is room.")] = AUTO,
+    pair: Annotated[str, typer.Option(help="qwen, smollm2, or auto: the first that fits this machine.")] = AUTO,
     draft: Annotated[str, typer.Option(help="What the edge drafts with, in place of the pair's draft.")] = "",
-    dtype: Annotated[str, typer.Option(help="What to serve in, in place of what fits the memory.")] = "",
-    hub: Annotated[bool, typer.Option(help="Take the models from the model hub.")] = False,
+    dtype: Annotated[str, typer.Option(help="Number format to serve in, in place of the one that fits.")] = "",
+    hub: Annotated[bool, typer.Option(help="Download the models from the model hub.")] = False,
 ) -> None:
-    """Compare, and exit with status 1 if a token is not as it must be."""
+    """Compare plain vLLM and an edge; exit with status 1 if a token differs in float32."""
     clock = Clock()
     try:
         with clock("models"):
@@ -240,7 +240,7 @@ def main(
     except (PairError, StackError) as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
-        sys.exit("demo: interrupted; the same command goes on from here.")
+        sys.exit("demo: interrupted; the same command continues from here.")
     last_line = json.dumps(results)
     RESULTS.write_text(last_line + "\n")
     print(last_line)

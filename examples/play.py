@@ -1,4 +1,4 @@
-"""`make play`: the demo's server and an edge that stay, for looking at the status page and for chatting.
+"""`make play`: the demo's server and an edge, kept running, to look at the status page and to chat.
 
 python examples/play.py [--pair auto|qwen|smollm2] [--port 8000] [--gateway-port 8100]
 """
@@ -20,9 +20,9 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main(
-    pair: Annotated[str, typer.Option(help="qwen, smollm2, or auto: the first for which there is room.")] = AUTO,
-    port: Annotated[int, typer.Option(help="Of the server's OpenAI endpoint.")] = 8000,
-    gateway_port: Annotated[int, typer.Option(help="Of its gateway, and the status page.")] = 8100,
+    pair: Annotated[str, typer.Option(help="qwen, smollm2, or auto: the first that fits this machine.")] = AUTO,
+    port: Annotated[int, typer.Option(help="Port of the server's OpenAI endpoint.")] = 8000,
+    gateway_port: Annotated[int, typer.Option(help="Port of its gateway and the status page.")] = 8100,
 ) -> None:
     """Serve until Ctrl-C."""
     over = threading.Event()
@@ -42,7 +42,7 @@ def main(
         console.print(f"Status page: {gateway}/")
         command = Path(sys.executable).parent / "edge-client"
         console.print(f"Chat, in another terminal: {command} chat {gateway} --server {endpoint} --draft {draft}")
-        console.print("Ctrl-C ends both.")
+        console.print("Ctrl-C stops both.")
         over.wait()
         with console.status("Stopping ..."):
             stack.close()

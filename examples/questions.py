@@ -1,4 +1,4 @@
-"""What the demo and the benchmarks of real pairs ask, by kind."""
+"""Questions of the demo and of the benchmarks of real pairs, by kind."""
 
 CHAT, CODE, EDITING = "chat", "code", "editing"
 TEXT = (

@@ -1,11 +1,11 @@
-"""An edge in one file, written from docs/protocol.md alone: the standard library, `msgpack` and `h2`, nothing of ours.
+"""An edge in one file, written from docs/protocol.md alone: the standard library, `msgpack` and `h2`, no project code.
 
     pip install h2 msgpack
     python examples/raw_client.py http://127.0.0.1:8100
 
-It drafts without a model: after token A it proposes the token that followed A most often so far; where the target
-samples, of all that followed A the one that the target's own noise favours. Ctrl-C ends it. A token goes into
-SPECEDGE_TOKEN, and for https:// a private certificate authority into SSL_CERT_FILE.
+It drafts without a model: after token A it proposes the token that followed A most often so far. If the target samples,
+it proposes the one of A's followers that the target's own noise favours. Ctrl-C ends it. Put an edge token into
+SPECEDGE_TOKEN, and for https:// with a private certificate authority, that into SSL_CERT_FILE.
 """
 
 import argparse
@@ -27,18 +27,18 @@ from h2.connection import H2Connection
 from h2.events import DataReceived, Event, ResponseReceived, StreamEnded, StreamReset
 from h2.exceptions import ProtocolError
 
-HELLO, CLOSE, PROPOSE, PING, PONG, BYE = 2, 6, 7, 8, 9, 10  # those an edge sends
-LEGAL = ((1, 10), (3, 10), (4, 5, 6, 8, 9, 10))  # those a gateway sends: at first, after Greet, after Welcome
+HELLO, CLOSE, PROPOSE, PING, PONG, BYE = 2, 6, 7, 8, 9, 10  # frames from an edge
+LEGAL = ((1, 10), (3, 10), (4, 5, 6, 8, 9, 10))  # frames from a gateway: at first, after Greet, after Welcome
 MEDIA_TYPE = b"application/vnd.specedge.frames"
 GAP, MAX_FRAME_BYTES, MAX_QUEUED_BYTES = 2, 8192, 1 << 20
 
 
 class LostError(Exception):
-    """This connection is over; another may do better."""
+    """This connection is lost; a new one may work."""
 
 
 def pack(tokens: list[int]) -> bytes:
-    """Token ids as they travel: one byte that says how many each takes, then each in so many."""
+    """Token ids on the wire: one byte with the width in bytes, then each token id in that width."""
     width = max(1, (max(tokens, default=0).bit_length() + 7) // 8)
     return bytes([width, *b"".join(token.to_bytes(width, "little") for token in tokens)]) if tokens else b""
 
@@ -47,12 +47,12 @@ def unpack(data: bytes) -> list[int]:
     width = data[0] if data else 1
     tokens = [int.from_bytes(data[at : at + width], "little") for at in range(1, len(data), width)]
     if width > 4 or pack(tokens) != data:
-        raise ValueError("token ids are not packed as they should be")
+        raise ValueError("token ids are not packed as the protocol requires")
     return tokens
 
 
 def twisted(seed: int) -> Iterator[int]:
-    """MT19937: numbers of 32 bits."""
+    """MT19937: 32-bit random numbers."""
     x = [seed]
     for i in range(1, 624):
         x.append(1812433253 * (x[-1] ^ x[-1] >> 30) + i & 2**32 - 1)
@@ -68,7 +68,7 @@ def twisted(seed: int) -> Iterator[int]:
 
 
 class Noise:
-    """What the target adds where it samples (docs/protocol.md, "Sampling")."""
+    """The noise that the target adds to its logits when it samples (docs/protocol.md, "Sampling")."""
 
     def __init__(self, kind: int, first: int, seed_high: int, seed_low: int) -> None:
         self.kind, self.first, self.words, self.row_seeds = kind, first, twisted(seed_low), list[int]()
@@ -108,7 +108,7 @@ class Noise:
 
 
 class Sampling:
-    """How the target samples, greedily if it is not told."""
+    """How the target samples; greedily if Open does not say."""
 
     def __init__(self, fields: list[int]) -> None:
         is_told = len(fields) == 7 and fields[0] in (1, 2) and fields[1] > 0
@@ -117,7 +117,7 @@ class Sampling:
         self.noise = Noise(kind, first, high, low) if is_told else None
 
     def best(self, counts: Counter[int], position: int) -> int:
-        """Of the tokens that followed another so and so often, that which the target says most probably."""
+        """The most probable next token of the target, given how often each followed the previous token."""
         ordered = counts.most_common(self.top_k or None)
         if self.noise is None or position < self.noise.first:
             return ordered[0][0]
@@ -134,7 +134,7 @@ class Sampling:
 
 @dataclass
 class Request:
-    num_tokens: int  # it is opened with
+    num_tokens: int  # of the prompt, from Open
     credit: int
     sampling: Sampling
     tokens: list[int] = field(default_factory=list)
@@ -148,7 +148,7 @@ class Edge:
         self.num_closed = self.num_proposed = self.num_accepted = self.num_failures = 0
 
     async def connect(self) -> None:
-        """One connection from begin to end. Raises LostError, SystemExit if that is final, CancelledError when done."""
+        """Run one connection. Raises LostError, SystemExit if a new one cannot work, CancelledError when done."""
         self.h2, self.inbox, self.outbox, self.requests = H2Connection(), bytearray(), bytearray(), dict[int, Request]()
         self.up, self.state, self.heartbeat_s, self.ping_at_s = 0, 0, 5.0, 0.0
         self.heard_s = self.live_s = time.monotonic()
@@ -194,12 +194,12 @@ class Edge:
         return stream
 
     def send(self, *frame: object) -> None:
-        if self.up and len(self.outbox) < MAX_QUEUED_BYTES:  # a draft that would wait behind so much is of no use
+        if self.up and len(self.outbox) < MAX_QUEUED_BYTES:  # a draft that waits behind this much is useless
             body = msgpack.packb(frame)
             self.outbox += len(body).to_bytes(2, "big") + body
 
     def flush(self) -> None:
-        """As much of the outbox as the gateway's flow-control window takes, and what HTTP/2 itself has to say."""
+        """Write as much of the outbox as the gateway's flow-control window allows, and HTTP/2's own frames."""
         while self.outbox and (room := self.h2.local_flow_control_window(self.up)) > 0:
             size = min(room, self.h2.max_outbound_frame_size, len(self.outbox))
             self.h2.send_data(self.up, bytes(self.outbox[:size]))
@@ -212,7 +212,7 @@ class Edge:
             if headers[b":status"] == b"429" or headers[b":status"][:1] == b"5":
                 raise LostError(f"HTTP status {headers[b':status'].decode()}")
             if headers[b":status"] != b"200" or headers.get(b"content-type") != MEDIA_TYPE:
-                sys.exit(f"This is no gateway, or the token is wrong: HTTP status {headers[b':status'].decode()}")
+                sys.exit(f"This is not a gateway, or the token is wrong: HTTP status {headers[b':status'].decode()}")
         elif isinstance(event, DataReceived) and event.stream_id == self.down:
             self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
             self.heard_s = time.monotonic()
@@ -225,7 +225,7 @@ class Edge:
         elif isinstance(event, StreamEnded | StreamReset):
             if event.stream_id == self.down:
                 raise LostError("the downlink ended")
-            self.up = 0  # the Bye that says why comes on the downlink
+            self.up = 0  # the Bye with the reason comes on the downlink
             self.outbox.clear()
 
     def take(self, frame: object) -> None:
@@ -275,7 +275,7 @@ class Edge:
             token = request.sampling.best(request.followers[token], position)
             request.draft.append(token)
         self.num_proposed += max(0, len(request.draft) - num_proposed_before)
-        if request.draft:  # the last committed token in front shows what past it was drafted for
+        if request.draft:  # the last committed token comes first and shows which text the draft continues
             draft = pack([request.tokens[-1], *request.draft])
             self.send(PROPOSE, number, len(request.tokens) - 1, draft, [])
         else:
@@ -283,7 +283,7 @@ class Edge:
 
 
 async def run(edge: Edge) -> None:
-    """Connect, and again after a pause when that ends, until cancelled."""
+    """Connect, and reconnect after a pause, until cancelled."""
     try:
         while True:
             try:
@@ -292,13 +292,13 @@ async def run(edge: Edge) -> None:
                 print(f"raw_client: {error}", file=sys.stderr)
             edge.num_failures = 1 if time.monotonic() - edge.live_s > 60 else edge.num_failures + 1
             await asyncio.sleep(random.uniform(0, min(30, 2 ** min(edge.num_failures, 6) / 2)))
-    except asyncio.CancelledError:  # asyncio's way of Ctrl-C
+    except asyncio.CancelledError:  # how asyncio delivers Ctrl-C
         print(f"{edge.num_closed} requests, {edge.num_proposed} tokens proposed, {edge.num_accepted} accepted")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A minimal edge.")
     parser.add_argument("url", help="the gateway, such as http://127.0.0.1:8100")
-    parser.add_argument("--requests", type=int, default=0, help="end after so many closed requests")
+    parser.add_argument("--requests", type=int, default=0, help="stop after this many closed requests")
     options = parser.parse_args()
     asyncio.run(run(Edge(options.url, options.requests)))

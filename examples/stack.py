@@ -1,4 +1,4 @@
-"""Start a vLLM server and edges as local processes, one core each: for the demo, the tests and the benchmarks."""
+"""Start a vLLM server and edges as local processes on one core each, for the demo, the tests and the benchmarks."""
 
 import os
 import subprocess
@@ -13,19 +13,19 @@ import psutil
 
 BIN = Path(sys.executable).parent
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-"""Those that this process may use: a container, or `taskset`, may have left it some of the machine's."""
+"""Cores that this process may use: a container or `taskset` may have restricted them."""
 SERVER_CORE, EDGE_CORE = CORES[0], CORES[-1]
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 20.0
 POLL_S = 0.2
 MODEL_NAME = "smollm2"
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""For all servers that are compared. With pages of 4 kB it is chance which of them share a place in the processor's
-caches: of two equal servers one was up to 7 % slower than the other for as long as both ran (benchmarks/LOG.md)."""
+"""Set for all servers that are compared. With 4 kB pages it is chance which of them collide in the processor's caches:
+one of two equal servers was up to 7 % slower than the other for as long as both ran (benchmarks/LOG.md)."""
 
 
 class StackError(Exception):
-    """A process did not start; the message has the end of its log."""
+    """A process did not start; the message includes the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Process:
         return StackError(f"{what}; the end of {self.log}:\n" + "\n".join(self.log.read_text().splitlines()[-25:]))
 
     def stop(self) -> None:
-        """Ask it to end, children first to be gone by themselves; insist after a while."""
+        """Terminate the process and wait for it and its children; kill those left after STOP_LIMIT_S."""
         children = psutil.Process(self.popen.pid).children(recursive=True) if self.popen.poll() is None else []
         self.popen.terminate()
         try:
@@ -63,7 +63,7 @@ def start(
 
 
 def wait_for(process: Process, url: str, key: str = "", at_least: int = 0) -> None:
-    """Wait until `url` answers 200, and its JSON has `key` at no less than `at_least`, if one is named."""
+    """Wait until `url` answers 200 and, if `key` is given, the value in its JSON is at least `at_least`."""
     with httpx.Client(trust_env=False, timeout=5) as client:
         for _ in range(int(START_LIMIT_S / POLL_S)):
             try:
@@ -82,7 +82,7 @@ def wait_for(process: Process, url: str, key: str = "", at_least: int = 0) -> No
 
 @dataclass(frozen=True)
 class Server:
-    """A running `vllm serve`, and what it calls its model."""
+    """A running `vllm serve`, with its served model name."""
 
     process: Process
     port: int
@@ -103,7 +103,7 @@ class Server:
         return {name.removesuffix("_total"): float(value) for name, _, value in lines}
 
     def engine_counters(self, at_least: dict[str, float] | None = None) -> dict[str, float]:
-        """The engine's counters; it reports them once a second, so wait until they are at least what they must be."""
+        """The engine's counters. It reports them once a second; wait until they have reached `at_least`."""
         for _ in range(int(STOP_LIMIT_S / POLL_S)):
             prefix = "specedge_engine_"
             values = ((k, v) for k, v in self.metrics().items() if k.startswith(prefix) and "{" not in k)
@@ -124,7 +124,7 @@ def start_server(
     env: dict[str, str] | None = None,
     dtype: str = "float32",
 ) -> Server:
-    """Start `vllm serve` with its model on one core; in float32 greedy tokens do not depend on the batch."""
+    """Start `vllm serve` on one core; in float32 greedy tokens do not depend on the batch."""
     command = [str(BIN / "vllm"), "serve", str(model), "--served-model-name", model.name]
     command += ["--dtype", dtype, "--enforce-eager", "--port", str(port), *arguments]
     env = {
@@ -140,7 +140,7 @@ def start_server(
 
 @contextmanager
 def answering(server: Server) -> Iterator[Server]:
-    """The server, once it answers; it is stopped in the end."""
+    """The server, once it answers; stops it at the end."""
     try:
         wait_for(server.process, f"{server.url}/health")
         yield server

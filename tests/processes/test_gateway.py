@@ -418,7 +418,7 @@ def test_the_example_client_packs_token_ids_as_the_gateway_does(largest: int) ->
 def test_the_example_client_refuses_token_ids_that_the_gateway_refuses(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         unpack_tokens(data)
-    with pytest.raises(ValueError, match=r"must not be zero|not packed as they should be"):
+    with pytest.raises(ValueError, match=r"must not be zero|not packed as the protocol requires"):
         unpack(data)
 
 
