@@ -1,7 +1,7 @@
-"""Prompts that models write: the target itself, set at the place where a user would speak, and a larger one, told to.
+"""Prompts written by models: by the target itself, continuing a chat at the user's turn, or by a larger, instructed one.
 
-A chat model that is given a chat's beginning up to the user's turn writes what users write: as varied as what it was
-tuned on, and exactly the kind of question that it knows. A larger model adds what the target does not think of.
+A chat model that is given the beginning of a chat up to the user's turn writes what users write: as varied as what it
+was tuned on, and exactly the kind of question that it knows. A larger model adds what the target does not think of.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from prompts import TOPICS, split_bars
 
 SHORTEST, LONGEST = 8, 1200
-"""Characters of a prompt."""
+"""Length limits of a prompt, in characters."""
 
 KINDS = split_bars("""questions about facts|requests to explain a concept|requests for step-by-step instructions|
 requests for advice on a personal problem|requests for an e-mail or a letter|requests to write a story or a scene|
@@ -45,7 +45,7 @@ _NUMBERED = re.compile(r"^\s*\**\d+[.):]\**\s+", re.MULTILINE)
 
 
 def instructions(seed: int) -> Iterator[str]:
-    """What to tell a model that is to write prompts, six at a time; endless."""
+    """An endless stream of instructions to a model to write six prompts."""
     rng = random.Random(seed)
     while True:
         first, second, third = rng.sample(TOPICS, 3)
@@ -57,11 +57,11 @@ def instructions(seed: int) -> Iterator[str]:
 
 
 def listed(text: str) -> list[str]:
-    """The entries of a numbered list, the last one left out if it may be cut short; marks around them removed."""
+    """The usable entries of a numbered list, without quotes or emphasis around them."""
     parts = [part.strip().strip('"“”*').strip() for part in _NUMBERED.split(text)[1:]]
     return [part for part in parts if usable(part)]
 
 
 def usable(text: str) -> bool:
-    """Whether a text can be a prompt: neither trivial nor a whole page, and not the writer talking about itself."""
+    """Whether a text can be a prompt: neither trivial nor a whole page, and without special or broken characters."""
     return SHORTEST <= len(text) <= LONGEST and "<|" not in text and "\ufffd" not in text

@@ -1,15 +1,15 @@
-"""Making a draft for a target: let it write, keep what it thought, train a few of its layers to think likewise.
+"""Make a draft for a target: let it write, store its hidden states, train a few of its layers to reproduce them.
 
     distill.py ask TARGET WORK                  prompts that the target itself writes (or a larger model: --writer)
     distill.py answer TARGET WORK               the target's answers to them, and to templates
     distill.py teach TARGET WORK [ANSWERS]      its states for these answers, and for others that it wrote earlier
-    distill.py hold TARGET WORK                 answers to measure by, on topics and kinds never trained on
-    distill.py train TARGET WORK                resumes where it stopped; notices what `teach` adds meanwhile
+    distill.py hold TARGET WORK                 answers to measure agreement on, of topics and kinds never trained on
+    distill.py train TARGET WORK                resumes where it stopped; picks up what `teach` adds meanwhile
     distill.py export TARGET WORK DRAFT         the draft directory
     distill.py evaluate TARGET DRAFT WORK/ordinary.jsonl
     distill.py assemble TARGET DRAFT OUT        an ordinary checkpoint, for vLLM's own draft_model
 
-Every step may be stopped at any time and run again: it goes on from what is on disk.
+Every step may be stopped at any time and run again: it resumes from what is on disk.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ Threads = Annotated[int, typer.Option(help="Cores to use.")]
 TargetDir = Annotated[
     Path, typer.Argument(exists=True, file_okay=False, help="The target: a plain Llama checkpoint directory.")
 ]
-WorkDir = Annotated[Path, typer.Argument(file_okay=False, help="Where data and training state live between steps.")]
+WorkDir = Annotated[Path, typer.Argument(file_okay=False, help="Directory for data and training state between steps.")]
 DraftDir = Annotated[Path, typer.Argument(file_okay=False, help="The draft directory.")]
 
-Rows = Annotated[int, typer.Option(help="Texts written side by side.")]
-Part = Annotated[int, typer.Option(help="A number of its own for each process that runs beside others.")]
-Name = Annotated[str, typer.Option(help="Of the training state's file: one for each variant.")]
+Rows = Annotated[int, typer.Option(help="Texts written in one batch.")]
+Part = Annotated[int, typer.Option(help="A distinct number for each process that runs this step in parallel.")]
+Name = Annotated[str, typer.Option(help="Name of the training state's file: one for each variant.")]
 
 TRAINED = "taught-*.safetensors"
 PROMPTS_A_FILE = 200
@@ -71,19 +71,19 @@ BATCHES_A_FILE = 8
 
 
 def _bar(unit: str) -> Progress:
-    """A progress bar that says how much, how long so far and how long still."""
+    """A progress bar with the amount done, the elapsed and the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, refresh_per_second=1)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
-    """A chat as the token ids that vLLM would serve it as."""
+    """A chat as token ids, as vLLM renders it."""
     encoded: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Token ids as text, without the marks of the chat format."""
+    """Token ids as text, without the chat format's special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
@@ -94,7 +94,7 @@ def _stops(target: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Store JSON lines under a name that appears only when the file is whole."""
+    """Write JSON lines to a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
     aside.write_text("".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines))
@@ -107,7 +107,7 @@ def _read_lines(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def _user_texts(found: Iterator[Written], tokenizer: PreTrainedTokenizerBase, told: bool) -> Iterator[str]:
-    """The prompts that a model wrote: each an answer of its own, or a list's entries where it was told to write six."""
+    """The prompts that a model wrote: one per answer, or the entries of a list if it was told to write six."""
     for written in found:
         text = _text(tokenizer, written.answer).strip()
         for prompt in listed(text) if told else [text]:
@@ -119,13 +119,13 @@ def _user_texts(found: Iterator[Written], tokenizer: PreTrainedTokenizerBase, to
 def ask(
     target: TargetDir,
     work: WorkDir,
-    writer: Annotated[Path | None, typer.Option(help="A larger chat model that writes; the target by default.")] = None,
-    count: Annotated[int, typer.Option(help="Prompts to have in the end, those written earlier included.")] = 6000,
+    writer: Annotated[Path | None, typer.Option(help="A larger chat model that writes; by default the target.")] = None,
+    count: Annotated[int, typer.Option(help="Total number of prompts, including those written earlier.")] = 6000,
     rows: Rows = 128,
     part: Part = 0,
     threads: Threads = 1,
 ) -> None:
-    """Let models write what users might ask, prompts of held-out kinds and topics left out."""
+    """Let models write what users might ask, except prompts of held-out kinds and topics."""
     torch.set_num_threads(threads)
     model = writer or target
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -148,13 +148,13 @@ def ask(
 
 
 def _users_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A chat's beginning, up to where its user speaks: what every one-message chat begins with."""
+    """The beginning of a chat up to the user's text: the common prefix of all one-message chats."""
     chats = [_render(tokenizer, user(text)) for text in ("Why", "a list", "1 3 5")]
     return chats[0][: common_prefix(chats)]
 
 
 def _chats(work: Path, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[Chat]:
-    """What the target is to answer: prompts that models wrote, templates, and prompts about its own earlier answers."""
+    """Chats for the target to answer: prompts by models, templates, and prompts about its own earlier answers."""
     rng = random.Random(seed)
     texts = list(dict.fromkeys(line["user"] for line in _read_lines(sorted((work / "prompts").glob("*.jsonl")))))
     rng.shuffle(texts)
@@ -172,13 +172,13 @@ def answer(
     target: TargetDir,
     work: WorkDir,
     tokens: Annotated[
-        int, typer.Option(help="Answer tokens to have in the end, those of this part written earlier included.")
+        int, typer.Option(help="Total number of answer tokens, including those of this part written earlier.")
     ] = 1_000_000,
     rows: Rows = 128,
     part: Part = 0,
     threads: Threads = 1,
 ) -> None:
-    """Let the target answer: greedily, as by default (temperature 1), and at temperatures between."""
+    """Let the target answer: greedily, at its default temperature of 1, and at temperatures in between."""
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(target)
     earlier = sorted((work / "answers").glob(f"answers-{part}-*.jsonl"))
@@ -221,7 +221,7 @@ def teach(
     ] = None,
     threads: Threads = 1,
 ) -> None:
-    """Store the target's states for what it answered (2,000 tokens/s); held-out topics and kinds are left out."""
+    """Store the target's states for its answers (2,000 tokens/s), except those on held-out topics and kinds."""
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(target)
     sources = [*(answers or []), *sorted((work / "answers").glob("*.jsonl"))]
@@ -237,7 +237,7 @@ def teach(
 
 
 def _pairs(tokenizer: PreTrainedTokenizerBase, source: Path) -> list[Pair]:
-    """The answers of a file, each once and cut where it begins to loop, without those of held-out topics and kinds."""
+    """The distinct answers of a file, each cut where it begins to loop, except those on held-out topics and kinds."""
     lines = _read_lines([source])
     unique = {(tuple(line["prompt_ids"]), tuple(line["answer_ids"])) for line in lines}
     return [
@@ -254,7 +254,7 @@ def hold(
     count: Annotated[int, typer.Option(help="Prompts of held-out topics.")] = 72,
     threads: Threads = 1,
 ) -> None:
-    """Write what agreement is measured on, in float32: greedy and sampled answers to questions never trained on."""
+    """Write the answers that agreement is measured on, in float32: greedy and sampled, to held-out questions."""
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(target)
     stops = _stops(target, tokenizer)
@@ -286,7 +286,7 @@ def _held(work: Path) -> dict[str, list[Pair]]:
 
 
 def _kept(target: Path, work: Path, rows: int, stops: set[int]) -> torch.Tensor:
-    """The head's kept ids: chosen once, when training first starts, and then fixed."""
+    """The head's kept ids, chosen once when training first starts."""
     path = work / f"kept-{rows}.pt"
     if not path.exists():
         items = read_shards(sorted((work / "data").glob(TRAINED)))
@@ -301,14 +301,14 @@ def train(
     work: WorkDir,
     layers: Annotated[str, typer.Option(help="The target's layers to start from.")] = "0,1,2,28,29",
     start: Annotated[Path | None, typer.Option(help="A draft directory to start from instead.")] = None,
-    tokens: Annotated[int, typer.Option(help="Answer tokens to train on, repeats counted.")] = 1_500_000,
+    tokens: Annotated[int, typer.Option(help="Answer tokens to train on, including repeats.")] = 1_500_000,
     head_rows: Annotated[int, typer.Option(help="Rows of the target's head to keep.")] = 12_288,
-    batch: Annotated[int, typer.Option(help="Answers a step.")] = 16,
+    batch: Annotated[int, typer.Option(help="Answers per step.")] = 16,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     name: Name = "state",
     threads: Threads = 1,
 ) -> None:
-    """Train the draft; run it again to go on, or with more tokens."""
+    """Train the draft; run it again to continue, or to train on more tokens."""
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(target)
     kept = _kept(target, work, head_rows, _stops(target, tokenizer))
@@ -366,7 +366,7 @@ def evaluate(
     record: Annotated[bool, typer.Option(help="Write the result into the draft's metrics.json.")] = False,
     threads: Threads = 1,
 ) -> None:
-    """Measure agreement and time as the edge will see them: the CPU runtime, one token a pass."""
+    """Measure agreement and time as on the edge: with the CPU runtime, one token per pass."""
     torch.set_num_threads(threads)
     chosen: Format = "float32" if number_format == "float32" else "int8"
     blocks, kept = draft_files.load_draft(draft, target)

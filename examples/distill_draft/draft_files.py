@@ -1,7 +1,7 @@
 """The draft on disk: its own blocks in int8, or joined with its target into an ordinary checkpoint.
 
-Only what training made is stored (blocks and final norm). The embedding and the head's rows are the target's own, and
-whoever drafts for a target has, or can fetch, the target's checkpoint.
+Only trained weights are stored (blocks and final norm). The embedding and the head's rows are the target's own; an edge
+that drafts for a target has, or can fetch, the target's checkpoint.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ MATRICES = ("qkv", "out", "gate_up", "down")
 def save_draft(
     directory: Path, layers: list[Layer], norm: Tensor, kept: list[int], target_config: dict[str, Any]
 ) -> None:
-    """Write a draft: matrices as int8 with a scale an output row, the norms before them folded in, and what it is for.
+    """Write a draft: matrices as int8 with a scale per output row, the preceding norms folded in, and its config.
 
-    Folded in here, the norms need no room, and a runtime that folds and rounds again gets the very same integers.
+    Folded in here, the norms take no space, and a runtime that folds and rounds again gets exactly the same integers.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {"norm": norm.detach().float().contiguous()}
@@ -49,7 +49,7 @@ def save_draft(
 
 
 def load_blocks(directory: Path) -> tuple[list[Layer], Tensor]:
-    """A draft's blocks and final norm in float32; the norms inside are ones, being folded into the matrices."""
+    """A draft's blocks and final norm in float32; the inner norms are ones, as they are folded into the matrices."""
     stored = load_file(str(directory / WEIGHTS))
     count = read_config(directory)["model"]["num_hidden_layers"]
 
@@ -66,21 +66,21 @@ def load_blocks(directory: Path) -> tuple[list[Layer], Tensor]:
 
 
 def load_draft(directory: Path, target: Path) -> tuple[Llama, Tensor]:
-    """The draft as a model of its own, with the target's embedding and head, and the token ids its head keeps."""
+    """The draft as a complete model, with the target's embedding and head, and the token ids that its head keeps."""
     described = read_config(directory)
     if described.get("format") != FORMAT:
-        raise ValueError(f"{directory} is not a draft of the form {FORMAT}")
+        raise ValueError(f"{directory} is not a draft in the format {FORMAT}")
     shape = Shape.from_config(described["model"])
     base = load_llama(target, keep=[])
     if (base.shape.width, base.shape.vocab) != (shape.width, shape.vocab):
-        raise ValueError(f"{directory} was cut from a target of another shape than {target}")
+        raise ValueError(f"{directory} was made from a target with another shape than {target}")
     layers, norm = load_blocks(directory)
     kept = torch.tensor(sorted(json.loads((directory / KEPT).read_text())))
     return Llama(shape, base.embed, layers, norm, base.head), kept
 
 
 def assemble(draft: Path, target: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Join a draft with its target's embedding and full head into a checkpoint transformers and vLLM load."""
+    """Join a draft with its target's embedding and full head into a checkpoint that transformers and vLLM load."""
     model, _ = load_draft(draft, target)
     shape = model.shape
     tensors = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm}

@@ -13,12 +13,12 @@ from edge_client.drafters.llama.weights import Layer, load_llama, rope_tables
 
 
 def fast_numbers() -> torch.autocast:
-    """Products in bfloat16 where the processor has tiles for it (eight times as fast as float32 there)."""
+    """Matrix products in bfloat16 if the processor has tiles for it (eight times as fast as float32 there)."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported())
 
 
 class Block(nn.Module):
-    """One Llama block with stacked projections, for whole sequences at a time."""
+    """One Llama block with stacked projections, for whole sequences."""
 
     def __init__(self, layer: Layer, heads: int, kv_heads: int, eps: float) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Draft(nn.Module):
         source = load_llama(target_dir, keep=layers)
         shape = source.shape
         if shape.has_qkv_bias or shape.has_qk_norm:
-            raise ValueError(f"{target_dir} has biases or norms of its heads, which a draft made here would lack")
+            raise ValueError(f"{target_dir} has QKV biases or QK norms, which a draft made here would lack")
         self.shape = shape
         self.blocks = nn.ModuleList(Block(layer, shape.heads, shape.kv_heads, shape.eps) for layer in source.layers)
         self.norm = nn.Parameter(source.norm)
@@ -74,7 +74,7 @@ class Draft(nn.Module):
 
     @torch.no_grad()
     def put(self, layers: Sequence[Layer], norm: Tensor) -> None:
-        """Take the weights of a draft of as many layers."""
+        """Copy the weights of a draft with the same number of layers."""
         for block, layer in zip(self.blocks, layers, strict=True):
             for name, parameter in block.named_parameters():
                 parameter.copy_(getattr(layer, name))

@@ -1,7 +1,7 @@
-"""Chat prompts to let a target write about: templates times topics, and passages of its own earlier answers.
+"""Chat prompts for a target to answer: templates times topics, and passages of its own earlier answers.
 
 A draft learns the target's habits in the kinds of text it is shown, so variety here is what carries over to users'
-prompts. Some topics, templates and kinds of question are never trained on: those are what agreement is measured on.
+prompts. Agreement is measured on some topics, templates and kinds of question that are never trained on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 
 def split_bars(text: str) -> list[str]:
-    """A bar-separated list, whatever its line breaks."""
+    """The entries of a bar-separated list; line breaks are ignored."""
     return [part.strip() for part in text.replace("\n", "").split("|")]
 
 
@@ -77,7 +77,7 @@ HELD_KINDS = (
     r"not a fruit|name for a|write a sign|don't know|smell of|horoscopes?|can't sleep|insomnia|make friends|homework|"
     r"should i pack|lease|died|who are you|how are you|oma|ciudad|capitale"
 )
-"""Words of the kinds of question above: what contains one is not trained on."""
+"""Words of the kinds of question above: a prompt that contains one is not trained on."""
 
 TOPICS = split_bars("""gardening|the French Revolution|oceans|web development|statistics|meditation|email etiquette|
 sorting algorithms|electric cars|poetry|mathematics|the human heart|black holes|the solar system|cats|chemistry|
@@ -194,7 +194,7 @@ def user(text: str) -> Chat:
 
 
 def training_chats(seed: int, passages: Sequence[tuple[str, str]]) -> Iterator[Chat]:
-    """An endless shuffled stream of chats; `passages` are (question, answer) pairs the target gave earlier."""
+    """An endless shuffled stream of chats; `passages` are earlier (question, answer) pairs of the target."""
     rng = random.Random(seed)
     while True:
         dice = rng.random()
@@ -216,12 +216,12 @@ _HELD = re.compile(rf"\b({HELD_KINDS}|{'|'.join(HELD_TOPICS)})\b", re.IGNORECASE
 
 
 def is_held(text: str) -> bool:
-    """Whether a prompt is of a topic or kind that is kept for measuring."""
+    """Whether a prompt has a topic or kind that is held out for measuring."""
     return _HELD.search(text) is not None
 
 
 def held_out_chats(seed: int, count: int) -> list[Chat]:
-    """Chats for measuring: topics never trained on, half of them in templates never trained on either."""
+    """Chats for measuring: on held-out topics, half of them in held-out templates."""
     rng = random.Random(seed)
     chats: list[Chat] = []
     while len(chats) < count:

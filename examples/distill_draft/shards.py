@@ -1,7 +1,7 @@
 """Training data on disk: token ids with the target's final hidden states for the answer positions, in small files.
 
-Small files, written aside and then renamed, so that the trainer can read what is there while more is being made, and so
-that a run killed half-way loses a minute's work at most.
+The files are small and written atomically, so that the trainer can read while more are being made, and so that a run
+that is killed loses a minute's work at most.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ class Pair:
 
     @property
     def length(self) -> int:
-        """Tokens a forward pass over it takes (the last answer token predicts nothing)."""
+        """Tokens of a forward pass over it (the last answer token predicts nothing)."""
         return len(self.prompt) + len(self.answer) - 1
 
 
 @dataclass
 class Taught(Pair):
-    """The same with states[i], what the target held when it chose (or would choose) answer token i."""
+    """A pair with states[i], the target's final hidden state from which it chose (or would choose) answer token i."""
 
     states: Tensor
 
 
 def loop_start(tokens: Sequence[int]) -> int | None:
-    """Where the text has begun to repeat itself for good measure (three times over), if it does.
+    """Position at which the text has repeated itself three times in a row, if it does.
 
     Small models end many greedy answers in a loop. Its first rounds teach a draft to copy; a hundred more teach nothing
-    and would crowd the budget, so both generation and teaching stop there.
+    and would use up the budget, so both generation and teaching stop there.
     """
     best: int | None = None
     for period in range(1, min(LOOP_PERIOD, len(tokens) // LOOP_REPEATS) + 1):
@@ -56,7 +56,7 @@ def loop_start(tokens: Sequence[int]) -> int | None:
 
 
 def write_shard(path: Path, items: Sequence[Taught]) -> None:
-    """Store a batch of taught answers under a name that appears only when the file is whole."""
+    """Write a batch of answers with their states to a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         "tokens": torch.tensor([token for item in items for token in (*item.prompt, *item.answer)], dtype=torch.int32),
@@ -82,7 +82,7 @@ def read_shard(path: Path) -> Iterator[Taught]:
 
 
 def right_padded(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """A batch's tokens [B, T], and the mask of the positions that its answers' tokens are chosen at."""
+    """A batch's tokens [B, T], and the mask of the positions at which its answer tokens are chosen."""
     longest = max(pair.length for pair in pairs)
     tokens = torch.zeros(len(pairs), longest, dtype=torch.long)
     mask = torch.zeros(len(pairs), longest, dtype=torch.bool)

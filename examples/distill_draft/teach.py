@@ -1,4 +1,4 @@
-"""The target's last hidden states, given to answers that vLLM wrote, and the rows of its head that a draft keeps."""
+"""The target's last hidden states for answers that vLLM wrote, and the rows of its head that a draft keeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLE = 24_000
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all the prompts share, leaving each at least one of its own."""
+    """Number of leading tokens that all prompts share, leaving at least one token of each."""
     first, last = min(map(list, prompts)), max(map(list, prompts))
     limit = min(len(prompt) for prompt in prompts) - 1
     shared = 0
@@ -33,7 +33,7 @@ def teach_batch(target: Draft, pairs: Sequence[Pair]) -> list[Taught]:
 
 
 def batches_by_length(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
-    """Batches of like lengths (padding is wasted arithmetic), the batches shuffled, the same way every time."""
+    """Batches of similar lengths, to save padding; the batches are shuffled, the same way every time."""
     ordered = sorted(pairs, key=lambda pair: pair.length)
     batches = [ordered[at : at + size] for at in range(0, len(ordered), size)]
     random.Random(0).shuffle(batches)
@@ -44,8 +44,8 @@ def batches_by_length(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
 def choose_kept(items: Sequence[Taught], head: Tensor, count: int, always: Sequence[int]) -> Tensor:
     """The `count` most frequent token ids, most frequent first.
 
-    Counts of a few hundred thousand tokens run out before the rarer ids that are worth keeping, so what the target
-    thought it might have said (its probabilities at a sample of positions) is added to what it said.
+    A few hundred thousand tokens do not contain all of the rarer ids that are worth keeping, so the target's
+    probabilities at a sample of positions are added to the counts.
     """
     scores = torch.zeros(len(head))
     for item in items:

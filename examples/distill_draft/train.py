@@ -1,8 +1,8 @@
-"""Training the draft to hold, at each answer token, the state its target held.
+"""Train the draft to have the target's hidden state at each answer token.
 
-The loss is the divergence between what target and draft would say, both read through the same frozen cut of the
-target's head (so the target's side needs only its stored states), plus a little plain distance between the states,
-which keeps the draft sensible under the full head too.
+The loss is the divergence between the token distributions of target and draft, both through the same frozen rows of the
+target's head (so the target's side needs only its stored states), plus a small weight of the distance between the
+states, which keeps the draft usable under the full head too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Training:
 
 
 class Feed:
-    """Batches of the answers least used so far, of like lengths; new files are noticed while training runs."""
+    """Batches of the least used answers, of similar lengths; picks up new files while training runs."""
 
     def __init__(self, directory: Path, pattern: str, batch: int, seed: int = 0) -> None:
         self._directory, self._pattern, self._batch = directory, pattern, batch
@@ -58,7 +58,7 @@ class Feed:
 
     @property
     def distinct(self) -> int:
-        """Answer tokens there are to learn from."""
+        """Number of distinct answer tokens in the data."""
         return sum(len(item.answer) for items in self._items.values() for item in items)
 
     def next(self) -> list[Taught]:
@@ -67,7 +67,7 @@ class Feed:
         return self._queue.pop()
 
     def _fill(self) -> None:
-        """Queue the least used answers, shuffled, a pool of batches at a time."""
+        """Queue a pool of batches of the least used answers, shuffled."""
         places = [(name, index) for name, items in self._items.items() for index in range(len(items))]
         if not places:
             raise ValueError(f"no training data in {self._directory} yet")
@@ -82,15 +82,15 @@ class Feed:
 
 
 class HeadDivergence(torch.autograd.Function):
-    """Mean KL(target || draft) through a frozen head, gradient included, a cache-sized chunk of positions at a time.
+    """Mean KL(target || draft) through a frozen head, with its gradient, in cache-sized chunks of positions.
 
-    Written out because autograd would keep both sides' scores for all positions: hundreds of megabytes of memory
+    Written out because autograd would keep both sides' logits for all positions: hundreds of megabytes of memory
     traffic that cost more than the products do.
     """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, taught: Tensor, head: Tensor) -> Tensor:
-        """The mean divergence, with its gradient put by."""
+        """The mean divergence; saves its gradient for `backward`."""
         gradient = torch.empty_like(states)
         total = 0.0
         ours_in, theirs_in = states.to(head.dtype), taught.to(head.dtype)
@@ -106,14 +106,14 @@ class HeadDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient put by, for the draft's states only."""
+        """The saved gradient, for the draft's states only."""
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0], None, None
 
 
 @torch.inference_mode()
 def measure(draft: Draft, head: Tensor, kept: Tensor, held: Sequence[Pair]) -> float:
-    """Teacher-forced agreement on held-out answers: the share of their tokens that the draft would have chosen."""
+    """Teacher-forced agreement on held-out answers: the share of their tokens that the draft would choose."""
     right = count = 0
     for pairs in batches_by_length(held, 8):
         tokens, mask = right_padded(pairs)
@@ -126,7 +126,7 @@ def measure(draft: Draft, head: Tensor, kept: Tensor, held: Sequence[Pair]) -> f
 
 
 class Trainer:
-    """The draft, its optimizers and its place in the data; all of it survives a restart."""
+    """The draft, its optimizers and its position in the data; all of it survives a restart."""
 
     def __init__(
         self, draft: Draft, layers: list[int], kept: Tensor, feed: Feed, training: Training, state: Path
@@ -149,7 +149,7 @@ class Trainer:
             self._resume()
 
     def run(self, progress: Callable[[Trainer], None], report: Callable[[Trainer], None]) -> None:
-        """Train to the end of the budget, saving and reporting on the way."""
+        """Train until the budget is used up, saving and reporting periodically."""
         saved = reported = self.seconds
         while self.seen < self.training.tokens:
             began = time.process_time()
@@ -167,11 +167,11 @@ class Trainer:
         self.save()
 
     def agreement(self, held: Sequence[Pair]) -> float:
-        """How often the draft as it is now agrees with held-out answers."""
+        """The current draft's agreement with held-out answers."""
         return measure(self.draft, self.head, self.kept, held)
 
     def _rate(self) -> float:
-        """The share of the full learning rate now: a short warm-up, level, and at the end straight down to nothing."""
+        """Current share of the full learning rate: a short warm-up, constant, and at the end linear decay to zero."""
         left = 1 - min(self.seen / self.training.tokens, 1.0)
         return min(1.0, (self.step + 1) / self.training.warmup, left / self.training.descent)
 
@@ -196,7 +196,7 @@ class Trainer:
         self.step += 1
 
     def save(self) -> None:
-        """Write everything a restart needs, under its name only when whole."""
+        """Write everything that a restart needs, atomically."""
         self._state.parent.mkdir(parents=True, exist_ok=True)
         aside = self._state.with_suffix(".part")
         content = {
@@ -216,10 +216,10 @@ class Trainer:
         aside.rename(self._state)
 
     def _resume(self) -> None:
-        """Go on from a saved state; the data may have grown since, and the budget may be another."""
+        """Resume from a saved state; the data may have grown since, and the budget may have changed."""
         saved = torch.load(self._state, weights_only=True)
         if saved["layers"] != self.layers or not torch.equal(saved["kept"], self.kept):
-            raise ValueError(f"{self._state} is of another draft: move it away to start anew")
+            raise ValueError(f"{self._state} belongs to another draft: move it away to start from scratch")
         self.draft.load_state_dict(saved["draft"])
         for optimizer, state in zip(self._optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)

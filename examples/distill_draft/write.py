@@ -1,4 +1,4 @@
-"""Letting a model write with vLLM: a stream of prompts in, answers out as they end, cut where they begin to loop."""
+"""Generate answers with vLLM: a stream of prompts in, answers out as they finish, stopped where they begin to loop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shards import loop_start
 CACHE_BYTES = 1 << 30
 LOOP_CHECK_EVERY = 16
 WORTH_COMPILING = 64
-"""Rows from which the minute that vLLM takes to compile the model comes back (a fifth more tokens a second)."""
+"""Batch size from which the minute that vLLM takes to compile the model pays off (a fifth more tokens per second)."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt and how its answer is to be written: greedily at temperature 0."""
+    """A prompt and the sampling of its answer; temperature 0 is greedy."""
 
     prompt: list[int]
     temperature: float
@@ -56,7 +56,7 @@ class Writer:
         self._stops = stops
 
     def answers(self, asked: Iterator[Asked], stop_loops: bool = True) -> Iterator[Written]:
-        """Yield answers as they end, until what is asked runs out."""
+        """Yield answers as they finish, until `asked` is exhausted."""
         live: dict[str, Asked] = {}
         number = 0
         while True:
