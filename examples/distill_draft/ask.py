@@ -1,4 +1,4 @@
-"""Prompts written by models: by the target itself, continuing a chat at the user's turn, or by a larger, instructed one.
+"""Prompts written by models: by the target, continuing a chat at the user's turn, or by a larger, instructed model.
 
 A chat model that is given the beginning of a chat up to the user's turn writes what users write: as varied as what it
 was tuned on, and exactly the kind of question that it knows. A larger model adds what the target does not think of.
