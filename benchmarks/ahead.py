@@ -1,12 +1,12 @@
-"""`make bench-ahead`: what drafting ahead is worth, by how far away the edge is. An ablation on a real `vllm serve`.
+"""`make bench-ahead`: the gain of drafting ahead, by the edge's round trip. An ablation on a real `vllm serve`.
 
     PYTHONPATH=examples python benchmarks/ahead.py [--quick] [--rtt 20 --rtt 80] [--arms branches] [--real]
 
-All five servers run at once (15 GiB), each with its model in float32 on the same core; whoever is not asked uses none
-of it. One edge at a time is on another core, behind a relay that adds delay and counts bytes (relay.py). It drafts from
-the vanilla server's recorded answers (replay.py), or with --real from the shipped draft. Each ratio is to vanilla in
-the same repeat. Prints two tables and writes all runs to a JSON file; status 1 if any answer is not vanilla's, token by
-token.
+All five servers run at once (15 GiB), each with its model in float32 on the same core; idle servers do not use it. One
+edge at a time runs on another core, behind a relay that adds delay and counts bytes (relay.py). It drafts from the
+vanilla server's recorded answers (replay.py), or with --real from the shipped draft. Each ratio is to vanilla in the
+same repeat. Prints two tables and writes all runs to a JSON file; exits with status 1 if any token of an answer differs
+from vanilla's.
 """
 
 import sys
@@ -36,7 +36,7 @@ NO_BRANCHES = ("--max-width", "1")
 
 
 def all_arms(k: int) -> list[Arm]:
-    """Each but the first two adds one thing to the one before; k is the most draft tokens a step verifies."""
+    """All arms. Each but the first two adds one thing to the previous one; a step verifies at most k draft tokens."""
     ahead = edge(k, mode="auto", credit_tokens=CREDIT_TOKENS, ngram=False)
     return [
         Arm(VANILLA, VANILLA, VANILLA),
@@ -50,7 +50,7 @@ def all_arms(k: int) -> list[Arm]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """The measurements to make."""
 
     rtts_ms: tuple[float, ...]
     repeats: int
@@ -65,7 +65,7 @@ class Plan:
         return {arm.name: arm for arm in all_arms(self.k) if arm.name in (VANILLA, *self.arms)}
 
     def slots(self) -> Iterator[Slot]:
-        """Each round starts with another arm, so that none always runs on a warm machine."""
+        """All runs; each round starts with another arm, so that none always runs on a warm machine."""
         arms = list(self.chosen())
         for repeat in range(self.repeats):
             for number, rtt_ms in enumerate(self.rtts_ms):
@@ -74,7 +74,7 @@ class Plan:
                     yield Slot(arm=arm, rtt_ms=rtt_ms, repeat=repeat)
 
     def draft(self) -> list[str]:
-        """Options of an edge."""
+        """Command-line options of an edge."""
         if self.is_real:
             return flags(draft=CACHE / "smollm2-draft")
         return flags(recordings=RECORDINGS, pass_ms=PASS_MS, **asdict(self.accuracy))
@@ -84,7 +84,7 @@ class Plan:
 
 
 def measure(plan: Plan, slot: Slot, target: Target, known: Sequence[Recording]) -> Run:
-    """Ask all that was recorded, one request after the other."""
+    """Send all recorded prompts, one request after the other."""
     arm = plan.chosen()[slot.arm]
     options = [*plan.draft(), *arm.edge]
     rtt_ms = slot.rtt_ms if target.has_gateway else None
@@ -103,7 +103,7 @@ def measure(plan: Plan, slot: Slot, target: Target, known: Sequence[Recording]) 
 
 
 def measure_all(plan: Plan, kept: Kept) -> list[Recording]:
-    """All runs; returns what vanilla said to the prompts."""
+    """Make all runs; returns vanilla's answers to the prompts."""
     arms = plan.chosen()
     with story("ahead") as stack:
         configs = {arm.server: arm.config for arm in arms.values()}
@@ -122,11 +122,11 @@ def measure_all(plan: Plan, kept: Kept) -> list[Recording]:
     return known
 
 
-# -- what it comes to ----------------------------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------------------------
 
 
 def summarise(plan: Plan, made: Sequence[Run]) -> list[dict[str, Any]]:
-    """A cell for each arm at each RTT, over all repeats so far."""
+    """One cell per arm and RTT, over all repeats so far."""
     places = product(plan.chosen().values(), plan.rtts_ms)
     return [
         summarise_cell(arm, rtt_ms, of(made, arm.name, rtt_ms), of(made, VANILLA, rtt_ms)) for arm, rtt_ms in places
@@ -159,7 +159,7 @@ def summarise_cell(arm: Arm, rtt_ms: float, own: Sequence[Run], vanilla: Sequenc
 
 
 def ablation(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> str:
-    """Times vanilla: the median of the repeats, and their range."""
+    """Table of speedups over vanilla: the median of the repeats, and their range."""
     by_place = {(cell["arm"], cell["rtt_ms"]): cell for cell in cells}
 
     def show(arm: Arm, rtt_ms: float) -> str:
@@ -177,23 +177,23 @@ DETAILS = (
     Column("RTT ms", "rtt_ms", "g"),
     Column("tok/s", "tokens_per_s", ".1f"),
     Column("ratio", "ratio", ".2f"),
-    Column("tokens a step", "tokens_per_step", ".2f"),
+    Column("tokens per step", "tokens_per_step", ".2f"),
     Column("acceptance", "acceptance", ".2f"),
-    Column("tree hits a 100 tokens", "tree_hits", ".1f"),
-    Column("steps with the next draft there", "round_trips_saved", ".2f"),
-    Column("proposed a token", "proposed_per_token", ".2f"),
+    Column("tree hits per 100 tokens", "tree_hits", ".1f"),
+    Column("steps with the next draft ready", "round_trips_saved", ".2f"),
+    Column("proposed per token", "proposed_per_token", ".2f"),
     Column("up B a token", "up_bytes_per_token", ".1f"),
-    Column("down B a token", "down_bytes_per_token", ".1f"),
+    Column("down B per token", "down_bytes_per_token", ".1f"),
     Column("identical", lambda cell: "yes" if cell["identical"] else "NO"),
 )
 RATIO_GOALS = {20.0: 2.0, 80.0: 1.8}
-"""Times vanilla, at least, by RTT in ms: of the replayed edge with all that there is."""
+"""Least speedup over vanilla by RTT in ms, with the replayed edge and all features."""
 BYTE_GOALS = {"up": 128.0, "down": 16.0}
-"""For each generated token, at most."""
+"""Most bytes per generated token."""
 
 
 def goals(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """How the last arm does, if it has branches: the goals are for the whole."""
+    """The last arm against the goals, if it has branches: the goals are for all features together."""
     arm = list(plan.chosen().values())[-1]
     last = [cell for cell in cells if cell["arm"] == arm.name and arm.edge != NO_BRANCHES]
     for cell in last:
@@ -202,11 +202,11 @@ def goals(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"{arm.title}, RTT {cell['rtt_ms']:g} ms: {cell['ratio']:.2f} times vanilla; goal: at least {goal}"
     for way, limit in BYTE_GOALS.items() if last else ():
         most = max(cell[f"{way}_bytes_per_token"] or 0.0 for cell in last)
-        yield f"{arm.title}: {most:.1f} bytes {way} a token at most; goal: at most {limit:g}"
+        yield f"{arm.title}: at most {most:.1f} bytes {way} per token; goal: at most {limit:g}"
 
 
 def report(plan: Plan, kept: Kept, known: Sequence[Recording]) -> bool:
-    """Print all; returns whether all answers are vanilla's."""
+    """Print the report; returns whether all answers are vanilla's."""
     cells = summarise(plan, kept.runs)
     lengths = [len(recording.prompt) for recording in known]
     draft = "the shipped draft" if plan.is_real else f"a replayed draft (seed {plan.accuracy.seed}, {PASS_MS:g} ms)"
@@ -223,18 +223,18 @@ ARM_NAMES = tuple(arm.name for arm in all_arms(1) if arm.name != VANILLA)
 
 
 def main(
-    rtt: Annotated[list[float], typer.Option(help="Round trips in ms; may be given again.")] = list(RTTS_MS),  # noqa: B006
-    repeats: Annotated[int, typer.Option(help="Of everything.", min=1)] = 3,
+    rtt: Annotated[list[float], typer.Option(help="Round trips in ms; repeatable.")] = list(RTTS_MS),  # noqa: B006
+    repeats: Annotated[int, typer.Option(help="Repeats of everything.", min=1)] = 3,
     prompts: Annotated[int, typer.Option(help="Requests in each run.", min=1, max=len(QUESTIONS))] = 4,
-    tokens: Annotated[int, typer.Option(help="Of each answer.", min=WARM_UP_TOKENS, max=1024)] = 120,
-    k: Annotated[int, typer.Option(help="Draft tokens that a step verifies at most.", min=1, max=32)] = 5,
-    arms: Annotated[list[str], typer.Option(help=f"Of {', '.join(ARM_NAMES)}; vanilla always runs.")] = list(ARM_NAMES),  # noqa: B006
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=WARM_UP_TOKENS, max=1024)] = 120,
+    k: Annotated[int, typer.Option(help="Most draft tokens that a step verifies.", min=1, max=32)] = 5,
+    arms: Annotated[list[str], typer.Option(help=f"{', '.join(ARM_NAMES)}; vanilla always runs.")] = list(ARM_NAMES),  # noqa: B006
     real: Annotated[bool, typer.Option("--real", help="Draft with .cache/smollm2-draft, not from recordings.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One repeat of two prompts of 64 tokens; --rtt 20.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the replayed drafts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the replayed drafts.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/ahead[-real].json.")] = None,
 ) -> None:
-    """What drafting ahead is worth, by how far away the edge is."""
+    """Measure the gain of drafting ahead, by the edge's round trip."""
     if unknown := set(arms) - set(ARM_NAMES):
         raise typer.BadParameter(f"there is no arm {', '.join(sorted(unknown))}; there are {', '.join(ARM_NAMES)}")
     if quick:

@@ -1,13 +1,13 @@
-"""`make bench`: edges against what a user would pick instead, on real `vllm serve`, at equal concurrency.
+"""`make bench`: edges against the alternatives of a user, on real `vllm serve`, at equal concurrency.
 
     PYTHONPATH=examples python benchmarks/bench.py [--quick] [--requests 1 --requests 8] [--rtt 20] [--arms edge]
 
-Five servers run at once (18 GiB), each with its model in float32 on the same core; whoever is not asked uses none of
-it: plain vLLM, its `ngram` and its `draft_model` with the shipped draft, the paper's way (wait for every draft), and
-ours. One real edge with the shipped draft is on the other core, behind a relay that adds delay (relay.py). The load is
-vLLM's own benchmark (`vllm bench serve`, as a library). All arms of a case follow each other, in reverse order in every
-second repeat. All runs are saved as they are made; --resume goes on. Prints a table, where edges help and where they
-lose, and draws both; status 1 if greedy answers differ between arms.
+Five servers run at once (18 GiB), each with its model in float32 on the same core; idle servers do not use it: plain
+vLLM, its `ngram` and its `draft_model` with the shipped draft, the paper's method (wait for every draft), and ours. One
+real edge with the shipped draft runs on the other core, behind a relay that adds delay (relay.py). The load is vLLM's
+own benchmark (`vllm bench serve`, as a library). All arms of a case follow each other, in reverse order in every second
+repeat. Every run is saved when it is done; --resume continues. Prints a table, and where edges help and where they
+lose, and draws both; exits with status 1 if greedy answers differ between arms.
 """
 
 import sys
@@ -39,13 +39,13 @@ TEMPERATURE = 0.7
 
 @dataclass(frozen=True)
 class Settings:
-    """What runs that are compared have in common."""
+    """Settings that all compared runs share."""
 
     tokens: int
-    """Of each answer."""
+    """Tokens of each answer."""
     k: int
     draft_k: int
-    """Draft tokens of vLLM's draft_model, which pays for each of them."""
+    """Draft tokens of vLLM's draft_model, each of which costs a pass."""
 
     def configs(self) -> dict[str, dict[str, object] | None]:
         """Each server's --speculative-config."""
@@ -59,7 +59,7 @@ class Settings:
 
 
 def schedule(cases: Sequence[Slot], arms: Sequence[str], rtts: Sequence[float], repeats: int) -> list[Slot]:
-    """All arms of a case follow each other; every second time in reverse order."""
+    """All runs: the arms of a case follow each other, in reverse order in every second repeat."""
     slots = []
     for repeat in range(repeats):
         for number, case in enumerate(cases):
@@ -70,7 +70,7 @@ def schedule(cases: Sequence[Slot], arms: Sequence[str], rtts: Sequence[float], 
 
 
 def chosen_cases(requests: Sequence[int], kinds: Sequence[str], is_quick: bool) -> list[Slot]:
-    """All loads with a mixture of prompts; all kinds at one load; both again at TEMPERATURE at the smallest load."""
+    """All loads with mixed prompts; all kinds at one load; both again at TEMPERATURE at the smallest load."""
     found = [Slot(arm="", requests=number, kind=MIXED) for number in requests]
     of_kinds = requests[len(requests) // 2] if not is_quick else requests[0]
     found += [Slot(arm="", requests=of_kinds, kind=kind) for kind in kinds]
@@ -82,7 +82,7 @@ def chosen_cases(requests: Sequence[int], kinds: Sequence[str], is_quick: bool) 
 
 
 def drive(target: Target, asked: Sequence[str], slot: Slot, tokens: int) -> dict[str, Any]:
-    """All prompts, so many at a time, always `tokens` tokens each."""
+    """Send all prompts at the slot's concurrency; every answer has `tokens` tokens."""
     samples = [SampleRequest(prompt=prompt, prompt_len=0, expected_output_len=tokens) for prompt in asked]
     result = asked_by_vllm(
         target, samples, LOGS, at_once=slot.requests, body={"temperature": slot.temperature}, ignore_eos=True
@@ -101,7 +101,7 @@ def measure(settings: Settings, slot: Slot, target: Target) -> Run:
         result, used = metered(target, edges, lambda: drive(target, asked, slot, settings.tokens))
     num_tokens = result["total_output_tokens"]
     verified, accepted = (result.get(f"spec_decode_{name}_tokens") or 0 for name in ("draft", "accepted"))
-    # vLLM's own counts, which all methods have; a step here is one request's part of it.
+    # vLLM's own counters, which all methods have; a step here is one request's share of a step.
     counters = {"committed_tokens": num_tokens, "steps": num_tokens - accepted}
     counters |= {"verified_tokens": verified, "accepted_tokens": accepted} if verified else {}
     return Run(
@@ -129,21 +129,21 @@ def measure_all(settings: Settings, slots: Sequence[Slot], kept: Kept, prices: P
 
 
 def main(
-    requests: Annotated[list[int] | None, typer.Option(help=f"At once; may be given again. {REQUESTS}")] = None,
-    rtt: Annotated[list[float] | None, typer.Option(help=f"Round trips in ms; may be given again. {RTTS_MS}")] = None,
-    kinds: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(KINDS)}; may be given again.")] = None,
-    arms: Annotated[list[str] | None, typer.Option(help=f"Beside vanilla, of {', '.join(ARMS)}. All.")] = None,
+    requests: Annotated[list[int] | None, typer.Option(help=f"Concurrent requests; repeatable. {REQUESTS}.")] = None,
+    rtt: Annotated[list[float] | None, typer.Option(help=f"Round trips in ms; repeatable. {RTTS_MS}.")] = None,
+    kinds: Annotated[list[str] | None, typer.Option(help=f"{', '.join(KINDS)}; repeatable.")] = None,
+    arms: Annotated[list[str] | None, typer.Option(help=f"Besides vanilla: {', '.join(ARMS)}; default: all.")] = None,
     repeats: Annotated[int, typer.Option(help=f"0: {REPEATS}, 1 with --quick.", min=0)] = 0,
-    tokens: Annotated[int, typer.Option(help="Of each answer.", min=2)] = 48,
-    k: Annotated[int, typer.Option(help="Draft tokens verified for a request at most.", min=1)] = 5,
-    draft_k: Annotated[int, typer.Option(help="The same of vLLM's draft_model.", min=1)] = 3,
-    server_price: Annotated[float, typer.Option(help="Of a server, dollars an hour.", min=0)] = 1.2,
-    edge_price: Annotated[float, typer.Option(help="Of an edge, dollars an hour.", min=0)] = 0.1,
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 48,
+    k: Annotated[int, typer.Option(help="Most draft tokens verified per request.", min=1)] = 5,
+    draft_k: Annotated[int, typer.Option(help="The same for vLLM's draft_model.", min=1)] = 3,
+    server_price: Annotated[float, typer.Option(help="Price of a server, dollars per hour.", min=0)] = 1.2,
+    edge_price: Annotated[float, typer.Option(help="Price of an edge, dollars per hour.", min=0)] = 0.1,
     quick: Annotated[bool, typer.Option("--quick", help="About 15 minutes.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the output file.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the output file.")] = False,
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/bench.json.")] = None,
 ) -> None:
-    """Edges against what a user would pick instead."""
+    """Compare edges with the alternatives of a user."""
     own = [arm for arm in ARMS if arm == VANILLA or arms is None or arm in arms]
     all_cases = chosen_cases(requests or (QUICK_REQUESTS if quick else REQUESTS), kinds or KINDS[quick * 3 :], quick)
     slots = schedule(all_cases, own, rtt or (QUICK_RTTS_MS if quick else RTTS_MS), repeats or (1 if quick else REPEATS))
@@ -156,7 +156,7 @@ def main(
     for made in draw(kept.runs, kept.path):
         console.print(f"drawn: {made}", markup=False)
     different = num_different(kept.runs)
-    print(f"{different} greedy answers are not the first arm's. All runs are in {kept.path.name}.")
+    print(f"{different} greedy answers differ from the first arm's. All runs are in {kept.path.name}.")
     sys.exit(bool(different))
 
 

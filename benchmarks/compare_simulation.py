@@ -1,11 +1,11 @@
-"""How near the simulation is to a measurement: each cell of a results file of `grid.py`, simulated.
+"""Compare the simulation with a measurement: simulate each cell of a results file of `grid.py`.
 
     python benchmarks/compare_simulation.py benchmarks/results/never-slower.json --max-edges 8
 
 The server's step times are fitted to those in the file (`server_model.rows`: requests, tokens, seconds, 1 if drafts
-were verified). Cells have requests, rtt_ms, edge, tokens_per_s and vanilla_tokens_per_s, and are simulated in rounds of
-answers that start together, as they are measured; draft length, forward pass, accuracy and answers' lengths are the
-file's where it says them. Ends with 1 if a cell differs by more than 15 %.
+were verified). Cells have requests, rtt_ms, edge, tokens_per_s and vanilla_tokens_per_s, and are simulated as they are
+measured, in rounds of answers that start together. Draft length, forward pass, accuracy and answer lengths are taken
+from the file if it has them. Exits with status 1 if a cell differs by more than 15 %.
 """
 
 import json
@@ -29,7 +29,7 @@ from vllm_specedge.simulation.scenario import Scenario
 
 MAX_DIFFERENCE = 0.15
 MIN_ROUNDS = 4
-"""Of answers that start together, the first of which is not measured."""
+"""Least number of rounds of answers that start together; the first one is not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Of the simulation from the measurement, as a part of that."""
+        """Difference of the simulation from the measurement, relative to the measurement."""
         return self.simulated / self.measured - 1.0
 
     @property
@@ -66,7 +66,7 @@ def _compared(scenario: Scenario, values: Mapping[str, Any], cell: Mapping[str, 
         requests,
         load.rtt_s,
         edge,
-        # With prompts and the last answers' time, as it is simulated.
+        # Includes the time of prompts and of the last answers, as in the simulation.
         measured=cell.get("whole_tokens_per_s", cell["tokens_per_s"]),
         measured_plain=cell.get("vanilla_whole_tokens_per_s", cell["vanilla_tokens_per_s"]),
         simulated=simulate(drafted).tokens_per_s,
@@ -75,7 +75,7 @@ def _compared(scenario: Scenario, values: Mapping[str, Any], cell: Mapping[str, 
 
 
 def _as_measured(scenario: Scenario, values: Mapping[str, Any]) -> Scenario:
-    """In the way in which benchmarks/grid.py measures: answers of the same length that start together."""
+    """The scenario as benchmarks/grid.py measures it: answers of the same length that start together."""
     settings = values.get("settings", {})
     answers = [run["num_tokens"] for run in values.get("runs", ()) if run["requests"] == scenario.requests]
     num_tokens = answers[0] // scenario.requests if answers else scenario.output_tokens
@@ -106,12 +106,12 @@ COLUMNS = (
 
 
 def fitted(rows: Sequence[Sequence[float]]) -> FittedServer:
-    """The server that took so long: rows of requests, tokens, seconds, and 1 if draft tokens were among them, else 0.
+    """A server fitted to rows of requests, tokens, seconds, and 1 if draft tokens were among them, else 0.
 
     Least squares of the relative errors; more tokens and more requests never take less time.
     """
     if not rows or any(len(row) != 4 or min(row[:3]) <= 0 or row[3] not in (0, 1) for row in rows):
-        raise ValueError("a server is fitted to rows of requests, tokens, seconds (all positive), and 0 or 1")
+        raise ValueError("rows must have requests, tokens, seconds (all positive), and 0 or 1")
     smallest, largest = min(row[1] for row in rows), max(row[1] for row in rows)
     knots = [knot for knot in KNOTS if smallest / 2 < knot < largest] or [int(smallest)]
     features = [[1.0, each[0], each[0] * each[3], *_climbed(knots, each[1])] for each in rows]
@@ -125,25 +125,25 @@ def fitted(rows: Sequence[Sequence[float]]) -> FittedServer:
 
 
 def _climbed(knots: Sequence[int], tokens: float) -> list[float]:
-    """How far behind each knot it is, up to the next one."""
+    """Number of tokens past each knot, up to the next one."""
     ends = [*knots[1:], inf]
     return [min(max(0.0, tokens - knot), end - knot) for knot, end in zip(knots, ends, strict=True)]
 
 
 def main(
-    results_file: Annotated[Path, typer.Argument(help="Of benchmarks/grid.py.")],
-    prompt_tokens: Annotated[int, typer.Option(help="Of each request, if the file does not say.", min=2)] = 64,
-    output_tokens: Annotated[int, typer.Option(help="Of each answer, the same.", min=1)] = 256,
-    max_edges: Annotated[int, typer.Option(help="There are no more; they share the requests.", min=1)] = 1 << 20,
+    results_file: Annotated[Path, typer.Argument(help="A results file of benchmarks/grid.py.")],
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt tokens of a request, if not in the file.", min=2)] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of an answer, if not in the file.", min=1)] = 256,
+    max_edges: Annotated[int, typer.Option(help="Most edges; they share the requests.", min=1)] = 1 << 20,
 ) -> None:
-    """Simulate what was measured, and print both."""
+    """Simulate the measured cells, and print both results."""
     try:
         values = json.loads(results_file.read_text())
         server = fitted(values["server_model"]["rows"])
         base = Scenario(server=server, prompt_tokens=prompt_tokens, output_tokens=output_tokens, max_edges=max_edges)
         compared = [_compared(base, values, cell) for cell in values["cells"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"compare_simulation: {results_file} cannot be read, or is no results file of grid.py: {error!r}")
+        sys.exit(f"compare_simulation: {results_file} cannot be read, or is not a results file of grid.py: {error!r}")
     print(table(COLUMNS, compared))
     sys.exit(any(each.is_far for each in compared))
 

@@ -1,7 +1,7 @@
-"""The picture of a demo's result: python benchmarks/demo_picture.py RESULTS.json PICTURE.svg
+"""Draw the result of a demo: python benchmarks/demo_picture.py RESULTS.json PICTURE.svg
 
-`make demo` writes RESULTS.json (.cache/demo.json): the last line that it prints. The README's picture is of
-benchmarks/results/demo.json, by `make picture`.
+`make demo` writes RESULTS.json (.cache/demo.json), which is the last line that it prints. `make picture` draws the
+README's picture from benchmarks/results/demo.json.
 """
 
 import json
@@ -15,16 +15,16 @@ from pairs import PAIRS
 
 PLAIN, EDGE = "#8a8a8a", "#2e8b57"
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "demo", "font.family": "sans-serif", "font.size": 11}
-"""Text as text: it is searched, read aloud, and compared by a test. The same file for the same numbers."""
+"""Text stays text, so that it can be searched, read aloud, and compared by a test. Equal numbers give equal files."""
 
 
 def bars(results: dict[str, Any]) -> dict[str, float]:
-    """What is drawn, from top to bottom: times plain vLLM."""
+    """The bars from top to bottom: speedup over plain vLLM."""
     return {"plain vLLM": 1.0, **results["by_kind"], "all": results["speedup"]}
 
 
 def draw(results: dict[str, Any], picture: Path) -> None:
-    """One bar a kind of question, beside plain vLLM's; white behind it, for pages of either scheme."""
+    """Draw one bar per kind of question, and plain vLLM's; on white, for light and dark pages."""
     shown = bars(results)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.9), layout="constrained", facecolor="white")
@@ -45,7 +45,7 @@ def draw(results: dict[str, Any], picture: Path) -> None:
 
 
 def main(
-    results: Annotated[Path, typer.Argument(help="What `make demo` wrote.")],
+    results: Annotated[Path, typer.Argument(help="The results file of `make demo`.")],
     picture: Annotated[Path, typer.Argument(help="The SVG file to write.")],
 ) -> None:
     """Draw a demo's result."""

@@ -1,11 +1,11 @@
-"""`make bench-drafters`: forward passes of each drafter that runs here, and how many tokens it drafts for one and four.
+"""`make bench-drafters`: forward passes of each drafter that runs here, and its draft tokens for 1 and 4 requests.
 
     PYTHONPATH=examples python benchmarks/drafters.py [--pair smollm2] [--gguf FILE] [--seconds 10]
 
 First each drafter's profile, as an edge measures it at start. Then an edge without a network: requests whose answers
-agree with the draft as often as real ones do, and a server that takes a step each 30 ms. Counted are draft tokens that
-the target would have said, a second. `alone` has a pass for each request, as before passes were shared. The
-file holds the last figures of each pair.
+agree with the draft as often as real ones do, and a server with a step every 30 ms. The result is the number of right
+draft tokens per second. `alone` has a pass for each request, as before passes were shared. The file has the latest
+figures of each pair.
 """
 
 import json
@@ -34,15 +34,15 @@ from vllm_specedge.wire.frames import Close, CloseReason, Commit, Open, Propose
 
 PROMPT_TOKENS, CREDIT, MAX_DRAFT = 200, 16, 5
 MAX_TOKENS = 1000
-"""A request ends there, and begins anew."""
+"""A request ends at this length, and starts again."""
 ACCEPTANCE = 0.7
 STEP_S = 0.03
-"""Of the server, for all requests at once."""
+"""Time of a server step for all requests together."""
 Row: TypeAlias = dict[str, Any]
 
 
 class Requests:
-    """Requests that an edge drafts for, and what a target would say."""
+    """Requests that an edge drafts for, with a simulated target."""
 
     def __init__(self, drafter: Drafter, times: dict[int, float], texts: list[list[int]], shares: bool) -> None:
         is_shared = shares and isinstance(drafter, SharingDrafter)
@@ -56,7 +56,7 @@ class Requests:
         self.sequences = Sequences(drafter.open, self.speculation.needs)
         self.chance, self.texts, self.known = Random(1), texts, [0] * len(texts)
         self.drafts: list[dict[int, int]] = [{} for _ in texts]
-        """By position."""
+        """Draft tokens of each request by position."""
         self.num_accepted = self.num_passes = self.num_rows = 0
         for request in range(len(texts)):
             self.open(request)
@@ -93,7 +93,7 @@ class Requests:
                 self.drafts[frame.request].update(enumerate(tokens, base))
 
     def verify(self, request: int) -> None:
-        """Of what was proposed each token is right with a chance, and one is said beside."""
+        """Commit a step: each proposed token is right with the given probability, and a bonus token follows."""
         draft, known = self.drafts[request], self.known[request]
         num_right = 0
         while num_right < MAX_DRAFT and known + num_right in draft and self.chance.random() < ACCEPTANCE:
@@ -109,7 +109,7 @@ class Requests:
 
 def measured(drafter: Drafter, times: dict[int, float], texts: list[list[int]], shares: bool, seconds: float) -> Row:
     at_work = Requests(drafter, times, texts, shares)
-    at_work.run(time.monotonic() + seconds / 4)  # prompts go in
+    at_work.run(time.monotonic() + seconds / 4)  # prefill of the prompts
 
     def counts() -> tuple[int, ...]:
         return at_work.num_accepted, at_work.speculation.stats.drafted_tokens, at_work.num_passes, at_work.num_rows
@@ -129,7 +129,7 @@ def measured(drafter: Drafter, times: dict[int, float], texts: list[list[int]], 
 
 
 def drafters(pair: str, gguf: Path | None, threads: int) -> Iterator[tuple[str, Drafter]]:
-    """By name, one after the other."""
+    """Drafters by name, one after the other."""
     directory = str(PAIRS[pair].draft_directory(CACHE))
     for runtime in (INT8, TRANSFORMERS, MLX):
         yield runtime, load_drafter(DrafterOptions(directory, "cpu", threads, runtime=runtime))
@@ -155,14 +155,14 @@ SPEEDS = (
 def main(
     pair: Annotated[str, typer.Option(help="smollm2 or qwen.")] = "smollm2",
     gguf: Annotated[Path | None, typer.Option(help="A GGUF file of the same draft.")] = None,
-    seconds: Annotated[float, typer.Option(help="Of each figure.")] = 10.0,
-    threads: Annotated[int, typer.Option(help="Of each drafter.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Seconds per figure.")] = 10.0,
+    threads: Annotated[int, typer.Option(help="Threads of each drafter.")] = 1,
     ahead: Annotated[
-        Path | None, typer.Option(help="What real_pair.py measured with edges of several drafters, to stand beside.")
+        Path | None, typer.Option(help="Results of real_pair.py with edges of several drafters, to show as well.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/drafters.json.")] = None,
 ) -> None:
-    """Forward passes of each drafter that runs here, and what it drafts for one request and for four."""
+    """Measure forward passes of each drafter that runs here, and its draft tokens for one and four requests."""
     prepare(PAIRS[pair], CACHE)
     tokenizer = AutoTokenizer.from_pretrained(PAIRS[pair].target_directory(CACHE))
     texts = [tokenizer(" ".join(kind))["input_ids"] * 3 for kind in QUESTIONS.values()]

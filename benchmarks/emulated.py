@@ -2,14 +2,14 @@
 
     PYTHONPATH=examples python benchmarks/emulated.py [--server a100-14b] [--requests 64] [--rtt-ms 20]
 
-Three `vllm serve` whose worker says a pseudo language model's tokens after a modelled step time (emulated_worker.py):
+Three `vllm serve` whose worker emits a pseudo language model's tokens after a modelled step time (emulated_worker.py):
 vanilla, ours, and ours without holds (mode `budget`), whose time between two steps is all overhead. The edges are the
-real client, an edge a request, with a draft model that is right so often (replay.py). Prints tokens a second, what the
-engine needs between two steps, and fails if any token is not the pseudo model's.
+real client, one edge per request, with a draft model of a configured accuracy (replay.py). Prints tokens per second and
+the engine's time between two steps, and fails if any token is not the pseudo model's.
 
-Server, front end, gateway, 64 edges and the load share this machine's cores, which no real deployment asks of a single
-machine. --slower 4 makes all that is modelled (steps, round trips, passes) four times as long, so that two cores
-suffice; what the engine's Python needs between two steps stays what it is.
+Server, front end, gateway, 64 edges and the load share this machine's cores, unlike in any real deployment. --slower 4
+makes all modelled times (steps, round trips, passes) four times as long, so that two cores suffice; the time of the
+engine's Python between two steps does not change.
 """
 
 import sys
@@ -39,13 +39,13 @@ STEP_TOKENS = 8192
 VANILLA, OURS, BUDGET = ARMS = ("vanilla", "edges", "edges, never held")
 MODES = {OURS: "auto", BUDGET: "budget"}
 MAX_OVERHEAD = 1.25
-"""Of vanilla's, what the engine may need between two steps with an edge for each request."""
+"""Most time between two steps with an edge for each request, relative to vanilla's."""
 WARM_UP_TOKENS = 24
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured."""
+    """The load to measure."""
 
     server: str
     requests: int
@@ -60,7 +60,7 @@ class Load:
     slower: float
 
     def recordings(self, first_number: int) -> list[Recording]:
-        """Requests of their own numbers: the pseudo model's answers to them."""
+        """Requests numbered from `first_number`, with the pseudo model's answers."""
         model = target()
         made = []
         for number in range(first_number, first_number + self.requests):
@@ -84,7 +84,7 @@ def launch_emulated(load: Load, stack: ExitStack) -> dict[str, Target]:
 
 
 def emulation(at: Target) -> dict[str, float]:
-    """What the worker counted so far."""
+    """The worker's counters so far."""
     response = httpx.post(f"{at.server.url}/collective_rpc", json={"method": "emulation"}, trust_env=False)
     response.raise_for_status()
     counts: dict[str, float] = response.json()["results"][0]
@@ -92,7 +92,7 @@ def emulation(at: Target) -> dict[str, float]:
 
 
 def measure(load: Load, slot: Slot, at: Target) -> Run:
-    """The requests of each repeat are others, so that no cache knows their prompts."""
+    """Make a run; each repeat has other requests, so that no prefix cache has their prompts."""
     known = load.recordings((1 + slot.repeat) * load.requests)
     write_recordings(RECORDINGS, known)
     prompts = [recording.prompt for recording in known]
@@ -112,21 +112,21 @@ def measure(load: Load, slot: Slot, at: Target) -> Run:
     return Run(**asdict(slot), **timed(answers), **used, worker=worker, differences=wrong)
 
 
-# -- what it comes to ------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------------------------
 
 
 def step_ms(run: Run) -> float:
-    """As modelled, on average."""
+    """Mean modelled time of a step."""
     return 1e3 * run.worker["modelled_s"] / run.worker["num_steps"]
 
 
 def between_ms(run: Run) -> float:
-    """From the end of a step to the start of the next, on average."""
+    """Mean time from the end of a step to the start of the next."""
     return 1e3 * run.worker["between_s"] / run.worker["num_between"]
 
 
 def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A cell for each arm, over all repeats so far: what is in the table, and in the file."""
+    """One cell per arm, over all repeats so far, for the table and the file."""
     vanilla = [run for run in runs if run.arm == VANILLA]
     by_arm = {arm: [run for run in runs if run.arm == arm] for arm in ARMS}
     return [summarise_arm(arm, own, vanilla) for arm, own in by_arm.items() if own]
@@ -154,7 +154,7 @@ COLUMNS = (
     Column("p99 gap ms", "p99_ms", ".1f"),
     Column("step ms", "step_ms", ".1f"),
     Column("between steps ms", lambda cell: in_tenths(cell["between_ms"])),
-    Column("accepted a step", "accepted_per_step", ".2f"),
+    Column("accepted per step", "accepted_per_step", ".2f"),
     Column("cores busy", "cores_busy", ".2f"),
 )
 
@@ -164,16 +164,16 @@ def in_tenths(ratio: Ratio) -> str:
 
 
 def report(load: Load, runs: Sequence[Run]) -> bool:
-    """Print a line an arm; returns whether every token was right. More overhead than aimed at is said, and no error."""
+    """Print a line per arm; returns whether every token was right. Too much overhead is reported, but is no error."""
     cells = {cell["arm"]: cell for cell in summarise(runs)}
     print(table(COLUMNS, cells.values()))
     for arm in (VANILLA, BUDGET):
         part = cells[arm]["between_ms"].median / (cells[VANILLA]["step_ms"] / load.slower)
         print(f"{arm}: {cells[arm]['between_ms'].median:.1f} ms between two steps, {part:.0%} of a step at full speed")
     ratio = cells[BUDGET]["between_ms"].median / cells[VANILLA]["between_ms"].median
-    verdict = "ok" if ratio <= MAX_OVERHEAD else f"over the {MAX_OVERHEAD:g} aimed at"
+    verdict = "ok" if ratio <= MAX_OVERHEAD else f"over the goal of {MAX_OVERHEAD:g}"
     if not counted(run for run in runs if run.arm == BUDGET)["verified_tokens"]:
-        verdict = "says little: nothing was verified, so this is what edges cost that are only told of tokens"
+        verdict = "means little: nothing was verified, so this is the cost of edges that only receive tokens"
     print(f"\nBetween two steps, with {load.edges} edges: {ratio:.2f} of vanilla's own overhead ({verdict}).")
     num_wrong = sum(len(run.differences) for run in runs)
     print(f"{num_wrong} of {len(runs) * load.requests} answers have a token that is not the pseudo model's.")
@@ -183,19 +183,19 @@ def report(load: Load, runs: Sequence[Run]) -> bool:
 def main(
     server: Annotated[str, typer.Option(help=f"Of {', '.join(SERVERS)}.")] = "a100-14b",
     requests: Annotated[int, typer.Option(help="At once.", min=1)] = 64,
-    num_edges: Annotated[int, typer.Option("--edges", help="0: one a request.", min=0)] = 0,
-    rtt_ms: Annotated[float, typer.Option(help="Between edges and gateway.")] = 20.0,
-    prompt_tokens: Annotated[int, typer.Option(help="Of each request.", min=2)] = 64,
-    tokens: Annotated[int, typer.Option(help="Of each answer.", min=WARM_UP_TOKENS)] = 192,
-    k: Annotated[int, typer.Option(help="Draft tokens verified for a request at most.", min=1)] = 5,
-    pass_ms: Annotated[float, typer.Option(help="One forward pass of an edge.")] = 6.0,
+    num_edges: Annotated[int, typer.Option("--edges", help="Number of edges; 0: one per request.", min=0)] = 0,
+    rtt_ms: Annotated[float, typer.Option(help="Round trip between edges and gateway.")] = 20.0,
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt tokens of each request.", min=2)] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=WARM_UP_TOKENS)] = 192,
+    k: Annotated[int, typer.Option(help="Most draft tokens verified per request.", min=1)] = 5,
+    pass_ms: Annotated[float, typer.Option(help="Time of a forward pass of an edge.")] = 6.0,
     first: Annotated[float, typer.Option(help="How often a draft token is right.")] = 0.75,
-    second: Annotated[float, typer.Option(help="How often its second candidate is, where it is not.")] = 0.6,
-    slower: Annotated[float, typer.Option(help="All that is modelled takes so many times as long.", min=1)] = 1.0,
-    repeats: Annotated[int, typer.Option(help="Of each arm, in turn.", min=1)] = 3,
+    second: Annotated[float, typer.Option(help="How often its second candidate is right if it is not.")] = 0.6,
+    slower: Annotated[float, typer.Option(help="Factor by which all modelled times are longer.", min=1)] = 1.0,
+    repeats: Annotated[int, typer.Option(help="Repeats of each arm, in turn.", min=1)] = 3,
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/emulated-SERVER.json.")] = None,
 ) -> None:
-    """Server, gateway, wire and edges at an accelerator's speed."""
+    """Measure server, gateway, wire and edges at an accelerator's speed."""
     num_edges = num_edges or requests
     load = Load(server, requests, num_edges, rtt_ms, prompt_tokens, tokens, k, pass_ms, first, second, slower)
     kept = Kept.load(output_path(f"emulated-{server}.json", output), asdict(load), is_resumed=False)

@@ -1,4 +1,4 @@
-"""A vLLM worker for benchmarks only: says the tokens of a pseudo language model, after an accelerator's step time.
+"""A vLLM worker for benchmarks only: emits the tokens of a pseudo language model after an accelerator's step time.
 
     SPECEDGE_EMULATED=a100-14b PYTHONPATH=benchmarks vllm serve MODEL --worker-cls emulated_worker.EmulatedWorker
 
@@ -17,11 +17,11 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_specedge.simulation.models import SERVERS
 
 SPIN_S = 0.0003
-"""A sleep ends late by up to about as much."""
+"""A sleep may end late by about this much."""
 
 
 class EmulatedWorker(CPUWorker):
-    """Takes the CPU worker's place; `--worker-cls emulated_worker.EmulatedWorker`."""
+    """Replaces the CPU worker; `--worker-cls emulated_worker.EmulatedWorker`."""
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
@@ -29,7 +29,7 @@ class EmulatedWorker(CPUWorker):
         self._pacer = Pacer(SERVERS[os.environ[SERVER_VARIABLE]], float(os.environ.get(SLOWER_VARIABLE, "1")))
         self._output: ModelRunnerOutput | None = None
         self._due_s = 0.0
-        # What adapter/profile.py asks for at start-up.
+        # Requested by adapter/profile.py at start-up.
         self.model_runner._dummy_run = self._emulated_pass
         self.model_runner.model.compute_logits = lambda states: states
         return times
@@ -74,8 +74,8 @@ class EmulatedWorker(CPUWorker):
         return self._output
 
     def take_draft_token_ids(self) -> None:
-        """It looks nothing up."""
+        """No drafts: it does no prompt lookup."""
 
     def emulation(self) -> dict[str, float]:
-        """For the benchmark, through vLLM's /collective_rpc."""
+        """Counters for the benchmark, through vLLM's /collective_rpc."""
         return self._pacer.report()

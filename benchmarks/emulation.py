@@ -1,7 +1,7 @@
-"""A pseudo language model and how long an accelerator would take for it: what emulated_worker.py serves. Pure.
+"""A pseudo language model and its step times on an accelerator, served by emulated_worker.py. Pure.
 
-The model says a fixed token at each position of each request (models.SimulatedTarget), so whoever knows the
-prompt knows the right answer: every run can be checked token by token.
+The model has a fixed token at each position of each request (models.SimulatedTarget), so the prompt determines the
+right answer: every run can be checked token by token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from vllm_specedge.simulation.models import Server, SimulatedTarget
 
 SERVER_VARIABLE = "SPECEDGE_EMULATED"
-"""The name of one of models.SERVERS, for the worker."""
+"""Environment variable for the worker: the name of one of models.SERVERS."""
 SLOWER_VARIABLE = "SPECEDGE_EMULATED_SLOWER"
-"""How many times longer steps take than modelled; see emulated.py."""
+"""Environment variable: factor by which steps are longer than modelled; see emulated.py."""
 SEED = 20_252
 VOCAB_SIZE = 49_152
-"""Of SmolLM2, whose tokenizer the front end uses."""
+"""Vocabulary size of SmolLM2, whose tokenizer the front end uses."""
 
 
 def target() -> SimulatedTarget:
@@ -47,8 +47,8 @@ class PseudoModel:
     def step(
         self, scheduled: Mapping[str, int], computed: Mapping[str, int], drafts: Mapping[str, Sequence[int]]
     ) -> dict[str, list[int]]:
-        """What each request says. `scheduled`: tokens in this step, `computed`: tokens before it, by request; `drafts`:
-        those of the scheduled that are drafts. Empty where only a part of a prompt was computed."""
+        """Output tokens of each request. `scheduled`: tokens in this step, `computed`: tokens before it, by request;
+        `drafts`: the scheduled tokens that are drafts. Empty if only a part of a prompt was computed."""
         return {
             id_: self._said(self._requests[id_], computed[id_] + num_tokens, drafts.get(id_, ()))
             for id_, num_tokens in scheduled.items()
@@ -69,19 +69,19 @@ class PseudoModel:
 
 @dataclass(slots=True)
 class Pacer:
-    """When an emulated step is done, and what the engine needs between two of them."""
+    """End times of emulated steps, and the engine's time between two of them."""
 
     server: Server
     slower: float = 1.0
     num_steps: int = 0
     modelled_s: float = 0.0
     between_s: float = 0.0
-    """From the end of a step to the start of the next, where requests were left to go on with."""
+    """Total time from the end of a step to the start of the next, if requests were left to continue."""
     num_between: int = 0
     _ended_s: float | None = None
 
     def start(self, requests: int, tokens: int, is_verifying: bool, has_more: bool, now_s: float) -> float:
-        """A step starts; returns when it is done. `has_more`: some of its requests were in the one before."""
+        """Start a step; returns its end time. `has_more`: some of its requests were in the previous step."""
         if has_more and self._ended_s is not None:
             self.between_s += now_s - self._ended_s
             self.num_between += 1
@@ -94,7 +94,7 @@ class Pacer:
         self._ended_s = now_s
 
     def report(self) -> dict[str, float]:
-        """In total, since the start."""
+        """Totals since the start."""
         return {
             "num_steps": self.num_steps,
             "modelled_s": self.modelled_s,

@@ -1,13 +1,13 @@
-"""`make evidence`: what edges bring with a real pair of models, by servers that are started again and again.
+"""`make evidence`: the gain from edges with a real pair of models, over several starts of the servers.
 
     PYTHONPATH=examples python benchmarks/evidence.py --pair smollm2 [--starts 5] [--places 'edge, 20 ms']
 
-A start is a new process of every server, in random order; then every place meets every load, in random order: plain
+A start is a new process of every server, in random order; then every place gets every load, in random order: plain
 vLLM, its own methods, the paper's waiting, and ours with edges of several kinds. The load is vLLM's own benchmark
 (`vllm bench serve`, as a library) with the questions of workload.toml: the same prompts and the same seeds in each
-place. A place is compared with plain vLLM of the same start, and judged by an interval over starts
-(evidence_figures.py). Servers have one core, edges and load the other. All is saved after every run, and a later call
-goes on with the file: `--starts` counts those that are in it.
+place. A place is compared with plain vLLM in the same start, and judged by an interval over starts
+(evidence_figures.py). Servers have one core, edges and load the other. Every run is saved when it is done, and a later
+call adds its `--starts` to those in the file.
 """
 
 import sys
@@ -43,17 +43,17 @@ REPLAYED = {
     POOR: {"first": 0.3, "second": 0.3},
     STALLING: {"first": 0.75, "second": 0.6, "stall_s": 2.0, "stall_every_s": 5.0},
 }
-"""What those draft that know plain vLLM's greedy answers."""
+"""Kinds of edges that replay plain vLLM's greedy answers."""
 REPLAYED_PASS_MS = 6.0
 MAX_CONNECTIONS = 8
 
 
 class Place(NamedTuple):
-    """Where requests are sent."""
+    """A server and the edges connected to it."""
 
     server: str
     rtt_ms: float | None = None
-    """To the edges; None: there is none."""
+    """Round trip to the edges; None: no edges."""
     edge: str | None = None
 
 
@@ -70,21 +70,21 @@ PLACES = {
 DEFAULT = (PLAIN, NGRAM, "no edges", "edge, 20 ms")
 DTYPES = {"smollm2": "float32", "qwen": "bfloat16"}
 GREEDY, OWN = "greedy", "own"
-"""How answers are sampled: greedily, or by the model's own defaults, with a seed for each question."""
+"""How answers are sampled: greedily, or with the model's own defaults and a seed for each question."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What runs that are compared have in common."""
+    """Settings that all compared runs share."""
 
     pair: str
     dtype: str
     tokens: int
-    """Of each answer at most."""
+    """Most tokens of an answer."""
     each: int
-    """Questions of each kind that one request at a time asks."""
+    """Questions of each kind at one request at a time."""
     many: int
-    """Questions that each of several requests at a time asks on average."""
+    """Mean number of questions per concurrent request at several requests at a time."""
 
     def configs(self, places: Sequence[Place]) -> dict[str, dict[str, object] | None]:
         """The --speculative-config of each server that is needed."""
@@ -103,19 +103,19 @@ class Settings:
 
 
 def slots_of(places: Sequence[str], loads: Sequence[Slot], start: int) -> list[Slot]:
-    """One start: loads in random order, and for each the places in random order; what comes by itself last, as its
-    rate follows from what plain vLLM does."""
+    """The runs of one start: loads in random order, and for each the places in random order. Loads with a rate come
+    last, as the rate is relative to plain vLLM's measured capacity."""
     chance, slots = Random(start), []
     for load in sorted(chance.sample(loads, len(loads)), key=lambda load: load.rate > 0):
         for name in chance.sample(places, len(places)):
             place = PLACES[name]
-            if place.edge not in REPLAYED or load.temperature == 0:  # recorded answers are greedy ones
+            if place.edge not in REPLAYED or load.temperature == 0:  # recorded answers are greedy
                 slots.append(replace(load, arm=name, rtt_ms=place.rtt_ms, edge=place.edge, repeat=start))
     return slots
 
 
 def loads_of(requests: Sequence[int], rates: Sequence[float], sampling: Sequence[str]) -> list[Slot]:
-    """By kind of question for one request at a time, of all kinds for more."""
+    """Loads to measure: by kind of question for one request at a time, of all kinds for more."""
     loads = []
     for way in sampling:
         alone = Slot(arm="", temperature=0.0 if way == GREEDY else None)
@@ -130,7 +130,7 @@ def loads_of(requests: Sequence[int], rates: Sequence[float], sampling: Sequence
 
 @dataclass
 class Start:
-    """The servers of one start."""
+    """One start of the servers."""
 
     settings: Settings
     targets: dict[str, Target]
@@ -157,7 +157,7 @@ class Start:
         return chosen(questions(), slot.kind, number, first=self.number * number)
 
     def _per_s(self, slot: Slot) -> float | None:
-        """Requests a second, by what plain vLLM did for the most requests at once."""
+        """Requests per second of a load with a rate, from plain vLLM's throughput at the highest concurrency."""
         if not slot.rate:
             return None
         full = [
@@ -169,7 +169,7 @@ class Start:
         return slot.rate * full[-1].requests * self.settings.many / full[-1].seconds
 
     def _record(self, asked: Sequence[Question]) -> None:
-        """What plain vLLM says to these questions, for edges that know it."""
+        """Record plain vLLM's answers to these questions, for edges that replay them."""
         new = [question for question in dict.fromkeys(asked) if question not in self._recorded]
         bodies = [{**question.body, "temperature": 0} for question in new]
         answers = self.targets[PLAIN].converse(bodies, self.settings.tokens) if bodies else []
@@ -195,7 +195,7 @@ class Start:
 
 
 def drafting_as(slot: Slot, target: Target, pair: Pair) -> AbstractContextManager[Edges | None]:
-    """The edges that a slot asks for: the pair's draft, or those that replay RECORDINGS."""
+    """The edges of a slot: with the pair's draft, or replaying RECORDINGS."""
     if slot.edge is None:
         return nullcontext()
     if slot.edge == REAL:
@@ -213,7 +213,7 @@ def drafting_as(slot: Slot, target: Target, pair: Pair) -> AbstractContextManage
 
 
 def run_of_result(slot: Slot, result: dict[str, Any], used: dict[str, Any]) -> Run:
-    """What vLLM's benchmark says, as all benchmarks here keep it."""
+    """The result of vLLM's benchmark as a Run."""
     each = [
         [round(first_s, 4), round(first_s + sum(gaps_s), 4), num_tokens]
         for first_s, gaps_s, num_tokens in zip(result["ttfts"], result["itls"], result["output_lens"], strict=True)
@@ -240,7 +240,7 @@ def measure_start(settings: Settings, kept: Kept, places: Sequence[str], loads: 
             {name: configs[name] for name in names},
             LOGS,
             stack,
-            # Places that share a server would find what the one before asked, and plain vLLM would not.
+            # Places that share a server would find the prompts of the previous one cached, and plain vLLM would not.
             "--no-enable-prefix-caching",
             max_seqs=MAX_SEQS,
             kv_bytes=400 << 20,
@@ -259,18 +259,18 @@ def figures(pair: str, runs: Sequence[Run]) -> dict[str, object]:
 
 def main(
     pair: Annotated[str, typer.Option(help=f"Of {', '.join(PAIRS)}.")] = "smollm2",
-    dtype: Annotated[str, typer.Option(help="Of the servers; by default as the pair is served.")] = "",
-    places: Annotated[list[str], typer.Option(help=f"Of {', '.join(PLACES)}; plain always.")] = list(DEFAULT),  # noqa: B006
-    requests: Annotated[list[int], typer.Option(help="At once; may be given again.")] = [1, 4, 8],  # noqa: B006
-    rates: Annotated[list[float], typer.Option(help="Of plain vLLM's capacity, by Poisson; may be given again.")] = [],  # noqa: B006
-    sampling: Annotated[list[str], typer.Option(help=f"Of {GREEDY}, {OWN} (the model's defaults).")] = [OWN, GREEDY],  # noqa: B006
-    starts: Annotated[int, typer.Option(help="To be added.", min=0)] = 5,
-    tokens: Annotated[int, typer.Option(help="Of each answer, at most.", min=16)] = 64,
-    each: Annotated[int, typer.Option(help="Questions of each kind, alone.", min=1)] = 3,
-    many: Annotated[int, typer.Option(help="Questions of each of several at once.", min=1)] = 3,
+    dtype: Annotated[str, typer.Option(help="Number format of the servers; default: the pair's.")] = "",
+    places: Annotated[list[str], typer.Option(help=f"Any of {', '.join(PLACES)}; always plain.")] = list(DEFAULT),  # noqa: B006
+    requests: Annotated[list[int], typer.Option(help="Concurrent requests; repeatable.")] = [1, 4, 8],  # noqa: B006
+    rates: Annotated[list[float], typer.Option(help="Shares of plain vLLM's capacity (Poisson); repeatable.")] = [],  # noqa: B006
+    sampling: Annotated[list[str], typer.Option(help=f"{GREEDY}, {OWN} (the model's defaults).")] = [OWN, GREEDY],  # noqa: B006
+    starts: Annotated[int, typer.Option(help="Starts to add.", min=0)] = 5,
+    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=16)] = 64,
+    each: Annotated[int, typer.Option(help="Questions of each kind, at one request at a time.", min=1)] = 3,
+    many: Annotated[int, typer.Option(help="Questions per request, at several at a time.", min=1)] = 3,
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/evidence-PAIR.json.")] = None,
 ) -> None:
-    """What edges bring with a real pair of models, by servers that are started again and again."""
+    """Measure the gain from edges with a real pair of models, over several starts of the servers."""
     if pair not in PAIRS or (unknown := set(places) - PLACES.keys()):
         raise typer.BadParameter(f"there is no {pair if pair not in PAIRS else ', '.join(sorted(unknown))}")
     settings = Settings(pair, dtype or DTYPES[pair], tokens, each, many)

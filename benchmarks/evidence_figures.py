@@ -1,4 +1,4 @@
-"""What the runs of `make evidence` come to: ratios to plain vLLM with their intervals, and verdicts. Pure."""
+"""Results of `make evidence` from its runs: ratios to plain vLLM with intervals, and verdicts. Pure."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -14,16 +14,16 @@ PLAIN = "plain"
 NUM_SAMPLES = 2000
 CONFIDENCE = 0.95
 LEAST_STARTS = 3
-"""Of fewer starts nothing is said."""
+"""Fewer starts get no verdict."""
 FIRST_TOKEN_S, TOKEN_TIMES = 2.0, 1.5
-"""Within which requests are served in time."""
+"""Limits for a request to count as served in time."""
 SERVER = ("worker", "front_end", "gateway")
-"""Whose CPU time is a server's; its engine core waits in a loop, so that its own says nothing."""
+"""Processes whose CPU time counts as the server's; the engine core busy-waits, so its own means nothing."""
 MET, MISSED, UNDECIDED = "met", "missed", "undecided"
 
 
 class Interval(NamedTuple):
-    """A median over starts, and where it lies with CONFIDENCE."""
+    """A median over starts, with its interval at CONFIDENCE."""
 
     median: float
     low: float
@@ -35,9 +35,9 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of one value for each start: the bootstrap's percentiles of the median (Efron 1979).
+    """The bootstrap's percentiles of the median (Efron 1979), from one value per start.
 
-    Of few values they are nearly the range: then that is what is known.
+    With few values they are nearly the range: then no more is known.
     """
     chance = Random(0)
     medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(NUM_SAMPLES))
@@ -54,13 +54,13 @@ class Goal:
     is_least: bool
     arm: str
     requests: tuple[int, ...] = ()
-    """Empty: all."""
+    """Concurrencies that it applies to; empty: all."""
 
     def concerns(self, cell: Slot) -> bool:
         return cell.arm == self.arm and not cell.rate and (not self.requests or cell.requests in self.requests)
 
     def verdict(self, measured: Interval) -> str:
-        """By the whole interval, so that what is not known is not claimed."""
+        """Verdict on the whole interval, so that nothing uncertain is claimed."""
         if measured.num_starts < LEAST_STARTS:
             return UNDECIDED
         low, high = (measured.low, measured.high) if self.is_least else (-measured.high, -measured.low)
@@ -69,7 +69,7 @@ class Goal:
 
 
 RATE, WHOLE, P99_GAP = "tokens_per_s", "whole_tokens_per_s", "gap_p99"
-"""Tokens a second of a request while it streams; of the server, prompts included; between two chunks of a stream."""
+"""Tokens per second of a streaming request; of the server, including prompts; time between two chunks of a stream."""
 ALL_EDGES = (
     *(f"{kind} edges, 20 ms" for kind in ("good", "poor", "stalling", "dead")),
     *(f"edge, {rtt_ms} ms" for rtt_ms in (5, 20, 80)),
@@ -86,7 +86,7 @@ GOALS_OF_GOOD_EDGES = {
     "qwen": {1: 2.0, 4: 1.6, 8: 1.3},
     "smollm2": {1: 2.0, 4: 1.45, 8: 1.15, 16: 1.03},
 }
-"""Tokens a second to plain vLLM's, by requests at once, at 20 ms."""
+"""Least ratio of tokens per second to plain vLLM's, by concurrent requests, at 20 ms."""
 
 
 def goals_of(pair: str) -> tuple[Goal, ...]:
@@ -98,7 +98,7 @@ def goals_of(pair: str) -> tuple[Goal, ...]:
 
 
 def cells_of(runs: Iterable[Run]) -> list[Slot]:
-    """A place under a load, of all kinds and starts."""
+    """The cells: each place under each load, over all kinds and starts."""
     return list(dict.fromkeys(_cell(run) for run in runs))
 
 
@@ -124,7 +124,7 @@ Figure = Callable[[Run], float]
 
 
 def ratios(own: Iterable[Run], plain: Sequence[Run], of: Figure) -> dict[int, float]:
-    """By start: the geometric mean, over kinds of question, of a figure to plain vLLM's in the same start."""
+    """By start: the geometric mean, over kinds of question, of a figure's ratio to plain vLLM in the same start."""
     found = {}
     for start, runs in by_start(own).items():
         logs = [
@@ -152,14 +152,14 @@ def _whole_p95_s(run: Run) -> float:
 
 
 def _token_s(each: Sequence[float]) -> float:
-    """Of a request: seconds a token behind the first."""
+    """Seconds per token of a request, after the first."""
     first_s, whole_s, num_tokens = each
     return (whole_s - first_s) / max(num_tokens - 1, 1)
 
 
 def served_in_time(own: Iterable[Run], plain: Iterable[Run]) -> float | None:
-    """The share of requests with a first token within FIRST_TOKEN_S, and tokens TOKEN_TIMES as slow as plain vLLM's
-    middle one's at most; None where requests were not kept."""
+    """Share of requests with a first token within FIRST_TOKEN_S and a time per token of at most TOKEN_TIMES plain
+    vLLM's median; None if single requests were not recorded."""
     middle_s = statistics.median([_token_s(each) for run in plain for each in run.each] or [0.0])
     all_of_them = [each for run in own for each in run.each]
     if not middle_s or not all_of_them:
@@ -174,7 +174,7 @@ def _cpu_s_per_token(runs: Sequence[Run], *processes: str) -> float:
 
 
 def summarise(runs: Sequence[Run], pair: str) -> list[dict[str, Any]]:
-    """What is in the table and in the file, a cell each."""
+    """The cells, for the table and the file."""
     found = [_summary(cell, runs, goals_of(pair)) for cell in cells_of(runs) if cell.arm != PLAIN]
     return sorted(
         (each for each in found if each),
@@ -226,7 +226,7 @@ def _load(slot: Slot) -> tuple[object, ...]:
 
 
 def _gap_ratios(own: Sequence[Run], plain: Sequence[Run]) -> dict[int, float]:
-    """By start: the 99th percentile of the gaps between chunks, of all kinds together."""
+    """By start: ratio of the 99th percentile of gaps between chunks, of all kinds together."""
     others = by_start(plain)
     return {
         start: _p99_ms(runs) / _p99_ms(others[start])
@@ -240,7 +240,7 @@ def _p99_ms(runs: Iterable[Run]) -> float:
 
 
 def _num_unlike(own: Iterable[Run], plain: Sequence[Run]) -> int:
-    """Answers that are not plain vLLM's of the same start, though question and seed are."""
+    """Number of answers that differ from plain vLLM's in the same start, with equal question and seed."""
     return sum(
         one != other
         for run in own
@@ -268,10 +268,10 @@ def as_table(cells: Sequence[dict[str, Any]]) -> str:
         Column("first token x", "first_token"),
         Column("p99 gap x", lambda cell: cell.get(P99_GAP)),
         Column("p95 request x", "request_p95"),
-        Column("tokens a step", "tokens_per_step", ".2f"),
+        Column("tokens per step", "tokens_per_step", ".2f"),
         Column("accepted", "acceptance", ".0%"),
         Column("in time", lambda cell: _beside(cell, "served_in_time", ".0%")),
-        Column("server ms a token", lambda cell: _beside(cell, "server_ms_a_token", ".0f")),
+        Column("server ms per token", lambda cell: _beside(cell, "server_ms_a_token", ".0f")),
         Column("edges' ms", "edge_ms_a_token", ".0f"),
         Column("unlike plain", "answers_unlike_plain"),
         Column("verdicts", lambda cell: ", ".join(f"{goal}: {said}" for goal, said in cell["verdicts"].items()) or "-"),

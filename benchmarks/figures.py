@@ -1,4 +1,4 @@
-"""What the runs of bench.py come to: ratios, costs, break-even. Pure: plain values in and out."""
+"""Results of bench.py from its runs: ratios, costs, break-even. Pure: plain values in and out."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from harness.runs import Run, Slot, counted, middle, ratio, share
 
 VANILLA, NGRAM, DRAFT_MODEL, WAIT, OURS = ARMS = ("vanilla", "ngram", "draft_model", "wait", "edge")
 REMOTE = (WAIT, OURS)
-"""Arms with an edge, whose round trip counts."""
+"""Arms with an edge, for which the round trip matters."""
 TITLES = {
     VANILLA: "vLLM",
     NGRAM: "vLLM ngram",
@@ -20,19 +20,19 @@ TITLES = {
     OURS: "edge",
 }
 RATE = "whole_tokens_per_s"
-"""Output tokens a second as `vllm bench serve` says them, prompts included."""
+"""Output tokens per second as reported by `vllm bench serve`, including prompts."""
 HELPS, LOSES = 1.02, 0.98
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Dollars an hour."""
+    """Prices in dollars per hour."""
 
     server: float
     edge: float
 
     def tokens_per_dollar(self, tokens_per_s: float, num_edges: int) -> float:
-        """The paper's cost efficiency: of a server and its edges."""
+        """The paper's cost efficiency, of a server and its edges."""
         return tokens_per_s * 3600 / (self.server + num_edges * self.edge)
 
 
@@ -45,15 +45,15 @@ def rtts_ms(runs: Iterable[Run]) -> list[float]:
 
 
 def of(runs: Iterable[Run], arm: str, case: Slot, rtt_ms: float | None = None) -> list[Run]:
-    """All repeats of an arm; `rtt_ms` counts only for those with an edge."""
+    """All repeats of an arm; `rtt_ms` matters only for arms with an edge."""
     rtt_ms = rtt_ms if arm in REMOTE else None
     return [run for run in runs if (run.arm, run.case, run.rtt_ms) == (arm, case, rtt_ms)]
 
 
 def break_even_ms(points: Sequence[tuple[float, float]]) -> float | None:
-    """Up to which RTT a ratio is 1 or more, on straight lines between (RTT, ratio); None: nowhere.
+    """Largest RTT at which a ratio is at least 1, interpolated linearly between (RTT, ratio); None: nowhere.
 
-    Where the last one is 1 or more still, it is the last RTT that was measured.
+    If the last ratio is still at least 1, it is the last measured RTT.
     """
     reached = None
     for (rtt_ms, gain), (next_ms, next_gain) in pairwise([*points, (float("inf"), 0.0)]):
@@ -73,7 +73,7 @@ def verdict(gain: float) -> str:
 
 
 def cell_of(own: Sequence[Run], vanilla: Sequence[Run], prices: Prices) -> dict[str, Any]:
-    """One arm's repeats of a case: medians, and the range of the ratio."""
+    """One arm's results in a case: medians over the repeats, and the range of the ratio."""
     one, load, rate = own[0], ratio(own, vanilla, "cpu_s_per_token"), middle(own, RATE)
     is_remote = one.arm in REMOTE
     itl_ms = [statistics.median(run.gap_ms[part] for run in own) for part in ("p50", "p95", "p99")]
@@ -93,7 +93,7 @@ def cell_of(own: Sequence[Run], vanilla: Sequence[Run], prices: Prices) -> dict[
         "verified_per_accepted": shares(own, "verified_tokens", "accepted_tokens"),
         "bytes_per_token": f"{up:.1f} / {down:.1f}" if is_remote else None,
         "cpu_ms_per_token": 1e3 * middle(own, "cpu_s_per_token"),
-        # Tokens that a second of the server's time makes, times plain vLLM's: so many more users on the same server.
+        # Tokens per second of the server's time, relative to plain vLLM: factor of more users on the same server.
         "capacity": 1 / load.median if load else None,
         "edge_busy": middle(own, "edge_busy") if is_remote else None,
         "tokens_per_dollar": prices.tokens_per_dollar(rate, int(is_remote)),
@@ -101,7 +101,7 @@ def cell_of(own: Sequence[Run], vanilla: Sequence[Run], prices: Prices) -> dict[
 
 
 def shares(own: Sequence[Run], name: str, whole: str) -> float | None:
-    """The median over the repeats that counted both."""
+    """Median share over the repeats that have both counters."""
     found = [value for run in own if (value := share(counted([run]), name, whole)) is not None]
     return statistics.median(found) if found else None
 
@@ -128,7 +128,7 @@ COLUMNS = (
 
 
 def summarise(runs: Sequence[Run], prices: Prices) -> list[dict[str, Any]]:
-    """A cell for each arm of each case: what is in the table, and in the file."""
+    """One cell per arm and case, for the table and the file."""
     places = [
         (case, arm, rtt_ms)
         for case in cases(runs)
@@ -144,7 +144,7 @@ def as_table(runs: Sequence[Run], prices: Prices) -> str:
 
 
 def break_evens(runs: Sequence[Run]) -> list[str]:
-    """For each case, a sentence about each baseline."""
+    """One sentence per case and baseline."""
     found = []
     for case in cases(runs):
         for other in (VANILLA, NGRAM, DRAFT_MODEL, WAIT):

@@ -1,15 +1,15 @@
-"""What a gateway costs, and what it adds: many edges' frames, or one attached edge and its engine.
+"""Cost and latency of a gateway: with frames of many edges, or with one attached edge and its engine.
 
     PYTHONPATH=examples python benchmarks/gateway_load.py messages [--edges 200] [--idle 1000] [--rate 20] [--plain]
     PYTHONPATH=examples python benchmarks/gateway_load.py overhead [--without-vllm]
 
 `messages` (`make bench-messages`): a real gateway process on one core, over TLS; edges (light_edge.py) and the engine's
-end of the line share the other. So many edges have a request each, are told a commit and propose, each at its own time,
-so many times a second; others are only there. Latency is from `send` at one end to the frame in the other's hands, by
-one clock. Last, the rate is raised until the gateway's core is full or frames are late.
+end of the link share the other. The active edges have a request each, receive a commit and send a proposal at a given
+rate, each at its own time; the others are only connected. Latency is from `send` at one end until the other has the
+frame, by one clock. At the end, the rate is raised until the gateway's core is full or frames are late.
 
 `overhead` (`make bench-overhead`): memory of the gateway and of an edge client without a model, the time from a
-proposal leaving the edge to the scheduler's inbox, vLLM's start-up with and without edges, and what an engine costs
+proposal leaving the edge to the scheduler's inbox, vLLM's start-up with and without edges, and the cost of an engine
 whose only request waits. Prints a table, then one JSON line; asserts nothing.
 """
 
@@ -53,9 +53,9 @@ DRAFT = (5, 6, 7, 8)
 DEADLINE_S = 60.0
 HEARTBEAT_S = 2.0
 AT_ONCE = 50
-"""Handshakes."""
+"""Most concurrent handshakes."""
 SATURATING = (40, 60, 80, 100)
-"""Rates of an edge at which the gateway's bound is looked for."""
+"""Rates per edge to try in the search for the gateway's limit."""
 FULL = 0.95
 NUM_PROPOSALS, PROPOSALS_PER_S = 300, 25
 PARKED_S, ANSWER_S, ANSWER_TOKENS = 8.0, 1.0, 24
@@ -71,14 +71,14 @@ COLUMNS = (
     Column("down p50 / p99 ms", lambda row: "{:.2f} / {:.2f}".format(*row["down_ms"])),
     Column("up p50 / p99 ms", lambda row: "{:.2f} / {:.2f}".format(*row["up_ms"])),
     Column("lost", "lost"),
-    Column("gateway us a frame", "gateway_us", ".0f"),
+    Column("gateway us per frame", "gateway_us", ".0f"),
     Column("its core", "busy", ".0%"),
 )
 
 
 @dataclass
 class Bench:
-    """Edges that stay connected while one rate after the other is tried."""
+    """Edges that stay connected while one rate after another is tried."""
 
     engine: EngineLink
     gateway: psutil.Process
@@ -88,14 +88,14 @@ class Bench:
     idle: list[LightEdge] = field(default_factory=list)
     _numbers: "count[int]" = field(default_factory=lambda: count(len(DRAFT)))
     _left_s: dict[int, float] = field(default_factory=dict)
-    """When the frame that carries this token left."""
+    """Send time of the frame with this token."""
     _down_s: list[float] = field(default_factory=list)
     _up_s: list[float] = field(default_factory=list)
     _known: list[int] = field(default_factory=list)
-    """Tokens of each active edge's request, as the engine knows it; its number is the edge's index."""
+    """Number of tokens of each active edge's request in the engine; its number is the edge's index."""
 
     async def connect(self, number: int, name: str) -> list[LightEdge]:
-        """So many edges more, a few at a time."""
+        """Connect `number` more edges, a few at a time."""
         loop, edges = asyncio.get_running_loop(), []
         for first in range(0, number, AT_ONCE):
             starting = [
@@ -115,7 +115,7 @@ class Bench:
         return edges
 
     async def open(self) -> None:
-        """A request for each active edge."""
+        """Open a request for each active edge."""
         for index in range(len(self.active)):
             self.engine.send([EngineOpen(index, len(PROMPT), 5, ""), Commit(index, 0, PROMPT)])
         self._known = [len(PROMPT)] * len(self.active)
@@ -133,7 +133,7 @@ class Bench:
                 self._down_s.append(time.monotonic() - left_s)
 
     async def beat(self) -> None:
-        """Everybody's heartbeats, spread evenly, for ever."""
+        """Send the heartbeats of all edges, spread evenly, until cancelled."""
         while True:
             edges = [*self.active, *self.idle]
             for each in edges:
@@ -141,7 +141,7 @@ class Bench:
                 await asyncio.sleep(HEARTBEAT_S / len(edges))
 
     async def run(self, rate: float, seconds: float, together: int) -> dict[str, Any]:
-        """A row. `rate`: of one edge. `together`: so many commits leave the engine at once, as those of a step do."""
+        """Measure one row. `rate`: per edge. `together`: commits in one message of the engine, as in a step."""
         self.engine.inbox.clear()
         self._left_s.clear()
         self._down_s.clear()
@@ -149,7 +149,7 @@ class Bench:
         before, started_s = self.gateway.cpu_times(), time.monotonic()
         num_sent = await self._send(rate, seconds, together, started_s)
         took_s, after = time.monotonic() - started_s, self.gateway.cpu_times()
-        await asyncio.sleep(0.5)  # what is on its way
+        await asyncio.sleep(0.5)  # for frames in flight
         self._hear()
         used_s = after.user + after.system - before.user - before.system
         return {
@@ -163,14 +163,14 @@ class Bench:
         }
 
     def _hear(self) -> None:
-        """What has come to the engine's end, whose inbox is bounded."""
+        """Read what has arrived at the engine's end, whose inbox is bounded."""
         while self.engine.inbox:
             at_s, frame = self.engine.inbox.popleft()
             if isinstance(frame, Propose):
                 self._up_s.append(at_s - self._left_s[frame.tokens[0]])
 
     async def _send(self, rate: float, seconds: float, together: int, started_s: float) -> int:
-        """A commit and a proposal of each edge in its turn; how many of each."""
+        """Send a commit and a proposal of each edge in turn; returns the number of each."""
         total = round(rate * seconds) * len(self.active)
         pause_s = 1 / (rate * len(self.active))
         num_sent = 0
@@ -216,23 +216,23 @@ async def measure(bench: Bench, edges: int, idle: int, rate: float, seconds: flo
     print(table(COLUMNS, rows))
     num_closed = sum(edge.is_closed.is_set() for edge in (*bench.active, *bench.idle))
     per_connection = (with_all - at_first) / (edges + idle) / 1e3
-    print(f"\n{per_connection:.0f} kB a connection; {(after - with_all) / 1e6:+.1f} MB while frames went through it")
-    print(f"at first {at_first / 1e6:.0f} MB; connections lost: {num_closed}")
+    print(f"\n{per_connection:.0f} kB per connection; {(after - with_all) / 1e6:+.1f} MB while frames went through it")
+    print(f"{at_first / 1e6:.0f} MB at the start; connections lost: {num_closed}")
 
 
 @app.command()
 def messages(
-    edges: Annotated[int, typer.Option(help="Edges with a request.", min=1)] = 200,
-    idle: Annotated[int, typer.Option(help="Edges without.", min=0)] = 1000,
-    rate: Annotated[float, typer.Option(help="Frames of an edge a second, each way.")] = 20.0,
+    edges: Annotated[int, typer.Option(help="Number of edges with a request.", min=1)] = 200,
+    idle: Annotated[int, typer.Option(help="Number of edges without a request.", min=0)] = 1000,
+    rate: Annotated[float, typer.Option(help="Frames per edge and second, each way.")] = 20.0,
     seconds: Annotated[float, typer.Option(help="Each run.", min=1)] = 20.0,
-    together: Annotated[int, typer.Option(help="Commits in one message of the engine's, in a second run.")] = 16,
+    together: Annotated[int, typer.Option(help="Commits in one message of the engine, in a second run.")] = 16,
     plain: Annotated[bool, typer.Option("--plain", help="Without TLS.")] = False,
 ) -> None:
-    """Frames through a real gateway."""
+    """Measure frames through a real gateway."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, edges + idle + 256), hard), hard))
-    # The engine's thread and the edges' loop share this process; Python would let one wait 5 ms for the other.
+    # The engine's thread and the edges' loop share this process; by default Python lets one wait 5 ms for the other.
     sys.setswitchinterval(0.0001)
     with story("messages"), tempfile.TemporaryDirectory() as name:
         options, context = ([], None) if plain else tls(Path(name))
@@ -248,7 +248,7 @@ def messages(
 
 
 def without_vllm() -> dict[str, float]:
-    """A real gateway and a real edge; the engine's end of the link without its engine."""
+    """Measure a real gateway and a real edge, with the engine's end of the link but no engine."""
     with tempfile.TemporaryDirectory() as name, gateway(Path(name)) as (process, listen, engine):
         with edge_client(f"http://{listen}", "ngram", Path(name) / "edge.log") as client:
             gateway_mb, edge_mb = (psutil.Process(each.popen.pid).memory_info().rss / 1e6 for each in (process, client))
@@ -262,7 +262,7 @@ def without_vllm() -> dict[str, float]:
 
 
 async def proposal_latencies_s(url: str, engine: EngineLink) -> list[float]:
-    """From the edge client's end of its link to the engine's inbox. Proposals are numbered by their only token."""
+    """Times from the edge client's end of its link to the engine's inbox. A proposal's only token is its number."""
     opened, welcome = asyncio.Event(), asyncio.Event()
     left_s: dict[int, float] = {}
 
@@ -294,7 +294,7 @@ def start_up_s(name: str, config: Mapping[str, object] | None) -> float:
 
 
 def parked() -> dict[str, float]:
-    """One request, always held for an edge that takes a second for each token that it drafts."""
+    """Measure one request that is always held for an edge that takes a second per draft token."""
     recordings = LOGS / "recordings.json"
     with ExitStack() as stack:
         config = edge(1, mode="wait", hold_limit_ms=5000)
@@ -308,7 +308,7 @@ def parked() -> dict[str, float]:
             before_s, started_s = target.cpu_s()["engine_core"], time.monotonic()
             time.sleep(PARKED_S)
             used_s, took_s = target.cpu_s()["engine_core"] - before_s, time.monotonic() - started_s
-            time.sleep(1.5)  # counters come once a second
+            time.sleep(1.5)  # counters are reported once a second
             counters = target.server.metrics()
             asking.join()
     return {
@@ -332,11 +332,11 @@ GOALS = {
 def overhead(
     is_without: Annotated[bool, typer.Option("--without-vllm", help="Only gateway and edge client.")] = False,
 ) -> None:
-    """What one attached edge costs."""
+    """Measure the cost of one attached edge."""
     with story("overhead"):
         result = without_vllm()
         if not is_without:
-            start_up_s("warm", None)  # the disk cache; then alternating
+            start_up_s("warm", None)  # warms the disk cache; then alternating
             pairs = [(start_up_s("plain", None), start_up_s("edge", edge(None))) for _ in range(3)]
             plain_s, edge_s = (statistics.median(each) for each in zip(*pairs, strict=True))
             result |= {"start_up_plain_s": plain_s, "start_up_added_s": edge_s - plain_s, **parked()}

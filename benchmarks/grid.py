@@ -1,12 +1,12 @@
-"""`make bench-never-slower`: turning it on never makes a server slower. A grid on a real `vllm serve`, with verdicts.
+"""`make bench-never-slower`: the plugin never makes a server slower. A grid on a real `vllm serve`, with verdicts.
 
     PYTHONPATH=examples python benchmarks/grid.py [--quick] [--resume] [--requests 1 --requests 8] [--edges poor]
 
-Three servers run at once: vanilla, vLLM's own `ngram` method, ours; float32, their models on one core, whoever is not
-asked uses none of it. On the other core are the load (load.py), the edges (replay.py) and a relay that adds delay
-(relay.py). A run is so many requests that start together; each of ours is compared with the vanilla and ngram runs next
-to it (verdicts.py). All is saved after every run; --resume goes on with a file that was left. Prints a line for each
-cell; status 1 if any fails, or if any answer is not what vanilla said before, token by token.
+Three servers run at once: vanilla, vLLM's own `ngram` method, ours; float32, their models on one core, which idle
+servers do not use. On the other core are the load (load.py), the edges (replay.py) and a relay that adds delay
+(relay.py). A run is a number of requests that start together; each of ours is compared with the vanilla and ngram runs
+next to it (verdicts.py). Every run is saved when it is done; --resume continues a file. Prints a line per cell; exits
+with status 1 if any fails, or if any token of an answer differs from vanilla's earlier answer.
 """
 
 import statistics
@@ -36,7 +36,7 @@ MAX_SEQS = 64
 REQUESTS, RTTS_MS, REPEATS = (1, 4, 8, 16, 32), (0.0, 20.0, 80.0), 3
 QUICK_REQUESTS, QUICK_RTTS_MS, QUICK_EDGES = (1, 8), (20.0,), (GOOD, POOR, DEAD)
 NUM_TOKENS = {1: 120, 4: 80, 8: 64, 16: 64, 32: 48}
-"""Of each answer, by requests (the largest that is no more): a run takes about ten seconds."""
+"""Tokens of each answer, by the largest of these numbers of requests that is not exceeded: about ten seconds a run."""
 WARM_UP_TOKENS, WARM_UP_TOKENS_OF_MANY, MANY = 16, 8, 9
 ACCURACY = {kind: Accuracy(0.3, 0.3) if kind == POOR else Accuracy(0.75, 0.6) for kind in EDGES}
 STALLS = {"stall_s": 2.0, "stall_every_s": 5.0}
@@ -44,12 +44,12 @@ STALLS = {"stall_s": 2.0, "stall_every_s": 5.0}
 
 @dataclass(frozen=True)
 class Settings:
-    """What runs that are compared must have in common."""
+    """Settings that all compared runs must share."""
 
     mode: str
     k: int
     tokens: int
-    """Of each answer; 0: by NUM_TOKENS."""
+    """Tokens of each answer; 0: by NUM_TOKENS."""
     pass_ms: float
     seed: int
 
@@ -96,7 +96,7 @@ def measure(settings: Settings, slot: Slot, target: Target, recordings: Sequence
 
 
 def learned_by(target: Target) -> dict[str, Any]:
-    """What the engine says of its steps now, as verdicts.Learned takes it."""
+    """The engine's current estimates of its step times, as fields of verdicts.Learned."""
     values, prefix = target.server.metrics(), "specedge_engine_step_"
     parts = {
         f"{name}_s": values[f'{prefix}{name}_seconds{{engine="0"}}'] for name in ("request", "context", "verifying")
@@ -128,26 +128,26 @@ def measure_all(settings: Settings, slots: Sequence[Slot], kept: Kept, limits: L
 
 
 def main(
-    requests: Annotated[list[int] | None, typer.Option(help=f"At once; may be given again. {REQUESTS}")] = None,
-    rtt: Annotated[list[float] | None, typer.Option(help=f"Round trips in ms; may be given again. {RTTS_MS}")] = None,
-    edges: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(EDGES)}; may be given again. All")] = None,
-    repeats: Annotated[int, typer.Option(help=f"Of every cell; 0: {REPEATS}, 1 with --quick.", min=0)] = 0,
-    tokens: Annotated[int, typer.Option(help="Of each answer; 0: as many as take about ten seconds.", min=0)] = 0,
-    k: Annotated[int, typer.Option(help="Draft tokens that a step verifies for a request at most.", min=1)] = 5,
+    requests: Annotated[list[int] | None, typer.Option(help=f"Concurrent requests; repeatable. {REQUESTS}.")] = None,
+    rtt: Annotated[list[float] | None, typer.Option(help=f"Round trips in ms; repeatable. {RTTS_MS}.")] = None,
+    edges: Annotated[list[str] | None, typer.Option(help=f"{', '.join(EDGES)}; repeatable; default: all.")] = None,
+    repeats: Annotated[int, typer.Option(help=f"Repeats of every cell; 0: {REPEATS}, 1 with --quick.", min=0)] = 0,
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer; 0: for about ten seconds a run.", min=0)] = 0,
+    k: Annotated[int, typer.Option(help="Most draft tokens that a step verifies per request.", min=1)] = 5,
     mode: Annotated[str, typer.Option(help="Our server's `mode`; empty: its default.")] = "",
-    pass_ms: Annotated[float, typer.Option(help="What one forward pass of an edge takes.")] = 6.0,
-    min_ratio: Annotated[float, typer.Option(help="Tokens a second, to vanilla's and ngram's.")] = Limits.min_ratio,
+    pass_ms: Annotated[float, typer.Option(help="Time of a forward pass of an edge.")] = 6.0,
+    min_ratio: Annotated[float, typer.Option(help="Least tokens/s relative to vanilla and ngram.")] = Limits.min_ratio,
     max_p99_ratio: Annotated[
-        float, typer.Option(help="Of the gaps between chunks, to vanilla's.")
+        float, typer.Option(help="Largest p99 gap between chunks, relative to vanilla.")
     ] = Limits.max_p99_ratio,
-    seed: Annotated[int, typer.Option(help="Of the replayed drafts and the stalls.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the replayed drafts and the stalls.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="1 and 8 requests, RTT 20 ms, good, poor, dead; once.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the output file; only what is missing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the output file: only missing runs.")] = False,
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/never-slower.json.")] = None,
 ) -> None:
-    """Whether turning it on ever makes a server slower: a grid with verdicts."""
+    """Check that the plugin never makes a server slower: a grid with verdicts."""
     edges = edges or list(QUICK_EDGES if quick else EDGES)
     if unknown := set(edges) - set(EDGES):
         raise typer.BadParameter(f"there are no {', '.join(sorted(unknown))} edges; there are {', '.join(EDGES)}")

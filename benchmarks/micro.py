@@ -1,11 +1,11 @@
-"""What the hot paths cost, in microseconds, without vLLM, model or network.
+"""Cost of the hot paths in microseconds, without vLLM, model or network.
 
     python benchmarks/micro.py pieces [--rounds 15]
     python benchmarks/micro.py deciding [--requests 1 --requests 256]
 
-`pieces` (`make bench-micro`): each piece is called until a round has lasted long enough; printed are the median over
-the rounds and their range. `deciding` (`make bench-deciding`): what the policy costs the engine at many requests, a
-running request a step. The whole way between processes: `make bench-overhead`.
+`pieces` (`make bench-micro`): calls each piece until a round has lasted long enough, and prints the median over the
+rounds and their range. `deciding` (`make bench-deciding`): cost of the policy in the engine at many requests, per
+running request and step. For the whole path between processes: `make bench-overhead`.
 """
 
 import statistics
@@ -39,7 +39,7 @@ DRAFT = tuple(CHANCE.randrange(VOCAB_SIZE) for _ in range(1 + K))
 BRANCHED = Propose(7, 1000, (*DRAFT, *(CHANCE.randrange(VOCAB_SIZE) for _ in range(9))), (1, 3, 2, 3, 4, 3))
 COMMIT = Commit(7, 1000, DRAFT[:2])
 PROFILE = {1: 0.022, 64: 0.023, 128: 0.026, 256: 0.03, 1024: 0.11}
-"""Seconds of a step by its tokens, as of a 14B model on an accelerator."""
+"""Seconds of a step by its number of tokens, as for a 14B model on an accelerator."""
 ACCEPTANCE, PROPOSED = 0.75, 0.7
 STEP_S = 0.03
 
@@ -58,7 +58,7 @@ def decoding(frame: Frame) -> Callable[[], object]:
 
 
 def tree_round() -> Callable[[], object]:
-    """A proposal comes, three of its tokens are decided, one of them the target's own."""
+    """A proposal arrives, then three tokens are committed, one of them the target's own."""
     tokens = [1]
     tree = ProposalTree(1)
 
@@ -73,7 +73,7 @@ def tree_round() -> Callable[[], object]:
 
 
 def driver_round() -> Callable[[], object]:
-    """One request: a proposal is taken in, a step's tokens are committed and told."""
+    """One request: a proposal is inserted, a step's tokens are committed and published."""
     driver = StepDriver(VOCAB_SIZE, K, HoldLimits(), StepCost({1: 0.02, 64: 0.03}))
     tokens = [1, 2, 3]
     driver.receive(EngineWelcome(PROTOCOL_VERSION), 0.0)
@@ -92,7 +92,7 @@ def driver_round() -> Callable[[], object]:
 
 
 def routed(kind: str) -> Callable[[], object]:
-    """One frame through the gateway's decisions: a commit on its way down, a proposal on its way up."""
+    """One frame through the gateway's decisions: a commit down or a proposal up."""
     router, engine = Router(RouterLimits(max_context_tokens=1 << 30, max_total_tokens=1 << 31)), b"engine"
     router.from_engine(engine, EngineHello(PROTOCOL_VERSION, "toy", "f", VOCAB_SIZE))
     router.edge_hello(1, Hello(PROTOCOL_VERSION, "bench", "x", "pool", "f", 4), "s", frozenset(ROLES))
@@ -129,7 +129,7 @@ PIECES: dict[str, Callable[[], Callable[[], object]]] = {
 
 
 def timed_us(act: Callable[[], object], rounds: int) -> list[float]:
-    """Microseconds a call, a number a round."""
+    """Microseconds per call of each round."""
     count = 1
     while round_s(act, count) < ROUND_S:
         count *= 2
@@ -144,9 +144,9 @@ def round_s(act: Callable[[], object], count: int) -> float:
 
 
 @app.command()
-def pieces(rounds: Annotated[int, typer.Option(help="Of each piece.", min=1)] = 15) -> None:
-    """What each piece of the hot paths takes."""
-    print("| piece | us a call | range |\n| --- | ---: | ---: |")
+def pieces(rounds: Annotated[int, typer.Option(help="Rounds per piece.", min=1)] = 15) -> None:
+    """Measure each piece of the hot paths."""
+    print("| piece | us per call | range |\n| --- | ---: | ---: |")
     for name, make in PIECES.items():
         found = timed_us(make(), rounds)
         print(f"| {name} | {statistics.median(found):.1f} | {min(found):.1f}..{max(found):.1f} |", flush=True)
@@ -157,7 +157,7 @@ def pieces(rounds: Annotated[int, typer.Option(help="Of each piece.", min=1)] = 
 
 @dataclass
 class Engine:
-    """Requests that all have edges, get drafts and verify them, as fast as the shipping driver goes."""
+    """Requests that all have edges, receive drafts and verify them, as fast as the shipping driver can."""
 
     num_requests: int
     context: int
@@ -218,7 +218,7 @@ class Engine:
         return 1e6 * self.seconds[what] / self.calls[what]
 
     def allocated_bytes(self) -> int:
-        """The most that planning one step holds at once."""
+        """Peak memory of planning one step."""
         self.propose()
         tracemalloc.start()
         self.plan()
@@ -230,16 +230,16 @@ class Engine:
 COLUMNS = (
     Column("requests", "requests"),
     Column("context", "context"),
-    Column("deciding, us a request a step", "deciding", ".1f"),
+    Column("deciding, us per request and step", "deciding", ".1f"),
     Column("a proposal, us", "proposal", ".1f"),
-    Column("ending a step, us a request", "ending", ".1f"),
-    Column("learning, us a request a step", "learning", ".1f"),
+    Column("ending a step, us per request", "ending", ".1f"),
+    Column("learning, us per request and step", "learning", ".1f"),
     Column("allocated, kB", "allocated", ".0f"),
 )
 
 
 def measured(requests: int, context: int, steps: int) -> dict[str, float]:
-    """A row of the table."""
+    """One row of the table."""
     engine = Engine(requests, context)
     for _ in range(steps):
         engine.step()
@@ -251,14 +251,14 @@ def measured(requests: int, context: int, steps: int) -> dict[str, float]:
 @app.command()
 def deciding(
     requests: Annotated[list[int], typer.Option(help="Running requests.")] = [1, 16, 64, 256],  # noqa: B006
-    contexts: Annotated[list[int], typer.Option(help="Tokens of each.")] = [500, 8000],  # noqa: B006
+    contexts: Annotated[list[int], typer.Option(help="Tokens per request.")] = [500, 8000],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Measured.")] = 60,
 ) -> None:
-    """What the policy costs the engine, a running request a step.
+    """Measure the cost of the policy in the engine, per running request and step.
 
-    Seven of ten requests get a new draft each step. `deciding` is planning a step (goal: 15 microseconds a request a
-    step at 256 requests); taking in a proposal, and ending a step, which commits and publishes, are shown too.
-    `allocated` is the most that planning held at once, which must not grow with the context.
+    Seven of ten requests get a new draft each step. `deciding` is planning a step (goal: 15 microseconds per request
+    and step at 256 requests); inserting a proposal, and ending a step, which commits and publishes, are shown too.
+    `allocated` is the peak memory of planning, which must not grow with the context.
     """
     print(table(COLUMNS, [measured(number, context, steps) for number in requests for context in contexts]))
 

@@ -1,11 +1,11 @@
-"""`make bench-other-tokenizer`: a draft of another tokenizer, translated: how often it is right, and what that costs.
+"""`make bench-other-tokenizer`: a translated draft with another tokenizer: how often it is right, and its cost.
 
     PYTHONPATH=examples python benchmarks/other_tokenizer.py [--target smollm2] [--draft qwen] [--tokens 64]
 
-The target answers the demo's questions greedily, in the int8 runtime, where a draft reads what it says token by token.
-Printed are the share of tokens that the draft had as its most probable one and within its first three, for the draft of
-the target's own pair and for the other pair's, and microseconds that translating takes, by itself, and
-between the passes of the model, which leave no cache warm.
+The target answers the demo's questions greedily, in the int8 runtime, and a draft reads the answers token by token.
+Prints the share of tokens that were the draft's most probable one, and that were among its first three, for the draft
+of the target's own pair and for the other pair's; and the microseconds of translating, by itself, and between the
+passes of the model, which leave no cache warm.
 """
 
 import time
@@ -27,7 +27,7 @@ from edge_client.drafters.retokenized import Retokenization, RetokenizedDrafter,
 
 
 def answers(name: str, num_tokens: int) -> list[tuple[list[int], list[int]]]:
-    """Prompts and what the target of a pair says to them."""
+    """Prompts and the answers of a pair's target."""
     directory = str(PAIRS[name].target_directory(CACHE))
     tokenizer, target = AutoTokenizer.from_pretrained(directory), load_drafter(DrafterOptions(directory, "cpu", 1))
     found = []
@@ -44,7 +44,7 @@ def answers(name: str, num_tokens: int) -> list[tuple[list[int], list[int]]]:
 
 
 class Timed:
-    """A drafter, and the seconds that its passes took."""
+    """A drafter that records the seconds of its passes."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.fingerprint, self.description = drafter.fingerprint, drafter.description
@@ -96,7 +96,7 @@ class Nothing:
 
 
 def commit_us(pieces: Retokenization, drafter: Drafter, texts: list[tuple[list[int], list[int]]]) -> float:
-    """Of a commit to a context as long as these: cut back what was drafted, append a token, draft four and four."""
+    """Time of a commit at the length of these texts: truncate the draft, append a token, draft four and four."""
     silent = SimpleNamespace(
         **{name: getattr(drafter, name) for name in ("max_context_tokens", "max_width", "description")}
     )
@@ -120,7 +120,7 @@ def commit_us(pieces: Retokenization, drafter: Drafter, texts: list[tuple[list[i
 def main(
     target: Annotated[str, typer.Option(help="The pair whose target is drafted for.")] = "smollm2",
     draft: Annotated[str, typer.Option(help="The pair whose draft drafts.")] = "qwen",
-    tokens: Annotated[int, typer.Option(help="Of each answer, at most.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
 ) -> None:
     torch.set_num_threads(1)
     for name in {target, draft}:
@@ -136,12 +136,12 @@ def main(
             there = tokenizer_vocabulary(str(PAIRS[target].target_directory(CACHE)))
             pieces = retokenization(there, own)
             took_s = time.perf_counter() - started_s
-            print(f"{pieces.coverage:.0%} of the target's tokens are one of the draft's; {took_s:.1f} s")
+            print(f"{pieces.coverage:.0%} of the target's tokens are one token of the draft; {took_s:.1f} s")
             drafter = RetokenizedDrafter(inner, pieces, "other")
-            print(f"A commit, and drafting behind it: {commit_us(pieces, inner, texts):.0f} us of translating alone.")
+            print(f"A commit and the draft after it: {commit_us(pieces, inner, texts):.0f} us of translating alone.")
         rows.append({"draft": name, **shares(drafter, inner, texts)})
     columns = (Column("draft", "draft"), Column("right", "first", ".3f"), Column("of three", "of three", ".3f"))
-    print(table((*columns, Column("us a token beside passes", "us", ".0f")), rows))
+    print(table((*columns, Column("us per token besides passes", "us", ".0f")), rows))
 
 
 if __name__ == "__main__":

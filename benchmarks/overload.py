@@ -1,10 +1,10 @@
-"""`make bench-overload`: goodput of a real server when more is asked for than it can do, by who is let in.
+"""`make bench-overload`: goodput of a real server under overload, by admission policy.
 
     PYTHONPATH=examples python benchmarks/overload.py [--times 1,1.5,2,3] [--seconds 60] [--quick]
 
-SmolLM2 on one core, two classes with different targets, requests that come whether or not others have ended: evenly by
-chance and in bursts, the same ones for each arm. Each cell stands beside the simulator's, which is given the step times
-that this server has learnt, and ends with status 1 if a goal is missed or the simulator is off by more than 15 %.
+SmolLM2 on one core, two classes with different targets, open-loop arrivals: Poisson and in bursts, the same ones for
+each arm. Each cell is shown with the simulator's, which uses the step times that this server has learned. Exits with
+status 1 if a goal is missed or the simulator is off by more than 15 %.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from vllm_specedge.simulation.scenario import Scenario
 MAX_SEQS, STEP_TOKENS, PROMPT_TOKENS, ANSWER_TOKENS = 32, 512, 64, 64
 KV_BYTES = 1 << 30
 WARM_UP = (1, 2, 4, 8, 12, 16, 24, 32)
-"""Requests at a time, by which the server learns what its steps take."""
+"""Concurrent requests from which the server learns its step times."""
 VOCABULARY = range(1000, 40_000)
 MIN_GOODPUT, MIN_RATIO, AGREEMENT = 0.9, 1.8, 0.15
 SETTLE_S = 2.0
@@ -50,13 +50,13 @@ class Cell:
     goodput_per_s: float
     simulated_per_s: float
     met: dict[str, float]
-    """By class, the part of all its requests that had their targets met."""
+    """By class, the share of requests that met their targets."""
     refused: int
 
 
 @dataclass
 class Asked:
-    """A request, and what came of it."""
+    """A request, and its outcome."""
 
     arrival: Arrival
     answer: Answer
@@ -84,7 +84,7 @@ async def _ask(client: httpx.AsyncClient, url: str, model: str, arrival: Arrival
 
 
 async def _ask_all(target: Target, coming: Iterable[Arrival], seed: int) -> list[Asked]:
-    """Each when it is to come, by the clock."""
+    """Send each request at its arrival time."""
     chance, url, tasks = Random(seed), f"{target.server.url}/v1/completions", list[asyncio.Task[Asked]]()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(trust_env=False, timeout=LIMIT_S, limits=limits) as client:
@@ -100,15 +100,15 @@ def _learn(target: Target) -> None:
     chance = Random(0)
     for number in WARM_UP:
         target.ask([[chance.choice(VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in range(number)], ANSWER_TOKENS)
-    time.sleep(SETTLE_S)  # engines report once a second
+    time.sleep(SETTLE_S)  # engines report once per second
 
 
 def _simulated(target: Target, seconds: float, gold_itl_ms: float, itl_ms: float) -> Overload:
-    """The simulator's server is this one, as it has learnt itself."""
+    """The simulation of this server, with the step times that it has learned."""
     text = httpx.get(f"{target.server.gateway_url}/metrics", trust_env=False).text
     server = knowledge(text).server
     if server is None:
-        raise target.server.process.fail("the engine has not said what its steps take")
+        raise target.server.process.fail("the engine has not reported its step times")
     gold, default = CLASSES
     classes = (
         replace(gold, target=replace(gold.target, itl_s=gold_itl_ms / 1e3)),
@@ -158,7 +158,7 @@ def _table(kind: Kind, times: Sequence[float], cells: Sequence[Cell]) -> str:
 
 
 def problems(cells: Sequence[Cell]) -> list[str]:
-    """The goals that are missed, a sentence each."""
+    """One line for each missed goal."""
     found = []
     by_key = {(cell.kind, cell.arm, cell.times): cell for cell in cells}
     for cell in cells:
@@ -178,12 +178,12 @@ def problems(cells: Sequence[Cell]) -> list[str]:
 
 
 def main(
-    times: Annotated[str, typer.Option(help="The capacity, so many times; several with commas.")] = "1,1.5,2,3",
-    arms: Annotated[str, typer.Option(help="Several with commas.")] = ",".join(ARMS),
-    seconds: Annotated[float, typer.Option(help="For so long requests come, in each cell.", min=4)] = 60.0,
+    times: Annotated[str, typer.Option(help="Load in multiples of capacity, separated by commas.")] = "1,1.5,2,3",
+    arms: Annotated[str, typer.Option(help="Arms, separated by commas.")] = ",".join(ARMS),
+    seconds: Annotated[float, typer.Option(help="Seconds of arrivals in each cell.", min=4)] = 60.0,
     gold_itl_ms: Annotated[float, typer.Option(help="Target of class gold, between tokens.")] = 80.0,
     itl_ms: Annotated[float, typer.Option(help="Target of the default class.")] = 160.0,
-    quick: Annotated[bool, typer.Option("--quick", help="Two arms, one load, Poisson: whether it works.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two arms, one load, Poisson: a smoke test.")] = False,
     output: Annotated[Path | None, typer.Option(help="The results file.")] = None,
 ) -> None:
     loads: list[float] = [2.0] if quick else [float(each) for each in times.split(",")]
@@ -214,7 +214,7 @@ def main(
         stand_aside()
         _learn(target)
         base = _simulated(target, seconds, gold_itl_ms, itl_ms)
-        console.print(f"Capacity: {base.capacity_per_s:.2f} requests a second, {base.limit} at a time")
+        console.print(f"Capacity: {base.capacity_per_s:.2f} requests per second, {base.limit} at a time")
         cells = []
         for kind in KINDS[:1] if quick else KINDS:
             for arm in chosen:
@@ -225,7 +225,7 @@ def main(
     settings = {"seconds": seconds, "capacity_per_s": base.capacity_per_s, "limit": base.limit, "slo": slo}
     figures = {"settings": settings, "session": circumstances(), "cells": [asdict(cell) for cell in cells]}
     path.write_text(json.dumps(figures, indent=1) + "\n")
-    print("Requests a second that met their targets, [in simulation], (part of class gold, of the default class):")
+    print("Requests per second that met their targets, [simulated], (share in class gold, in the default class):")
     for kind in [kind for kind in KINDS if any(cell.kind == kind for cell in cells)]:
         print(f"\n{_table(kind, loads, cells)}")
     missed = problems(cells)

@@ -1,7 +1,7 @@
-"""The front of the server of `make bench-overload`: one that is told which of the simulator's arms lets requests in.
+"""Front end of the server of `make bench-overload`, with a selectable arm of the simulator for admission.
 
-`POST /arm` with {"arm", "limit", "gold_itl_ms", "itl_ms"} begins with it anew. "cost model" is the shipping middleware.
-Others see what a front sees: when a request came, and when each piece of its answer did.
+`POST /arm` with {"arm", "limit", "gold_itl_ms", "itl_ms"} selects an arm and resets it. "cost model" is the shipping
+middleware. The others see what a front end sees: arrival times of requests, and of each chunk of their answers.
 """
 
 import json
@@ -24,13 +24,13 @@ CLASS_HEADER = "x-bench-class"
 
 @dataclass
 class Front:
-    """One arm at work."""
+    """The selected arm."""
 
     name: str = "none"
     classes: dict[str, RequestClass] = field(default_factory=lambda: {each.name: each for each in CLASSES})
     arm: Arm = field(default_factory=lambda: ARMS["none"](CLASSES, 0))
     shortest_s: float = float("inf")
-    """To a first token, of all: what is longer was waited for."""
+    """Shortest time to a first token so far; any more time counts as waiting."""
 
 
 def front_of(asked: dict[str, Any]) -> Front:

@@ -1,4 +1,4 @@
-"""What `make bench-ahead ARGS="--pair ..."` computes from its runs (benchmarks/real_pair.py). Pure."""
+"""Results of `make bench-ahead ARGS="--pair ..."` from its runs (benchmarks/real_pair.py). Pure."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -11,11 +11,11 @@ from questions import QUESTIONS
 
 PLAIN = "plain"
 ALL = "all"
-"""Instead of a kind of question: the tokens of all kinds."""
+"""In place of a kind of question: all kinds together."""
 
 
 def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A cell for each arm at each RTT and temperature, over all repeats: what is in the tables, and in the file."""
+    """One cell per arm, RTT and temperature, over all repeats, for the tables and the file."""
     places = {(run.temperature, run.arm, run.rtt_ms or 0.0): None for run in runs if run.arm != PLAIN}
     return [
         _cell(
@@ -29,7 +29,7 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _cell(own: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
     total = counted(own)
     by_kind = {kind: (of_kind(kind, own), of_kind(kind, plain)) for kind in (*QUESTIONS, ALL)}
-    # The kinds' mean, of each repeat by itself.
+    # The mean over kinds, for each repeat separately.
     times = [[_times([run], by_kind[kind][1]).median for run in by_kind[kind][0]] for kind in QUESTIONS]
     return {
         "arm": own[0].arm,
@@ -38,13 +38,13 @@ def _cell(own: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
         "by_kind": {kind: _figures(*both) for kind, both in by_kind.items()},
         "mean": spread(list(map(statistics.mean, zip(*times, strict=True)))),
         "up_bytes_per_token": total["up_bytes"] / total["tokens"],
-        # Greedy answers that are not plain vLLM's, token by token.
+        # Greedy answers that differ from plain vLLM's in any token.
         "parted": sum(num_different([*of_same_repeat(run, of_kind(run.kind, plain)), run]) for run in own),
     }
 
 
 def of_kind(kind: str, runs: Iterable[Run]) -> list[Run]:
-    """Of one kind of question; with ALL, those of all kinds as one run, each repeat by itself."""
+    """The runs of one kind of question; with ALL, one run per repeat that combines all kinds."""
     if kind != ALL:
         return [run for run in runs if run.kind == kind]
     repeats: dict[int, list[Run]] = {}
@@ -68,12 +68,12 @@ def _joined(runs: Sequence[Run]) -> Run:
 
 
 def _times(own: Sequence[Run], plain: Sequence[Run]) -> Ratio:
-    """Times plain vLLM's tokens a second of the same repeat."""
+    """Tokens per second relative to plain vLLM's in the same repeat."""
     return ratio(own, plain) or Ratio(0.0, 0.0, 0.0)
 
 
 def _figures(own: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
-    """`step_times`: how many times as long as plain vLLM's a step takes, holding included; `tokens_per_step` over it is
+    """`step_times`: time of a step relative to plain vLLM's, including holds; `tokens_per_step` divided by it is
     `times`."""
     times, counts = _times(own, plain), counted(own)
     num_steps = max(counts["steps"], 1)
@@ -98,21 +98,21 @@ def as_table(cells: Sequence[dict[str, Any]]) -> str:
         *(Column(kind, lambda cell, kind=kind: cell["by_kind"][kind]["times"]) for kind in QUESTIONS),
         Column("mean", "mean"),
         Column("accepted", lambda cell: cell["by_kind"][ALL]["acceptance"], ".0%"),
-        Column("tokens a step", lambda cell: cell["by_kind"][ALL]["tokens_per_step"], ".2f"),
-        Column("bytes up a token", "up_bytes_per_token", ".0f"),
+        Column("tokens per step", lambda cell: cell["by_kind"][ALL]["tokens_per_step"], ".2f"),
+        Column("bytes up per token", "up_bytes_per_token", ".0f"),
         Column("parted", "parted"),
     )
     return table(columns, cells)
 
 
 def as_split(cells: Sequence[dict[str, Any]]) -> str:
-    """Where each ratio comes from, as Markdown: tokens a step, over how much longer a step takes."""
+    """Factors of each ratio, as Markdown: tokens per step, and how much longer a step takes."""
     columns = (
         *PLACE,
         Column("kind", "kind"),
-        Column("verified a step", "verified_per_step", ".2f"),
+        Column("verified per step", "verified_per_step", ".2f"),
         Column("accepted", "acceptance", ".0%"),
-        Column("tokens a step", "tokens_per_step", ".2f"),
+        Column("tokens per step", "tokens_per_step", ".2f"),
         Column("step times", "step_times", ".2f"),
     )
     return table(columns, [{**cell, "kind": kind, **cell["by_kind"][kind]} for cell, kind in product(cells, QUESTIONS)])

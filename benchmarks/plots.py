@@ -1,4 +1,4 @@
-"""What bench.py draws: throughput and latency, against the round trip and against the load."""
+"""Plots of bench.py: throughput and latency, against the round trip and against the load."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Point = tuple[float, Slot, float | None]
-"""Where on the x axis, and which case and round trip that is."""
+"""Position on the x axis, case and round trip."""
 COLOURS = dict(zip(ARMS, ("#555555", "#b07aa1", "#e15759", "#f1a340", "#1f77b4"), strict=True))
 VALUES = {RATE: "output tokens/s", "gap_p99_ms": "p99 inter-token latency, ms"}
-"""What is drawn side by side."""
+"""Figures that are drawn side by side, with their labels."""
 
 
 def draw(runs: Sequence[Run], path: Path) -> list[Path]:
-    """Write NAME-rtt.svg and NAME-load.svg beside NAME.json; returns what was written."""
+    """Write NAME-rtt.svg and NAME-load.svg next to NAME.json; returns the written files."""
     mixed = [case for case in cases(runs) if case.kind == MIXED and not case.temperature]
     rtts = rtts_ms(runs)
     made = []
@@ -51,7 +51,7 @@ def _figure(path: Path, runs: Sequence[Run], points: Sequence[Point], label: str
 
 
 def _line(axes: Axes, arm: str, points: Sequence[tuple[float, float]]) -> None:
-    """Dashed without an edge."""
+    """Draw a line; dashed for arms without an edge."""
     if points:
         style = "o-" if arm in REMOTE else "--"
         axes.plot(*zip(*points, strict=True), style, color=COLOURS[arm], label=TITLES[arm])

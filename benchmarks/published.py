@@ -2,8 +2,8 @@
 
     python benchmarks/published.py [--write]
 
-A document holds each between `<!-- table: NAME -->` and `<!-- end of table -->`. Without --write it says which of them
-are not what the files say (tests/test_published_figures.py asks the same).
+A document has each between `<!-- table: NAME -->` and `<!-- end of table -->`. Without --write it prints the documents
+whose tables differ from the files (tests/test_published_figures.py checks the same).
 """
 
 import json
@@ -20,11 +20,11 @@ from harness.results import RESULTS, ROOT, markdown
 BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<table>.*?)<!-- end of table -->", re.DOTALL)
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md")
 PLACES = ("no edges", "poor", "stalling", "dead", "ngram", "draft_model", "waiting", "good", "edge")
-"""How the names of columns begin, in their order."""
+"""Prefixes of column names, in the order of the columns."""
 
 
 def evidence(pair: str) -> str:
-    """Tokens a second to plain vLLM's, by load and place: medians over starts and their intervals."""
+    """Tokens per second relative to plain vLLM, by load and place: medians over starts, with intervals."""
     cells: list[dict[str, Any]] = json.loads((RESULTS / f"evidence-{pair}.json").read_text())["cells"]
     arms = list(dict.fromkeys(cell["arm"] for cell in sorted(cells, key=lambda cell: _order(cell["arm"]))))
     by_place = {(_load(cell), cell["arm"]): Interval(*cell[RATE]) for cell in cells}
@@ -55,14 +55,14 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """A document with its tables as the files say. Raises KeyError for a table that nobody makes."""
+    """A document with its tables regenerated from the files. Raises KeyError for an unknown table."""
     return BLOCK.sub(
         lambda block: f"<!-- table: {block['name']} -->\n{TABLES[block['name']]()}\n<!-- end of table -->", text
     )
 
 
 def unlike(document: Path, should_write: bool) -> bool:
-    """Whether a document's tables were not what the files say."""
+    """Whether a document's tables differed from the files."""
     text = document.read_text()
     made = filled(text)
     if made != text and should_write:
@@ -71,11 +71,11 @@ def unlike(document: Path, should_write: bool) -> bool:
 
 
 def main(
-    write: Annotated[bool, typer.Option("--write", help="Put them into the documents.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write them into the documents.")] = False,
 ) -> None:
     """The tables of README and docs/ that are made from files in results/."""
     found = [str(document.relative_to(ROOT)) for document in DOCUMENTS if unlike(document, write)]
-    print(("Written: " if write else "Not as the files say: ") + (", ".join(found) or "none"))
+    print(("Written: " if write else "Different from the files: ") + (", ".join(found) or "none"))
     sys.exit(1 if found and not write else 0)
 
 

@@ -1,12 +1,12 @@
-"""`make bench-ahead ARGS="--pair qwen"`: what an edge brings with a real pair of models, by kind of question.
+"""`make bench-ahead ARGS="--pair qwen"`: the gain from an edge with a real pair of models, by kind of question.
 
     PYTHONPATH=examples python benchmarks/real_pair.py --pair qwen [--rtt 20] [--repeats 1] [--resume]
 
-Plain vLLM without the plugin, the paper's way (wait for every draft) and this project's (draft ahead, with branches, as
-`vllm serve --speculative-config edge` and `edge-client connect` do by default) side by side: a server each on one core,
-one real edge at a time on the other, behind a relay that adds delay. Greedy and sampled. Tokens a second are those
-while an answer streams, without its prompt; each ratio is to plain vLLM in the same round, which is a repeat at one
-temperature. All is saved after every run; --resume goes on with the rounds that are missing in a file that was left.
+Plain vLLM without the plugin, the paper's method (wait for every draft) and this project's (draft ahead, with branches,
+as `vllm serve --speculative-config edge` and `edge-client connect` do by default) side by side: their servers on one
+core, one real edge at a time on the other, behind a relay that adds delay. Greedy and sampled. Tokens per second are
+those of a streaming answer, without its prompt; each ratio is to plain vLLM in the same round, which is a repeat at one
+temperature. Every run is saved when it is done; --resume continues a file with its missing rounds.
 """
 
 import shlex
@@ -34,7 +34,7 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """The measurements to make."""
 
     pair: Pair
     dtype: str
@@ -43,13 +43,13 @@ class Plan:
     temperatures: tuple[float, ...]
     repeats: int
     num_questions: int
-    """Of each kind."""
+    """Questions of each kind."""
     num_tokens: int
-    """Of each answer at most."""
+    """Most tokens of an answer."""
 
     def rounds(self) -> Iterator[list[Slot]]:
-        """All that is compared is measured within one: each arm at each RTT. Each round starts with another arm; plain
-        vLLM has no RTT."""
+        """The rounds, each with all compared runs: each arm at each RTT. Each round starts with another arm; plain vLLM
+        has no RTT."""
         places = [(arm.name, rtt_ms) for rtt_ms in self.rtts_ms for arm in self.arms if arm.config is not None]
         places += [(arm.name, 0.0) for arm in self.arms if arm.config is None]
         for repeat, (number, temperature) in product(range(self.repeats), enumerate(self.temperatures)):
@@ -60,7 +60,7 @@ class Plan:
             ]
 
     def settings(self) -> dict[str, object]:
-        """What runs in one file have in common."""
+        """Settings that all runs in one file share."""
         said = {name: value for name, value in asdict(self).items() if name not in ("repeats", "temperatures")}
         return {**said, "pair": self.pair.name}
 
@@ -68,9 +68,9 @@ class Plan:
 def arms_of(
     names: Sequence[str], uplinks: Sequence[float], k: int | None, others: Sequence[str] = ()
 ) -> tuple[Arm, ...]:
-    """`uplinks`: bytes a token that an edge drafting ahead may send; none: as by default. `k` likewise.
+    """The arms. `uplinks`: bytes per token that an edge drafting ahead may send; none: the default. `k` likewise.
 
-    `others`: edges that draft ahead with options of their own, as `NAME: OPTIONS`.
+    `others`: edges that draft ahead with their own options, as `NAME: OPTIONS`.
     """
     found = [Arm(PLAIN, PLAIN, PLAIN)]
     if WAITING in names:
@@ -91,7 +91,7 @@ def arms_of(
 
 
 def measure(plan: Plan, slot: Slot, arm: Arm, target: Target) -> Iterator[Run]:
-    """A run for each kind of question, by the same edge."""
+    """One run per kind of question, with the same edge."""
     options = [*flags(draft=plan.pair.draft_directory(CACHE), threads=1), *arm.edge]
     rtt_ms = slot.rtt_ms if target.has_gateway else None
     with drafting(target.server, rtt_ms, CONNECT, options, LOGS / "edge.log") as edges:
@@ -101,7 +101,7 @@ def measure(plan: Plan, slot: Slot, arm: Arm, target: Target) -> Iterator[Run]:
 
 
 def measure_kind(plan: Plan, slot: Slot, target: Target, edges: Edges | None) -> Run:
-    """Every question, one after the other."""
+    """Ask all questions of a kind, one after the other."""
     bodies = [
         {"temperature": slot.temperature, **({"seed": 100 * slot.repeat + number} if slot.temperature else {})}
         for number in range(plan.num_questions)
@@ -115,7 +115,7 @@ def measure_kind(plan: Plan, slot: Slot, target: Target, edges: Edges | None) ->
 
 
 def measure_all(plan: Plan, kept: Kept) -> None:
-    """The rounds that are not there as a whole."""
+    """Measure the rounds that are not complete in the file."""
     rounds = [
         slots for slots in plan.rounds() if not {replace(s, kind=k) for s in slots for k in QUESTIONS} <= kept.done
     ]
@@ -136,7 +136,7 @@ def measure_all(plan: Plan, kept: Kept) -> None:
 
 
 def report(plan: Plan, kept: Kept) -> bool:
-    """Print all; False where a greedy answer in float32 is not plain vLLM's."""
+    """Print the report; returns False if a greedy answer in float32 differs from plain vLLM's."""
     cells = summarise(kept.runs)
     print(f"{plan.pair.title}, {plan.dtype}; times plain vLLM, median (range) of {plan.repeats}\n")
     print(as_table(cells), as_split(cells), sep="\n\n")
@@ -146,26 +146,26 @@ def report(plan: Plan, kept: Kept) -> bool:
 
 def main(
     pair: Annotated[str, typer.Option(help=f"Of {', '.join(PAIRS)}.")] = "qwen",
-    dtype: Annotated[str, typer.Option(help="Of the servers.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Number format of the servers.")] = "bfloat16",
     arms: Annotated[
-        list[str], typer.Option(help="Of waiting, ahead, 'no noise' (ahead without seeds); plain always runs.")
+        list[str], typer.Option(help="waiting, ahead, 'no noise' (ahead without seeds); plain always runs.")
     ] = [WAITING, AHEAD],  # noqa: B006
-    rtt: Annotated[list[float], typer.Option(help="Round trips in ms; may be given again.")] = [0, 20, 80],  # noqa: B006
-    temperature: Annotated[list[float], typer.Option(help="May be given again.")] = [0, 0.7],  # noqa: B006
-    uplink: Annotated[list[float], typer.Option(help="Edges of so many bytes a token; may be given again.")] = [],  # noqa: B006
+    rtt: Annotated[list[float], typer.Option(help="Round trips in ms; repeatable.")] = [0, 20, 80],  # noqa: B006
+    temperature: Annotated[list[float], typer.Option(help="Temperatures; repeatable.")] = [0, 0.7],  # noqa: B006
+    uplink: Annotated[list[float], typer.Option(help="Add an edge with this many bytes per token; repeatable.")] = [],  # noqa: B006
     other: Annotated[
-        list[str], typer.Option(help="An edge with options of its own, as 'NAME: OPTIONS'; may be given again.")
+        list[str], typer.Option(help="Add an edge with its own options, as 'NAME: OPTIONS'; repeatable.")
     ] = [],  # noqa: B006
     k: Annotated[
-        int | None, typer.Option(help="Draft tokens that a step verifies at most, if not as by default.")
+        int | None, typer.Option(help="Most draft tokens that a step verifies, if other than the default.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Of everything.", min=1)] = 3,
-    questions: Annotated[int, typer.Option(help="Of each kind.", min=1, max=3)] = 3,
-    tokens: Annotated[int, typer.Option(help="Of each answer, at most.", min=16)] = 96,
+    repeats: Annotated[int, typer.Option(help="Repeats of everything.", min=1)] = 3,
+    questions: Annotated[int, typer.Option(help="Questions of each kind.", min=1, max=3)] = 3,
+    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=16)] = 96,
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/pair-PAIR.json.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the output file; only what is missing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the output file: only missing rounds.")] = False,
 ) -> None:
-    """What an edge brings with a real pair of models, by kind of question."""
+    """Measure the gain from an edge with a real pair of models, by kind of question."""
     if pair not in PAIRS:
         raise typer.BadParameter(f"there is no pair {pair}; there are {', '.join(PAIRS)}")
     chosen = arms_of(arms, uplink, k, other)

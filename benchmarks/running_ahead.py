@@ -1,9 +1,9 @@
-"""What running ahead under asynchronous scheduling could bring, in simulation: `python benchmarks/running_ahead.py`.
+"""Possible gain of running ahead under asynchronous scheduling, simulated: `python benchmarks/running_ahead.py`.
 
-No step waits for the outcome of the one before. Its drafts come from each request's proposal tree as it is when it is
-scheduled, walked by what the step in flight decides, for nothing: an upper bound of what a walk on the device could do;
-the best of several lengths. Beside it the shipping policy, which makes steps synchronous where that pays. Figures are
-times the same server without edges.
+No step waits for the outcome of the previous one. Its drafts come from each request's proposal tree as of scheduling,
+walked by the outcome of the step in flight at no cost: an upper bound for a walk on the device; the best of several
+lengths. Compared with the shipping policy, which makes steps synchronous if that pays. Figures are speedups over the
+same server without edges.
 """
 
 from dataclasses import replace
@@ -20,11 +20,11 @@ GAPS_S = (0.001, 0.003)
 EDGES = ((0.020, 0.006), (0.020, 0.002), (0.005, 0.002))
 """Seconds of the round trip, and of a forward pass."""
 TOKENS = {1: 1500, 8: 300}
-"""Of each client, by requests at any time."""
+"""Tokens of each client, by concurrent requests."""
 
 
 class Ahead(Simulation):
-    """Drafts behind what is in flight, `max_draft` tokens of each request."""
+    """Drafts after the tokens in flight, `max_draft` tokens per request."""
 
     max_draft = 1
 
@@ -49,7 +49,7 @@ class Ahead(Simulation):
         return draft
 
     def _decided(self, request: Served) -> list[int]:
-        """What the step in flight will say for a request."""
+        """Output of the step in flight for a request."""
         parts = [part for step in self._in_flight for part in step.parts if part.request is request]
         return [token for part in parts if part.is_decided for token in self._verify(request, part.draft)]
 

@@ -1,9 +1,10 @@
-"""`make bench-sampler`: what sampling takes in a step that verifies drafts, by equality and by vLLM's own way.
+"""`make bench-sampler`: cost of sampling in a step that verifies drafts, by equality and vLLM's own way.
 
     python benchmarks/sampler_cost.py [--rounds 40]
 
-vLLM's rejection sampler on logits at random, in this process on one core; drafts are right with a given chance. Three
-ways in turn: a plain step of as many requests; vLLM's verification; this plugin's. Times are medians of milliseconds.
+vLLM's rejection sampler on random logits, in this process on one core; drafts are right with a given probability. Three
+ways in turn: a plain step of the same number of requests; vLLM's verification; this plugin's. Times are median
+milliseconds.
 """
 
 import time
@@ -21,7 +22,7 @@ from vllm.platforms import current_platform
 from vllm_specedge.adapter.worker import coupling, cpu_kernels
 from vllm_specedge.adapter.worker.sampling import shorten
 
-# As vLLM's workers do, before they import what uses the kernels.
+# As in vLLM's workers, before the import of modules that use the kernels.
 current_platform.import_kernels()
 if hasattr(current_platform, "register_triton_kernel_overrides"):
     current_platform.register_triton_kernel_overrides()
@@ -38,7 +39,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata  # noqa: E402
 NUM_DRAFT_TOKENS = 3
 ACCEPTANCE = 0.6
 PEAK = 12.0
-"""By how much the likeliest token's logit is above the others, which are normal of deviation 2."""
+"""Distance of the likeliest token's logit above the others, which are normal with standard deviation 2."""
 VOCABULARIES = {"SmolLM2": 49_152, "Qwen2.5": 151_936}
 LIMITS: dict[str, dict[str, float]] = {"no limits": {}, "top-k 20, top-p 0.8": {"top_k": 20, "top_p": 0.8}}
 Way = Callable[[], object]
@@ -80,20 +81,20 @@ class Batch:
         )
 
     def plain(self) -> None:
-        """A token of each request, without drafts."""
+        """Sample one token per request, without drafts."""
         Sampler()(logits=self.logits[self.drafts.bonus_logits_indices], sampling_metadata=self.made)
 
     def verify(self) -> None:
         RejectionSampler(Sampler())(self.drafts, None, self.logits.clone(), self.made)
 
     def copy(self) -> None:
-        """What `verify` does beside, so that each may change its logits."""
+        """The copying in `verify`, which lets each way change its logits."""
         self.logits.clone()
 
 
 @contextmanager
 def vllms_own(originals: tuple[Any, Any]) -> Iterator[None]:
-    """Without this plugin's verification."""
+    """Restore vLLM's verification while the block runs."""
     ours = RejectionSampler.forward, rejection_sampler.rejection_sample
     RejectionSampler.forward, rejection_sampler.rejection_sample = originals
     try:
@@ -109,7 +110,7 @@ def timed_ms(act: Way) -> float:
 
 
 def measured(batch: Batch, originals: tuple[Any, Any], rounds: int) -> dict[str, float]:
-    """Milliseconds of each way."""
+    """Milliseconds by way."""
     times: dict[str, list[float]] = {"plain": [], "vllm": [], "ours": [], "copy": []}
     for _ in range(rounds + 2):
         times["plain"].append(timed_ms(batch.plain))

@@ -1,12 +1,12 @@
-"""`make bench-sampling`: how often drafts are right where the target samples, with and without its noise.
+"""`make bench-sampling`: how often drafts are right if the target samples, with and without its noise.
 
     PYTHONPATH=examples python benchmarks/sampling.py [--pair smollm2] [--tokens 64]
 
-The target answers the questions of workload.toml with seeds, by the noise of vLLM's CPU build; at each position of an
-answer the draft model says what it thinks most probable. Compared: its most probable token (and its first two); what
-noise makes of its 64 most probable ones (and the first two of those), with the draft's probabilities as they are and as
-an edge takes them; and what drafts that are sampled from it could have at most (1 - total variation). Tokens a step are
-those of drafts of DRAFT tokens that are always there. Nothing is timed.
+The target answers the questions of workload.toml with seeds, with the noise of vLLM's CPU build; the draft model
+predicts each position of an answer. Compared: its most probable token (and its first two); the best of its 64 most
+probable ones after adding the noise (and the first two of those), with the draft's probabilities as they are and as an
+edge weights them; and the upper bound for drafts that are sampled from it (1 - total variation). Tokens per step assume
+drafts of DRAFT tokens that are always there. Nothing is timed.
 """
 
 import json
@@ -42,11 +42,11 @@ class Counts:
     kind: str
     num_tokens: int = 0
     right: dict[str, list[list[bool]]] = field(default_factory=dict)
-    """By the way to draft, for each answer."""
+    """By way of drafting, for each answer."""
     optimum: float = 0.0
 
     def begin(self) -> None:
-        """An answer."""
+        """Start an answer."""
         for answers in self.right.values():
             answers.append([])
 
@@ -64,7 +64,7 @@ class Counts:
 
 
 def num_steps(right: Sequence[bool]) -> int:
-    """Steps that an answer takes if each verifies DRAFT tokens: what is right before the first that is not, and one."""
+    """Steps of an answer if each verifies DRAFT tokens: it yields the leading right ones and one more."""
     at = steps = 0
     while at < len(right):
         draft = right[at : at + DRAFT]
@@ -96,7 +96,7 @@ class Pair:
     def answer(
         self, prompt: list[int], row_seeds: SplitMix, temperature: float, num_tokens: int
     ) -> tuple[list[int], Any]:
-        """What the target samples, and its logits by temperature: [tokens, vocabulary]."""
+        """The target's sampled answer, and its logits by temperature: [tokens, vocabulary]."""
         said, logits, past = list[int](), [], None
         read = torch.tensor([prompt])
         while len(said) < num_tokens:
@@ -118,11 +118,11 @@ class Pair:
 
 
 def count(counts: Counts, models: Pair, prompt: list[int], sampling: Sampling, num_tokens: int) -> None:
-    """Add an answer."""
+    """Add an answer to the counts."""
     noise = Noise(sampling)
     answer, target_logits = models.answer(prompt, SplitMix(sampling), counts.temperature, num_tokens)
     logits = models.drafted(prompt, answer)
-    size = min(logits.shape[1], target_logits.shape[1])  # of both heads, which may be padded to other sizes
+    size = min(logits.shape[1], target_logits.shape[1])  # the heads may be padded to different sizes
     target, draft = target_logits[:, :size].softmax(-1), (logits[:, :size] / counts.temperature).softmax(-1)
     counts.optimum += float(torch.minimum(target, draft).sum())
     counts.num_tokens += len(answer)
@@ -138,7 +138,7 @@ def count(counts: Counts, models: Pair, prompt: list[int], sampling: Sampling, n
 
 
 def together(of_kinds: Sequence[Counts]) -> Counts:
-    """All kinds, in which each token counts alike."""
+    """All kinds together; each token has the same weight."""
     right = {way: [answer for counts in of_kinds for answer in counts.right[way]] for way in of_kinds[0].right}
     num_tokens, optimum = sum(each.num_tokens for each in of_kinds), sum(each.optimum for each in of_kinds)
     return Counts(of_kinds[0].temperature, ALL, num_tokens, right, optimum)
@@ -146,12 +146,12 @@ def together(of_kinds: Sequence[Counts]) -> Counts:
 
 def main(
     pair: Annotated[str, typer.Option(help="smollm2 or qwen.")] = "smollm2",
-    tokens: Annotated[int, typer.Option(help="Of each answer, at most.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
     each: Annotated[int, typer.Option(help="Questions of each kind.", min=1)] = 5,
-    temperature: Annotated[list[float], typer.Option(help="May be given again.")] = [0.7, 1.0],  # noqa: B006
+    temperature: Annotated[list[float], typer.Option(help="Temperatures; repeatable.")] = [0.7, 1.0],  # noqa: B006
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/sampling-drafts-PAIR.json.")] = None,
 ) -> None:
-    """How often drafts are right where the target samples, with and without its noise."""
+    """Count how often drafts are right if the target samples, with and without its noise."""
     torch.set_num_threads(1)
     models, rows = Pair(pair), list[dict[str, Any]]()
     for of_target in temperature:

@@ -1,8 +1,8 @@
-"""`make bench-scheduling`: what vLLM's scheduler needs for a step of 64 requests, with and without the plugin.
+"""`make bench-scheduling`: time of vLLM's scheduler for a step of 64 requests, with and without the plugin.
 
-vLLM's own schedulers for the V2 runner, in this process and without a model: what is sampled is said by a formula, and
-only `schedule` and `update_from_output` are timed, in turn. Edges answer at once, from this thread, and are wrong in
-every third token.
+vLLM's own schedulers for the V2 runner, in this process and without a model: sampled tokens come from a formula, and
+only `schedule` and `update_from_output` are timed, in turn. Edges answer immediately, from this thread, and are wrong
+in every third token.
 """
 
 import os
@@ -34,7 +34,7 @@ OPTIONS = {"max_num_seqs": NUM_REQUESTS, "max_num_batched_tokens": 2048, "num_gp
 
 
 def said(number: int, position: int) -> int:
-    """The token of an answer."""
+    """The token of an answer at a position."""
     return 2 + (number * 7919 + position * 104729) % (tiny_model.VOCAB_SIZE - 2)
 
 
@@ -43,7 +43,7 @@ def prompt(number: int) -> list[int]:
 
 
 def sampled(number: int, position: int, draft: Sequence[int]) -> list[int]:
-    """What a step says that verifies this draft."""
+    """Output of a step that verifies this draft."""
     tokens: list[int] = []
     for guess in [*draft, None]:
         tokens.append(said(number, position + len(tokens)))
@@ -53,7 +53,7 @@ def sampled(number: int, position: int, draft: Sequence[int]) -> list[int]:
 
 
 def measure(engine: Engine, way: str) -> float:
-    """Milliseconds of a step's scheduling and of taking in its outcome, at the median."""
+    """Median milliseconds of scheduling a step and processing its output."""
     scheduler, is_synchronous = engine.core.scheduler, way == "synchronous"
     if engine.edges is not None:
         engine.step_as(way)

@@ -1,4 +1,4 @@
-"""What went on when, from traces: for timeline.py. Pure."""
+"""Spans of time from traces, for timeline.py. Pure."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ PLAIN, VERIFYING, DRAFTING = "plain step", "verifies (tokens made)", "drafts"
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took time: a step of the server's, or a forward pass of an edge's."""
+    """A span of time: a step of the server, or a forward pass of an edge."""
 
     start_s: float
     end_s: float
@@ -18,7 +18,7 @@ class Span:
     """SERVER, or an edge's name."""
     kind: str
     label: str = ""
-    """Of a step: how many tokens it made."""
+    """For a step: the number of tokens that it generated."""
 
 
 def steps(lines: Iterable[dict[str, Any]]) -> list[Span]:
@@ -33,7 +33,7 @@ def passes(lines: Iterable[dict[str, Any]]) -> list[Span]:
 
 
 def window(spans: Sequence[Span], start_s: float, length_s: float) -> list[Span]:
-    """What is at least partly within, cut there, from 0 on."""
+    """The spans that overlap the window, cut to it, with times from its start."""
     end_s = start_s + length_s
     return [
         replace(span, start_s=max(0.0, span.start_s - start_s), end_s=min(span.end_s, end_s) - start_s)
@@ -43,7 +43,7 @@ def window(spans: Sequence[Span], start_s: float, length_s: float) -> list[Span]
 
 
 def covered_s(spans: Iterable[Span]) -> float:
-    """The time during which at least one of them goes on."""
+    """Time covered by at least one of the spans."""
     return sum(end_s - start_s for start_s, end_s in union(spans))
 
 
@@ -58,5 +58,5 @@ def union(spans: Iterable[Span]) -> list[tuple[float, float]]:
 
 
 def overlap_s(some: Sequence[Span], others: Sequence[Span]) -> float:
-    """The time during which one of each goes on."""
+    """Time covered by a span of each."""
     return covered_s(some) + covered_s(others) - covered_s([*some, *others])

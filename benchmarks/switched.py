@@ -1,11 +1,11 @@
-"""`make bench-switched`: what edges bring or cost within one server, which counts their drafts every other few seconds.
+"""`make bench-switched`: gain or cost of edges within one server that switches drafts on and off every few seconds.
 
     PYTHONPATH=examples python benchmarks/switched.py [--pair smollm2] [--edges poor --edges dead]
 
-One `vllm serve` with edges, always so many requests at a time. In every second period nothing is verified and nobody is
-held (switching/), while the gateway, the edges and their proposals go on. A period is compared with the one beside it,
-so that neither the start of a server nor a machine that drifts is between them. What that leaves out, which is what the
-plugin costs without drafts, is the place "no edges" of `make evidence`.
+One `vllm serve` with edges, at a constant number of concurrent requests. In every second period nothing is verified and
+no request is held (switching/), while the gateway, the edges and their proposals continue. A period is compared with
+its neighbours, so that neither a server's start nor a drifting machine affects the comparison. Not included is the
+plugin's cost without drafts: that is the place "no edges" of `make evidence`.
 """
 
 import json
@@ -37,23 +37,23 @@ PLAIN, OURS = "plain", "edge"
 
 @dataclass(frozen=True)
 class Settings:
-    """What runs that are compared have in common."""
+    """Settings that all compared runs share."""
 
     pair: str
     dtype: str
     tokens: int
-    """Of each answer at most, on average."""
+    """Mean of the answers' maximum number of tokens."""
     period_s: float
     seconds: float
-    """Of a run."""
+    """Duration of a run."""
     options: dict[str, Any]
-    """Of the server, beside its defaults."""
+    """Options of the server that are not defaults."""
 
     def questions(self) -> list[Question]:
         return chosen(questions(), MIXED, sum(map(len, questions().values())))
 
     def bodies(self) -> list[dict[str, Any]]:
-        """Answers of many lengths: equal ones end together, and then all prompts of a load are in one period."""
+        """Requests with answers of many lengths: equal ones would end together and put all prompts into one period."""
         return [
             {**question.body, "seed": number, "max_tokens": round(self.tokens * Random(number).uniform(0.25, 1.75))}
             for number, question in enumerate(self.questions())
@@ -61,7 +61,7 @@ class Settings:
 
 
 def measure(settings: Settings, slot: Slot, target: Target) -> Iterator[Run]:
-    """Two runs: of the periods with drafts, and of those without."""
+    """Two runs: the periods with drafts, and those without."""
     body = {} if slot.temperature is None else {"temperature": slot.temperature}
     bodies = [{**each, **body} for each in settings.bodies()]
     with drafting_as(slot, target, PAIRS[settings.pair]) as edges:
@@ -117,18 +117,18 @@ def measure_all(settings: Settings, kept: Kept, slots: Sequence[Slot]) -> None:
 
 def main(
     pair: Annotated[str, typer.Option(help=f"Of {', '.join(PAIRS)}.")] = "smollm2",
-    requests: Annotated[list[int], typer.Option(help="At once; may be given again.")] = [1, 8, 32],  # noqa: B006
-    edges: Annotated[list[str], typer.Option(help=f"Of {', '.join(REPLAYED)}, {REAL}.")] = list(REPLAYED),  # noqa: B006
+    requests: Annotated[list[int], typer.Option(help="Concurrent requests; repeatable.")] = [1, 8, 32],  # noqa: B006
+    edges: Annotated[list[str], typer.Option(help=f"{', '.join(REPLAYED)}, {REAL}.")] = list(REPLAYED),  # noqa: B006
     rtt: Annotated[float, typer.Option(help="Round trip in ms.")] = 20.0,
-    own_sampling: Annotated[bool, typer.Option("--own-sampling", help="The model's own; else greedy.")] = False,
-    repeats: Annotated[int, typer.Option(help="Starts of the server, to be added.", min=0)] = 1,
-    period_s: Annotated[float, typer.Option(help="Of each half.", min=1)] = 3.0,
+    own_sampling: Annotated[bool, typer.Option("--own-sampling", help="The model's own, not greedy.")] = False,
+    repeats: Annotated[int, typer.Option(help="Starts of the server to add.", min=0)] = 1,
+    period_s: Annotated[float, typer.Option(help="Seconds of each period.", min=1)] = 3.0,
     seconds: Annotated[float, typer.Option(help="Of a run.", min=10)] = 60.0,
-    tokens: Annotated[int, typer.Option(help="Of each answer, on average at most.", min=16)] = 64,
-    options: Annotated[str, typer.Option(help="Of the server, as JSON: '{\"max_stretch\": 1.2}'.")] = "{}",
+    tokens: Annotated[int, typer.Option(help="Mean of the answers' maximum tokens.", min=16)] = 64,
+    options: Annotated[str, typer.Option(help="Server options as JSON: '{\"max_stretch\": 1.2}'.")] = "{}",
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/switched-PAIR.json.")] = None,
 ) -> None:
-    """What edges bring or cost within one server."""
+    """Measure the gain or cost of edges within one server."""
     if pair not in PAIRS or (unknown := set(edges) - {*REPLAYED, REAL}):
         raise typer.BadParameter(f"there is no {pair if pair not in PAIRS else ', '.join(sorted(unknown))}")
     settings = Settings(pair, DTYPES[pair], tokens, period_s, seconds, json.loads(options))

@@ -1,4 +1,4 @@
-"""What the runs of switched.py come to: periods with drafts against those without, beside each other. Pure."""
+"""Results of switched.py from its runs: periods with drafts against neighbouring ones without. Pure."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from harness.runs import Run, counted, pooled, quantile_ms, share
 
 ACTIVE, INERT = "active", "inert"
 MARGIN_S = 0.3
-"""After a switch, that is not counted: steps under way, and what edges have yet to draft."""
+"""Time after a switch that does not count: steps in flight, and drafts that are still missing."""
 LEAST_RATE = Goal(RATE, 0.97, True, ACTIVE)
 MAX_P99_GAP = 1.15
 
@@ -26,7 +26,7 @@ class Period(NamedTuple):
 
 
 def periods(answers: Iterable[Answer], period_s: float, from_s: float, until_s: float) -> list[Period]:
-    """Those that lie within these times as a whole: what came in each, but for MARGIN_S after its beginning."""
+    """The periods that lie entirely within these times, with the tokens that came after their first MARGIN_S."""
     tokens: dict[int, int] = {}
     gaps: dict[int, list[float]] = {}
     for number in range(math.ceil(from_s / period_s), int(until_s / period_s)):
@@ -44,17 +44,17 @@ def periods(answers: Iterable[Answer], period_s: float, from_s: float, until_s: 
 
 
 def ratios(active: Sequence[Sequence[int]], inert: Sequence[Sequence[int]]) -> list[float]:
-    """Of [number, tokens] of each: tokens of a period with drafts to the mean of those before and after it."""
+    """Tokens of each period with drafts, relative to the mean of its two neighbours; periods are [number, tokens]."""
     found, without = [], dict(map(tuple, inert))
     for number, num_tokens in active:
         near = [without[each] for each in (number - 1, number + 1) if each in without]
-        if len(near) == 2 and all(near):  # so that a machine that drifts counts for nothing
+        if len(near) == 2 and all(near):  # cancels a drift of the machine
             found.append(num_tokens / (sum(near) / 2))
     return found
 
 
 def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A line for each kind of edges under each load."""
+    """One cell per kind of edges and load."""
     cells: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         cells.setdefault((run.temperature, run.requests, run.edge, run.rtt_ms), []).append(run)
@@ -93,7 +93,7 @@ def as_table(cells: Sequence[dict[str, Any]]) -> str:
         Column("tokens/s x", RATE),
         Column("p99 gap ms", "p99_ms", ".0f"),
         Column("p99 gap x", P99_GAP, ".2f"),
-        Column("tokens a step", "tokens_per_step", ".2f"),
+        Column("tokens per step", "tokens_per_step", ".2f"),
         Column("accepted", "acceptance", ".0%"),
         Column(f"{LEAST_RATE.bound:g} of inert", "verdict"),
         Column(f"p99 gap {MAX_P99_GAP:g}", "gap_verdict"),

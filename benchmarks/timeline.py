@@ -1,11 +1,11 @@
-"""`make bench-timeline`: one second of a real run, drawn: while the server verifies, the edges draft.
+"""`make bench-timeline`: one second of a real run as a drawing: while the server verifies, the edges draft.
 
     PYTHONPATH=examples python benchmarks/timeline.py [--requests 4] [--rtt 20]
 
-A real `vllm serve` whose worker writes down its steps (traced_worker.py), real edge clients behind a relay that write
-down their forward passes (replay.py --trace; a replayed draft, for two cores have no room for more draft models). All
-times are of the machine's monotonic clock. Writes benchmarks/results/timeline.json and .svg, and prints how much of the
-time both were at work.
+A real `vllm serve` whose worker records its steps (traced_worker.py), and real edge clients behind a relay that record
+their forward passes (replay.py --trace; a replayed draft, as two cores have no room for more draft models). All times
+are from the machine's monotonic clock. Writes benchmarks/results/timeline.json and .svg, and prints the share of the
+time in which both worked.
 """
 
 import json
@@ -73,7 +73,7 @@ class Settings:
 
 
 def measure(settings: Settings, scratch: Path) -> tuple[list[Span], list[Answer]]:
-    """Ask once plainly, which is recorded, and again with edges; raises StackError if the answers differ."""
+    """Record the answers without edges, then ask again with edges; raises StackError if the answers differ."""
     step_trace, pass_trace, known = scratch / "steps.jsonl", scratch / "passes.jsonl", scratch / "recordings.json"
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {TRACE_VARIABLE: str(step_trace), "PYTHONPATH": os.pathsep.join(paths)}
@@ -97,15 +97,15 @@ def measure(settings: Settings, scratch: Path) -> tuple[list[Span], list[Answer]
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="At once, an edge each.", min=1)] = 4,
+    requests: Annotated[int, typer.Option(help="Concurrent requests, with an edge each.", min=1)] = 4,
     rtt: Annotated[float, typer.Option(help="Round trip in ms.", min=0)] = 20.0,
-    tokens: Annotated[int, typer.Option(help="Of each answer.", min=32)] = 96,
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=32)] = 96,
     first: Annotated[float, typer.Option(help="How often the draft is right.")] = 0.75,
-    pass_ms: Annotated[float, typer.Option(help="Of an edge's forward pass.")] = 6.0,
-    k: Annotated[int, typer.Option(help="Draft tokens verified for a request at most.", min=1)] = 5,
+    pass_ms: Annotated[float, typer.Option(help="Time of an edge's forward pass.")] = 6.0,
+    k: Annotated[int, typer.Option(help="Most draft tokens verified per request.", min=1)] = 5,
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/timeline.json.")] = None,
 ) -> None:
-    """One second of a real run: while the server verifies, the edges draft."""
+    """Draw one second of a real run: while the server verifies, the edges draft."""
     settings = Settings(requests, rtt, tokens, first, pass_ms, k)
     with tempfile.TemporaryDirectory() as scratch:
         spans, answers = measure(settings, Path(scratch))
@@ -126,7 +126,7 @@ def main(
     title = f"{requests} requests, {requests} edges {rtt:g} ms away: both at work {figures['both']:.0%} of the time"
     draw(shown, title, path.with_suffix(".svg"))
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
-    print(f"Drawn: {path.with_suffix('.svg').name}; all answers are those without edges.")
+    print(f"Drawn: {path.with_suffix('.svg').name}; all answers are the same as without edges.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, which also writes down when each step began and ended: for timeline.py.
+"""vLLM's CPU worker, which also records the start and end of each step, for timeline.py.
 
 SPECEDGE_TRACE=steps.jsonl PYTHONPATH=benchmarks vllm serve MODEL --worker-cls traced_worker.TracedWorker
 """
@@ -14,7 +14,7 @@ TRACE_VARIABLE = "SPECEDGE_TRACE"
 
 
 class TracedWorker(CPUWorker):
-    """One line of JSON a step, with times of the monotonic clock, which all processes of a machine share."""
+    """Writes one line of JSON per step, with times of the monotonic clock, which all processes of a machine share."""
 
     def compile_or_warm_up_model(self) -> Any:
         self._trace = open(os.environ[TRACE_VARIABLE], "a", buffering=1)  # noqa: SIM115 - as long as the process lives

@@ -1,7 +1,7 @@
-"""What `make bench-never-slower` measures in which order, and what the runs come to. Pure: plain values in and out.
+"""Order of the measurements of `make bench-never-slower`, and results from its runs. Pure: plain values in and out.
 
-Rule 1: machines drift, so a run is compared only with the runs of the others next to it, for the same requests.
-Rule 2: a verdict is by the median over repeats, so that one bad moment of the machine is no failure.
+Rule 1: machines drift, so a run is compared only with adjacent runs of the other servers, for the same requests.
+Rule 2: a verdict is on the median over repeats, so that one bad moment of the machine is not a failure.
 """
 
 import statistics
@@ -20,16 +20,16 @@ VANILLA, NGRAM, OURS = "vanilla", "ngram", "edge"
 GOOD, POOR, STALLING, DEAD, HALF = EDGES = ("good", "poor", "stalling", "dead", "half")
 MAX_CONNECTIONS = 8
 BUSY = 0.7
-"""Where what shares the model's neighbour core needs more of it than this, the test bed may itself be the limit."""
+"""If the processes that share the other core use more of it than this, the test bed itself may be the limit."""
 FOREIGN = 0.15
-"""Where others use more of a core than this, a run says little. (Idle servers use some hundredths.)"""
+"""If other processes use more of a core than this, a run means little. (Idle servers use some hundredths.)"""
 
 
 # -- the order -------------------------------------------------------------------------------------------------------
 
 
 class Cell(NamedTuple):
-    """A place in the grid: concurrent requests, round trip in ms, and what the edges are like."""
+    """A cell of the grid: concurrent requests, round trip in ms, and kind of edges."""
 
     requests: int
     rtt_ms: float
@@ -37,18 +37,18 @@ class Cell(NamedTuple):
 
 
 def cell_of(slot: Slot) -> Cell | None:
-    """None of those that are compared with."""
+    """The cell of a run; None for vanilla and ngram runs."""
     return None if slot.rtt_ms is None or slot.edge is None else Cell(slot.requests, slot.rtt_ms, slot.edge)
 
 
 def all_cells(requests: Iterable[int], rtts_ms: Sequence[float], edges: Sequence[str]) -> list[Cell]:
-    """Of a single request no half has an edge."""
+    """All cells, except half of the requests with an edge at a single request."""
     cells = (Cell(number, rtt_ms, edge) for number in requests for rtt_ms in rtts_ms for edge in edges)
     return [cell for cell in cells if cell.edge != HALF or cell.requests > 1]
 
 
 def schedule(cells: Sequence[Cell], repeats: int, done: Collection[Slot] = ()) -> list[Slot]:
-    """All runs in their order, without those of ours that are done. Every second repeat is reversed."""
+    """All runs in order, without those of ours that are done. Every second repeat is reversed."""
     slots: list[Slot] = []
     for requests in dict.fromkeys(cell.requests for cell in cells):
         row = [cell for cell in cells if cell.requests == requests]
@@ -62,7 +62,7 @@ def schedule(cells: Sequence[Cell], repeats: int, done: Collection[Slot] = ()) -
 
 
 def interleave(own: Sequence[Slot], requests: int) -> Iterator[Slot]:
-    """Vanilla or ngram, in turn, around every two of ours: each of ours is at most two runs away from either."""
+    """Runs with vanilla or ngram, in turn, around every two of ours: each of ours is at most two runs from either."""
     if not own:
         return
     last = VANILLA
@@ -77,14 +77,14 @@ def interleave(own: Sequence[Slot], requests: int) -> Iterator[Slot]:
 
 
 class Fleet(NamedTuple):
-    """Edge connections, and how many requests each of them takes."""
+    """Number of edge connections, and of requests that each accepts."""
 
     connections: int
     capacity: int
 
 
 def fleet(requests: int, edge: str) -> Fleet:
-    """Room for all requests, or for exactly half of them."""
+    """A fleet with room for all requests, or for exactly half of them."""
     if edge != HALF:
         connections = min(requests, MAX_CONNECTIONS)
         return Fleet(connections, ceil(requests / connections))
@@ -93,21 +93,21 @@ def fleet(requests: int, edge: str) -> Fleet:
     return Fleet(connections, half // connections)
 
 
-# -- what it comes to ------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What "never slower" allows for."""
+    """Tolerances of "never slower"."""
 
     min_ratio: float = 0.97
-    """Tokens a second, to vanilla's and to ngram's."""
+    """Least tokens per second, relative to vanilla's and to ngram's."""
     max_p99_ratio: float = 1.15
-    """The 99th percentile of gaps between chunks, to vanilla's."""
+    """Largest 99th percentile of gaps between chunks, relative to vanilla's."""
 
 
 def nearest(run: Run, others: Iterable[Run]) -> list[Run]:
-    """Of `others`, for as many requests and in the same session, the last before the run and the first after it."""
+    """Of `others` with the same number of requests and session, the last before the run and the first after it."""
     same = [other for other in others if (other.session, other.requests) == (run.session, run.requests)]
     before = [other for other in same if other.number < run.number]
     after = [other for other in same if other.number > run.number]
@@ -118,14 +118,14 @@ def nearest(run: Run, others: Iterable[Run]) -> list[Run]:
 
 
 def results(runs: Sequence[Run], limits: Limits) -> list[dict[str, Any]]:
-    """Of all cells that have a run and something to compare it with, in the order in which they were first run."""
+    """Results of all cells that have a run and one to compare it with, in the order of their first runs."""
     cells = dict.fromkeys(cell for run in runs if (cell := cell_of(run)) is not None)
     found = (result_of(cell, runs, limits) for cell in cells)
     return [result for result in found if result is not None]
 
 
 def result_of(cell: Cell, runs: Sequence[Run], limits: Limits) -> dict[str, Any] | None:
-    """One cell over all of its repeats: what is in the table, and in the file."""
+    """One cell over all of its repeats, for the table and the file."""
     own = [run for run in runs if cell_of(run) == cell]
     vanilla, ngram = (
         [run for run in runs if (run.arm, run.requests) == (arm, cell.requests)] for arm in (VANILLA, NGRAM)
@@ -152,7 +152,7 @@ def result_of(cell: Cell, runs: Sequence[Run], limits: Limits) -> dict[str, Any]
         "p99_ratio": p99_ms / vanilla_p99_ms,
         "token_p99_ms": token_ms,
         "token_p99_ratio": token_ms / vanilla_token_ms,
-        # With the time that prompts take and that the last answers take alone:
+        # Includes the time of prompts and of the last answers:
         "whole_tokens_per_s": middle(own, "whole_tokens_per_s"),
         "vanilla_whole_tokens_per_s": middle_near(own, vanilla, "whole_tokens_per_s"),
         "whole_ratio": median_ratio(own, vanilla, "whole_tokens_per_s"),
@@ -178,7 +178,7 @@ def median_ratio(own: Sequence[Run], others: Sequence[Run], name: str) -> float:
 
 
 def middle_near(own: Sequence[Run], others: Sequence[Run], name: str = "tokens_per_s") -> float | None:
-    """The median of an attribute of those next to each of ours."""
+    """Median of an attribute of the runs adjacent to each of ours."""
     near = [mean for run in own if (mean := beside(run, others, name, nearest)) is not None]
     return statistics.median(near) if near else None
 
@@ -186,7 +186,7 @@ def middle_near(own: Sequence[Run], others: Sequence[Run], name: str = "tokens_p
 def failures(
     to_vanilla: Ratio, to_ngram: Ratio | None, p99_ratio: float, num_differences: int, limits: Limits
 ) -> list[str]:
-    """What of the promise was not kept."""
+    """The limits that were not met."""
     is_missed = {
         "tokens": num_differences > 0,
         "vs vanilla": to_vanilla.median < limits.min_ratio,
@@ -198,7 +198,7 @@ def failures(
 
 @dataclass(frozen=True)
 class Noise:
-    """How much vanilla varies against itself: tokens a second of each of its runs to that of the one before."""
+    """How much vanilla varies: tokens per second of each of its runs relative to the previous one."""
 
     requests: int
     num_runs: int
@@ -228,7 +228,7 @@ def noise(runs: Sequence[Run]) -> list[Noise]:
 
 @dataclass(frozen=True)
 class Learned:
-    """What our engine had learned its steps to take when a run ended, in seconds (StepCost.parts_s)."""
+    """Step times that our engine had learned by the end of a run, in seconds (StepCost.parts_s)."""
 
     curve_s: list[float]
     request_s: float
@@ -242,10 +242,10 @@ class Learned:
 
 
 def server_model(runs: Sequence[Run], k: int, prompt_tokens: int) -> dict[str, object]:
-    """Measured times of steps. `rows`: requests, tokens in the step, seconds, 1 if it verifies drafts.
+    """Measured step times. `rows`: requests, tokens in the step, seconds, 1 if it verifies drafts.
 
-    Plain: what vanilla's clients saw, the prompts' step included. And what our engine learned, in the middle of the
-    answers, from no draft token a request to k.
+    Plain steps: as seen by vanilla's clients, including prefill. Others: as learned by our engine, in the middle of the
+    answers, from 0 to k draft tokens per request.
     """
     rows: list[list[float]] = []
     for requests in sorted({run.requests for run in runs}):
@@ -289,16 +289,16 @@ COLUMNS = (
     Column("verdict", "verdict"),
 )
 LEGEND = (
-    "Tokens a second while all decode; whole: from the first request to the last token. "
-    "x: times vanilla's (x ngram: times ngram's), from the runs next to each; median (range) over repeats. Gaps: 99th "
-    "percentile between chunks, and with each divided by its chunk's tokens. CPU: seconds a token of worker and engine "
-    f"core; worker: its alone. Shared CPU: {', '.join(SHARED)}, of one core; ! above {BUSY:.0%}: the test bed may be "
-    "the limit."
+    "Tokens per second while all decode; whole: from the first request to the last token. "
+    "x: relative to vanilla (x ngram: to ngram), from adjacent runs; median (range) over repeats. Gaps: 99th "
+    "percentile between chunks, and with each divided by its chunk's tokens. CPU: seconds per token of worker and "
+    f"engine core; worker: of it alone. Shared CPU: {', '.join(SHARED)}, of one core; ! above {BUSY:.0%}: the test "
+    "bed may be the limit."
 )
 
 
 def quiet_line(runs: Sequence[Run]) -> str:
-    """Whether the machine was left alone."""
+    """A line on other load on the machine."""
     shares = sorted(run.foreign_busy for run in runs)
     num_loud = sum(share > FOREIGN for share in shares)
     return (
@@ -308,7 +308,7 @@ def quiet_line(runs: Sequence[Run]) -> str:
 
 
 def report(runs: Sequence[Run], limits: Limits) -> str:
-    """A line for each cell, and how far they can be trusted."""
+    """One line per cell, and figures on how far they can be trusted."""
     found = sorted(
         results(runs, limits), key=lambda each: (each["requests"], each["rtt_ms"], EDGES.index(each["edge"]))
     )
@@ -320,11 +320,11 @@ def report(runs: Sequence[Run], limits: Limits) -> str:
             f"\n{LEGEND}\n",
             *map(str, noise(runs)),
             quiet_line(runs),
-            f"{num_ok} of {len(found)} cells ok; answers differ from the recorded in {num_different} runs",
+            f"{num_ok} of {len(found)} cells ok; answers differ from the recorded ones in {num_different} runs",
         ]
     )
 
 
 def is_kept(runs: Sequence[Run], limits: Limits) -> bool:
-    """Whether all cells are as promised, and all answers vanilla's."""
+    """Whether all cells are within the limits, and all answers are vanilla's."""
     return not any(result["failures"] for result in results(runs, limits)) and not any(run.differences for run in runs)

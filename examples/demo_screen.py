@@ -106,7 +106,7 @@ class Row:
 
 def table(rows: Sequence[Row]) -> Table:
     """The closing comparison."""
-    shown = Table("", "plain tokens/s", "with an edge", "times", "drafts accepted", "tokens a step")
+    shown = Table("", "plain tokens/s", "with an edge", "times", "drafts accepted", "tokens per step")
     for row in rows:
         cells = (f"{row.plain_tokens_per_s:.1f}", f"{row.edge_tokens_per_s:.1f}", f"{row.speedup:.2f}")
         shown.add_row(row.kind, *cells, f"{row.acceptance_rate:.0%}", f"{row.tokens_per_step:.2f}")

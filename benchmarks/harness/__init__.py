@@ -1,1 +1,1 @@
-"""What the benchmarks share: servers, edges, a relay, load, and what is kept of it."""
+"""Shared by the benchmarks: servers, edges, a relay, load, and results."""

@@ -1,4 +1,4 @@
-"""Edges that draft while servers are asked: one process of them, behind a relay that adds delay."""
+"""Edges that draft while a server is under load: one process, behind a relay that adds delay."""
 
 import json
 import signal
@@ -32,15 +32,15 @@ class Edges:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """They do nothing meanwhile, while their connections stay open."""
+        """Stop the edges while the block runs; their connections stay open."""
         self.process.popen.send_signal(signal.SIGSTOP)
         try:
             yield
         finally:
-            self.process.popen.send_signal(signal.SIGCONT)  # so that they can end
+            self.process.popen.send_signal(signal.SIGCONT)  # so that they can exit
 
     def totals(self, is_dead: bool = False) -> dict[str, int]:
-        """What ended edges say of themselves. Whatever else is a warning and is shown; the dead have many."""
+        """Totals that the edges printed when they exited. Other output is shown as warnings; dead edges have many."""
         *warnings, last = self.process.log.read_text().splitlines() or [""]
         try:
             totals: dict[str, int] = json.loads(last)
@@ -52,7 +52,7 @@ class Edges:
 
 
 def flags(**values: object) -> list[str]:
-    """Options of a command line: `pass_ms=6` is --pass-ms 6."""
+    """Command-line options: `pass_ms=6` is --pass-ms 6."""
     return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -66,10 +66,10 @@ def drafting(
     num_edges: int = 1,
     is_pinned: bool = True,
 ) -> Iterator[Edges | None]:
-    """Edges that the gateway has admitted through a relay of their own; None without a round trip to add.
+    """Edges that the gateway has admitted through their own relay; None without a round trip to add.
 
-    `command` is CONNECT or REPLAY. Those that are not pinned run where the server leaves room. Raises StackError if
-    they do not come, do not go, or end by themselves.
+    `command` is CONNECT or REPLAY. Edges that are not pinned run where the server leaves room. Raises StackError if
+    they do not connect, do not disconnect, or exit by themselves.
     """
     if rtt_ms is None:
         yield None
@@ -83,7 +83,7 @@ def drafting(
             wait_for(process, f"{server.gateway_url}/healthz", "edges", num_edges)
             yield Edges(process, relay)
             if process.popen.poll() is not None:
-                raise process.fail("the edge ended by itself")
+                raise process.fail("the edge exited by itself")
         finally:
             process.stop()
     wait_for_no_edge(server)

@@ -1,4 +1,4 @@
-"""A gateway by itself, with an engine's end of its link and no vLLM; what is measured of its frames."""
+"""A gateway by itself, with an engine's end of its link but no vLLM; measurements of its frames."""
 
 import ssl
 import threading
@@ -23,7 +23,7 @@ START_LIMIT_S = 60.0
 
 @contextmanager
 def gateway(directory: Path, *arguments: str) -> Iterator[tuple[Process, str, EngineLink]]:
-    """A real gateway, where it listens (host and port), and an engine's end of the link that it has welcomed."""
+    """A real gateway, its address (host and port), and an engine's end of the link that it has accepted."""
     endpoint, listen = f"ipc://{directory}/engines", f"127.0.0.1:{free_ports(1)[0]}"
     command = [str(BIN / "vllm-specedge"), "gateway", "--engines", endpoint, "--listen", listen, *arguments]
     process, is_welcome = start(command, directory / "gateway.log"), threading.Event()
@@ -31,7 +31,7 @@ def gateway(directory: Path, *arguments: str) -> Iterator[tuple[Process, str, En
     engine.start()
     try:
         if not is_welcome.wait(START_LIMIT_S):
-            raise process.fail("the gateway does not welcome an engine")
+            raise process.fail("the gateway does not accept an engine")
         yield process, listen, engine
     finally:
         engine.stop()
@@ -39,7 +39,7 @@ def gateway(directory: Path, *arguments: str) -> Iterator[tuple[Process, str, En
 
 
 def tls(directory: Path) -> tuple[list[str], ssl.SSLContext]:
-    """A gateway's options for TLS, and what a client needs that trusts it."""
+    """A gateway's options for TLS, and a client's context that trusts it."""
     authority = trustme.CA()
     context = ssl.create_default_context()
     authority.configure_trust(context)

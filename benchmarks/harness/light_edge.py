@@ -1,5 +1,5 @@
-"""An edge for load: real frames over real HTTP/2 (h2), with no drafter and no tasks, so that one process holds a
-thousand of them at a tenth of the edge client's price a frame."""
+"""An edge for load: real frames over real HTTP/2 (h2), with no drafter and no tasks, so that one process can run a
+thousand of them at a tenth of the edge client's cost per frame."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ AUTHORITY = "localhost"
 
 
 class LightEdge(asyncio.Protocol):
-    """For `loop.create_connection`. `on_frame` gets what is about requests; it must not take long."""
+    """For `loop.create_connection`. `on_frame` receives frames about requests; it must be quick."""
 
     def __init__(
         self,
@@ -29,13 +29,13 @@ class LightEdge(asyncio.Protocol):
         max_requests: int = 1,
     ) -> None:
         self.session = ""
-        """What a request names to be drafted for by this edge; empty before it is admitted."""
+        """Session with which a request selects this edge; empty before it is admitted."""
         self.request: int | None = None
-        """The number of the request that it drafts for, once it has one."""
+        """Number of the request that it drafts for, once it has one."""
         self.known = 0
-        """Tokens of it."""
+        """Number of tokens that it knows of the request."""
         self.is_told = asyncio.Event()
-        """It knows some."""
+        """Set once it knows some."""
         self.is_live = asyncio.Event()
         self.is_closed = asyncio.Event()
         self._hello = Hello(PROTOCOL_VERSION, "bench", name, role, "", max_requests)
@@ -47,7 +47,7 @@ class LightEdge(asyncio.Protocol):
         self._down = self._up = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's for TLS is none by class
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's TLS transport is not a subclass
         self._h2.initiate_connection()
         self._down = self._request("GET", "/edge/v1/down")
         self._flush()
@@ -56,7 +56,7 @@ class LightEdge(asyncio.Protocol):
         for event in self._h2.receive_data(data):
             if isinstance(event, h2.events.DataReceived):
                 self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-                if event.stream_id == self._down:  # the uplink's answer, when that ends, is no frame
+                if event.stream_id == self._down:  # the uplink's response, when that ends, is not a frame
                     for frame in self._session.receive(event.data):
                         self._take(frame)
             elif isinstance(event, h2.events.StreamReset | h2.events.StreamEnded | h2.events.ConnectionTerminated):
@@ -67,17 +67,17 @@ class LightEdge(asyncio.Protocol):
         self.is_closed.set()
 
     def send(self, frame: Frame) -> None:
-        """At once; nothing is queued here but what the operating system does not take."""
+        """Send a frame immediately; only what the operating system does not accept is queued."""
         if self._session.state is not State.CLOSED:
             self._h2.send_data(self._up, self._session.send(frame))
             self._flush()
 
     def ping(self) -> None:
-        """To be said every heartbeat: it keeps the connection."""
+        """Send a Ping; call it every heartbeat to keep the connection."""
         self.send(Ping(int(time.monotonic() * 1000) % 2**32))
 
     def stop_reading(self) -> None:
-        """From now on nothing is taken from the socket."""
+        """Stop reading from the socket."""
         assert self._transport is not None
         self._transport.pause_reading()
 

@@ -1,4 +1,4 @@
-"""What servers are asked, and when each piece of each answer came to the client."""
+"""Prompts for servers, and arrival times of each chunk of each answer at the client."""
 
 import asyncio
 import json
@@ -15,10 +15,10 @@ from harness.replay import Recording
 LIMIT_S = 600.0
 DATA, DONE = "data: ", "[DONE]"
 
-# -- what is asked ---------------------------------------------------------------------------------------------------
+# -- prompts ---------------------------------------------------------------------------------------------------------
 
 CHAT, SUMMARISE, CODE, REWRITE = KINDS = ("chat", "summarise", "code", "rewrite")
-"""How much of the answer stands in the question already: next to nothing, some, most, nearly all."""
+"""By how much of the answer is already in the question: next to nothing, some, most, nearly all."""
 MIXED = "mixed"
 """All kinds in turn."""
 QUESTIONS = (
@@ -31,8 +31,7 @@ QUESTIONS = (
     "Describe the history of the bicycle, from its first days until now.",
     "Plan a weekend trip to the mountains for a family of four.",
 )
-"""Their answers are longer than what is asked of them, so that --tokens is all text. The shipped draft was not trained
-on them."""
+"""Their answers are longer than --tokens, so that all tokens are text. The shipped draft was not trained on them."""
 TEXTS = (
     "The ferry leaves the harbour at seven in the morning and needs four hours to the outer islands. Its captain, Ruth "
     "Hale, has made the crossing for eighteen years. In summer the boat carries hikers and bicycles; in winter it "
@@ -71,7 +70,7 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 def question(kind: str, number: int) -> str:
-    """The `number`-th question of a kind; no two are the same, so that none finds another's prefix in a cache."""
+    """The `number`-th question of a kind; all are different, so that none finds another's prefix in a cache."""
     text, program = TEXTS[number % len(TEXTS)], PROGRAMS[number % len(PROGRAMS)]
     asked = {
         CHAT: QUESTIONS[number % len(QUESTIONS)],
@@ -83,30 +82,30 @@ def question(kind: str, number: int) -> str:
 
 
 def chat_prompt(question: str) -> str:
-    """A prompt as SmolLM2's own chat template puts it."""
+    """A prompt in SmolLM2's own chat template."""
     turns = (("system", SYSTEM), ("user", question))
     return "".join(f"<|im_start|>{who}\n{text}<|im_end|>\n" for who, text in turns) + "<|im_start|>assistant\n"
 
 
 def prompts(kind: str, count: int, first: int = 0) -> Sequence[str]:
-    """`count` prompts of a kind, from the `first` one on."""
+    """`count` prompts of a kind, starting with number `first`."""
     numbers = range(first, first + count)
     kinds = [KINDS[number % len(KINDS)] if kind == MIXED else kind for number in numbers]
     return [chat_prompt(question(each, number)) for each, number in zip(kinds, numbers, strict=True)]
 
 
-# -- what comes ------------------------------------------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------------------------------------
 
 
 class Chunk(NamedTuple):
-    """One event with tokens: when it came, by the monotonic clock in seconds, and how many tokens it had."""
+    """One event with tokens: its arrival time by the monotonic clock in seconds, and its number of tokens."""
 
     at_s: float
     num_tokens: int
 
 
 class Gap(NamedTuple):
-    """The time between two chunks of one answer, and how many tokens the second one had."""
+    """The time between two chunks of one answer, and the number of tokens of the second."""
 
     seconds: float
     num_tokens: int
@@ -122,14 +121,14 @@ class Answer:
     chunks: list[Chunk] = field(default_factory=list)
 
     def take(self, line: str, now_s: float) -> None:
-        """One line of the response. Raises RuntimeError for what the server reports as an error."""
+        """Read one line of the response. Raises RuntimeError if the server reports an error."""
         text = line.removeprefix(DATA)
         if not text or text == DONE:
             return
         event = json.loads(text)
         if "error" in event:
-            raise RuntimeError(f"the server says {event['error']}")
-        # Of a completion a choice has them, of a chat the event.
+            raise RuntimeError(f"the server reports {event['error']}")
+        # In a completion they are in the choice, in a chat in the event.
         self.prompt = tuple(event.get("prompt_token_ids") or self.prompt)
         for choice in event["choices"]:
             self.prompt = tuple(choice.get("prompt_token_ids") or self.prompt)
@@ -140,7 +139,7 @@ class Answer:
 
     @property
     def first_token_s(self) -> float:
-        """The seconds from the request to its first token."""
+        """Seconds from the request to its first token."""
         return self.chunks[0].at_s - self.sent_s
 
     @property
@@ -160,7 +159,7 @@ async def ask_all(url: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]
 
 
 async def ask_for(url: str, bodies: Sequence[Mapping[str, Any]], at_once: int, seconds: float) -> list[Answer]:
-    """So many requests at a time, in turn and again; none begins after so many seconds. Returns all answers, whole."""
+    """Cycle through the requests, `at_once` at a time, starting none after `seconds`. Returns all complete answers."""
     limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
     left, until_s, answers = cycle(bodies), time.monotonic() + seconds, list[Answer]()
 
@@ -184,7 +183,7 @@ async def _ask(client: httpx.AsyncClient, url: str, body: Mapping[str, Any]) -> 
 
 
 def decoding(answers: Sequence[Answer]) -> tuple[int, float]:
-    """While all decode, from the last first token to the first last one: the tokens that came, and the seconds."""
+    """Tokens and seconds of the time in which all decode: from the latest first token to the earliest last one."""
     start_s = max(answer.chunks[0].at_s for answer in answers)
     end_s = max(start_s, min(answer.chunks[-1].at_s for answer in answers))
     within = (chunk.num_tokens for answer in answers for chunk in answer.chunks if start_s < chunk.at_s <= end_s)
@@ -192,5 +191,5 @@ def decoding(answers: Sequence[Answer]) -> tuple[int, float]:
 
 
 def duration_s(answers: Sequence[Answer]) -> float:
-    """The seconds from the first request sent to the last token of any."""
+    """Seconds from the first request to the last token of any answer."""
     return max(answer.chunks[-1].at_s for answer in answers) - min(answer.sent_s for answer in answers)

@@ -1,7 +1,7 @@
 """A TCP relay on loopback that adds delay: the network between an edge and its gateway, for benchmarks and tests.
 
-Every byte is passed on half a round trip after it came, each direction by itself, in order, as fast as it comes. What
-passes is counted. It runs in a thread of its own:
+Every byte is forwarded half a round trip after it arrived, in order and at the rate of arrival, independently in each
+direction. The relay counts bytes. It runs in its own thread:
 
     with Relay(gateway_port, rtt_s=0.02) as relay:
         ...  # connect to relay.url
@@ -19,14 +19,14 @@ from typing import NamedTuple, Self
 HOST = "127.0.0.1"
 READ_BYTES = 16 * 1024
 MAX_READS_ON_THE_WAY = 256
-"""Of up to READ_BYTES each, in one direction of one connection: 4 MiB; then its sender is read from no more."""
+"""Most reads in flight of up to READ_BYTES each, in one direction of one connection: 4 MiB; then it stops reading."""
 SPIN_S = 0.0003
-"""Timers come late by up to about as much, so the relay sleeps that much less and turns its loop for the rest."""
+"""Timers may fire late by about this much, so the relay sleeps that much less and spins its loop for the rest."""
 STOP_LIMIT_S = 10.0
 
 
 class Traffic(NamedTuple):
-    """Bytes that came from those who connected to the relay (up), and from those it connects to (down)."""
+    """Bytes from the clients of the relay (up), and from the server behind it (down)."""
 
     up_bytes: int
     down_bytes: int
@@ -34,12 +34,12 @@ class Traffic(NamedTuple):
 
 @dataclass
 class Relay:
-    """Passes on connections to a port of this machine. `rtt_s` may be changed at any time; it holds for what comes."""
+    """Forwards connections to a local port. `rtt_s` may change at any time; it applies to bytes that arrive later."""
 
     target_port: int
     rtt_s: float = 0.0
     port: int = 0
-    """Where the relay listens; 0 before it runs."""
+    """Port on which the relay listens; 0 before it runs."""
     _up_bytes: int = 0
     _down_bytes: int = 0
     _loop: asyncio.AbstractEventLoop | None = None
@@ -48,7 +48,7 @@ class Relay:
     _connections: "set[asyncio.Task[None]]" = field(default_factory=set)
 
     def reset(self) -> None:
-        """Reset all connections, as a network does that has lost track of them."""
+        """Reset all connections, like a network that has lost their state."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._connections])
 
@@ -58,7 +58,7 @@ class Relay:
 
     @property
     def traffic(self) -> Traffic:
-        """What has come so far."""
+        """Bytes received so far."""
         return Traffic(self._up_bytes, self._down_bytes)
 
     def __enter__(self) -> Self:
@@ -85,7 +85,7 @@ class Relay:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(asyncio.wait({self._serving}))
-            self._loop.run_until_complete(asyncio.sleep(0))  # transports that were aborted close with the next turn
+            self._loop.run_until_complete(asyncio.sleep(0))  # aborted transports close in the loop's next turn
         finally:
             self._loop.close()
 
@@ -139,7 +139,7 @@ class Relay:
 
 @dataclass
 class _Direction:
-    """One way through a connection. asyncio's streams have TCP_NODELAY set, so nothing else adds delay."""
+    """One direction of a connection. asyncio's streams have TCP_NODELAY set, so nothing else adds delay."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -148,7 +148,7 @@ class _Direction:
     on_the_way: "asyncio.Queue[tuple[float, bytes]]" = field(
         default_factory=lambda: asyncio.Queue(MAX_READS_ON_THE_WAY)
     )
-    """When each is to be passed on, by the loop's clock, and what; no bytes at all are the end."""
+    """Forwarding time of each read, by the loop's clock, and its bytes; empty bytes mean the end."""
 
     async def take(self) -> None:
         loop = asyncio.get_running_loop()

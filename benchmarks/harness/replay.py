@@ -1,13 +1,12 @@
-"""An edge that drafts from recorded answers of the target, right as often as it is told to be, at a given pace.
+"""An edge that drafts from recorded answers of the target, with a configured accuracy and speed.
 
     python benchmarks/harness/replay.py http://127.0.0.1:8100 --recordings FILE
 
-It is the real edge client; only its draft model is replaced. (With --draft DIRECTORY it is not even that: then it is
-`edge-client connect`, for comparing the two by the same command.) What it drafts depends on the seed, the request's
-prompt and the position alone, so every run and every way of drafting ahead meets the same draft model. With --edges it
-is as many edges in one process, a connection, a drafter and a thread each; with --stall-s each of them stands still now
-and then. With --trace it writes down when each forward pass began and ended. When it is told to end it prints the
-totals of all as one JSON line.
+It is the real edge client; only its draft model is replaced. (With --draft DIRECTORY not even that: then it is
+`edge-client connect`, to compare the two by the same command.) Its drafts depend only on the seed, the request's prompt
+and the position, so every run and every way of drafting ahead has the same draft model. --edges runs several edges in
+one process, with a connection, a drafter and a thread each; with --stall-s each of them stalls now and then. --trace
+records the start and end of each forward pass. On SIGTERM it prints the totals of all edges as one JSON line.
 """
 
 import asyncio
@@ -34,7 +33,7 @@ from edge_client.gateway_link import Gateway
 SMOLLM2_VOCAB_SIZE = 49152
 WAIT_S = 30.0
 MAX_DRAWN = 1 << 13
-"""Draws that a drafter remembers: false pasts come again while they are drafted, true ones with every run."""
+"""Draws that a drafter caches: wrong pasts recur while they are drafted, right ones in every run."""
 
 
 class Recording(NamedTuple):
@@ -46,16 +45,16 @@ class Recording(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """How often the draft is right at a position whose past is true. Its third candidates never are."""
+    """How often the draft is right after a right past. Third and later candidates never are."""
 
     first: float = 0.75
-    """That the most probable candidate is what the target says."""
+    """Probability that the first candidate is the target's token."""
     second: float = 0.6
-    """That the second one is, where the first is not."""
+    """Probability that the second one is, if the first is not."""
     seed: int = 0
 
     def probability(self, rank: int) -> float:
-        """What the draft claims of its candidates: 0 is the first. The third and later ones share what is left."""
+        """The draft's probability of a candidate; rank 0 is the first. Third and later ones share the rest."""
         if rank == 0:
             return self.first
         if rank == 1:
@@ -64,7 +63,7 @@ class Accuracy:
 
 
 class Stalls:
-    """When an edge stands still: for `stall_s` each, and on average `every_s` from the start of one to the next's."""
+    """Stalls of an edge: `stall_s` each, on average `every_s` from the start of one to the start of the next."""
 
     def __init__(self, stall_s: float, every_s: float, seed: int, now_s: float) -> None:
         if not 0 < stall_s < every_s:
@@ -75,14 +74,14 @@ class Stalls:
         self._start_s = now_s + self._chance.expovariate(1 / self._pause_s)
 
     def over_s(self, at_s: float) -> float:
-        """When that is done which would be done at `at_s`. Times that are asked for do not fall."""
+        """End of work that would end at `at_s`: later if a stall covers it. Successive `at_s` must not decrease."""
         while self._start_s + self._stall_s <= at_s:
             self._start_s += self._stall_s + self._chance.expovariate(1 / self._pause_s)
         return at_s if at_s < self._start_s else self._start_s + self._stall_s
 
 
 class ReplayDrafter:
-    """Knows what the target says to the recorded prompts; has nothing to say to others, or past an answer's end."""
+    """Drafts the target's recorded answers; has no draft for other prompts, or past an answer's end."""
 
     fingerprint = ""
     max_context_tokens = 1 << 20
@@ -97,10 +96,10 @@ class ReplayDrafter:
         stalls: Stalls | None = None,
         trace: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
-        """Every forward pass takes `pass_s` seconds, however many rows it has; longer while it stalls. `trace` is told
-        of each, with times of the monotonic clock."""
+        """Every forward pass takes `pass_s` seconds, regardless of its rows; longer while it stalls. `trace` is called
+        for each, with times of the monotonic clock."""
         self.max_width = max_width
-        self.description = f"replay, {accuracy.first:.0%} right, {1000 * pass_s:.1f} ms a token"
+        self.description = f"replay, {accuracy.first:.0%} right, {1000 * pass_s:.1f} ms per token"
         self._recordings = sorted(recordings, key=lambda recording: -len(recording.prompt))
         self._accuracy = accuracy
         self._pass_s = pass_s
@@ -108,7 +107,7 @@ class ReplayDrafter:
         self._stalls = stalls
         self._trace = trace
         self._longest = max((len(recording.prompt) for recording in recordings), default=0)
-        # What a pass costs beside its sleep counts, since many edges share a core: nothing is computed twice.
+        # The cost of a pass besides its sleep matters, as many edges share a core: nothing is computed twice.
         self._recording = lru_cache(MAX_DRAWN)(self._find)
         self._drawn = lru_cache(MAX_DRAWN)(self._draw)
 
@@ -117,7 +116,7 @@ class ReplayDrafter:
 
     @contextmanager
     def forward_pass(self, num_rows: int) -> Iterator[None]:
-        """Takes the time of a pass, of which what is done inside is part."""
+        """Take the time of a pass, including the time of the block."""
         start_s = time.monotonic()
         until_s = start_s + self._pass_s
         yield
@@ -128,7 +127,7 @@ class ReplayDrafter:
             self._trace({"start_s": start_s, "end_s": time.monotonic(), "rows": num_rows})
 
     def candidates(self, chain: tuple[int, ...], width: int) -> list[Candidate]:
-        """What the draft model says may follow these tokens, most probable first."""
+        """The draft model's candidates for the next token, most probable first."""
         recording = self._recording(chain[: self._longest])
         if recording is None:
             return []
@@ -137,18 +136,18 @@ class ReplayDrafter:
         if len(said) >= len(answer):
             return []
         is_true = said == answer[: len(said)]
-        # A false past is known by its tokens; a true one by its length, so that branches cannot change what is drawn.
+        # The key of a wrong past is its tokens, of a right one its length, so that branches cannot change the draw.
         right = answer[len(said)] if is_true else None
         return list(self._drawn(prompt, len(said), () if is_true else said, right, width))
 
     def _find(self, head: tuple[int, ...]) -> Recording | None:
-        """The recording of the longest prompt that the tokens begin with."""
+        """The recording with the longest prompt that is a prefix of the tokens."""
         return next((known for known in self._recordings if head[: len(known.prompt)] == known.prompt), None)
 
     def _draw(
         self, prompt: tuple[int, ...], num_said: int, false_past: tuple[int, ...], right: int | None, width: int
     ) -> tuple[Candidate, ...]:
-        """`width` different tokens, with `right` in its place if it comes at all. A wider draw starts alike."""
+        """`width` different tokens, with `right` at its rank if it is drawn. A wider draw has the same start."""
         chance = Random(repr((self._accuracy.seed, prompt, num_said, false_past)))
         is_first, is_second = chance.random() < self._accuracy.first, chance.random() < self._accuracy.second
         place = 0 if is_first else 1 if is_second else None
@@ -161,7 +160,7 @@ class ReplayDrafter:
 
 
 class ReplaySequence:
-    """One request's entries: a token each."""
+    """One request's entries, of one token each."""
 
     def __init__(self, drafter: ReplayDrafter) -> None:
         self._drafter = drafter
@@ -219,20 +218,20 @@ async def draft(clients: Sequence[EdgeClient]) -> None:
 
 def main(
     url: Annotated[str, typer.Argument(help="The gateway.")],
-    token_file: Annotated[Path | None, typer.Option(help="What the gateway asks for.")] = None,
-    ca_file: Annotated[str, typer.Option(help="Whom to trust.")] = "",
+    token_file: Annotated[Path | None, typer.Option(help="File with the edge's token.")] = None,
+    ca_file: Annotated[str, typer.Option(help="Certificate authority to trust.")] = "",
     recordings: Annotated[Path | None, typer.Option(help="JSON: [[prompt ids], [answer ids]], ...")] = None,
-    draft_model: Annotated[str, typer.Option("--draft", help="A draft model's directory in their place.")] = "",
+    draft_model: Annotated[str, typer.Option("--draft", help="A draft model's directory instead of recordings.")] = "",
     first: Annotated[float, typer.Option(help="How often the first candidate is right.")] = 0.75,
-    second: Annotated[float, typer.Option(help="How often the second is, where the first is not.")] = 0.6,
-    pass_ms: Annotated[float, typer.Option(help="What one forward pass takes.")] = 6.0,
-    max_width: Annotated[int, typer.Option(help="Rows of a pass; 0: as the drafter can; 1: no branches.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of what is drafted, and of the stalls.")] = 0,
-    edges: Annotated[int, typer.Option(help="Connections, each an edge of its own.", min=1)] = 1,
-    max_requests: Annotated[int, typer.Option(help="Requests that each edge takes at once.", min=1)] = 8,
-    stall_s: Annotated[float, typer.Option(help="Each edge stands still for so long; 0: never.", min=0)] = 0.0,
-    stall_every_s: Annotated[float, typer.Option(help="On average, from one stall's start to the next's.")] = 5.0,
-    trace: Annotated[Path | None, typer.Option(help="Add a line of JSON a replayed pass to this file.")] = None,
+    second: Annotated[float, typer.Option(help="How often the second is right if the first is not.")] = 0.6,
+    pass_ms: Annotated[float, typer.Option(help="Time of a forward pass.")] = 6.0,
+    max_width: Annotated[int, typer.Option(help="Rows of a pass; 0: the drafter's maximum; 1: no branches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the drafts and the stalls.")] = 0,
+    edges: Annotated[int, typer.Option(help="Connections, each a separate edge.", min=1)] = 1,
+    max_requests: Annotated[int, typer.Option(help="Concurrent requests of each edge.", min=1)] = 8,
+    stall_s: Annotated[float, typer.Option(help="Duration of each edge's stalls; 0: none.", min=0)] = 0.0,
+    stall_every_s: Annotated[float, typer.Option(help="Mean time from one stall's start to the next's.")] = 5.0,
+    trace: Annotated[Path | None, typer.Option(help="Append a line of JSON per replayed pass to this file.")] = None,
 ) -> None:
     """Connect to a gateway and draft for it until SIGTERM."""
     file = trace.open("a", buffering=1) if trace is not None else None

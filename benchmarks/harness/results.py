@@ -1,4 +1,4 @@
-"""What is kept of a benchmark: where, under which circumstances, and how it is shown."""
+"""Results of a benchmark: files, circumstances, and tables."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def output_path(name: str, output: Path | None, is_quick: bool = False) -> Path:
 
 
 def circumstances() -> dict[str, object]:
-    """Of one session: enough to do it again, and nothing that names this machine."""
+    """Circumstances of one session: enough to repeat it, and nothing that identifies this machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     describe = ["git", "describe", "--always", "--dirty"]
@@ -51,17 +51,17 @@ def circumstances() -> dict[str, object]:
 
 @dataclass
 class Kept:
-    """All runs so far, of this session of the servers and of those before; and their file."""
+    """All runs of this session of the servers and of earlier ones, and their file."""
 
     path: Path
     settings: dict[str, Any]
-    """What runs that are compared have in common."""
+    """Settings that all compared runs share."""
     sessions: list[dict[str, object]]
     runs: list[Run]
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, Any], is_resumed: bool) -> "Kept":
-        """What earlier sessions left, if it is gone on with. Refuses what was measured otherwise."""
+        """The runs of earlier sessions, if they are resumed. Refuses runs with other settings."""
         said = json.loads(json.dumps(settings))
         if not is_resumed or not path.exists():
             return cls(path, said, [], [])
@@ -80,7 +80,7 @@ class Kept:
         return {run.slot for run in self.runs}
 
     def save(self, figures: Mapping[str, object]) -> None:
-        """Write all, whole or not at all; a run is a line."""
+        """Write the file atomically, with one line per run."""
         head = {"settings": self.settings, **figures, "sessions": self.sessions}
         lines = ",\n".join("  " + json.dumps(asdict(run)) for run in self.runs)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,10 +95,10 @@ class Kept:
         figures: Callable[[Sequence[Run]], Mapping[str, object]],
         rate: str = "tokens_per_s",
     ) -> None:
-        """Make all runs, in a session of their own; each is in the file as soon as it is done. `rate`: what is said."""
+        """Make all runs in a new session; each is saved as soon as it is done. `rate`: the figure to show."""
         self.sessions.append(circumstances())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, auto_refresh=False) as progress:  # no thread draws while we measure
+        with Progress(*columns, console=console, auto_refresh=False) as progress:  # no drawing thread while measuring
             task = progress.add_task("measuring", total=len(slots))
             for number, slot in enumerate(slots):
                 progress.update(task, description=slot.title, refresh=True)
@@ -115,11 +115,11 @@ class Kept:
 
 
 class Column(NamedTuple):
-    """Of a table."""
+    """One column of a table."""
 
     title: str
     value: str | Callable[[Any], object]
-    """Of what a row is about, or its name there; None is shown as a dash."""
+    """A function of a row, or the name of its item; None is shown as a dash."""
     form: str = ""
 
 

@@ -1,6 +1,6 @@
-"""One measured run, as all benchmarks keep it, and how runs are compared. Pure: plain values in and out.
+"""One measured run, in the form of all benchmarks, and comparison of runs. Pure: plain values in and out.
 
-Rule: machines drift, so a run is compared only with the runs of others beside it: of the same repeat, or next to it.
+Rule: machines drift, so a run is compared only with neighbouring runs of others: of the same repeat, or adjacent.
 """
 
 import hashlib
@@ -16,29 +16,29 @@ from harness.replay import Recording
 
 MIN_GAP_S = 1e-4
 BIN = 1.01
-"""Gaps are counted in bins, each so many times as long as the one before: 1 % is less than any run's noise."""
+"""Ratio of successive bins in which gaps are counted: 1 % is less than any run's noise."""
 SHARED = ("edges", "load", "front_end", "gateway")
-"""What runs beside the model on the other core. The engine's core process does too, but it fills what is left: it waits
-for the model in a loop, so that core is always busy."""
+"""Processes on the other core than the model. The engine's core process is there too, but it busy-waits for the model
+and uses all remaining time, so that core is always busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One run to make: an arm, and what it meets."""
+    """One run to make: an arm and its load."""
 
     arm: str
     requests: int = 1
-    """At once."""
+    """Concurrent requests."""
     kind: str = ""
-    """Of what is asked."""
+    """Kind of questions."""
     temperature: float | None = 0.0
-    """None: none is asked for, so that it is the model's own."""
+    """None: not in the request, so that it is the model's own."""
     rate: float = 0.0
-    """Of requests that come by themselves (Poisson), of plain vLLM's capacity; 0: so many at once, always."""
+    """Rate of Poisson arrivals as a share of plain vLLM's capacity; 0: a constant number of concurrent requests."""
     rtt_ms: float | None = None
-    """To the edges; None: nothing hangs on it."""
+    """Round trip to the edges; None: irrelevant."""
     edge: str | None = None
-    """What the edges are like."""
+    """Kind of edges."""
     repeat: int = 0
 
     @property
@@ -47,7 +47,7 @@ class Slot:
 
     @property
     def case(self) -> "Slot":
-        """What all arms are asked alike, in any repeat."""
+        """The load alone, which is the same for all arms and repeats."""
         return replace(self.slot, arm="", rtt_ms=None, edge=None, repeat=0)
 
     @property
@@ -65,45 +65,45 @@ class Run(Slot):
     """One run of one server. Times in seconds; CPU seconds and busy shares are those of the run alone."""
 
     session: int = 0
-    """Which start of the servers, and the run's number after it."""
+    """Number of the servers' start, and of the run after it."""
     number: int = 0
     num_tokens: int
     seconds: float
-    """From the first request sent to the last token; of requests one after the other, in sum."""
+    """From the first request to the last token; for consecutive requests, the sum."""
     decode_tokens: int = 0
     decode_seconds: float = 0.0
-    """From when each request had its first token: without the prompts."""
+    """The same from each request's first token, without the prompts."""
     cpu_s: dict[str, float] = field(default_factory=dict)
     """By process: worker, engine_core, front_end, gateway, edges, and load for the load generator and the relay."""
     core_busy: list[float] = field(default_factory=list)
-    """By core: the share of the run, whoever used it."""
+    """By core: busy share of the run, by any process."""
     core_steal: list[float] = field(default_factory=list)
-    """By core: the share that the hypervisor gave to others."""
+    """By core: share that the hypervisor gave to other machines."""
     first_token_s: dict[str, float] = field(default_factory=dict)
     """p50, p99 and max over the requests."""
     each: list[list[float]] = field(default_factory=list)
-    """Of each request, where that is kept: seconds to its first token, to its last, and its tokens."""
+    """Of each request, if recorded: seconds to its first token, to its last, and its number of tokens."""
     gap_ms: dict[str, float] = field(default_factory=dict)
     """Between two chunks of a stream: p50, p95, p99."""
     token_gap_ms: dict[str, float] = field(default_factory=dict)
     """The same with each gap divided by the number of tokens in the chunk after it."""
     tokens_per_chunk: float = 1.0
     counters: dict[str, int] = field(default_factory=dict)
-    """The engine's, from before the run to after it."""
+    """Change of the engine's counters over the run."""
     edge_totals: dict[str, int] = field(default_factory=dict)
-    """What the edges say of themselves, the warm-up included."""
+    """Totals reported by the edges, including the warm-up."""
     worker: dict[str, float] = field(default_factory=dict)
-    """What an emulated worker counted."""
+    """Counters of an emulated worker."""
     up_bytes: int = 0
     down_bytes: int = 0
     differences: list[list[int]] = field(default_factory=list)
-    """Answer, and its first token that is not as recorded."""
+    """Pairs of an answer and its first token that differs from the recording."""
     answers: list[Any] = field(default_factory=list)
-    """The tokens of each, or a digest of its text, where they are compared between arms."""
+    """Tokens of each answer, or a digest of its text, if answers are compared between arms."""
     learned: dict[str, Any] | None = None
-    """What our engine had learned of its steps."""
+    """What our engine had learned about its steps."""
     gaps: dict[int, int] = field(default_factory=dict)
-    """How many gaps by bin, see `bin_of`; each counts once."""
+    """Number of gaps by bin, see `bin_of`; each counts once."""
     token_gaps: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -116,27 +116,27 @@ class Run(Slot):
 
     @property
     def cpu_s_per_token(self) -> float:
-        """Of the engine: its worker and its core process."""
+        """CPU seconds per token of the engine: its worker and its core process."""
         return self.worker_s_per_token + self.cpu_s.get("engine_core", 0.0) / self.num_tokens
 
     @property
     def worker_s_per_token(self) -> float:
-        """CPU seconds of the worker alone: the engine's core process waits in a loop."""
+        """CPU seconds per token of the worker alone: the engine's core process busy-waits."""
         return self.cpu_s.get("worker", 0.0) / self.num_tokens
 
     @property
     def edge_busy(self) -> float:
-        """Of one core, by the edges' process."""
+        """Share of one core used by the edges' process."""
         return self.cpu_s.get("edges", 0.0) / self.seconds
 
     @property
     def shared_busy(self) -> float:
-        """Of one core, by all that runs on the model's neighbour but the engine's core process."""
+        """Share of one core used by all processes on the other core except the engine's core process."""
         return sum(self.cpu_s.get(name, 0.0) for name in SHARED) / self.seconds
 
     @property
     def foreign_busy(self) -> float:
-        """Of one core, by whatever is none of this run: a machine that is not quiet."""
+        """Share of one core used by processes that do not belong to the run."""
         return sum(self.core_busy) - sum(self.cpu_s.values()) / self.seconds
 
     @property
@@ -149,7 +149,7 @@ class Run(Slot):
 
 
 def run_of(values: Mapping[str, Any]) -> Run:
-    """A run as it was written to JSON, where all keys are strings."""
+    """A run from JSON, where all keys are strings."""
     histograms = {name: {int(key): n for key, n in values[name].items()} for name in ("gaps", "token_gaps")}
     return Run(**{**values, **histograms})
 
@@ -158,7 +158,7 @@ def run_of(values: Mapping[str, Any]) -> Run:
 
 
 def timed(*batches: Sequence[Answer]) -> dict[str, Any]:
-    """What a client sees of batches of answers that are asked for one after the other, by a Run's names."""
+    """A client's times of consecutive batches of answers, as fields of a Run."""
     answers = [answer for batch in batches for answer in batch]
     decoded = [decoding(batch) for batch in batches]
     gaps = [gap for answer in answers for gap in answer.gaps()]
@@ -175,7 +175,7 @@ def timed(*batches: Sequence[Answer]) -> dict[str, Any]:
 
 
 def latencies(first_s: Sequence[float], gaps_s: Iterable[float]) -> dict[str, Any]:
-    """Of the times to first tokens, and between chunks."""
+    """Quantiles of the times to first tokens, and between chunks."""
     ordered = sorted(first_s)
     p99 = ordered[ceil(0.99 * len(ordered)) - 1]
     first_token_s = {"p50": statistics.median(ordered), "p99": p99, "max": ordered[-1]}
@@ -193,7 +193,7 @@ def bin_of(seconds: float) -> int:
 
 
 def quantile_ms(histogram: Mapping[int, int], part: float) -> float:
-    """The gap that `part` of all gaps do not exceed, to half a percent."""
+    """The gap that a share `part` of all gaps does not exceed, to half a percent."""
     rank, seen = ceil(part * sum(histogram.values())), 0
     for number, count in sorted(histogram.items()):
         seen += count
@@ -203,7 +203,7 @@ def quantile_ms(histogram: Mapping[int, int], part: float) -> float:
 
 
 def differences(recordings: Sequence[Recording], answers: Iterable[Answer]) -> list[list[int]]:
-    """Number and first token of each answer that is not as recorded; an answer may end earlier."""
+    """Number and first different token of each answer that differs from its recording; an answer may end earlier."""
     found = []
     for number, (known, answer) in enumerate(zip(recordings, answers, strict=False)):
         pairs = zip(known.answer, answer.tokens, strict=False)
@@ -220,7 +220,7 @@ def digest(text: str) -> str:
 
 
 class Ratio(NamedTuple):
-    """Median and range over the repeats."""
+    """Median and range of a ratio over the repeats."""
 
     median: float
     low: float
@@ -230,7 +230,7 @@ class Ratio(NamedTuple):
         return f"{self.median:.2f} ({self.low:.2f}..{self.high:.2f})"
 
     def named(self, name: str) -> dict[str, float]:
-        """As it is in a results file."""
+        """The ratio as in a results file."""
         return {name: self.median, f"{name}_min": self.low, f"{name}_max": self.high}
 
 
@@ -243,11 +243,11 @@ def of_same_repeat(run: Run, others: Iterable[Run]) -> list[Run]:
 
 
 Beside = Callable[[Run, Sequence[Run]], list[Run]]
-"""With which of the others a run is compared."""
+"""Selects the runs that a run is compared with."""
 
 
 def beside(run: Run, others: Sequence[Run], name: str, which: Beside) -> float | None:
-    """The mean of an attribute of the runs beside this one."""
+    """Mean of an attribute of the runs next to this one."""
     near = [getattr(other, name) for other in which(run, others)]
     return statistics.fmean(near) if near else None
 
@@ -255,17 +255,17 @@ def beside(run: Run, others: Sequence[Run], name: str, which: Beside) -> float |
 def ratio(
     own: Sequence[Run], others: Sequence[Run], name: str = "tokens_per_s", which: Beside = of_same_repeat
 ) -> Ratio | None:
-    """Of an attribute of each run to that of the others beside it; None if there are none."""
+    """Ratio of an attribute of each run to that of the others next to it; None if there are none."""
     return spread([getattr(run, name) / near for run in own if (near := beside(run, others, name, which))])
 
 
 def middle(runs: Iterable[Run], of: str | Callable[[Run], float]) -> float:
-    """The median of an attribute, or of what is computed from a run."""
+    """Median of an attribute, or of a function of a run."""
     return statistics.median(getattr(run, of) if isinstance(of, str) else of(run) for run in runs)
 
 
 def counted(runs: Iterable[Run]) -> Counter[str]:
-    """What engines and relays counted, and the clients' tokens, in sum."""
+    """Sums of the counters of engines and relays, and of the clients' tokens."""
     total: Counter[str] = Counter()
     for run in runs:
         own = {"tokens": run.num_tokens, "up_bytes": run.up_bytes, "down_bytes": run.down_bytes}
@@ -274,7 +274,7 @@ def counted(runs: Iterable[Run]) -> Counter[str]:
 
 
 def share(counts: Counter[str], name: str, whole: str) -> float | None:
-    """None where either was not counted."""
+    """Share of one counter in another; None if either is missing."""
     return counts[name] / counts[whole] if name in counts and counts[whole] else None
 
 
@@ -286,7 +286,7 @@ def pooled(histograms: Iterable[Mapping[int, int]]) -> Counter[int]:
 
 
 def num_different(runs: Iterable[Run]) -> int:
-    """Greedy answers that are not those of the first run of the same case and repeat."""
+    """Number of greedy answers that differ from the first run of the same case and repeat."""
     first: dict[tuple[Slot, int], list[Any]] = {}
     return sum(
         one != other

@@ -1,4 +1,4 @@
-"""Servers to ask, and what they and their edges use meanwhile."""
+"""Servers under load, and the resources that they and their edges use."""
 
 import asyncio
 import json
@@ -25,31 +25,31 @@ from harness.results import CACHE, console
 
 T = TypeVar("T")
 WAIT_LIMIT_MS = 1000
-"""Where the server always waits, for longer than any answer takes; elsewhere the limit is the default."""
+"""Limit of a server that always waits: longer than any answer; other servers have the default."""
 SETTLE_S = 0.1
 IDLE = ("idle", "iowait")
 
 
 @dataclass
 class Target:
-    """A server to ask."""
+    """A server under load."""
 
     server: Server
     has_gateway: bool
     num_asked: int = 0
-    """Tokens that it was asked for so far."""
+    """Tokens requested so far."""
 
     def ask(self, prompts: Sequence[str | Sequence[int]], num_tokens: int, is_streamed: bool = True) -> list[Answer]:
-        """Greedy answers to all prompts at once."""
+        """Greedy answers to all prompts, sent concurrently."""
         body = {"max_tokens": num_tokens, "temperature": 0, "stream": is_streamed, "ignore_eos": True}
         return self._ask("completions", [{**body, "prompt": prompt} for prompt in prompts])
 
     def chat(self, question: str, num_tokens: int, **body: object) -> Answer:
-        """The streamed answer to a question, of at most so many tokens."""
+        """The streamed answer to a question, of at most `num_tokens`."""
         return self.converse([{**body, "messages": [{"role": "user", "content": question}]}], num_tokens)[0]
 
     def converse(self, bodies: Sequence[Mapping[str, Any]], num_tokens: int) -> list[Answer]:
-        """The streamed answers to conversations that are sent at once."""
+        """The streamed answers to conversations that are sent concurrently."""
         return self._ask("chat/completions", [{**body, "max_tokens": num_tokens, "stream": True} for body in bodies])
 
     def _ask(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
@@ -57,12 +57,12 @@ class Target:
         try:
             answers = asyncio.run(ask_all(f"{self.server.url}/v1/{endpoint}", named))
         except (httpx.HTTPError, RuntimeError) as error:
-            raise self.server.process.fail(f"asking failed: {error!r}") from error
+            raise self.server.process.fail(f"request failed: {error!r}") from error
         self.num_asked += sum(len(answer.tokens) for answer in answers)
         return answers
 
     def record(self, prompts: Sequence[str], num_tokens: int, path: Path) -> list[Recording]:
-        """What it says to these prompts, for edges that know it."""
+        """Record the answers to these prompts, for edges that replay them."""
         recordings = [answer.recording for answer in self.ask(prompts, num_tokens)]
         write_recordings(path, recordings)
         return recordings
@@ -70,7 +70,7 @@ class Target:
     def converse_for(
         self, bodies: Sequence[Mapping[str, Any]], num_tokens: int, at_once: int, seconds: float
     ) -> list[Answer]:
-        """The same for so many conversations at a time, in turn and again, until so many seconds are over.
+        """Cycle through conversations at a constant concurrency until the time is over.
 
         A body may have its own number of tokens.
         """
@@ -78,12 +78,12 @@ class Target:
         try:
             answers = asyncio.run(ask_for(f"{self.server.url}/v1/chat/completions", named, at_once, seconds))
         except (httpx.HTTPError, RuntimeError) as error:
-            raise self.server.process.fail(f"asking failed: {error!r}") from error
+            raise self.server.process.fail(f"request failed: {error!r}") from error
         self.num_asked += sum(len(answer.tokens) for answer in answers)
         return answers
 
     def counters(self) -> Counter[str]:
-        """The engine's, with all that was asked so far in them; they come once a second."""
+        """The engine's counters, once they include all requests so far; they are reported once per second."""
         if not self.has_gateway:
             return Counter()
         values = self.server.engine_counters({"committed_tokens": self.num_asked})
@@ -104,7 +104,7 @@ class Target:
 
 
 ROLES = {"VLLM::Worker": "worker", "VLLM::EngineCore": "engine_core", "vllm_specedge.cli gateway": "gateway"}
-"""A server's processes by what is in their command lines; the first one is the front end."""
+"""Roles of a server's processes by text in their command lines; the first process is the front end."""
 
 
 # -- starting them ---------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ ROLES = {"VLLM::Worker": "worker", "VLLM::EngineCore": "engine_core", "vllm_spec
 
 @contextmanager
 def story(name: str) -> Iterator[ExitStack]:
-    """A benchmark. What is started within is stopped at its end, of SIGTERM too; what does not start ends it."""
+    """Context of a benchmark: stops at its end, or on SIGTERM, what was started in it; a failed start ends it."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with ExitStack() as stack:
@@ -127,13 +127,13 @@ def edge(k: int | None, **options: object) -> dict[str, object]:
 
 
 def waiting(k: int | None, **options: object) -> dict[str, object]:
-    """The same in the paper's way: the server always waits for the draft."""
+    """The same for the paper's method: the server always waits for the draft."""
     return edge(k, mode="wait", hold_limit_ms=WAIT_LIMIT_MS, ngram=False, **options)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of serving: a server by its name, which arms may share, and options of its edge."""
+    """One arm: the name of a server, which arms may share, and options of its edge."""
 
     name: str
     title: str
@@ -176,14 +176,14 @@ def launch(
 
 
 def free_ports(count: int) -> list[int]:
-    """A server whose port is taken ends, while whoever has the port answers in its place: so none is fixed."""
+    """Free ports. With a fixed port, another process that already has it could answer in the server's place."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [item.getsockname()[1] for item in sockets]
 
 
 def wait_for_start(server: Server, num_servers: int) -> None:
-    """They all start at once, so each may take as many times as long."""
+    """Wait for a server; as all start at once, the time limit grows with their number."""
     for left in reversed(range(num_servers)):
         try:
             wait_for(server.process, f"{server.url}/health")
@@ -194,20 +194,20 @@ def wait_for_start(server: Server, num_servers: int) -> None:
 
 
 def stand_aside() -> None:
-    """From now on the relay and the asking never stop the model's core. Servers that are started later share this."""
+    """Keep the relay and the load generator off the model's core. Servers that are started later inherit this."""
     psutil.Process().cpu_affinity([EDGE_CORE])
 
 
-# -- what a run uses -------------------------------------------------------------------------------------------------
+# -- resources of a run ----------------------------------------------------------------------------------------------
 
 
 def metered(target: Target, edges: Edges | None, act: Callable[[], T]) -> tuple[T, dict[str, Any]]:
-    """Do something with a server and its edges; returns what comes of it, and what it used, by a Run's names."""
+    """Call `act` with a server and its edges running; returns its result, and the resources used as a Run's fields."""
     counted, sent = target.counters(), _traffic(edges)
     cpu_before, cores_before = _cpu_s(target, edges), psutil.cpu_times(percpu=True)
     done = act()
     cpu_after, cores_after = _cpu_s(target, edges), psutil.cpu_times(percpu=True)
-    time.sleep(SETTLE_S + (edges.relay.rtt_s if edges else 0.0))  # what is on its way is part of it
+    time.sleep(SETTLE_S + (edges.relay.rtt_s if edges else 0.0))  # includes what is in flight
     counters, came = target.counters(), _traffic(edges)
     counters.subtract(counted)
     return done, {
@@ -230,10 +230,10 @@ def _cpu_s(target: Target, edges: Edges | None) -> dict[str, float]:
 
 
 def _core_shares(before: Sequence[Any], after: Sequence[Any], is_counted: Callable[[str], bool]) -> list[float]:
-    """By core: the part of the time between that was spent in states such as these."""
+    """By core: share of the time between two samples that was spent in the counted states."""
     shares = []
     for one, other in zip(before, after, strict=True):
-        names = [name for name in one._fields if not name.startswith("guest")]  # in user as well
+        names = [name for name in one._fields if not name.startswith("guest")]  # included in user
         spent = {name: getattr(other, name) - getattr(one, name) for name in names}
         counted = sum(seconds for name, seconds in spent.items() if is_counted(name))
         shares.append(round(counted / max(sum(spent.values()), 1e-9), 3))

@@ -28,12 +28,12 @@ def asked_by_vllm(
     seed: int = 0,
     ignore_eos: bool = False,
 ) -> dict[str, Any]:
-    """What it says of these requests: `at_once` of them (None: as they come), coming `per_s` each second by Poisson.
+    """Its result for these requests: at most `at_once` in flight (None: no limit), `per_s` Poisson arrivals per second.
 
     Raises StackError if any fails.
     """
     url, model = target.server.url, target.server.model
-    np.random.seed(seed)  # what vLLM draws arrivals from
+    np.random.seed(seed)  # vLLM draws arrivals from it
     with (logs / "vllm-bench.log").open("a") as log, contextlib.redirect_stdout(log):
         result: dict[str, Any] = asyncio.run(
             benchmark(

@@ -1,4 +1,4 @@
-"""The questions that `make evidence` asks, by kind, as vLLM's benchmark takes them (workload.toml)."""
+"""The questions of `make evidence`, by kind, as input for vLLM's benchmark (workload.toml)."""
 
 import json
 import re
@@ -18,12 +18,12 @@ MIXED = "mixed"
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """One conversation whose last turn is to be answered."""
+    """One conversation; its last turn is to be answered."""
 
     kind: str
     messages: tuple[Mapping[str, str], ...]
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Of the request's body, beside its messages."""
+    """Fields of the request's body other than its messages."""
 
     @property
     def body(self) -> dict[str, Any]:
@@ -32,7 +32,7 @@ class Question:
 
 @cache
 def questions(file: Path = FILE) -> dict[str, list[Question]]:
-    """All there are, by kind."""
+    """All questions by kind."""
     values = tomllib.loads(file.read_text())
     found: dict[str, list[Question]] = {}
     for group in values["question"]:
@@ -58,6 +58,6 @@ def _messages(turns: Sequence[str], values: Mapping[str, Any]) -> Iterator[dict[
 
 
 def chosen(by_kind: Mapping[str, Sequence[Question]], kind: str, number: int, first: int = 0) -> list[Question]:
-    """So many questions of a kind, from the `first` one on; of MIXED: of all kinds in turn. They begin anew."""
+    """`number` questions of a kind, starting at `first`; MIXED: of all kinds in turn. They wrap around."""
     in_turn = list(chain.from_iterable(zip(*by_kind.values(), strict=True))) if kind == MIXED else by_kind[kind]
     return list(islice(cycle(in_turn), first % len(in_turn), first % len(in_turn) + number))

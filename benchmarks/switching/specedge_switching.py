@@ -1,4 +1,4 @@
-"""A plugin of vLLM for switched.py: every other period nothing is verified and nobody is held, and all else goes on.
+"""A vLLM plugin for switched.py: in every other period nothing is verified and no request is held; all else continues.
 
 PYTHONPATH=benchmarks/switching SPECEDGE_PERIOD_S=3 vllm serve MODEL --speculative-config edge
 """
