@@ -1,4 +1,4 @@
-"""What several tests share: frames of every type, two sessions back to back, and a world in virtual time."""
+"""Shared by several tests: frames of every type, two sessions back to back, and a world in virtual time."""
 
 import dataclasses
 import threading
@@ -54,7 +54,7 @@ _BY_FIELD: dict[object, st.SearchStrategy[Any]] = {
 
 
 def fitting(request: int, base: int, tokens: Sequence[int], forks: Sequence[tuple[int, int]] = ()) -> Propose:
-    """A proposal; `forks`: for each branch how far before the trunk's end it leaves, and its tokens, as far as fits."""
+    """A proposal; `forks`: for each branch its distance from the trunk's end and its length, as far as fits."""
     num_trunk, branches = len(tokens), list[int]()
     for back, own in forks if tokens else ():
         length = own % num_trunk
@@ -69,7 +69,7 @@ def frames_of(cls: type[Frame]) -> st.SearchStrategy[Frame]:
     if cls is Propose:
         forks = st.lists(st.tuples(_uints, st.integers(0, 40)), max_size=MAX_BRANCHES)
         tokens = _BY_FIELD[tuple[int, ...]]
-        # A branch leaves no further back than a number on the wire says.
+        # A branch leaves no further back than the wire format can express.
         return st.builds(fitting, _uints, st.integers(0, MAX_UINT32 - 40), tokens, forks)
     return st.builds(cls, **{item.name: _BY_FIELD[item.type] for item in dataclasses.fields(cls)})
 
@@ -110,7 +110,7 @@ class ConnectionPair:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """What a link does to frames. Unequal delays reorder them."""
+    """Faults of a link. Unequal delays reorder frames."""
 
     delay_s: float = 0.0005
     jitter_s: float = 0.0
@@ -119,7 +119,7 @@ class Trouble:
 
 
 class VirtualLink:
-    """One direction between two ends: frames go through their bytes and arrive late, never, twice or out of order."""
+    """One direction of a link: frames are encoded and decoded, and arrive late, never, twice or out of order."""
 
     def __init__(self, time: VirtualTime, random: Random, trouble: Trouble, deliver: Callable[[Frame], None]) -> None:
         self._time = time
@@ -141,7 +141,7 @@ class VirtualLink:
 
 
 Guess = Callable[[Sequence[int]], Sequence[Candidate]]
-"""A draft model: what it says may follow a context, most probable first."""
+"""A draft model: the candidates for the token after a context, most probable first."""
 
 
 class ListSequence(DraftSequence):
@@ -196,7 +196,7 @@ def virtual_edge(
 
 
 class HostileEdge:
-    """Answers every frame with some of its own making, most of them lies."""
+    """Answers every frame with invented ones, most of them false."""
 
     def __init__(self, random: Random, vocab_size: int, is_rude: bool) -> None:
         self.send: Callable[[Frame], None] = lambda frame: None
@@ -248,8 +248,8 @@ class World:
     """A toy engine with the real StepDriver, the real Router, and edges, joined by VirtualLinks.
 
     `choose` is the target model: the next token for a context. The engine verifies drafts as a greedy target does, so
-    what it emits is its own choice whatever it is offered: that says nothing of drafts. What does is how many steps it
-    takes, and that each draft offered was proposed for exactly the tokens that the request has, which is asserted.
+    its output does not depend on the drafts. Drafts are judged by the number of steps, and by the assertion that each
+    offered draft was proposed for exactly the tokens that the request has.
     """
 
     choose: Callable[[Sequence[int]], int]
@@ -261,7 +261,7 @@ class World:
     hold_limits: HoldLimits = field(default_factory=HoldLimits)
     step_s: float = 0.01
     token_s: float = 0.0
-    """A step takes so much longer for each draft token that it verifies."""
+    """Additional time of a step per verified draft token."""
     suggest: Callable[[Sequence[int]], Sequence[int]] = lambda tokens: ()
     """vLLM's n-gram lookup."""
     max_running: int = 3
@@ -274,7 +274,7 @@ class World:
     inbox: list[tuple[float, Frame]] = field(default_factory=list)
     offers: Offers = field(default_factory=Offers)
     suggested: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """What the lookup found last."""
+    """Latest result of the lookup."""
     num_opened: int = 0
     byes: list[Bye] = field(default_factory=list)
     is_stepping: bool = False
@@ -286,7 +286,7 @@ class World:
         self._up = VirtualLink(self.time, random, self.engine_trouble, self._at_router)
         self._down = VirtualLink(self.time, random, self.engine_trouble, self._at_engine)
         self._random = random
-        # The handshakes are not what is tried here: they come through whole.
+        # Handshakes are not under test here: they are not disturbed.
         hello = EngineHello(PROTOCOL_VERSION, "toy", "f", self.vocab_size)
         for effect in self.router.from_engine(b"e", hello):
             self.inbox.append((0.0, effect.frame))
@@ -304,7 +304,7 @@ class World:
         self._carry_out([effect for effect in effects if isinstance(effect, ToEdge)])
 
     def leave(self, id_: int) -> None:
-        """An edge disconnects; what is under way from it or to it is lost."""
+        """An edge disconnects; frames in flight from it or to it are lost."""
         self._links.pop(id_, None)
         self._carry_out(self.router.edge_left(id_))
 
@@ -420,7 +420,7 @@ def refused(act: Callable[[], object]) -> RemoteProtocolError:
 
 @contextmanager
 def in_thread(run: Callable[[], object]) -> Iterator[None]:
-    """Run something beside the block, which has to make it end."""
+    """Run a function in a thread during the block, which has to end it."""
     thread = threading.Thread(target=run)
     thread.start()
     try:

@@ -12,7 +12,7 @@ import pytest
 from stack import Process, start
 
 ETC = Path("/etc/netns")
-"""`ip netns exec` shows what is there under a namespace's name as its /etc."""
+"""`ip netns exec` mounts the files under a namespace's name here as its /etc."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _ip(*words: str) -> None:
 
 @contextmanager
 def two_machines(directory: Path, server_name: str) -> Iterator[tuple[Machine, Machine]]:
-    """A server, which both know by `server_name`, and a laptop. Skips the test where none can be made."""
+    """A server, known to both as `server_name`, and a laptop. Skips the test if namespaces cannot be made."""
     if shutil.which("ip") is None:
         pytest.skip("needs ip: apt-get install iproute2 (.ci/run does)")
     machines = []
@@ -63,7 +63,7 @@ def two_machines(directory: Path, server_name: str) -> Iterator[tuple[Machine, M
                 _ip("-n", machine.name, "address", "add", f"{machine.address}/24", "dev", end)
                 _ip("-n", machine.name, "link", "set", end, "up")
                 _ip("-n", machine.name, "link", "set", "lo", "up")
-                # Nothing is behind it; but vLLM asks which of its addresses is the way out.
+                # It leads nowhere, but vLLM looks up the address of its default route.
                 _ip("-n", machine.name, "route", "add", "default", "dev", end)
                 (ETC / machine.name).mkdir(parents=True)
                 hosts = f"127.0.0.1 localhost\n{server.address} {server_name}\n"

@@ -1,4 +1,4 @@
-"""What edges proposed, and behind which past: all that an engine may offer to its target. Knows no proposal tree."""
+"""Edges' proposals with their pasts: all that an engine may offer to its target. Independent of the proposal tree."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ class Offers:
         self._paths: dict[int, list[Path]] = defaultdict(list)
 
     def proposed(self, frame: Propose) -> None:
-        """The trunk is a path, and each branch with what is before it."""
+        """Record a proposal: the trunk is a path, and each branch together with the tokens before it."""
         (base, trunk), *branches = frame.runs
         paths = [(base, trunk)]
         for at, tokens in branches:
@@ -24,7 +24,7 @@ class Offers:
         self._paths[frame.request] += paths
 
     def were_proposed(self, number: int, tokens: Sequence[int], draft: Sequence[int]) -> bool:
-        """Whether each token of a draft behind `tokens` is of a path that says the same as all before it."""
+        """Whether each token of a draft after `tokens` is in a path that agrees with all tokens before it."""
         whole = [*tokens, *draft]
         return all(self._is_on_a_path(number, whole[: end + 1]) for end in range(len(tokens), len(whole)))
 

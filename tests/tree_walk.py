@@ -1,4 +1,4 @@
-"""Random walks of a draft sequence through trees of text; every entry has to say what its own chain says alone."""
+"""Random walks of a draft sequence through trees of text; every entry has to predict what its chain predicts alone."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -11,26 +11,27 @@ from edge_client.drafters import Candidate, DraftSequence
 WIDTH = 3
 
 Alone = Callable[[list[int]], list[Candidate]]
-"""What a fresh context says after these tokens."""
+"""Candidates of a fresh context after these tokens."""
 
 
 @dataclass
 class TreeWalk:
-    """A sequence, and beside it its entries' tokens and parents."""
+    """A sequence, with its entries' tokens and parents."""
 
     sequence: DraftSequence
     alone: Alone
     text: Sequence[int]
-    """Where tokens come from."""
+    """Source of tokens."""
     chance: random.Random
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     num_checked: int = 0
     tolerance: float = 1e-3
-    """Of a probability. Quantized activations jump where a batch's shape changes a last bit; a wrong mask is worse."""
+    """Tolerance of a probability. With quantized activations a last bit that depends on the batch shape can shift it;
+    a wrong mask has a larger effect."""
 
     def path(self, entry: int) -> list[int]:
-        """The entries that lead to one, itself included."""
+        """The entries that lead to an entry, including itself."""
         path = []
         while entry >= 0:
             path.append(entry)
@@ -69,13 +70,13 @@ class TreeWalk:
         self.parents = [numbers[self.parents[old]] for old in kept]
 
     def grow_branches(self, num_passes: int) -> None:
-        """Passes of one to four entries, behind entries near the end."""
+        """Make passes of one to four entries, after entries near the end."""
         for _ in range(num_passes):
             last = len(self.tokens) - 1
             self.branch([self.chance.randint(max(0, last - 6), last) for _ in range(self.chance.randint(1, 4))])
 
     def decide(self, with_rest: bool) -> None:
-        """A branch turned out right: what leads to its entry stays, and with the rest all that is behind that."""
+        """Commit a branch: keep the entries that lead to it and, `with_rest`, all that follow it."""
         path = self.path(self.chance.randrange(len(self.tokens) - 4, len(self.tokens)))
         length = next((number for number, entry in enumerate(path) if number != entry), len(path))
         moved = path[length:]
@@ -85,7 +86,7 @@ class TreeWalk:
         self.keep(length, moved)
 
     def run(self, num_rounds: int) -> None:
-        """Chains, branches, decisions of which some leave branches standing."""
+        """Make chains, branches, and commits, some of which leave branches."""
         self.append(list(self.text[:12]))
         for _ in range(num_rounds):
             self.grow_branches(2)

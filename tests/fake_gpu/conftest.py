@@ -1,4 +1,4 @@
-"""These tests need what `make test-v2-wheel` gets: vLLM 0.33, Triton, and what its server imports; else none is run."""
+"""These tests need what `make test-v2-wheel` installs: vLLM 0.33, Triton, and its server's imports."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 
 
 def missing() -> str:
-    """What cannot be had here, empty if nothing."""
+    """What is missing here; empty if nothing."""
     lacking = [name for name in ("triton", "orjson") if find_spec(name) is None]
     vllm = find_spec("vllm")
     version = Path(vllm.origin).with_name("_version.py").read_text() if vllm and vllm.origin else ""

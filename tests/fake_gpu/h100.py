@@ -1,7 +1,7 @@
-"""An H100 that is not there: a vLLM plugin, by which the CUDA wheel's `vllm serve` takes a CPU for one.
+"""A simulated H100: a vLLM plugin that makes `vllm serve` of the CUDA wheel take a CPU for one.
 
-vLLM asks its platform plugins in each of its processes, before it looks for Triton. From then on torch.cuda says that
-there is a device, streams and events do nothing, and tensors of the device lie in the CPU's memory.
+vLLM calls its platform plugins in each of its processes, before it looks for Triton. From then on torch.cuda reports a
+device, streams and events do nothing, and tensors of the device are in the CPU's memory.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ PROPERTIES = types.SimpleNamespace(
     name=NAME, major=9, minor=0, total_memory=MEMORY_BYTES, multi_processor_count=132, warp_size=32, is_integrated=False
 )
 LIBRARIES = ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn._vllm_fa2_C")
-"""Libraries of the CUDA wheel that it does not start without. They need CUDA's; what is in them is not called."""
+"""Libraries that the CUDA wheel needs to start. They depend on CUDA's; their contents are not called."""
 ASKED = ("cutlass_scaled_mm_supports_fp8", "cutlass_scaled_mm_supports_block_fp8", "cutlass_group_gemm_supported")
-"""What of them is asked while vLLM is imported; the answer is no."""
+"""Their functions that are called while vLLM is imported; they return False."""
 OPERATORS = torch.library.Library("_C", "FRAGMENT")
 
 
@@ -45,13 +45,13 @@ class Event:
 
 
 def saying(value: Any) -> Any:
-    """A function that says this, whatever it is asked."""
+    """A function that always returns this value."""
     return lambda *args, **kwargs: value
 
 
 @cache
 def register() -> str:
-    """Replace what needs a device, once a process; vLLM calls it (`vllm.platform_plugins`)."""
+    """Replace what needs a device, once per process; vLLM calls this (`vllm.platform_plugins`)."""
     both = {
         "device_count": saying(1),
         "is_available": saying(True),

@@ -1,4 +1,4 @@
-"""vLLM's own CUDA platform, but for where its tensors lie."""
+"""vLLM's own CUDA platform, except for the location of its tensors."""
 
 from typing import Any
 

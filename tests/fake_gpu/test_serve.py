@@ -1,4 +1,4 @@
-"""`vllm serve` of the CUDA wheel, from its start to answers, on an H100 that is not there (h100.py)."""
+"""`vllm serve` of the CUDA wheel, from its start to answers, on a simulated H100 (h100.py)."""
 
 import json
 import os
@@ -35,7 +35,7 @@ DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Way:
-    """How a server is started, and what it says of itself."""
+    """Options of a server, and its expected start-up messages."""
 
     runner: str
     scheduler: str
@@ -70,7 +70,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What makes a server take the wheel, and this machine for one with an H100."""
+    """Environment in which a server uses the wheel and takes this machine for one with an H100."""
     site = tmp_path_factory.mktemp("site")
     for name, (version, entry_points) in DISTRIBUTIONS.items():
         directory = site / f"{name}-{version}.dist-info"
@@ -89,7 +89,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @contextmanager
 def serving(model: Path, log: Path, way: Way, environment: dict[str, str]) -> Iterator[Target]:
     gateway_port = free_port()
-    # All is verified: a step in Triton's interpreter takes longer by each draft token, and the default leaves them out.
+    # Verify everything: in Triton's interpreter each draft token makes a step longer, and the default would skip them.
     edge = {"method": "edge", "listen": f"127.0.0.1:{gateway_port}", "mode": "wait"}
     options = (*OPTIONS, "--speculative-config", json.dumps(edge), *way.options)
     environment = environment | dict(way.environment)

@@ -12,7 +12,7 @@ logger = init_logger("vllm.tests.fake_gpu")
 
 
 def apply_top_k_top_p(logits: torch.Tensor, k: Any, p: Any, **options: Any) -> torch.Tensor:
-    """In plain torch what Triton's interpreter cannot run."""
+    """In plain torch, as Triton's interpreter cannot run the kernel."""
     del options
     return top_k_top_p.apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
 
@@ -22,7 +22,7 @@ gpu_worker.kernel_warmup = lambda *args, **kwargs: None
 
 
 class Worker(gpu_worker.Worker):
-    """The GPU worker, but for the device it begins with."""
+    """The GPU worker, except for its initial device."""
 
     def init_device(self) -> None:
         self.device = torch.device("cpu")

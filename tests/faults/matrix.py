@@ -1,16 +1,15 @@
-"""`make test-faults`: a real server under load, and what can go wrong around it. Prints a table; status 1 if a promise
-is broken.
+"""`make test-faults`: a real server under load, and faults around it. Prints a table; status 1 if a promise is broken.
 
     PYTHONPATH=examples python -m tests.faults.matrix [--only edge-killed] [--short]
 
-A real `vllm serve`, its gateway with TLS and tokens, two real edges (one behind a relay, one in a network namespace of
-its own where this may be made) and the OpenAI client, which asks four things at a time and compares every answer with
-what the server said before there were edges. A fault is noticed when the gateway's or the engine's view shows it, and
-over when all edges are there again and drafts are accepted; one that nobody is to notice has to be over before it ends.
-No request may fail, except where the engine itself is killed.
+A real `vllm serve`, its gateway with TLS and tokens, two real edges (one behind a relay, one in its own network
+namespace if possible) and the OpenAI client, which sends four requests at a time and compares every answer with the
+server's answer without edges. A fault is noticed when the gateway or the engine reports it, and over when all edges are
+connected again and drafts are accepted; a harmless fault has to be over before it ends. No request may fail, unless the
+engine itself is killed.
 
-A namespace and a file system that is full take root; clocks that jump take libfaketime. What cannot be had is left out,
-and said.
+A namespace and a full file system need root; clock jumps need libfaketime. Faults that cannot be made here are reported
+and left out.
 """
 
 import json
@@ -45,13 +44,13 @@ from vllm_specedge.gateway.credentials import TokenFile
 CACHE = Path(__file__).parents[2] / ".cache"
 NUM_ASKING, NUM_TOKENS = 4, 48
 LASTS_S = 10.0
-"""So long a fault goes on that ends by itself."""
+"""Duration of a fault that ends by itself."""
 LIMIT_S = 90.0
 POLL_S = 0.1
 NAMESPACE, HOST_IP, EDGE_IP = "specedge-faults", "10.213.7.1", "10.213.7.2"
 LOG_BYTES = 16 << 20
 KEPT = CACHE / "faults"
-"""Where logs are when all is over."""
+"""Directory of the logs at the end."""
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 PROMPTS = tuple(
     f"Repeat these lines, all of them.\n{line}\n{line}\n{line}\n"
@@ -68,7 +67,7 @@ PROMPTS = tuple(
 
 @dataclass
 class Load:
-    """Asks all the time, from several threads."""
+    """Sends requests continuously, from several threads."""
 
     url: str
     expected: dict[str, str] = field(default_factory=dict)
@@ -77,7 +76,7 @@ class Load:
     num_wrong: int = 0
     num_failed: int = 0
     longest_pause_s: float = 0.0
-    """Between two chunks of one answer."""
+    """Longest time between two chunks of one answer."""
     _stopped: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -93,7 +92,7 @@ class Load:
         return text
 
     def learn(self) -> None:
-        """What the server says without edges."""
+        """Record the server's answers without edges."""
         with self._client() as client:
             self.expected = {prompt: self.ask(client, prompt) for prompt in PROMPTS}
 
@@ -130,7 +129,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What the gateway and its edges show each other."""
+    """Certificate and tokens of the gateway and its edges."""
 
     directory: Path
     authority: trustme.CA = field(default_factory=trustme.CA)
@@ -152,7 +151,7 @@ class Credentials:
         return self.directory / "ca.pem"
 
     def certify(self, *, is_expired: bool = False) -> None:
-        """A new certificate in place of the last one."""
+        """Replace the certificate."""
         not_after = datetime.now(UTC) - timedelta(days=1) if is_expired else None
         write_certificate(self.directory, self.authority, "localhost", HOST_IP, not_after=not_after)
 
@@ -167,14 +166,14 @@ class Credentials:
 
 
 class Clock:
-    """The wall clock of a process; its monotonic clock goes on. (Not of vLLM's: libfaketime breaks its sleeps.)"""
+    """The wall clock of a process; its monotonic clock is unaffected. (Not vLLM's: libfaketime breaks its sleeps.)"""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self.set("+0")
 
     def set(self, offset: str) -> None:
-        """As libfaketime has them: "+1d", "-2d"."""
+        """Set an offset in libfaketime's syntax: "+1d", "-2d"."""
         self._file.write_text(offset)
 
     @property
@@ -188,7 +187,7 @@ class Clock:
 
 @dataclass
 class Site:
-    """Everything that runs, and how to look at it."""
+    """All processes of the test, with their metrics."""
 
     logs: Path
     credentials: Credentials
@@ -219,7 +218,7 @@ class Site:
         wait_for(self.server.process, f"{self.server.url}/health")
 
     def start_edge(self, number: int, env: dict[str, str] | None = None) -> None:
-        """The first behind the relay, the second in its namespace."""
+        """Start an edge: the first behind the relay, the second in its namespace."""
         assert self.relay is not None
         is_apart = number == 1 and self.has_namespace
         url = f"https://{HOST_IP}:{self.gateway_port}" if is_apart else f"https://localhost:{self.relay.port}"
@@ -233,7 +232,7 @@ class Site:
 
     @property
     def num_edges(self) -> int | None:
-        """That the gateway has; None if it does not answer."""
+        """Number of edges of the gateway; None if it does not answer."""
         with suppress(httpx.HTTPError, ValueError, KeyError):
             answer = self._get("healthz").json()
             return int(answer["edges"]) if answer["engines"] else None
@@ -244,14 +243,14 @@ class Site:
         return self.metric("specedge_engine_accepted_tokens_total")
 
     def metric(self, name: str) -> float:
-        """One of the gateway's; 0 if it does not answer."""
+        """A metric of the gateway; 0 if it does not answer."""
         with suppress(httpx.HTTPError, StopIteration):
             lines = self._get("metrics").text.splitlines()
             return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
         return 0.0
 
     def _get(self, path: str) -> httpx.Response:
-        """What the gateway says."""
+        """A response of the gateway."""
         context = ssl.create_default_context(cafile=self.credentials.trusted)
         return httpx.get(f"https://localhost:{self.gateway_port}/{path}", trust_env=False, timeout=1.0, verify=context)
 
@@ -265,7 +264,7 @@ class Site:
         return self.child("vllm_specedge.cli gateway")
 
     def is_well(self, accepted_before: float) -> bool:
-        """All edges are there, and a draft was accepted since (a new engine counts from 0)."""
+        """Whether all edges are connected and a draft was accepted since (a new engine counts from 0)."""
         return self.num_edges == len(self.edges) and self.num_accepted not in (0.0, accepted_before)
 
 
@@ -277,7 +276,7 @@ class Fault:
     lasts_s: float = 0.0
     kills_engine: bool = False
     is_harmless: bool = False
-    """Nobody is to notice it: edges draft before it ends."""
+    """Must go unnoticed: edges draft before it ends."""
     is_noticed: Callable[[Site], bool] = lambda site: site.num_edges != len(site.edges)
     can_be_made: Callable[[Site], bool] = lambda site: True
 
@@ -295,7 +294,7 @@ def delay(rtt_s: float) -> Callable[[Site], None]:
 
 
 def jitter(site: Site) -> None:
-    """Up to 500 ms, another each 50 ms."""
+    """A delay of up to 500 ms, changed every 50 ms."""
     assert site.relay is not None
     chance = random.Random(0)
     for _ in range(int(LASTS_S / 0.05)):
@@ -311,7 +310,7 @@ def resets(site: Site) -> None:
 
 
 def crawl(site: Site) -> None:
-    """An edge that reads and writes for a twentieth of the time."""
+    """An edge that reads and writes only a twentieth of the time."""
     for _ in range(int(LASTS_S)):
         site.edges[0].popen.send_signal(signal.SIGSTOP)
         time.sleep(0.95)
@@ -320,7 +319,7 @@ def crawl(site: Site) -> None:
 
 
 def fill(site: Site) -> None:
-    """No log can be written any more; an edge starts meanwhile."""
+    """No log can be written; an edge starts meanwhile."""
     with suppress(OSError), (site.logs / "filler").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1 << 16))
@@ -329,7 +328,7 @@ def fill(site: Site) -> None:
 
 
 def jump(site: Site) -> None:
-    """An edge's, as a laptop's does that was asleep. (The gateway's: tests/processes/test_gateway.py.)"""
+    """An edge's clock jumps, as on a laptop that was asleep. (The gateway's: tests/processes/test_gateway.py.)"""
     site.edges[0].popen.kill()
     site.start_edge(0, site.clock.env)
     for offset in ("+1d", "-2d", "+0"):
@@ -406,7 +405,7 @@ class Result:
 
 
 def until(condition: Callable[[], bool]) -> float | None:
-    """Seconds until it holds; None: not within the limit."""
+    """Seconds until the condition holds; None: not within the limit."""
     started_s = time.monotonic()
     while time.monotonic() - started_s < LIMIT_S:
         if condition():
@@ -416,7 +415,7 @@ def until(condition: Callable[[], bool]) -> float | None:
 
 
 def suffer(site: Site, fault: Fault, load: Load) -> Result:
-    """One fault under load, from well to well."""
+    """Apply one fault under load, from a healthy state until it is healthy again."""
     with load.running():
         accepted = site.num_accepted
         if until(lambda: site.is_well(accepted)) is None:
@@ -445,7 +444,7 @@ def run(*command: str) -> None:
 
 @contextmanager
 def namespace() -> Iterator[bool]:
-    """A network of its own for an edge, on a cable to this one; False where it cannot be made (it takes root)."""
+    """A separate network namespace for an edge, linked to this one; False if it cannot be made (it needs root)."""
     within = ("ip", "netns", "exec", NAMESPACE, "ip")
     with ExitStack() as stack:
         try:
@@ -465,7 +464,7 @@ def namespace() -> Iterator[bool]:
 
 @contextmanager
 def small_disk() -> Iterator[Path]:
-    """A directory on a file system of its own; an ordinary one where that cannot be made (it takes root)."""
+    """A directory on a separate file system; an ordinary one if that cannot be made (it needs root)."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         try:
             run("mount", "-t", "tmpfs", "-o", f"size={LOG_BYTES}", "tmpfs", name)
@@ -481,7 +480,7 @@ def small_disk() -> Iterator[Path]:
 
 
 def chosen(only: Sequence[str], is_short: bool, site: Site) -> list[Fault]:
-    """Those that were asked for. What cannot be made here is said and left out."""
+    """The requested faults. Those that cannot be made here are reported and left out."""
     unknown = set(only) - {fault.name for fault in FAULTS}
     if unknown:
         raise typer.BadParameter(f"there is no fault {', '.join(sorted(unknown))}")
@@ -496,9 +495,9 @@ def chosen(only: Sequence[str], is_short: bool, site: Site) -> list[Fault]:
 def main(
     only: Annotated[list[str] | None, typer.Option(help=", ".join(fault.name for fault in FAULTS))] = None,
     short: Annotated[bool, typer.Option("--short", help=f"Only {', '.join(SHORT)}.")] = False,
-    port: Annotated[int, typer.Option(help="Of the server; the gateway has the next.")] = 8040,
+    port: Annotated[int, typer.Option(help="Port of the server; the gateway has the next.")] = 8040,
 ) -> None:
-    """What can go wrong around a server, under load."""
+    """Test faults around a server under load."""
     header = ("fault", "requests", "wrong", "failed", "longest pause s", "noticed after s", "over after s", "")
     is_kept = True
     with (

@@ -2,12 +2,11 @@
 
     PYTHONPATH=examples python -m tests.faults.soak [--minutes 120] [--edges 64] [--requests 16] [--output FILE]
 
-A real `vllm serve` with the real model, its gateway with TLS and tokens, and the OpenAI client, which asks so many
-things at a time and compares every answer with what the server said before there were edges. Edges live in processes of
-eight, each process for a minute on average; then it is told to end or is killed, one as often as the other, and another
-starts. Memory is looked at every 20 seconds; its slope (Theil-Sen, with the bounds of 95 %) is taken after the warm-up.
-When all is over the gateway may have no more connections, tasks and files than at first, and the engine no proposal
-tree.
+A real `vllm serve` with the real model, its gateway with TLS and tokens, and the OpenAI client, which keeps a number of
+requests running and compares every answer with the server's answer without edges. Edges live in processes of eight,
+each process for a minute on average; then it is terminated or killed, with equal probability, and another starts.
+Memory is sampled every 20 seconds; its slope (Theil-Sen, with 95 % bounds) is taken after the warm-up. At the end the
+gateway may have no more connections, tasks and files than at first, and the engine no proposal tree.
 """
 
 import json
@@ -38,13 +37,13 @@ SETTLE_S = 5.0
 MAX_MB_PER_HOUR = 1.0
 ROLES = {"gateway": "vllm_specedge.cli gateway", "engine core": "EngineCore", "worker": "VLLM::Worker"}
 GROWING = ("gateway", "engine core")
-"""Whose memory must not."""
+"""Processes whose memory must not grow."""
 LEFT_BEHIND = ("specedge_gateway_connections", "specedge_gateway_tasks", "process_open_fds", "specedge_requests")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What there is at a time."""
+    """One sample of all figures."""
 
     minutes: float
     memory_mb: dict[str, float]
@@ -99,7 +98,7 @@ class Crowd:
         return start(command, self.logs / f"edges-{self.num_started % 64}.log", core=EDGE_CORE)
 
     def live(self, stopped: threading.Event) -> None:
-        """Until it is stopped; then all are told to end."""
+        """Run until it is stopped; then terminate all."""
         chance = random.Random(0)
         alive = [(self._start(), self._end_s(chance)) for _ in range(self.num_processes)]
         while not stopped.wait(0.5):
@@ -158,7 +157,7 @@ def answers(load: Load) -> str:
 
 
 def left_behind(at_rest: list[Sample], opened: float, closed: float) -> dict[str, float]:
-    """What there is more of at the end than at first."""
+    """Whatever there is more of at the end than at first."""
     first, last = at_rest
     more = {name: last.gateway[name] - first.gateway[name] for name in LEFT_BEHIND}
     more["engine's open files"] = last.open_files["engine core"] - first.open_files["engine core"]
@@ -171,10 +170,10 @@ def main(
     warm_up: Annotated[float, typer.Option(help="Minutes until slopes are taken.")] = 20.0,
     edges: Annotated[int, typer.Option(help="Sessions at a time.", min=EDGES_PER_PROCESS)] = 64,
     requests: Annotated[int, typer.Option(help="At a time.", min=1)] = 16,
-    port: Annotated[int, typer.Option(help="Of the server; the gateway has the next.")] = 8060,
+    port: Annotated[int, typer.Option(help="Port of the server; the gateway has the next.")] = 8060,
     output: Annotated[Path | None, typer.Option(help="All samples, as JSON.")] = None,
 ) -> None:
-    """Does anything grow, is anything left behind, is any token wrong?"""
+    """Check whether anything grows, is left behind, or any token is wrong."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         directory = Path(name)
         site = Site(directory, Credentials(directory), Clock(directory / "clock"), port, port + 1, False, stack)

@@ -1,10 +1,10 @@
-"""`make fuzz`: coverage-guided fuzzing of what parses and holds what comes from outside.
+"""`make fuzz`: coverage-guided fuzzing of everything that parses or stores input from outside.
 
     python -m tests.fuzz.fuzz frames|session|driver [CORPUS ...] [-max_total_time=60]
 
-`frames`: the decoder. `session`: an edge's bytes through session machine and router, as in a gateway. `driver`: what a
-gateway may send to an engine, through driver, proposal tree and policy. What is found ends the run and is written to a
-file crash-...: fix it, and give it a test of its own. All arguments behind the target are libFuzzer's.
+`frames`: the decoder. `session`: an edge's bytes through session machine and router, as in a gateway. `driver`: input
+that a gateway may send to an engine, through driver, proposal tree and policy. A finding ends the run and is written to
+a file crash-...: fix it, and add a test for it. All arguments after the target are libFuzzer's.
 """
 
 import sys
@@ -29,7 +29,7 @@ NUM_REQUESTS = 3
 
 
 def decoded(data: bytes, cut: int) -> list[Frame] | None:
-    """What two pieces are decoded to; None: refused."""
+    """Frames decoded from two pieces; None: refused."""
     reader, found = FrameReader(), []
     try:
         for piece in (data[:cut], data[cut:]):
@@ -40,7 +40,7 @@ def decoded(data: bytes, cut: int) -> list[Frame] | None:
 
 
 def frames(data: bytes) -> None:
-    """Bytes are refused or are frames that say the same when they are encoded again, however they are cut."""
+    """Bytes are refused or decode to frames that are equal after encoding again, however they are cut."""
     cut = data[0] if data else 0
     found = decoded(data[1:], cut)
     assert found == decoded(data[1:], 0)
@@ -50,7 +50,7 @@ def frames(data: bytes) -> None:
 
 
 def session(data: bytes) -> None:
-    """Nothing that an edge sends raises anything but RemoteProtocolError, or reaches an engine out of bounds."""
+    """No input from an edge raises anything but RemoteProtocolError, or reaches an engine out of bounds."""
     router, engine = Router(RouterLimits()), b"engine"
     router.from_engine(engine, EngineHello(PROTOCOL_VERSION, "toy", "f", VOCAB_SIZE))
     for number in range(NUM_REQUESTS):
@@ -59,7 +59,7 @@ def session(data: bytes) -> None:
     machine = Session(Role.GATEWAY)
     machine.send(Greet("key", PROTOCOL_VERSION))
     try:
-        # An edge that is not admitted has little to say: half of them begin as they should.
+        # An edge that is not admitted can do little: half of them start with a valid handshake.
         hello = encode(Hello(PROTOCOL_VERSION, "x", "x", "pool", "f", 8)) if data[:1] < b"\x80" else b""
         for frame in machine.receive(hello + data[1:]):
             if isinstance(frame, Bye) or machine.state is State.CLOSED:
@@ -79,7 +79,7 @@ def session(data: bytes) -> None:
 
 
 def driver(data: bytes) -> None:
-    """Only legal drafts are offered, whatever a gateway sends and an engine does (tests/test_driver.py checks it)."""
+    """Only legal drafts are offered, whatever a gateway sends and an engine does (checked by tests/test_driver.py)."""
     chance = atheris.FuzzedDataProvider(data)
 
     def run(most: int) -> list[int]:

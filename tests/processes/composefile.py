@@ -1,4 +1,4 @@
-"""A compose file as `docker compose` reads it, as far as ours goes: interpolation, profiles, order. Pure."""
+"""A compose file as read by `docker compose`, for the features that ours uses: interpolation, profiles, order. Pure."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ _VARIABLE = re.compile(r"\$(\$|\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\})")
 
 
 def interpolate(value: Any, variables: Mapping[str, str]) -> Any:
-    """`${NAME:-default}`, `${NAME}` and `$$` in every text of a YAML value. Raises KeyError where there is neither."""
+    """Resolve `${NAME:-default}`, `${NAME}` and `$$` in all strings of a YAML value. Raises KeyError if undefined."""
     if isinstance(value, dict):
         return {key: interpolate(each, variables) for key, each in value.items()}
     if isinstance(value, list):
@@ -32,14 +32,14 @@ def _missing(match: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class Service:
-    """One service: what it runs, and what else the file says of it."""
+    """One service: its command, and its other entries in the file."""
 
     name: str
     entries: dict[str, Any]
 
     @property
     def command(self) -> list[str]:
-        """Entry point and all. Of an image's own entry point nothing is known here."""
+        """The full command with its entry point; an image's own entry point is not known here."""
         return [*self.entries.get("entrypoint", ()), *self.entries.get("command", ())]
 
     @property
@@ -48,7 +48,7 @@ class Service:
 
     @property
     def health(self) -> list[str]:
-        """The health check's command; empty where there is none."""
+        """The health check's command; empty if there is none."""
         kind, *command = self.entries.get("healthcheck", {}).get("test", ("NONE",))
         assert kind in ("CMD", "NONE"), f"{self.name}: a health check is a list, not a shell's line"
         return command
@@ -59,7 +59,7 @@ class Service:
 
 
 def services(text: str, profile: str, variables: Mapping[str, str]) -> list[Service]:
-    """Those that a profile starts, in the order of what they wait for."""
+    """The services that a profile starts, in the order of their dependencies."""
     every = interpolate(yaml.safe_load(text), variables)["services"]
     active = {name: Service(name, each) for name, each in every.items() if profile in each.get("profiles", (profile,))}
     order = TopologicalSorter({name: set(each.waits_for) for name, each in active.items()}).static_order()

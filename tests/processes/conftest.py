@@ -1,4 +1,4 @@
-"""One gateway a module of tests, and one engine that it knows."""
+"""One gateway per test module, with one engine."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A real gateway process, edges in threads, and an engine without vLLM: for tests of what they are together."""
+"""A real gateway process, edges in threads, and an engine without vLLM, for tests of all three together."""
 
 import asyncio
 import socket
@@ -44,7 +44,7 @@ class Engine:
     driver: StepDriver = field(default_factory=lambda: StepDriver(VOCAB_SIZE, 4, HoldLimits(), StepCost()))
     arrived: threading.Event = field(default_factory=threading.Event)
     vocabulary: dict[str, int] = field(default_factory=dict)
-    """What the gateway may tell edges of it."""
+    """Vocabulary that the gateway may serve to edges."""
 
     def __post_init__(self) -> None:
         fingerprint = vocabulary_fingerprint(self.vocabulary) if self.vocabulary else FINGERPRINT
@@ -59,7 +59,7 @@ class Engine:
             self.link.send(self.driver.receive(frame, arrived_s))
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Take in what comes until `condition` holds."""
+        """Process incoming frames until `condition` holds."""
         deadline_s = time.monotonic() + DEADLINE_S
         self.take_in()
         while not condition():
@@ -69,7 +69,7 @@ class Engine:
             self.take_in()
 
     def generate(self, request_id: str, num_tokens: int) -> int:
-        """Answer a request whose prompt is the cycle, with an edge's help; how many draft tokens were accepted."""
+        """Answer a request whose prompt is the cycle, with an edge; returns the number of accepted draft tokens."""
         self.wait(lambda: self.driver.num_edges > 0)
         tokens = [position % 10 for position in range(20)]
         self.link.send(self.driver.open(request_id, tokens, ""))
@@ -87,7 +87,7 @@ class Engine:
         return num_accepted
 
     def end_step(self, plan: StepPlan, *outcomes: RequestOutcome) -> None:
-        """A step that was not timed; the tokens of its requests have grown already."""
+        """End a step that was not timed; its requests already have their new tokens."""
         now_s = time.monotonic()
         self.link.send(self.driver.end(plan, outcomes, Step(now_s, now_s)))
 
@@ -132,7 +132,7 @@ def wait_for_port(process: Process, port: int) -> None:
 @contextmanager
 def edge_in_thread(client: EdgeClient) -> Iterator[None]:
     """Run an edge client until the block ends."""
-    client.pause_s = lambda limit_s: min(limit_s, 0.1)  # chance may take longer than tests wait
+    client.pause_s = lambda limit_s: min(limit_s, 0.1)  # a random pause may exceed the tests' time limits
     connected = threading.Event()
     client.on_change = lambda: connected.set() if client.state == "connected" else None
     loop = asyncio.new_event_loop()
@@ -169,7 +169,7 @@ def refused(url: str, greeting: Hello, token: str = "", ca_file: str = "") -> Ex
 
 
 def failing(*command: str) -> str:
-    """The one sentence with which a command ends that cannot work."""
+    """The one-sentence error message of a command that cannot work."""
     result = subprocess.run(
         [str(BIN / command[0]), *command[1:]], capture_output=True, text=True, timeout=60, check=False
     )

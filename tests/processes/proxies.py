@@ -43,7 +43,7 @@ http {{
 
 @contextmanager
 def running_nginx(directory: Path, location: str, listen: str = "") -> Iterator[str]:
-    """Its address. `location`: what it does with every request; `listen`: what stands behind its address and port."""
+    """Address of nginx. `location`: its handling of every request; `listen`: options after its address and port."""
     port, configuration = free_port(), directory / "nginx.conf"
     configuration.write_text(CONFIGURATION.format(directory=directory, port=port, location=location, listen=listen))
     with _running(["nginx", "-c", str(configuration), "-p", str(directory)], directory, port):
@@ -52,7 +52,7 @@ def running_nginx(directory: Path, location: str, listen: str = "") -> Iterator[
 
 @contextmanager
 def running_caddy(directory: Path, site: str, certificate: str, key: str) -> Iterator[str]:
-    """Its address, of localhost. `site`: what it does there, as its file has it."""
+    """Address of Caddy on localhost. `site`: the site's block in its configuration file."""
     port, configuration = free_port(), directory / "Caddyfile"
     options = "{\nadmin off\nauto_https disable_redirects\nskip_install_trust\n}\n"
     configuration.write_text(f"{options}https://localhost:{port} {{\ntls {certificate} {key}\n{site}\n}}\n")
@@ -63,7 +63,7 @@ def running_caddy(directory: Path, site: str, certificate: str, key: str) -> Ite
 
 @contextmanager
 def running_haproxy(directory: Path, configuration: str, port: int) -> Iterator[str]:
-    """Its address, of localhost; its whole configuration says the port too."""
+    """Address of HAProxy on localhost; `configuration` is complete and includes the port."""
     file = directory / "haproxy.cfg"
     file.write_text(configuration)
     with _running(["haproxy", "-db", "-f", str(file)], directory, port):

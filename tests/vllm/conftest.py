@@ -1,4 +1,4 @@
-"""Real vLLM servers with the real model, and edges that know what the target will say."""
+"""Real vLLM servers with the real model, and edges that know the target's answers."""
 
 import asyncio
 import json
@@ -29,10 +29,10 @@ MODEL = CACHE / MODEL_NAME
 NUM_PROMPTS, NUM_TOKENS = 32, 64
 VOCAB_SIZE = 49152
 NEAR_TIE = 1e-3
-"""Two of the target's best logits closer than this may come out in either order (docs/design.md, Numerics)."""
+"""The target's two best logits may come out in either order if they are closer than this (docs/design.md, Numerics)."""
 CONCURRENCY = 16
 IMPATIENT = -7
-"""The priority of requests that no server could please: the others are not to notice that there is such a class."""
+"""Priority of requests whose targets no server could meet; such a class must not affect other requests."""
 MIDDLEWARES = (
     "--middleware",
     "vllm_specedge.admission.AdmissionMiddleware",
@@ -40,10 +40,10 @@ MIDDLEWARES = (
     "vllm_specedge.prediction_front.PredictionMiddleware",
 )
 STRUCTURED = ("--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}))
-"""A model that may write white space between two values writes it until it has no tokens left, if luck will have it."""
+"""A model that may write white space between two values might write it until it has no tokens left."""
 THINKING = ("--reasoning-config", json.dumps({"reasoning_start_str": "<|im_start|>", "reasoning_end_str": "</think>"}))
 DEADLINE_S = 120.0
-"""So long is waited for what has to come: a bound for what is broken, not for what is slow."""
+"""Time limit for events that must happen: it detects failures, not slowness."""
 KV_BYTES = 200 * 2**20
 """Room for 34 blocks of 128 tokens: one context of 2,048 tokens fits, eight of 650 do not."""
 
@@ -66,7 +66,7 @@ class Completion:
 
 @dataclass
 class Target:
-    """A server to ask."""
+    """A server under test."""
 
     server: Server
     http: httpx.Client = field(
@@ -96,7 +96,7 @@ class Target:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[str]:
-    """Different texts of different lengths, some that repeat themselves."""
+    """Texts of different lengths, some of them repetitive."""
     topics = ["rivers", "the moon", "bread", "a lost dog", "chess", "winter", "bees", "the sea"]
     shapes = [
         "Write a short story about {0}.",
@@ -116,8 +116,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
     development = {"VLLM_SERVER_DEV_MODE": "1"}  # for what is said to a server between requests
     gateway_port = free_port()
     config: dict[str, Any] = {"method": "edge", "num_speculative_tokens": 5, "listen": f"127.0.0.1:{gateway_port}"}
-    # Everybody is held and all is verified: the default leaves out most of both on a busy CPU. And for as long as it
-    # takes: an edge that has nothing to say says so, and one that dies is not waited for.
+    # Hold every request and verify everything: the default skips most of both on a busy CPU. Without a time limit: an
+    # edge without a draft says so, and a dead one is not waited for.
     config |= {"mode": "wait", "hold_limit_ms": 5000}
     config["slo"] = {str(IMPATIENT): {"itl_ms": 1}}
     edge = ("--speculative-config", json.dumps(config), "--max-num-batched-tokens", "512", *MIDDLEWARES)
@@ -148,7 +148,7 @@ def edge_target(servers: tuple[Target, Target]) -> Target:
 
 @pytest.fixture(scope="session")
 def expected(plain: Target, prompts: list[str]) -> list[Completion]:
-    """What the target says without speculation."""
+    """The target's answers without speculation."""
     return plain.greedy_all(prompts)
 
 
@@ -160,7 +160,7 @@ def replay(completions: Sequence[Completion], accuracy: float = 1.0, max_width: 
 
 @contextmanager
 def running_edge(target: Target, drafter: Any, pace: Pace | None = None) -> Iterator[EdgeClient]:
-    """The real edge client in a thread, with a drafter of ours, once the gateway has admitted it."""
+    """The real edge client in a thread, with a test's drafter, once the gateway has admitted it."""
     client = EdgeClient(Gateway(target.server.gateway_url), drafter, "test", max_requests=64, pace=pace or Pace())
     connected = threading.Event()
     client.on_change = lambda: connected.set() if client.state == "connected" else None
@@ -188,7 +188,7 @@ def running_edge(target: Target, drafter: Any, pace: Pace | None = None) -> Iter
 
 
 def until(is_so: Callable[[], bool], what: str) -> None:
-    """Wait for what has to come; else fail, saying what did not."""
+    """Wait until a condition holds; fail with the message `what` if it does not."""
     pause, end_s = threading.Event(), time.monotonic() + DEADLINE_S
     while not is_so():
         assert time.monotonic() < end_s, what
@@ -197,7 +197,7 @@ def until(is_so: Callable[[], bool], what: str) -> None:
 
 @dataclass
 class Counted:
-    """Engine counters of a stretch of a test."""
+    """Change of the engine's counters during a part of a test."""
 
     before: dict[str, float]
     target: Target
@@ -206,7 +206,7 @@ class Counted:
         return self.target.server.metrics()[f"specedge_engine_{name}"] - self.before[f"specedge_engine_{name}"]
 
     def settle(self, num_tokens: int) -> None:
-        """Wait until the engine has reported at least so many committed tokens; it reports once a second."""
+        """Wait until the engine has reported at least `num_tokens` committed tokens; it reports once per second."""
         until(lambda: self["committed_tokens"] >= num_tokens, f"the engine has not reported {num_tokens} tokens")
 
 
@@ -216,9 +216,9 @@ def counting(target: Target) -> Iterator[Counted]:
 
 
 def said_while_an_edge_dies(target: Target, ask: Callable[[], T], use: str, directory: Path) -> list[T]:
-    """What is said to those who ask again and again until an edge is dead: some are being answered when that happens.
+    """Answers to requests that are repeated until an edge is dead, some of them running when that happens.
 
-    It is killed when some of its draft tokens were `use`: verified, or accepted.
+    The edge is killed once some of its draft tokens were `use`: verified, or accepted.
     """
     is_killed, rounds = threading.Event(), list[T]()
 
@@ -243,7 +243,7 @@ def said_while_an_edge_dies(target: Target, ask: Callable[[], T], use: str, dire
 
 
 def assert_same(expected: Sequence[Completion], got: Sequence[Completion]) -> None:
-    """Token-equal, but for what follows a near-tie of the target's two best logits; those are counted and printed."""
+    """Assert equal tokens, except after a near-tie of the target's two best logits; those are counted and printed."""
     num_forgiven = 0
     for want, have in zip(expected, got, strict=True):
         assert want.prompt_ids == have.prompt_ids

@@ -1,4 +1,4 @@
-"""These tests need Triton, which `make test-vllm-v2` puts where they find it; without it none is collected."""
+"""These tests need Triton, which `make test-vllm-v2` provides; without it none is collected."""
 
 from importlib.util import find_spec
 

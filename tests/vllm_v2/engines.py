@@ -41,12 +41,12 @@ EDGE: dict[str, Any] = {
     "additional_config": {"specedge": {"ngram": False, "mode": "never-wait"}},
 }
 _all: list[LLM] = []
-"""An engine that ends takes torch's process groups with it, which all engines of a process share."""
+"""Keeps engines alive: one that ends destroys torch's process groups, which all engines of a process share."""
 SYNCHRONOUS, ASYNCHRONOUS = "EdgeScheduler", "EdgeAsyncScheduler"
 
 
 class Forced(Stepping):
-    """Steps as a test wants them."""
+    """Steps as set by a test."""
 
     def __init__(self, is_synchronous: Callable[[int], bool]) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def edge(model: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def alike(plain: Engine, edge: Engine) -> Callable[..., list[list[int]]]:
-    """Ask plain vLLM, tell the edges what it said, and ask with edges."""
+    """Ask plain vLLM, give its answers to the edges, and ask with edges."""
 
     def compare(
         way: str, prompts: Sequence[Sequence[int]], params: SamplingParams | list[SamplingParams], **draft: Any

@@ -1,4 +1,4 @@
-"""vLLM's V2 model runner on a CPU: its Triton kernels run in Triton's interpreter. To be imported before vLLM is."""
+"""vLLM's V2 model runner on a CPU: its Triton kernels run in Triton's interpreter. Must be imported before vLLM."""
 
 import os
 import types
@@ -22,7 +22,7 @@ class _Driver:
 
 
 def prepare() -> None:
-    """Have vLLM believe in a Triton for CPUs, and replace what the interpreter cannot run."""
+    """Make vLLM use a Triton for CPUs, and replace what the interpreter cannot run."""
     from triton.backends import backends
 
     backends.setdefault("cpu", types.SimpleNamespace(driver=_Driver))
@@ -40,11 +40,11 @@ def prepare() -> None:
 
 
 is_asynchronous = True
-"""How the next engine schedules. vLLM does it synchronously on CPUs, where nothing is gained otherwise."""
+"""Scheduling of the next engine. On CPUs vLLM schedules synchronously, as the other way gains nothing there."""
 
 
 def choose_scheduling() -> None:
-    """Let `is_asynchronous` decide, whatever vLLM thinks of the platform."""
+    """Let `is_asynchronous` decide, regardless of vLLM's view of the platform."""
     from vllm.platforms.cpu import CpuPlatform
 
     check = CpuPlatform.check_and_update_config.__func__

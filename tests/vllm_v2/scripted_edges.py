@@ -1,4 +1,4 @@
-"""Edges that know what the target will say, in this process: they take the place of an engine's link to its gateway."""
+"""Edges that know the target's answers, in this process: they replace an engine's link to its gateway."""
 
 import time
 from collections import deque
@@ -11,18 +11,18 @@ from vllm_specedge.wire.engine_frames import Assign, Edges, EngineOpen
 from vllm_specedge.wire.frames import Close, Commit, Propose
 
 Draft = Callable[[Sequence[int]], Sequence[int]]
-"""What is proposed behind so many tokens."""
+"""The draft to propose after these tokens."""
 
 
 @dataclass
 class ScriptedEdges:
-    """One edge, which answers each commit at once, before the engine does anything else."""
+    """One edge, which answers each commit immediately, before the engine does anything else."""
 
     draft: Draft
     inbox: "deque[tuple[float, Frame]]" = field(default_factory=deque)
     num_welcomes: int = 1
     is_gone: bool = False
-    """Nothing is said any more."""
+    """It sends nothing any more."""
     num_proposed: int = 0
     _tokens: dict[int, list[int]] = field(default_factory=dict)
 
@@ -30,7 +30,7 @@ class ScriptedEdges:
         self._say(Edges(1))
 
     def send(self, frames: Iterable[Frame]) -> None:
-        """What the engine publishes."""
+        """Receive the frames that the engine publishes."""
         for frame in frames:
             match frame:
                 case EngineOpen():
@@ -64,7 +64,7 @@ class ScriptedEdges:
 
 @dataclass
 class Oracle:
-    """Drafts from known answers, of which every `wrong_every`-th token is another one."""
+    """Drafts from known answers, with every `wrong_every`-th token replaced."""
 
     length: int = 8
     wrong_every: int = 5
@@ -84,5 +84,5 @@ class Oracle:
 
 
 def install(monkeypatch: Any, edges: ScriptedEdges) -> None:
-    """Engines that are built from now on have these edges, and no gateway."""
+    """Make engines that are built from now on use these edges and no gateway."""
     monkeypatch.setattr("vllm_specedge.adapter.drafting.start_link", lambda *args, **kwargs: (edges, None))

@@ -1,4 +1,4 @@
-"""A random Llama with a vocabulary of bytes: a step takes milliseconds, and its answers are as good as any."""
+"""A random Llama with a vocabulary of bytes: a step takes milliseconds, and any answers will do."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""What plain vLLM and one with edges say where two workers share a model: `python -m tests.vllm_v2.two_ranks MODEL`.
+"""Answers of plain vLLM and of one with edges if two workers share a model: `python -m tests.vllm_v2.two_ranks MODEL`.
 
-A process of its own, for its workers are forked from it, with all that `interpreter` changes, and engines of one
+It is a separate process, because its workers are forked from it with all changes of `interpreter`, and engines of one
 process share torch's process groups.
 """
 

@@ -1,8 +1,7 @@
 """vLLM 0.33 for these tests: `python -m tests.vllm_v2.unpack_vllm DIRECTORY`.
 
-There is no build of it for CPUs. Its Python runs with the libraries of the CPU build that is installed, for the V2
-runner takes its kernels from Triton's interpreter here. Where the wheel cannot be had, the tests run with what is
-installed.
+There is no build of it for CPUs. Its Python code runs with the libraries of the installed CPU build, because the V2
+runner's kernels run in Triton's interpreter here. If the wheel is not available, the tests run with the installed vLLM.
 """
 
 import shutil
