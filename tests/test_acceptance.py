@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from vllm_specedge.policy.acceptance import MAX_DEPTH, MAX_SEEN, OWN_WEIGHT, PRIOR_RATE, Acceptance
 
 drafts = st.tuples(st.integers(0, 12), st.integers(0, 12)).map(lambda pair: (min(pair), max(pair)))
-"""How many of its first tokens were right, and of how many that is known."""
+"""Number of leading right tokens of a draft, and of tokens for which that is known."""
 histories = st.lists(drafts, max_size=60)
 
 
@@ -42,7 +42,7 @@ def test_each_depth_is_learnt_by_itself() -> None:
     rates = learnt([(1, 4)] * 40).rates
     assert rates[0] > 0.9
     assert rates[1] < 0.1
-    assert rates[2:] == [PRIOR_RATE] * (MAX_DEPTH - 2)  # what follows a wrong token says nothing
+    assert rates[2:] == [PRIOR_RATE] * (MAX_DEPTH - 2)  # tokens after a wrong one carry no information
 
 
 def test_of_what_was_not_decided_nothing_is_learnt() -> None:
@@ -79,7 +79,7 @@ def test_a_right_token_never_lowers_a_rate_and_a_wrong_one_never_raises_it(
 
 
 def _halved(acceptance: Acceptance, depth: int) -> float:
-    """Forgetting half of what was seen brings a rate nearer to what is thought elsewhere, right token or wrong."""
+    """Halving the evidence moves a rate closer to its fallback, whether the token was right or wrong."""
     return 1.0 if acceptance._seen[depth] == MAX_SEEN / 2 + 1 else 1e-9
 
 

@@ -1,4 +1,4 @@
-"""The front refuses what the engines have no room for, and nothing else."""
+"""The front end refuses requests that the engines have no room for, and no others."""
 
 import asyncio
 import fcntl
@@ -31,7 +31,7 @@ BODY = {"model": "m", "prompt": "hello"}
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the body that it was sent, as Starlette reads it."""
+    """Echoes the request's body as read by Starlette."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -43,13 +43,13 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 
 def say(directory: Path, room: dict[str, int], after_s: float = 0.0, engine: int = 0, **more: Any) -> None:
-    """An engine reports, now or a little later: 1 s later, all that was let in by now has reached it."""
+    """An engine reports its room, now or a little later; 1 s later all requests admitted so far have reached it."""
     load = Load(time.monotonic() + after_s, room, retry_after_s=7, **more)
     LoadFile(directory / f"{engine}.json").write(load)
 
 
 class Client:
-    """The middleware, and what it answered."""
+    """The middleware, and its answers."""
 
     def __init__(self, app: Any = application) -> None:
         self.middleware = AdmissionMiddleware(app)
@@ -82,7 +82,7 @@ class Client:
 
 @contextmanager
 def running(number: int) -> Iterator[Client]:
-    """A front that has let in so many requests, which are being answered until the block ends."""
+    """A front end that has admitted `number` requests, which run until the block ends."""
     started, ended = threading.Semaphore(0), threading.Event()
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
@@ -108,12 +108,12 @@ def running(number: int) -> Iterator[Client]:
 
 
 async def stranger(scope: Any, receive: Any, send: Any) -> None:
-    """Refuses whoever asks, as vLLM's front does without a key: it looks at no body."""
+    """Refuses every request without reading its body, as vLLM's front end does if the key is missing."""
     await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
 
 
 async def no_model(scope: Any, receive: Any, send: Any) -> None:
-    """Reads what is asked and answers by itself: the engine hears nothing."""
+    """Reads the request and answers by itself; the engine does not receive it."""
     await receive()
     await JSONResponse({"error": "no such model"}, 404)(scope, receive, send)
 
@@ -191,7 +191,7 @@ def test_the_body_of_a_stranger_is_not_even_read(directory: Path) -> None:
 
 
 def test_a_refusal_is_the_only_answer_whatever_the_application_makes_of_it(directory: Path) -> None:
-    """The order of vLLM's front: this middleware, the key's, then the framework that reads the body."""
+    """The order in vLLM's front end: this middleware, the one for the key, then the framework that reads the body."""
     app = FastAPI()
 
     @app.post("/v1/completions")
@@ -371,7 +371,7 @@ def test_a_place_goes_back_to_all_and_what_a_dead_process_took_is_its_own_for_a_
 
 
 async def priority_of(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the priority that vLLM would take from the headers, and the body."""
+    """Answers with the priority that vLLM would read from the headers, and the body."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientDisconnect
@@ -473,7 +473,7 @@ def test_a_body_that_cannot_get_its_class_s_priority_is_refused(
 
 @pytest.mark.parametrize("body", [b"[" * MAX_BODY_BYTES, b'{"a":' * 200_000, b'{"a":[' + b"[]," * 300_000 + b"1]}"])
 def test_no_body_takes_long_to_look_at(body: bytes) -> None:
-    """Nothing is built of it."""
+    """The body is scanned, not parsed into objects."""
     took_s = []
     for _ in range(5):
         started_s = time.perf_counter()

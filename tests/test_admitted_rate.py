@@ -17,7 +17,7 @@ seconds = st.lists(
 
 
 def second(rates: AdmittedRates, at_s: float, offered: dict[str, int], lateness: float | None = None) -> dict[str, int]:
-    """Requests that come evenly over a second, and how late those are that are let in; how many are let in."""
+    """Send requests evenly over a second, with this lateness of the admitted ones; returns the number admitted."""
     admitted = dict.fromkeys(offered, 0)
     for tenth in range(10):
         now_s = at_s + tenth / 10
@@ -40,7 +40,7 @@ def test_nobody_is_limited_before_anything_is_late() -> None:
 
 def test_the_least_important_class_is_lowered_first() -> None:
     rates = AdmittedRates(CLASSES)
-    rates.ended(30.0)  # what a decrease brings is not seen before that
+    rates.ended(30.0)  # the effect of a decrease is not seen before that
     for at_s in range(6):
         second(rates, at_s, {"gold": 20, "default": 20}, 1.5)
     assert LEAST_RATE < rates.rate("default") < 20
@@ -66,7 +66,7 @@ def test_the_most_important_class_is_raised_first_and_in_the_end_nobody_is_limit
 
 
 def test_it_settles_near_what_a_server_can_do() -> None:
-    """One that is in time up to 10 requests a second, and late beyond."""
+    """A server that is in time up to 10 requests per second, and late beyond."""
     rates, admitted = AdmittedRates(["all"]), [30]
     for at_s in range(200):
         rates.ended(1.0)

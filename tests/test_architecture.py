@@ -1,4 +1,4 @@
-"""Rooms import what they may, the core is pure, and vLLM stays in its folder (docs/design.md, "Rooms")."""
+"""Rooms import only what they may, the core is pure, and vLLM stays in its folder (docs/design.md, "Rooms")."""
 
 import ast
 import subprocess
@@ -57,14 +57,14 @@ ROOMS: dict[str, set[str]] = {
     DRAFTERS: LEAVES | {WIRE},
     DRAFTING: LEAVES | {WIRE, DRAFTERS},
     "edge_client": LEAVES | {WIRE, OPTION_FLAGS, DRAFTERS, DRAFTING, "edge_client.forecast"},
-    # It asks the simulation whether this machine would help.
+    # It predicts by simulation whether this machine would help.
     "edge_client.forecast": LEAVES | {SIMULATION},
 }
-"""Each room, by its package or module, and the rooms that it may import. A module is in the innermost one around it."""
+"""Each room, by its package or module, and the rooms that it may import. A module belongs to the innermost room."""
 PURE = {WIRE, POLICY, ENGINE, DRAFTING} | LEAVES
-"""What decides: no clock, no chance, no outside world."""
+"""Modules that decide: no clock, no randomness, no outside world."""
 AT_THE_EDGE_OF_THE_CORE = {f"{ENGINE}.gateway_link", f"{ENGINE}.gateway_process"}
-"""What the engine reaches its gateway by; the pure part of its room does not import it."""
+"""Modules that connect the engine to its gateway; the pure part of its room does not import them."""
 
 
 def module_name(path: Path) -> str:
@@ -163,7 +163,7 @@ def test_importing_the_packages_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_the_wall_clock_decides_nothing_but_when_tokens_end(module: str) -> None:
-    """It jumps. All else goes by the monotonic clock, or is told the time."""
+    """It can jump. All other code uses the monotonic clock, or gets the time as an argument."""
     reads = [
         ast.unparse(node)
         for node in ast.walk(ast.parse(MODULES[module].read_text()))

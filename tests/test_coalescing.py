@@ -1,4 +1,4 @@
-"""Of which commits an edge hears at once: vllm_specedge/policy/coalescing.py."""
+"""Which commits are sent to an edge immediately: vllm_specedge/policy/coalescing.py."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -90,7 +90,7 @@ def test_certificate_and_key_go_together() -> None:
 def test_a_gateway_that_runs_elsewhere_is_an_endpoint() -> None:
     assert "ipc://" in refusal_of(gateway="127.0.0.1:8101")
     for endpoint in ("ipc:///run/x.sock", "tcp://127.0.0.1:8101"):
-        # What this engine would listen on does not matter then.
+        # This engine's own listening address does not matter then.
         assert parse_options({"gateway": endpoint, "listen": "0.0.0.0:8100"}).gateway == endpoint
 
 

@@ -1,4 +1,4 @@
-"""How many cores a draft model's runtime may take."""
+"""How many cores a draft model's runtime may use."""
 
 from pathlib import Path
 

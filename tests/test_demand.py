@@ -230,7 +230,7 @@ def test_whatever_engines_call_their_classes_there_are_few_labels() -> None:
 
 
 def test_what_alerts_and_dashboard_ask_for_is_there() -> None:
-    """Every metric of ours that they name is one that a gateway has."""
+    """Each of our metrics that they name exists in a gateway."""
     asked = "".join(path.read_text() for path in DEPLOY.rglob("*") if path.suffix in (".json", ".yml"))
     router = Router(RouterLimits())
     registry = CollectorRegistry()

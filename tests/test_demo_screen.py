@@ -1,4 +1,4 @@
-"""What the demo shows of an answer, and what its table and last line count."""
+"""The demo's display of an answer, and the figures of its table and last line."""
 
 from io import StringIO
 

@@ -1,4 +1,4 @@
-"""The tree against a drafter that keeps a plain list, and against a dictionary of what the draft said after what."""
+"""The tree against a drafter that keeps a plain list, and against a dictionary from pasts to the draft's candidates."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,7 +18,7 @@ SAID = st.lists(st.builds(Candidate, TOKENS, CLAIMS), min_size=1, max_size=3, un
 
 
 def calibrate(claimed: float) -> float:
-    """Not the identity, and as little in order as what was measured may be."""
+    """Not the identity, and not monotonic, as measurements may be."""
     return 1.0 - claimed / 2 if claimed < 0.5 else claimed
 
 
@@ -46,7 +46,7 @@ class Drafting(RuleBasedStateMachine):
         self.sequence = ListSequence(lambda past: [])
         self.committed: list[int] = []
         self.said: dict[tuple[int, ...], list[Candidate]] = {}
-        """By the whole past."""
+        """Candidates by the whole past."""
         self.running: list[Node] | None = None
         self.seen: set[Node] = set()
 

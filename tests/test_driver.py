@@ -40,18 +40,18 @@ STEP_S = 0.2
 
 
 class Driven(StepDriver):
-    """Keeps the plan that was started last, so that a test says in one line what a step did."""
+    """Keeps the latest started plan, so that a test can state in one line what a step did."""
 
     last = StepPlan()
 
     def plan(self, rows: Iterable[Row], now_s: float, load: Load = NOTHING_ELSE) -> StepPlan:
-        """It is carried out, too."""
+        """Make a plan and start it."""
         self.last = self.begin(rows, now_s, load)
         self.start(self.last)
         return self.last
 
     def commit(self, request_id: str, num_verified: int, now_s: float) -> list[Frame]:
-        """A step that was not timed decided what the request's tokens have grown by."""
+        """End a step that was not timed; the request already has its new tokens."""
         frames = self.end(self.last, [RequestOutcome(request_id, 1 + num_verified, num_verified)], Step(now_s, now_s))
         self.last.choices.pop(request_id, None)
         return frames
@@ -62,7 +62,7 @@ class Driven(StepDriver):
         return request
 
     def record(self, request_id: str) -> EdgeRecord:
-        """That of the request's edge."""
+        """The record of the request's edge."""
         edge = self.named(request_id).edge
         assert edge is not None
         return edge.record
@@ -71,7 +71,7 @@ class Driven(StepDriver):
 def new_driver(
     num_edges: int = 1, mode: str = "auto", token_s: float = 0.0, max_slowdown: float = inf, max_stretch: float = inf
 ) -> Driven:
-    """Each further token makes a step so much longer."""
+    """A driver; each further token makes a step longer by `token_s`."""
     limits = HoldLimits(0.1, mode, max_slowdown=max_slowdown, max_stretch=max_stretch)
     driver = Driven(VOCAB_SIZE, MAX_DRAFT, limits, StepCost({1: STEP_S, 65: STEP_S + 64 * token_s}))
     if num_edges:
@@ -91,7 +91,7 @@ class Serving:
         self.driver.open("r", self.tokens, "")
         self.receive(Assign(0, 1))
         self.decode(18)
-        self.propose([19])  # the first answer has the edge's prefill in it, and is not counted
+        self.propose([19])  # the first answer includes the edge's prefill, and does not count
         self.decode(19, 20, num_verified=1)
         self.now_s += ANSWER_S
         self.propose([21])
@@ -103,14 +103,14 @@ class Serving:
     def propose(
         self, tokens: Sequence[int], after: int | None = None, branches: Sequence[tuple[int, Sequence[int]]] = ()
     ) -> None:
-        """A draft for what follows the first `after` tokens, with branches that leave it so many before its end."""
+        """A draft after the first `after` tokens, with branches at given distances before its end."""
         after = len(self.tokens) if after is None else after
         run = [self.tokens[after - 1], *tokens, *(token for _, own in branches for token in own)]
         forks = [number for back, own in branches for number in (back, len(own))]
         self.receive(Propose(0, after - 1, tuple(run), tuple(forks)))
 
     def go_on(self, from_token: int, tokens: Sequence[int], num_ahead: int) -> None:
-        """A draft for what follows `from_token`, which is the trunk's at `num_ahead`."""
+        """A draft that continues from `from_token`, the trunk's token at `num_ahead`."""
         self.receive(Propose(0, len(self.tokens) + num_ahead - 1, (from_token, *tokens)))
 
     def give_up(self, after: int | None = None) -> None:
@@ -140,7 +140,7 @@ class Serving:
 
     @property
     def rates(self) -> list[float]:
-        """How right drafts are thought to be, by depth."""
+        """Estimated acceptance rates by depth."""
         return self.driver.named("r").acceptances.edge.rates
 
 
@@ -160,7 +160,7 @@ def test_a_request_is_opened_with_its_prompt_and_followed_to_its_end() -> None:
         EngineOpen(0, 3, MAX_DRAFT, "secret"),
         Commit(0, 0, (10, 11, 12)),
     ]
-    assert driver.commit("r", 0, 1.0) == []  # a step of its prompt decided nothing
+    assert driver.commit("r", 0, 1.0) == []  # a step of its prompt commits nothing
     assert driver.receive(Assign(0, 1), 1.0) == []
     tokens += [20, 21]
     assert driver.commit("r", 1, 1.0) == [Commit(0, 3, (20, 21))]
@@ -216,7 +216,7 @@ def test_who_has_no_edge_is_published_when_it_gets_one() -> None:
 
 
 def refuse(serving: Serving, token: int) -> list[Frame]:
-    """A step for which there is a draft, a right one, and no room to verify it."""
+    """A step with a right draft, and no room to verify it."""
     serving.propose([token])
     assert serving.plan(load=Load(room=1)).drafts == {}
     return serving.decode(token)
@@ -244,7 +244,7 @@ def test_a_draft_that_is_verified_ends_the_rest() -> None:
 
 
 def test_a_request_that_rests_is_not_held() -> None:
-    """Nothing was published that its edge could answer."""
+    """Nothing was published, so its edge has nothing to answer."""
     serving = Serving()
     for token in range(30, 30 + COALESCE_AFTER + 2):
         refuse(serving, token)
@@ -252,7 +252,7 @@ def test_a_request_that_rests_is_not_held() -> None:
 
 
 def late_and_wrong(serving: Serving, token: int) -> list[Frame]:
-    """A step without a draft; the one that comes meanwhile is wrong, so that there is none afterwards either."""
+    """A step without a draft; the one that arrives meanwhile is wrong, so there is none afterwards either."""
     serving.now_s += STEP_S
     assert serving.plan(load=Load(is_pressed=True)).drafts == {}
     serving.propose([99])
@@ -314,7 +314,7 @@ def test_a_draft_that_came_during_the_step_was_not_refused() -> None:
 
 
 def test_contexts_are_opened_a_bounded_number_of_tokens_a_step() -> None:
-    """An edge that comes and goes must not make the engine encode every context at once."""
+    """An edge that joins and leaves must not make the engine encode all contexts at once."""
     driver = new_driver(num_edges=0)
     contexts = [[1] * MAX_OPENED_TOKENS, [2] * 10]
     for number, tokens in enumerate(contexts):
@@ -330,7 +330,7 @@ def test_contexts_are_opened_a_bounded_number_of_tokens_a_step() -> None:
 
 
 def test_when_the_last_edge_leaves_the_gateway_is_told_to_forget_all_requests() -> None:
-    """Else those that end while there is no edge would stay with the gateway, and with the next edge, for ever."""
+    """Otherwise requests that end while there is no edge would stay at the gateway, and at the next edge, forever."""
     driver = new_driver()
     two = list(PROMPT)
     driver.open("one", list(PROMPT), "")
@@ -465,8 +465,8 @@ def test_a_request_is_not_held_before_its_edge_has_answered_once() -> None:
 
 @pytest.mark.parametrize(("edge", "mode", "is_held"), [(1, "auto", True), (2, "auto", False), (2, "wait", True)])
 def test_an_edge_keeps_its_record_from_one_request_to_the_next(edge: int, mode: str, is_held: bool) -> None:
-    """A new request is held for an edge that is known to be quick as soon as that has answered for this request too,
-    for its first answer has the prefill in it; and not for an edge of which that is all that is known."""
+    """A new request is held for an edge that is known to be quick, but only after its first answer for this request,
+    which includes the prefill; it is not held for an edge of which only that answer is known."""
     serving = Serving(new_driver(mode=mode))
     tokens, driver = list(PROMPT), serving.driver
     driver.open("new", tokens, "")
@@ -597,7 +597,7 @@ def test_nobody_is_held_while_there_are_prompts(load: Load) -> None:
 
 @pytest.mark.parametrize("load", [Load(prefill=1), Load(is_pressed=True)])
 def test_an_edge_that_a_prompt_leaves_no_time_to_answer_has_not_missed(load: Load) -> None:
-    """Else two prompts would make it one that is not waited for."""
+    """Otherwise the server would stop waiting for it after two prompts."""
     serving = Serving()
     assert serving.plan().holds
     serving.now_s += ANSWER_S / 2
@@ -616,7 +616,7 @@ def test_who_always_waits_has_not_missed_a_draft_before_the_limit() -> None:
 
 
 def test_an_edge_that_often_missed_is_waited_for_again_after_it_was_in_time_for_long() -> None:
-    """How punctual it is shows in each of its answers, so it can be shown while nobody waits."""
+    """Each answer shows an edge's punctuality, even if no request waits for it."""
     serving = Serving()
     for _ in range(30):
         serving.record.missed()
@@ -696,7 +696,7 @@ def test_whether_it_is_learnt_at_once_or_with_the_next_step_makes_no_difference(
 
 
 def test_how_right_a_draft_was_is_learnt_though_it_was_not_verified() -> None:
-    """Else a server on which drafts do not pay would never hear that they are better now."""
+    """Otherwise a server on which drafts do not pay would never learn that they have become better."""
     serving = Serving()
     for decided, is_right in (((1, 2, 3), True), ((1, 9), False)):
         before = list(serving.rates)
@@ -711,7 +711,7 @@ def test_how_right_a_draft_was_is_learnt_though_it_was_not_verified() -> None:
 
 
 def test_how_right_a_draft_was_is_learnt_from_what_came_too_late_to_be_verified() -> None:
-    """Else an edge that was wrong at first would never be waited for again, and so come too late for ever."""
+    """Otherwise an edge that was wrong at first would never be waited for again, and so be late forever."""
     serving = Serving()
 
     def come_late(draft: Sequence[int]) -> None:
@@ -729,7 +729,7 @@ def test_how_right_a_draft_was_is_learnt_from_what_came_too_late_to_be_verified(
     come_late([1, 2])
     assert serving.rates[0] > 0.6
     serving.propose([5])
-    serving.decode(5, 6, num_verified=1)  # else it would rest, and hear of little that it could answer
+    serving.decode(5, 6, num_verified=1)  # else it would rest, and receive few commits that it could answer
     come_late([9, 9])
     assert serving.rates[0] < 0.4
 
@@ -746,7 +746,7 @@ def test_late_drafts_for_another_past_say_nothing_of_how_right_an_edge_is() -> N
 
 @pytest.mark.parametrize("answer_s", [0.004, 0.012])
 def test_an_answer_is_measured_from_the_commit_it_answers_even_if_more_were_made_meanwhile(answer_s: float) -> None:
-    """The edge took two commits together and answers the second: a draft starts with a token it was told."""
+    """The edge read two commits together and answers the second: a draft starts with a token that it knows."""
     serving = Serving()
     for token in range(60):
         serving.decode(token)
@@ -759,7 +759,7 @@ def test_an_answer_is_measured_from_the_commit_it_answers_even_if_more_were_made
 
 
 def test_only_the_answer_to_a_commit_that_left_no_draft_is_measured() -> None:
-    """An edge that runs ahead sends when it has something, not when it is waited for."""
+    """An edge that drafts ahead sends when it has a draft, not when the server waits for one."""
     serving = Serving()
     for _ in range(40):
         serving.propose([1, 2, 3])
@@ -834,7 +834,7 @@ def test_a_suggestion_is_taken_instead_of_a_draft_if_more_of_it_is_expected_to_b
     assert take([7, 8, 9], [1, 2, 3]) == [7, 8, 9]
     serving.decode(7, 8, 9, 10, num_verified=3)
     taken = []
-    for _ in range(10):  # what was not verified shows how right it was too
+    for _ in range(10):  # unverified drafts also show their accuracy
         taken.append(take([7, 8, 9], [1]))
         serving.decode(1, *[2][: taken[-1] == [1]], num_verified=len(taken[-1]))
     assert taken[0] == [7, 8, 9]
@@ -859,7 +859,7 @@ def test_tokens_a_second_are_told_apart_by_whether_a_step_was_waited_for() -> No
 
 
 def test_what_an_earlier_try_of_waiting_gave_counts_little() -> None:
-    """Steps that were waited for made a token each; later ones, after a pause, make two."""
+    """Steps that waited yielded one token each; later ones, after a pause, yield two."""
     serving = Serving()
 
     def step(number: int, has_gap: bool, *decided: int) -> None:
@@ -1050,7 +1050,7 @@ def test_what_a_step_verified_for_a_request_that_ended_in_it_is_booked_to_that_s
 
 
 def test_what_a_request_made_in_its_last_step_is_priced_by_that_step() -> None:
-    """Not by the one before, which may have been of another size."""
+    """Not by the previous step, which may have had another size."""
 
     def speedup(num_right_at_last: int) -> float:
         serving = Serving()
@@ -1066,7 +1066,7 @@ def test_what_a_request_made_in_its_last_step_is_priced_by_that_step() -> None:
 
 
 def test_a_plan_may_be_asked_for_several_times_and_counts_once() -> None:
-    """An engine whose edge is busy asks more often; its probes are to come no sooner."""
+    """An engine whose edge is busy asks more often; its probes must not come earlier."""
     serving = Serving()
     for _ in range(FIRST_PROBE_AFTER):
         serving.propose([1])
@@ -1103,7 +1103,7 @@ def proposals(draw: st.DrawFn) -> Propose:
 
 @dataclass(frozen=True)
 class Act:
-    """Something that the engine does with request `i`."""
+    """An action of the engine on request `i`."""
 
     kind: str
     i: int
@@ -1112,7 +1112,7 @@ class Act:
 
 @dataclass(frozen=True)
 class GoodDraft:
-    """An edge's frame for request `i` that starts with a token it was told, `back` before the last."""
+    """An edge's frame for request `i` that starts with a token it knows, `back` before the last."""
 
     i: int
     back: int
@@ -1137,7 +1137,7 @@ histories = st.lists(acts, min_size=10, max_size=60)
 
 
 class Engine:
-    """Does what an engine does around a driver, and what a gateway of any kind may send meanwhile."""
+    """Acts as the engine around a driver, and sends whatever a gateway may send."""
 
     def __init__(self, limit: int) -> None:
         self.driver = new_driver(num_edges=0)
@@ -1146,7 +1146,7 @@ class Engine:
         self.plan = StepPlan()
         self.now_s = 0.0
         self.counted: list[dict[str, int]] = []
-        """Of each request that ended: its counters, and how many of the tokens committed its tree held."""
+        """For each ended request: its counters, and how many committed tokens its tree held."""
         self._held: dict[str, int] = {}
         self._heard: dict[int, list[int]] = {}
 
@@ -1162,7 +1162,7 @@ class Engine:
         self.look()
 
     def _publish(self, frames: Sequence[Frame]) -> None:
-        """What a gateway hears of a request is Open, then its tokens without a gap, then Close."""
+        """Check that a gateway receives for each request Open, then its tokens without a gap, then Close."""
         for frame in frames:
             match frame:
                 case EngineOpen():
@@ -1179,7 +1179,7 @@ class Engine:
                     assert isinstance(frame, Report)
 
     def look(self) -> None:
-        """StepPlan, and see that all of it may be done."""
+        """Make a StepPlan, and check that all of it is legal."""
         self.plan = plan = self.driver.plan([Row(f"r{i}", self.limit) for i in range(3)], self.now_s)
         assert plan.drafts.keys() | plan.holds.keys() <= self.views.keys()
         assert not plan.drafts.keys() & plan.holds.keys()
@@ -1213,7 +1213,7 @@ class Engine:
             self._step(id_, view, act.tokens)
 
     def _step(self, id_: str, view: list[int], chosen: list[int]) -> None:
-        """The target chooses these tokens, one after the other, as long as the draft foresees them."""
+        """Run a step: the target chooses these tokens one after the other, as long as the draft has predicted them."""
         draft = self.plan.drafts.get(id_, [])
         num_right = next(
             (i for i, pair in enumerate(zip(draft, chosen, strict=False)) if pair[0] != pair[1]), len(draft)
@@ -1302,7 +1302,7 @@ def test_one_slow_step_does_not_keep_a_lookup_that_is_right_from_being_verified(
 
 
 def test_what_lies_deeper_than_what_is_verified_is_learnt_where_all_of_that_was_accepted() -> None:
-    """Else a depth that once had bad luck would stay out for ever."""
+    """Otherwise a depth that once had bad luck would be excluded forever."""
     serving = Serving()
     serving.propose([1, 2, 3])
     before = serving.rates[1]
@@ -1315,7 +1315,7 @@ def test_what_lies_deeper_than_what_is_verified_is_learnt_where_all_of_that_was_
 
 
 def verified_of_three(serving: Serving, token_s: float) -> int:
-    """How many of three right draft tokens a step verifies, each of which makes it so much longer."""
+    """How many of three right draft tokens a step verifies if each makes it longer by `token_s`."""
     serving.propose([1, 2, 3])
     number = len(serving.plan().drafts.get("r", ()))
     serving.step(*[1, 2, 3, 9][: number + 1], num_verified=number, took_s=STEP_S + number * token_s)
@@ -1323,7 +1323,7 @@ def verified_of_three(serving: Serving, token_s: float) -> int:
 
 
 def test_where_drafts_do_not_pay_a_little_is_tried_now_and_then_until_they_do() -> None:
-    """What verifying costs is seen by verifying."""
+    """The cost of verifying can only be measured by verifying."""
     serving = Serving(new_driver(token_s=2 * STEP_S))
     while_costly = [verified_of_three(serving, 2 * STEP_S) for _ in range(4 * PROBE_AFTER)]
     tries = [index for index, number in enumerate(while_costly) if number]
@@ -1346,7 +1346,7 @@ def test_what_seems_to_cost_more_than_is_allowed_is_tried_all_the_same_or_it_wou
 
 
 def test_where_drafts_always_pay_one_step_is_plain_now_and_then() -> None:
-    """What a plain step takes is seen by a plain step."""
+    """The time of a plain step can only be measured by a plain step."""
     serving = Serving()
     verified = [verified_of_three(serving, 0.0) for _ in range(4 * PLAIN_PROBE_AFTER)]
     plain = [index for index, number in enumerate(verified) if not number]
@@ -1378,7 +1378,7 @@ def test_where_all_is_verified_whatever_it_costs_no_step_is_made_plain(mode: str
 
 @pytest.mark.parametrize(("right_every", "growth"), [(10, 0.3), (3, 0.6), (2, 1.0), (2, 0.7)])
 def test_where_drafts_are_always_there_and_do_not_pay_that_is_found_out(right_every: int, growth: float) -> None:
-    """Though the profile at start-up says that they cost nothing."""
+    """Even if they cost nothing in the profile at start-up."""
     serving = Serving()
     verified = []
     for number in range(2 * PLAIN_PROBE_AFTER):
@@ -1391,7 +1391,7 @@ def test_where_drafts_are_always_there_and_do_not_pay_that_is_found_out(right_ev
 
 
 def test_where_drafts_are_right_and_there_and_even_so_do_not_pay_that_is_found_out() -> None:
-    """With nothing to learn from but a plain step now and then, and a curve that begins flat."""
+    """With only an occasional plain step to learn from, and a curve that starts flat."""
     serving = Serving()
     verified = [verified_of_three(serving, 1.2 * STEP_S) for _ in range(2000)]
     assert sum(verified[-100:]) < 20
@@ -1406,7 +1406,7 @@ def test_steps_and_their_time_are_counted() -> None:
 
 
 def serve(serving: Serving, num_steps: int, num_right: int, took_s: float = STEP_S) -> None:
-    """So many draft tokens are verified and right in each of these steps."""
+    """Run `num_steps` steps, in each of which `num_right` draft tokens are verified and right."""
     for _ in range(num_steps):
         serving.plan()
         serving.step(*[1] * (num_right + 1), num_verified=num_right, took_s=took_s)
@@ -1446,7 +1446,7 @@ def test_a_wait_counts_as_time_spent() -> None:
 
 
 def test_a_request_may_wait_for_its_draft_once_drafts_have_made_it_faster() -> None:
-    """Nobody's tokens are to come much later than without drafts."""
+    """No request's tokens may come much later than without drafts."""
     serving = Serving(new_driver(max_slowdown=1.01))
     assert serving.plan() == StepPlan()
     serve(serving, 10, 2)

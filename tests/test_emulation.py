@@ -46,7 +46,7 @@ def test_whatever_is_drafted_the_answer_is_the_same_and_right_drafts_make_it_lon
 
 
 def test_a_request_that_starts_again_from_its_first_token_goes_on_where_it_was() -> None:
-    """As after a preemption: its tokens are computed once more."""
+    """As after a preemption: its tokens are computed again."""
     model = opened()
     said = model.step({"r": NUM_PROMPT}, {"r": 0}, {})["r"] + decode(model, 1, [])
     assert model.step({"r": NUM_PROMPT + 1}, {"r": 0}, {}) == {"r": []}

@@ -12,7 +12,7 @@ from edge_client.drafters.entries import Entries
 
 @dataclass(eq=False)
 class Node:
-    """An entry, whatever its number."""
+    """An entry, independent of its number."""
 
     parent: Self | None
 
@@ -22,7 +22,7 @@ class Node:
 
 
 def grow(data: st.DataObject, entries: Entries, nodes: list[Node]) -> None:
-    """A chain where that is allowed, else or as well branches, mostly near the end."""
+    """Add a chain if that is allowed, or branches, mostly near the end."""
     if entries.is_chain and (not nodes or data.draw(st.booleans(), "chain")):
         count = data.draw(st.integers(1, 3), "count")
         entries.append(count)
@@ -77,7 +77,7 @@ def test_positions_and_what_is_seen_are_those_of_a_tree_of_objects(data: st.Data
 
 
 def tree() -> Entries:
-    """0 1 2, behind 1: 3, behind 2: 4 5, behind 3: 6."""
+    """0 1 2, after 1: 3, after 2: 4 5, after 3: 6."""
     entries = Entries()
     entries.append(3)
     entries.branch([1, 2, 2])

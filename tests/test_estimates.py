@@ -64,7 +64,7 @@ def test_while_one_size_was_seen_others_are_thought_to_take_as_long(size: int, s
 def test_a_line_is_found_through_noise_and_when_it_changes(
     first_s: float, part: float, seed: int, max_size: int
 ) -> None:
-    """`part` of what the first token takes, for all the others together."""
+    """The other tokens together take `part` of the first token's time."""
     random, line = Random(seed), Line()
     for scale in (3.0, 1.0):  # the machine was slower once
         for _ in range(500):
@@ -78,11 +78,11 @@ def test_a_line_is_found_through_noise_and_when_it_changes(
 
 MEMORY_S = 10.0
 looks = st.lists(st.tuples(st.floats(0.001, 100), st.integers(0, 50)), min_size=1, max_size=40)
-"""Time that passed since the look before, and events meanwhile."""
+"""Time since the previous observation, and events in it."""
 
 
 def observed(seen: list[tuple[float, int]]) -> tuple[Rate, float]:
-    """A rate that was looked at so often, and when it was last."""
+    """A rate after these observations, and the time of the last one."""
     rate, now_s = Rate(MEMORY_S), 1000.0
     rate.observe(0, now_s)
     for span_s, num_events in seen:
@@ -94,7 +94,7 @@ def observed(seen: list[tuple[float, int]]) -> tuple[Rate, float]:
 def test_before_any_time_has_passed_there_is_no_rate() -> None:
     rate = Rate()
     assert rate.per_s == 0.0
-    rate.observe(5, 100.0)  # nobody knows since when
+    rate.observe(5, 100.0)  # over an unknown time
     assert rate.per_s == 0.0
     rate.observe(3, 100.0)
     assert rate.per_s == 0.0

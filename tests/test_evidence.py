@@ -1,4 +1,4 @@
-"""What `make evidence` asks, and what its runs come to: harness/workload.py, evidence_figures.py,
+"""Questions of `make evidence`, and results from its runs: harness/workload.py, evidence_figures.py,
 switched_figures.py."""
 
 import json
@@ -130,7 +130,7 @@ def answer(*chunks: tuple[float, int]) -> Answer:
 
 @pytest.mark.parametrize("is_chat", [True, False])
 def test_an_answer_knows_its_prompt_s_tokens(is_chat: bool) -> None:
-    """Edges that replay it find it by them. In a chat the event has them, else the choice."""
+    """Edges that replay it find it by them. In a chat they are in the event, otherwise in the choice."""
     prompt = {"prompt_token_ids": [1, 2]}
     choice = {"index": 0, "token_ids": [7]}
     event = {**prompt, "choices": [choice]} if is_chat else {"choices": [{**choice, **prompt}]}
@@ -146,7 +146,7 @@ def test_a_period_counts_what_came_in_it_but_for_its_beginning() -> None:
 
 
 def test_a_period_is_compared_with_both_beside_it() -> None:
-    """So a machine that gets slower all the time changes nothing."""
+    """So a machine that gets continuously slower does not affect the result."""
     tokens = [[number, round(1000 - 10 * number)] for number in range(11)]
     assert ratios_of_periods(tokens[0::2], tokens[1::2]) == pytest.approx([1.0] * 4)
     doubled = [[number, 2 * num_tokens] for number, num_tokens in tokens[0::2]]

@@ -1,4 +1,4 @@
-"""The fault matrix's own verdicts: a promise that is broken must show. (The matrix: tests/vllm/test_faults.py.)"""
+"""The fault matrix's own verdicts: it must detect a broken promise. (The matrix: tests/vllm/test_faults.py.)"""
 
 from contextlib import ExitStack
 from pathlib import Path

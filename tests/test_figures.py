@@ -1,4 +1,4 @@
-"""What `make bench` computes from its runs: benchmarks/figures.py, and its prompts."""
+"""Results of `make bench` from its runs: benchmarks/figures.py, and its prompts."""
 
 from dataclasses import replace
 

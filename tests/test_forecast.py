@@ -1,4 +1,4 @@
-"""What a machine would bring, from what was measured."""
+"""Predicted gain from a machine, from measurements."""
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest

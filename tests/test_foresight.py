@@ -1,4 +1,4 @@
-"""A short forecast of demand, and the engines that it takes, ahead of surges."""
+"""A short forecast of demand, and of the engines that it needs, ahead of surges."""
 
 import json
 from itertools import islice
@@ -16,7 +16,7 @@ HORIZON_S = 180.0
 
 
 def after(demand: list[float], horizon_s: float = HORIZON_S) -> Foresight:
-    """One that has seen this, a number a slot."""
+    """A forecast after this demand, one number per slot."""
     foresight = Foresight()
     for slot, value in enumerate(demand):
         foresight.observe(value, slot * SLOT_S, horizon_s)
@@ -104,7 +104,7 @@ def test_a_trace_has_days_surges_and_its_mean() -> None:
 
 
 def test_ahead_of_demand_fewer_miss_in_surges_at_no_more_engine_hours() -> None:
-    """The goal, against the usual rule, and against one that keeps engines a part of the time idle."""
+    """The goal, compared with the usual rule, and with one that keeps engines idle for a part of the time."""
     ahead, waiting = run(Ahead(FLEET)), run(Waiting())
     assert ahead.engine_hours <= waiting.engine_hours
     assert ahead.missed_in_surges <= 0.7 * waiting.missed_in_surges

@@ -31,7 +31,7 @@ LARGEST: dict[object, object] = {
     tuple[int, ...]: (MAX_UINT32,) * MAX_TOKENS_PER_FRAME,
     "branches": (MAX_UINT32,) * (2 * MAX_BRANCHES),
 }
-"""By a field's type, or its name where that says more."""
+"""Largest values by a field's type, or by its name if that is more specific."""
 OUT_OF_BOUNDS: dict[object, list[object]] = {
     int: [-1, MAX_UINT32 + 1, 1.0, True, None, "1", b"1", (1,)],
     str: ["x" * (MAX_TEXT_BYTES + 1), "é" * (MAX_TEXT_BYTES // 2 + 1), b"x", 1, None, ("x",)],
@@ -71,18 +71,18 @@ UINTS = st.integers(0, 32).flatmap(lambda num_bits: st.integers(0, 2**num_bits -
 
 
 def wire_values(frame: Frame) -> list[Any]:
-    """What a frame's body is made of."""
+    """The values in a frame's body."""
     fields = [(field.name, getattr(frame, field.name)) for field in dataclasses.fields(frame)]
     return [frame.CODE, *(pack_tokens(value) if name == "tokens" else value for name, value in fields)]
 
 
 def decoded(body: bytes) -> Frame | None:
-    """The frame in these bytes, which are all that it says; None if there is none."""
+    """The frame that these bytes consist of; None if they are not a frame."""
     try:
         frame = decode(body)
     except RemoteProtocolError:
         return None
-    # msgpack leaves the width of a number or a length free; in the shortest form these are the same bytes.
+    # msgpack allows several widths for a number or a length; in the shortest form these are the same bytes.
     assert encode(frame)[2:] == msgpack.packb(msgpack.unpackb(body))
     assert len(encode(frame)[2:]) <= len(body)
     assert decode(encode(frame)[2:]) == frame
@@ -237,7 +237,7 @@ FORMS: dict[type, list[tuple[int, int, int]]] = {
     bytes: [(0xC4, 1, 2**8), (0xC5, 2, 2**16), (0xC6, 4, 2**32)],
     tuple: [(0xDC, 2, 2**16)],
 }
-"""msgpack's longer forms of each type: the code, how many bytes the number or length has, and below what it must be."""
+"""msgpack's longer forms of each type: the code, the width of the number or length in bytes, and its upper bound."""
 
 
 @st.composite
@@ -326,7 +326,7 @@ def test_a_field_out_of_bounds_is_refused_by_both_sides(cls: type[Frame], field:
     good = example_of(cls)
     for bad in [*OUT_OF_BOUNDS[field.type], *OUT_OF_BOUNDS.get(field.name, [])]:
         if field.name == "tokens" and bad == (True,):
-            continue  # travels as the 1 that it is
+            continue  # encoded as 1
         with pytest.raises((ValueError, TypeError)):
             encode(dataclasses.replace(good, **{field.name: bad}))  # type: ignore[arg-type]
         values = [cls.CODE, *(bad if item is field else getattr(good, item.name) for item in dataclasses.fields(cls))]

@@ -1,4 +1,4 @@
-"""What `make bench-never-slower` measures in which order and what it comes to: benchmarks/verdicts.py, harness/load.py,
+"""Order and results of the measurements of `make bench-never-slower`: benchmarks/verdicts.py, harness/load.py,
 harness/runs.py, harness/results.py."""
 
 import json
@@ -245,7 +245,7 @@ def test_ratios_are_to_the_mean_of_the_neighbours_and_the_verdict_is_by_the_medi
 
 
 def cpu_by_hand(runs: Sequence[Run]) -> float:
-    """By hand: the first of ours uses as much as 100 / s, its neighbours on average (1 / 90 + 1 / 110) / 2."""
+    """Computed by hand: the first of ours uses as much as 100 / s, its neighbours on average (1 / 90 + 1 / 110) / 2."""
     return sorted([(1 / 100) / ((1 / 90 + 1 / 110) / 2), 110 / 88, 110 / 120])[1]
 
 
@@ -293,7 +293,7 @@ def test_vanilla_against_itself() -> None:
 
 
 def test_what_others_used_is_seen() -> None:
-    """The cores were busy for 1.4 of a second each second, of which 1.05 are known: the worker's, and so on."""
+    """The cores were busy for 1.4 s per second, of which 1.05 are known: the worker's, and so on."""
     assert run().foreign_busy == pytest.approx(0.35)
     assert "more than 0.15 in 1 of 2 runs" in quiet_line([run(), replace(run(), core_busy=[0.9, 0.2])])
 
@@ -406,7 +406,7 @@ def test_answers_are_compared_with_the_first_of_their_case_and_repeat() -> None:
 
 
 def learned(token_s: float, verifying_s: float = 0.0) -> dict[str, object]:
-    """Steps of 50 ms and so much for each token, 1 ms a request and for each 1,024 tokens of context."""
+    """Steps of 50 ms plus `token_s` per token, 1 ms per request and per 1,024 tokens of context."""
     curve_s = [0.05 + token_s * size for size in KNOTS]
     return {"curve_s": curve_s, "request_s": 0.001, "context_s": 0.001, "verifying_s": verifying_s}
 

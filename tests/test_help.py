@@ -1,4 +1,4 @@
-"""What `--help` says: options in panels, those that matter most first, each with a sentence."""
+"""Output of `--help`: options in panels, the most important ones first, each with a sentence."""
 
 import re
 

@@ -82,7 +82,7 @@ def greet(router: Router, *engines: bytes) -> None:
 
 
 def decoding(seconds: float) -> Stats:
-    """What an engine says that has decoded for so long, and 1.5 times as fast as plainly."""
+    """Report of an engine that has decoded for `seconds`, 1.5 times as fast as without drafts."""
     return Stats(engine_values(Counter({"decode_us": int(seconds * 1e6), "plain_decode_us": int(seconds * 1.5e6)})))
 
 
@@ -93,7 +93,7 @@ def test_sums_go_on_past_the_wire_s_32_bits_and_when_engines_leave_or_come_back(
     for minute in range(0, 300):
         for engine in (b"a", b"b"):
             if minute == 200:
-                router.engine_left(engine)  # and is back, and counts from there on
+                router.engine_left(engine)  # and returns, and counts from there on
                 greet(router, engine)
             router.from_engine(engine, decoding(60 * (minute - 200 if minute >= 200 else minute)))
         values = exposed(router)
@@ -107,7 +107,7 @@ def test_sums_go_on_past_the_wire_s_32_bits_and_when_engines_leave_or_come_back(
 
 
 def test_a_gateway_is_told_what_an_engine_has_counted_since_it_knows_it() -> None:
-    """The first one everything: an engine may have begun before its gateway was there."""
+    """The first gateway gets everything: an engine may have started before its gateway."""
     since, counters = CountedSince(), Counter({"steps": 5})
     assert since.values(counters, 1)[0] == 5
     counters["steps"] = 2**32 + 6
@@ -220,7 +220,7 @@ def counted_in(module: ModuleType) -> tuple[set[str], set[str]]:
 
 
 def test_every_counter_of_the_core_has_a_name_and_a_meaning() -> None:
-    """A counter that is in no table is counted for nobody."""
+    """A counter that is in no table would be useless."""
     assert counted_in(router)[0] <= {name for name, _ in GATEWAY_COUNTERS}
     counted = [counted_in(module) for module in (driver, learning, ledger, speedup)]
     in_total, of_requests = (set().union(*names) for names in zip(*counted, strict=True))

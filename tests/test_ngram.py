@@ -7,7 +7,7 @@ from edge_client.drafters.ngram import MAX_NGRAM, MAX_PLACES, MIN_NGRAM, NgramDr
 
 
 def naive(tokens: list[int]) -> list[Candidate]:
-    """By a plain search: what stood behind each earlier copy of the context's end, longest and then latest first."""
+    """By a plain search: the token after each earlier copy of the context's end, longest and then latest first."""
     found = [
         tokens[end]
         for length in range(min(MAX_NGRAM, len(tokens)), MIN_NGRAM - 1, -1)
@@ -40,7 +40,7 @@ def test_it_finds_what_a_plain_search_finds_after_any_cut(acts: list[tuple[int, 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=40))
 def test_probabilities_are_such(tokens: list[int]) -> None:
-    """And the candidates come in their order."""
+    """Candidates are sorted by them."""
     said = [candidate.probability for candidate in NgramSequence().append(tokens, 3)]
     assert said == sorted(said, reverse=True)
     assert all(0 < probability < 1 for probability in said)

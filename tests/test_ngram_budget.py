@@ -1,4 +1,4 @@
-"""A lookup takes time that every request waits for: it is done where that is little, or where it brings more."""
+"""A lookup delays every request: it is done if that takes little time, or if it gains more."""
 
 from vllm_specedge.policy.ngram_budget import SELDOM, NgramBudget
 
@@ -6,7 +6,7 @@ TOKEN_S, STEP_S, LOOKUP_S = 0.01, 0.02, 0.002
 
 
 def done(budget: NgramBudget, num_steps: int, num_right: int, token_s: float = TOKEN_S) -> int:
-    """How often it is done in so many steps, where each finds so many right tokens."""
+    """Number of lookups in `num_steps` steps if each finds `num_right` right tokens."""
     number = 0
     for _ in range(num_steps):
         budget.stepped()
@@ -35,7 +35,7 @@ def test_lookups_that_are_right_again_are_done_after_each_step_again() -> None:
 
 
 def test_what_saves_less_time_than_it_takes_is_not_done() -> None:
-    """On a server that is full a token takes so little that few of them are not worth it."""
+    """On a full server a token takes so little time that a few of them are not worth a lookup."""
     budget = NgramBudget()
     done(budget, 300, num_right=1, token_s=LOOKUP_S / 2)
     assert done(budget, 10 * SELDOM, num_right=1, token_s=LOOKUP_S / 2) == 10

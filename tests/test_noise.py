@@ -1,4 +1,4 @@
-"""The noise of sampled requests: what the target would say, from a seed, in plain Python."""
+"""The noise of sampled requests: the target's tokens from a seed, in plain Python."""
 
 import re
 from collections import Counter
@@ -91,7 +91,7 @@ def _kinds(seed: int) -> dict[str, Hash]:
 
 
 def _uniform(noise: Hash, position: int, token: int) -> float:
-    """Of which the noise is made: uniform between 0 and 1."""
+    """The number that the noise is computed from: uniform between 0 and 1."""
     return exp(-exp(-noise.gumbel(noise.key(position), token)))
 
 
@@ -133,7 +133,7 @@ def test_neighbours_have_nothing_to_do_with_each_other(kind: str, of: str) -> No
 
 @each_kind
 def test_no_two_of_many_requests_draw_the_same(kind: str) -> None:
-    """The keys of 200 positions of 100 requests are all others, or there are no more of the same than by chance."""
+    """The keys of 200 positions of 100 requests are all different, or have no more duplicates than by chance."""
     chance = Random(5)
     requests = [_kinds(chance.getrandbits(63))[kind] for _ in range(100)]
     keys = [noise.key(position) for noise in requests for position in range(1, 201)]

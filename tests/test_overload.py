@@ -1,4 +1,4 @@
-"""A server under overload in simulation: who is let in by which arm, and what comes of it."""
+"""A server under overload in simulation: which requests each arm admits, and the resulting goodput."""
 
 import json
 from dataclasses import replace
@@ -83,7 +83,7 @@ def test_under_overload_the_more_important_class_is_served() -> None:
 
 
 def test_drafts_are_shed_before_requests() -> None:
-    """With edges: nothing is refused at half of the capacity, and a step verifies the less the more is asked for."""
+    """With edges: nothing is refused at half of the capacity, and a step verifies less with increasing demand."""
     with_edges = replace(BASE, scenario=replace(SCENARIO, requests=8), arm="cost model", duration_s=24.0, warm_up_s=8.0)
     calm, full, over = (simulate_overload(replace(with_edges, times=times)) for times in (0.5, 1.0, 3.0))
     assert all(each.admitted == each.offered for each in calm.classes.values())

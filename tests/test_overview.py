@@ -1,4 +1,4 @@
-"""What the status page shows: sums over engines that come, go and wrap around, and edges' numbers."""
+"""Figures of the status page: sums over engines that join, leave and wrap around, and the edges' numbers."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_figures_are_those_of_the_last_seconds_and_the_last_hour() -> None:
     ),
 )
 def test_engines_come_go_and_wrap_around(rounds: list[dict[bytes, int]]) -> None:
-    """Each time that an engine comes it counts from 0 on."""
+    """Each time that an engine joins it counts from 0."""
     router, overview, counted, expected = Router(RouterLimits()), Overview(), dict[bytes, int](), 0
     present: set[bytes] = set()
     for number, more in enumerate(rounds):

