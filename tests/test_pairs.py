@@ -147,9 +147,9 @@ def test_a_package_of_another_shape(wanted: PackageFile, tmp_path: Path) -> None
 
 
 def test_the_command_ends_with_one_sentence(tmp_path: Path) -> None:
-    """With an index that has nothing: no traceback, and status 1."""
+    """With an empty index: no traceback, and status 1."""
     environment = {"PIP_NO_INDEX": "1", "PATH": "/usr/bin:/bin"}
-    # Whatever else runs here: that there is no room is another sentence.
+    # Independent of the memory that is free here: too little is another message.
     roomy = "import pairs, typer; pairs.room_here = lambda cache: pairs.Room(64, 64); typer.run(pairs.main)"
     command = [sys.executable, "-c", roomy, "smollm2", "--cache", str(tmp_path)]
     environment["PYTHONPATH"] = str(Path(pairs.__file__).parent)

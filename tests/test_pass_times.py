@@ -1,4 +1,4 @@
-"""How long forward passes take: profiled once, followed since, and what an edge makes of it."""
+"""Times of forward passes: profiled once, tracked afterwards, and used by an edge."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ LIKELY = [0.9, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15]
 
 
 class TimedDrafter:
-    """Each pass takes as long as the next number says."""
+    """Each pass takes the next time from a list."""
 
     fingerprint, max_context_tokens, description = "", 4096, "timed"
 
@@ -132,7 +132,7 @@ def test_a_context_that_makes_wide_passes_dearer_is_noticed() -> None:
 
 
 def test_rows_follow_from_what_they_cost_before_the_first_request() -> None:
-    """llama.cpp's on a CPU cost so much that a chain is drafted; the int8 runtime's are nearly free."""
+    """llama.cpp's rows on a CPU are so expensive that a chain is drafted; the int8 runtime's are nearly free."""
     assert Pace(PassTimes(LLAMA_CPP)).width(LIKELY, 8) == 1
     assert Pace(PassTimes(INT8)).width(LIKELY, 8) == 8
     assert Pace().width(LIKELY, 8) == 8, "without a profile: as if rows cost nothing"

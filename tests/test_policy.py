@@ -1,4 +1,4 @@
-"""What the next step verifies and who waits, for whatever there is to do."""
+"""What the next step verifies and which requests wait, in any situation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ EPSILON = 1e-9
 
 
 def convex_cost(first_s: float, bends: Mapping[int, float]) -> StepCost:
-    """Flat, and steeper from each of these sizes on by so many seconds a token."""
+    """Flat, and steeper from each of these sizes on by the given seconds per token."""
     return StepCost(
         {knot: first_s + sum(slope_s * max(0, knot - size) for size, slope_s in bends.items()) for knot in KNOTS}
     )
@@ -64,7 +64,7 @@ def convex_costs(draw: st.DrawFn) -> StepCost:
 
 @st.composite
 def learnt_costs(draw: st.DrawFn) -> StepCost:
-    """Of any shape that noise may give it, with requests, contexts and prompts that cost something."""
+    """A learned cost of any shape that noise can produce, with costs for requests, contexts and prompts."""
     random = Random(draw(st.integers(0, 1000)))
     cost = draw(convex_costs())
     for _ in range(draw(st.sampled_from([0, 3, 40]))):
@@ -160,7 +160,7 @@ class Situation:
 
     @property
     def waited_s(self) -> float:
-        """How long whoever waits longest for its next token does so already."""
+        """Longest time that a request has waited for its next token."""
         return max([0.0, *(row.waited_s for row in self.candidates)])
 
     def survivals(self, lengths: Mapping[str, int]) -> list[float]:
@@ -311,7 +311,7 @@ def test_drafts_slow_a_request_that_has_none_only_if_it_was_faster_of_late(
 
 
 def test_who_has_a_draft_in_a_step_may_have_a_longer_one() -> None:
-    """Its draft pays for it, or it would not be verified; the first steps of a request have nothing else to show."""
+    """Its draft pays for it, or it would not be verified; in a request's first steps there is no other evidence."""
     cost, limits = convex_cost(STEP_S, {1: STEP_S / 5}), HoldLimits(max_slowdown=1.15, max_stretch=inf)
     alone = [Candidate("r", 0, 0.0, 0, survivals_of(*[1.0] * 8))]
     assert decide(alone, NOTHING_ELSE, cost, 1.0, limits, 0.0).lengths == {"r": 8}
@@ -336,7 +336,7 @@ def test_a_probe_does_not_make_a_step_longer_than_it_may_unless_it_is_forced() -
 
 @given(situations())
 def test_a_forced_probe_verifies_a_little_whatever_it_seems_to_cost(situation: Situation) -> None:
-    """What it seems to cost may be wrong, and would stay so: nothing but a probe shows it."""
+    """The estimated cost may be wrong, and would stay wrong without a probe."""
     forced = replace(situation, load=replace(situation.load, probe=Probe.FORCED)).decide()
     plain = replace(situation, load=replace(situation.load, probe=Probe.NONE)).decide()
     num_rows = len(situation.candidates) + situation.load.num_others
@@ -355,7 +355,7 @@ unprobed = loads.map(
 
 @given(situations(load=unprobed, limits=in_mode["budget"]))
 def test_what_is_verified_gives_no_fewer_tokens_a_second_than_a_plain_step(situation: Situation) -> None:
-    """With those of prompts and without them."""
+    """With prompt tokens and without them."""
     assume(is_known(situation.cost) and situation.candidates)
     survivals = situation.survivals(situation.decide().lengths)
     for made in (situation.num_rows, situation.num_rows + situation.load.prefill):
@@ -365,7 +365,7 @@ def test_what_is_verified_gives_no_fewer_tokens_a_second_than_a_plain_step(situa
 
 @given(situations(load=unbounded, cost=convex_costs(), limits=in_mode["budget"]))
 def test_neither_one_token_more_nor_one_less_gives_more_tokens_a_second(situation: Situation) -> None:
-    """Where what verifying takes counts a little more than it is thought to take."""
+    """If the time of verifying is weighted a little more than its estimate."""
 
     def rate(survivals: Sequence[float]) -> float:
         step_s = situation.step_s()
@@ -396,14 +396,14 @@ def test_more_requests_beside_never_mean_more_draft_tokens(situation: Situation,
 
 @given(situations(load=unbounded, cost=convex_costs(), limits=in_mode["budget"]), st.integers(1, 500))
 def test_more_of_a_prompt_never_means_more_draft_tokens(situation: Situation, more: int) -> None:
-    """It makes the step longer, but what it makes longer is worth as much: its tokens count as made."""
+    """It makes the step longer, but its tokens count as generated."""
     busier = replace(situation, load=replace(situation.load, prefill=more))
     assert sum(busier.decide().lengths.values()) <= sum(situation.decide().lengths.values())
 
 
 @given(situations(load=quiet, cost=st.just(FLAT), limits=in_mode["budget"]))
 def test_where_more_tokens_cost_nothing_all_are_verified(situation: Situation) -> None:
-    """Unless all of them together would bring next to nothing."""
+    """Unless all of them together would gain next to nothing."""
     load, gained = situation.load, sum(sum(row.survivals) for row in situation.candidates)
     assume(gained > 1.01 * LEAST_GAIN * (len(situation.candidates) + load.num_others + load.prefill))
     assert situation.decide().lengths == {row.key: len(row.survivals) for row in situation.candidates if row.survivals}
@@ -417,7 +417,7 @@ def test_a_draft_that_just_about_pays_is_left_out(gain: float, is_worth_it: bool
 
 
 class CostlyToVerify(StepCost):
-    """Whatever is verified: each request's rows pass the rejection sampler."""
+    """If anything is verified, each request's rows pass through the rejection sampler."""
 
     def verifying_s(self, requests: int) -> float:
         return requests * STEP_S / 50
@@ -425,7 +425,7 @@ class CostlyToVerify(StepCost):
 
 @pytest.mark.parametrize(("num_drafts", "is_worth_it"), [(1, False), (2, False), (6, True)])
 def test_what_verifying_costs_at_all_must_come_back(num_drafts: int, is_worth_it: bool) -> None:
-    """A tenth of a step for five others and this one: less than one draft brings, more than six do."""
+    """A tenth of a step for five others and this one: less than one draft gains, more than six do."""
     cost = CostlyToVerify(dict.fromkeys(KNOTS, STEP_S))
     rows = [Candidate(str(order), order, 0.0, 0, (0.2,) if order < num_drafts else ()) for order in range(6)]
     lengths = decide(rows, NOTHING_ELSE, cost, 1.0, replace(LIMITS, max_slowdown=2.0), 0.0).lengths
@@ -540,7 +540,7 @@ def test_unless_all_wait_somebody_runs(situation: Situation) -> None:
 def test_nobody_starves_while_others_come_back_again_and_again(
     situation: Situation, edges: list[EdgeRecord], step_s: float
 ) -> None:
-    """A step begins whenever it may; who ran has a new token, no draft, and an edge that is expected to answer."""
+    """A step starts whenever it may; a request that ran has a new token, no draft, and an edge about to answer."""
     assume(situation.candidates)
     limits, rows = situation.limits, [replace(row, since_s=situation.now_s) for row in situation.candidates]
     now_s = situation.now_s
@@ -604,7 +604,7 @@ def is_waited_for(
     now_s: float = 0.0,
     speedup: float = 1.0,
 ) -> bool:
-    """By the only request of a server."""
+    """Whether the only request of a server waits."""
     expected = awaited(edge, own or acceptance_of(0.6), 0.0, 8, limits)
     decision = decide(one(expected), load, cost, speedup, limits, now_s)
     assert (decision.wait_until_s is not None) == bool(decision.holds)
@@ -635,7 +635,7 @@ def test_a_draft_that_is_there_is_verified_now() -> None:
 
 
 def test_a_draft_that_would_be_of_use_after_the_next_token_too_is_not_waited_for() -> None:
-    """The edge has drafted on, and always holds what the target says."""
+    """The edge has drafted ahead, and always has the target's next tokens."""
     assert not is_waited_for(record(hit=1.0))
     assert is_waited_for(record(hit=1.0), speedup=3.0)  # a plain step would make less than the average one
 
@@ -681,7 +681,7 @@ def test_a_wait_and_the_step_that_verifies_what_it_brought_take_no_longer_togeth
 
 @pytest.mark.parametrize(("token_s", "until_s"), [(0.0, 0.15), (0.02, 0.13), (0.149, 0.001), (0.151, None)])
 def test_a_wait_leaves_time_to_verify_a_token_of_what_it_brings(token_s: float, until_s: float | None) -> None:
-    """Each further token makes a plain step, which takes 0.5 s, so much longer; it may take 0.65 s, all in all."""
+    """Each further token makes a plain step of 0.5 s longer by `token_s`; it may take 0.65 s in total."""
     expected = Awaited(0.0, 1.0, survivals_of(1.0, 1.0), 0.0, 1.0)
     limits, cost = HoldLimits(1.0, max_slowdown=1.3), convex_cost(0.5, {1: token_s})
     decision = decide(one(expected), NOTHING_ELSE, cost, 1.0, limits, 0.0)
@@ -859,7 +859,7 @@ def test_an_edge_that_missed_twice_in_a_row_is_not_waited_for_until_it_is_in_tim
 
 
 def test_an_edge_that_is_not_waited_for_can_show_that_it_is_punctual_again() -> None:
-    """Its answers come after the request went on without it, but no later than its record says."""
+    """Its answers arrive after the request continued without it, but no later than its record predicts."""
     edge = record()
     edge.missed()
     edge.missed()
@@ -871,7 +871,7 @@ def test_an_edge_that_is_not_waited_for_can_show_that_it_is_punctual_again() -> 
     ("after_s", "in_time", "is_punctual"), [(0.2, True, True), (0.02, False, True), (0.2, False, False)]
 )
 def test_each_answer_shows_how_punctual_an_edge_is(after_s: float, in_time: bool, is_punctual: bool) -> None:
-    """Whether it was waited for or not."""
+    """Regardless of whether the server waited for it."""
     edge = record(punctual=0.5, misses=1)
     edge.answered(after_s, in_time, num_tokens=4)
     assert edge.punctual.mean == pytest.approx(0.5 + (0.125 if is_punctual else -0.125) / 2)

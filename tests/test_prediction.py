@@ -1,4 +1,4 @@
-"""Predicted outputs: whatever is predicted, the answer stays its own; an edited text is followed."""
+"""Predicted outputs: a prediction never changes the answer; an edited text is followed."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ texts = st.lists(st.integers(0, 5), max_size=40) | st.lists(st.integers(0, 500),
 
 
 def answered(prediction: Prediction, answer: Sequence[int], limit: int = 5) -> int:
-    """The steps that such an answer takes, each verifying what is predicted then."""
+    """Number of steps of an answer if each verifies the current prediction."""
     at = num_steps = 0
     while at < len(answer):
         draft = prediction.draft(limit)
@@ -56,7 +56,7 @@ def test_how_the_answer_is_cut_into_steps_does_not_matter(
 
 
 TEXT = [(7 * i * i + 3 * i) % 997 for i in range(600)]
-"""Pairs of its tokens are rare."""
+"""A text in which pairs of tokens are rare."""
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_an_answer_that_goes_off_track_is_left_alone_until_it_comes_back() -> No
 
 
 def test_a_text_that_repeats_itself_is_no_more_work_than_another() -> None:
-    """Of the many places where its last tokens stand, few are looked at."""
+    """Of the many occurrences of its last tokens, only a few are examined."""
     prediction = Prediction([1, 2] * 20_000)
     prediction.advance([3, *[1, 2] * 10, 3])
     prediction.advance([1, 2])

@@ -1,4 +1,4 @@
-"""Predicted outputs at the OpenAI front, over the real ASGI client; only the application behind has no vLLM."""
+"""Predicted outputs at the OpenAI front end, with a real ASGI client; only the application behind it has no vLLM."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ class Words:
 
 
 def application(answer: Any) -> tuple[FastAPI, list[bytes]]:
-    """Answers as it is told, and keeps what it was asked."""
+    """Returns a fixed answer, and records the requests."""
     app, asked = FastAPI(), []
     app.state.engine_client = SimpleNamespace(get_tokenizer=Words)
     app.add_middleware(PredictionMiddleware)
@@ -177,7 +177,7 @@ def test_extra_arguments_that_are_none_are_the_server_s_to_refuse(others: object
 
 
 def test_the_body_of_a_stranger_is_not_even_read() -> None:
-    """vLLM's own middleware, which looks at the key, comes after this one."""
+    """vLLM's own middleware, which checks the key, comes after this one."""
 
     async def stranger(scope: Any, receive: Any, send: Any) -> None:
         await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)

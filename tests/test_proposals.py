@@ -21,7 +21,7 @@ def real_count(tree: ProposalTree) -> int:
 
 
 class NaiveTree:
-    """All draft sequences as plain tuples that start after the committed tokens, in the order in which they came."""
+    """All draft sequences as plain tuples that start after the committed tokens, in order of arrival."""
 
     def __init__(self, max_nodes: int, max_depth: int) -> None:
         self.paths: list[tuple[int, ...]] = []
@@ -137,7 +137,7 @@ class Proposals(RuleBasedStateMachine):
     def propose_anything(
         self, offset: int, tokens: list[int], branches: list[tuple[int, list[int]]], times: int
     ) -> None:
-        """Whatever the bases: `Propose.runs` lets through more than an honest edge sends."""
+        """With any bases: `Propose.runs` accepts more than an honest edge sends."""
         runs = [(max(0, len(self.committed) + back), run) for back, run in [(offset, tokens), *branches]]
         for _ in range(times):
             self.propose(*runs)
@@ -145,7 +145,7 @@ class Proposals(RuleBasedStateMachine):
     @precondition(lambda self: self.known)
     @rule(data=st.data(), num_more=st.integers(0, 4), tokens=RUNS, num_branches=st.integers(0, 3))
     def propose_as_an_edge_does(self, data: st.DataObject, num_more: int, tokens: list[int], num_branches: int) -> None:
-        """From a known token on: repeating some of what follows it, going on, and with branches anywhere."""
+        """From a known token on: some tokens after it again, new ones, and branches anywhere."""
         base = data.draw(st.integers(max(0, len(self.committed) - 4), len(self.known) - 1))
         run = [*self.known[base : base + 1 + num_more], *tokens]
         end = base + len(run)
@@ -199,7 +199,7 @@ def test_a_late_draft_is_still_good_in_its_tail() -> None:
 
 
 def test_a_draft_for_another_past_than_the_request_s_is_a_gap_or_a_mismatch() -> None:
-    """An edge that does not know yet that its trunk was rejected goes on from it."""
+    """An edge that does not know yet that its trunk was rejected continues it."""
     tree = ProposalTree(1)
     tree.insert([(0, [0, 1, 2])], [0])
     assert tree.insert([(2, [9, 3])], [0]) == [Insertion(Fate.GAP, discarded=2)]
@@ -239,7 +239,7 @@ def test_a_new_trunk_replaces_the_old_one_from_where_they_part() -> None:
 
 
 def test_a_branch_behind_the_end_of_the_trunk_can_be_gone_on_from() -> None:
-    """An edge sends second candidates before the first; when it goes on from one, nothing is missing here."""
+    """An edge sends second candidates before the first; if it continues one, nothing is missing here."""
     tree = ProposalTree(1)
     tree.insert([(0, [0, 1, 2]), (3, [5, 6])], [0])
     assert tree.chain(9) == [1, 2, 5, 6]
@@ -263,7 +263,7 @@ def test_a_tree_says_what_it_holds() -> None:
 
 
 def test_a_branch_behind_a_token_that_was_not_said_is_dropped_whatever_it_begins_with() -> None:
-    """The trunk said 4 where 0 was said, and the branch behind it 1, which was said next."""
+    """The trunk had 4 where 0 was committed, and the branch after it 1, which was committed next."""
     tree, committed = ProposalTree(2), [0, 1]
     done = tree.insert([(0, (4,)), (1, (1, 7))], committed)
     assert [each.fate for each in done] == [Fate.LATE, Fate.MISMATCH]

@@ -21,7 +21,7 @@ def cells(name: str) -> list[dict[str, Any]]:
 
 
 def row(document: Path, begin: str) -> list[float]:
-    """The numbers of the one row of a table that begins so."""
+    """The numbers in the only row of a table that begins with `begin`."""
     (cells_of_row,) = re.findall(rf"^\| {re.escape(begin)} \|(.+)\|$", document.read_text(), re.MULTILINE)
     return [float(cell.strip(" *")) for cell in cells_of_row.split("|")]
 
@@ -53,7 +53,7 @@ def test_drafting_ahead(begin: str, arm: str) -> None:
 
 @pytest.mark.parametrize("edge", ["good", "poor"])
 def test_never_slower(edge: str) -> None:
-    both = [*cells("never-slower.json"), *cells("never-slower-16-32.json")]  # the later ones stand for the earlier
+    both = [*cells("never-slower.json"), *cells("never-slower-16-32.json")]  # later ones replace earlier ones
     measured = {cell["requests"]: cell["ratio"] for cell in both if (cell["rtt_ms"], cell["edge"]) == (20, edge)}
     assert row(PAGE, f"{edge} edges") == [round(measured[requests], 2) for requests in (1, 4, 8, 16, 32)]
 
@@ -97,7 +97,7 @@ def test_against_vllm_s_own_methods(begin: str, requests: int, kind: str, temper
     ]
 
     def times(arm: str, rtt_ms: float | None) -> list[float]:
-        """Of each repeat."""
+        """Ratio of each repeat."""
         rate = {run["repeat"]: run["tokens_per_s"] for run in runs if (run["arm"], run["rtt_ms"]) == (arm, rtt_ms)}
         plain = {run["repeat"]: run["tokens_per_s"] for run in runs if run["arm"] == "vanilla"}
         return [rate[repeat] / plain[repeat] for repeat in sorted(rate)]

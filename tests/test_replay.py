@@ -1,4 +1,4 @@
-"""The drafter that knows the answers: benchmarks/harness/replay.py."""
+"""The drafter that replays recorded answers: benchmarks/harness/replay.py."""
 
 import time
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What tells a request's class, and how it gets its class's priority."""
+"""How a request's class is determined, and how it gets the priority of its class."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def test_a_request_gets_a_priority_and_keeps_all_else(
 
 @given(st.binary(max_size=60) | st.text('{}[]",:ab1 ').map(str.encode))
 def test_what_is_no_object_gets_none(body: bytes) -> None:
-    """The application is to say what is wrong with it; what it takes has our priority, if any."""
+    """The application reports what is wrong with it; a body that it accepts has our priority, if any."""
     try:
         before = json.loads(body)
     except ValueError:

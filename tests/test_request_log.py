@@ -1,4 +1,4 @@
-"""Sessions and predicted texts are in no log of vLLM's; with loggers of the names that vLLM's have."""
+"""Sessions and predicted texts are in no log of vLLM; with loggers that have vLLM's names."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def test_a_line_that_is_cut_off_hides_them_too(text: str, length: int) -> None:
 
 
 class Params:
-    """As vLLM's SamplingParams writes itself."""
+    """With the representation of vLLM's SamplingParams."""
 
     def __repr__(self) -> str:
         return f"SamplingParams(n=1, extra_args={ {'specedge': SECRET, 'specedge_prediction': SECRET} })"

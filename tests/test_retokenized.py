@@ -1,4 +1,4 @@
-"""Drafts of another tokenizer: contexts are byte for byte the target's, and candidates are tokens of its."""
+"""Drafts with another tokenizer: contexts are byte for byte the target's, and candidates are the target's tokens."""
 
 from collections.abc import Sequence
 from math import isnan
@@ -29,7 +29,7 @@ def guess(past: Sequence[int]) -> list[Candidate]:
 
 
 def of_target(past: Sequence[int]) -> list[Candidate]:
-    """What the target may say first of what the draft says behind its own tokens."""
+    """The target's tokens that the draft's predictions after its own tokens may begin with."""
     shares: dict[int, float] = {}
     for token, share in guess(past)[: WIDTH + MORE_CANDIDATES]:
         spelled = OF_DRAFT[token]

@@ -124,7 +124,7 @@ def test_an_engine_that_says_hello_again_starts_anew() -> None:
 
 
 def test_an_engine_that_leaves_takes_its_waiting_requests_along() -> None:
-    """Room that its first request leaves must not go to its second."""
+    """A place freed by its first request must not go to its second."""
     router = ready_router()
     router.from_engine(b"other", ENGINE_HELLO)
     router.edge_hello(1, edge_hello(max_requests=1), "s", ALL_ROLES)
@@ -418,7 +418,7 @@ FIRST, SECOND = tuple(range(300)), tuple(range(500, 800))
 
 
 def edge_of(router: Router, number: int) -> int | None:
-    """The edge that drafts for a request of ENGINE's."""
+    """The edge that drafts for a request of ENGINE."""
     edges = [id_ for id_, info in router.edges.items() if (ENGINE, number) in info.requests.values()]
     assert len(edges) <= 1
     return edges[0] if edges else None
@@ -452,7 +452,7 @@ def test_a_follow_up_goes_to_the_edge_that_knows_its_conversation() -> None:
 
 
 def test_what_was_generated_is_known_too() -> None:
-    """The prompt is shorter than a block: only what followed can be recognized."""
+    """The prompt is shorter than a block: only the tokens after it can be recognized."""
     router = router_with_pool(1, 2)
     open_request(router, 0, [9])
     open_request(router, 1, [8])
@@ -469,7 +469,7 @@ def test_an_unrelated_request_goes_to_the_least_loaded_edge() -> None:
     open_request(router, 1, FIRST)
     assert [len(info.requests) for info in router.edges.values()] == [2, 0, 0]
     open_request(router, 2, SECOND)
-    # Blocks count from the start: what is only the same later on is no prefix.
+    # Blocks count from the start: text that is equal only later is not a prefix.
     open_request(router, 3, (5, *FIRST))
     assert (edge_of(router, 2), edge_of(router, 3)) == (2, 3)
     assert router.counters["assigned_by_prefix"] == 1
@@ -482,7 +482,7 @@ def test_an_edge_that_is_clearly_busier_does_not_get_a_follow_up() -> None:
         assert edge_of(router, number) == 1
     open_request(router, 9, FIRST)
     assert edge_of(router, 9) == 2
-    # Both know it now, and the one that read it last is asked first.
+    # Both know it now, and the one that read it last comes first.
     open_request(router, 10, FIRST)
     assert edge_of(router, 10) == 2
 
@@ -512,7 +512,7 @@ def test_a_request_that_was_declined_does_not_go_back_for_its_prefix() -> None:
     router.from_edge(1, Close(0, CloseReason.DECLINED))
     assert edge_of(router, 0) == 2
     open_request(router, 1, FIRST)
-    assert edge_of(router, 1) == 2  # which was given it last
+    assert edge_of(router, 1) == 2  # which had it last
 
 
 def test_an_edge_that_left_is_forgotten_even_if_its_number_comes_back() -> None:
@@ -568,7 +568,7 @@ _contexts = st.lists(st.integers(0, 1), max_size=12)
 def test_the_longest_beginnings_that_were_used_last_are_known(
     events: list[tuple[list[int], int, bool]], wanted: list[int], max_kept: int
 ) -> None:
-    """Against a list of all beginnings of whole blocks (2 tokens, at most 4 blocks), used last at the end."""
+    """Against a list of all prefixes of whole blocks (2 tokens, at most 4 blocks), the last used one at the end."""
     memory = PrefixMemory(block_tokens=2, max_blocks=4, max_kept=max_kept)
     known: dict[tuple[int, ...], int] = {}
     for tokens, edge, leaves in events:
@@ -593,7 +593,7 @@ def beginnings(tokens: list[int]) -> list[tuple[int, ...]]:
 
 
 class FewConversations:
-    """A router whose edges know most contexts that come, fit for them or not."""
+    """A router whose edges know most of the new contexts, whether they may draft for them or not."""
 
     def __init__(self, hellos: list[Hello]) -> None:
         self.router = Router(RouterLimits(), PrefixMemory(block_tokens=1))
@@ -601,7 +601,7 @@ class FewConversations:
         for id_, hello in enumerate(hellos):
             self.router.edge_hello(id_, hello, f"s{id_}", ALL_ROLES)
         self.sessions: dict[int, str] = {}
-        """Of each live request."""
+        """Session of each live request."""
         self.declined: set[tuple[int, int]] = set()
         self.num_opened = 0
 
@@ -708,7 +708,7 @@ CREDIT = 4
 LIMITS = RouterLimits(max_edges=4, max_requests_per_edge=3, max_requests=6, max_context_tokens=60, credit_tokens=CREDIT)
 ENGINES = {b"a": EngineHello(PROTOCOL_VERSION, "A", "fa", 500), b"b": EngineHello(PROTOCOL_VERSION, "B", "fb", 400)}
 NUM_COMMON = 2
-"""Every prompt starts with so many tokens of two kinds: contexts share prefixes."""
+"""Every prompt starts with this many tokens of two kinds, so that contexts share prefixes."""
 SESSIONS = [f"session {edge}" for edge in range(6)]
 
 
@@ -719,7 +719,7 @@ class Request:
     declined: set[int] = field(default_factory=set)
     num_gaps: int = 0
     edge: int = 0
-    """The number that the engine was told last."""
+    """The latest number sent to the engine."""
 
     @property
     def is_known(self) -> bool:
@@ -728,7 +728,7 @@ class Request:
 
 @dataclass
 class Edge:
-    """What an edge sees: its open requests by number, with the tokens it was sent."""
+    """An edge's view: its open requests by number, with the tokens sent to it."""
 
     hello: Hello
     session: str
@@ -743,13 +743,13 @@ Key = tuple[bytes, int]
 
 
 class Routing(RuleBasedStateMachine):
-    """One token of each prompt is unique, so that what an edge sees says which request it is."""
+    """One token of each prompt is unique, so that an edge's view identifies the request."""
 
     @initialize()
     def begin(self) -> None:
         self.router = Router(LIMITS, PrefixMemory(block_tokens=1, max_blocks=5, max_kept=12))
         self.engines: dict[bytes, int] = {}
-        """How many edges each was told of."""
+        """The number of edges last reported to each engine."""
         self.requests: dict[Key, Request] = {}
         self.edges: dict[int, Edge] = {}
         self.pings: list[tuple[int, int]] = []
@@ -811,7 +811,7 @@ class Routing(RuleBasedStateMachine):
                 assert frame.session == edge.session
 
     def was_given(self, edge: Edge, key: Key) -> None:
-        """To an edge about as loaded as any that could have had it, whatever prefixes it knows."""
+        """Check that a request was assigned to an edge with about the lowest load, regardless of known prefixes."""
         loads = [
             len(other.seen)
             for id_, other in self.edges.items()

@@ -1,4 +1,4 @@
-"""docs/security.md names a test for each promise: they are all there."""
+"""docs/security.md names a test for each promise: all of them exist."""
 
 import re
 from pathlib import Path

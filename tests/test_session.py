@@ -30,7 +30,7 @@ _EXAMPLE = re.compile(r"^    ([EG])  (\w+)\((.*?)\)(?:    .*)?\n {7}([0-9a-f ]+)
 
 
 def examples_in(text: str) -> list[tuple[Role, Frame, bytes]]:
-    """Who sends, the frame, and its bytes, of all that the protocol document spells out like `E  Ping(1)`."""
+    """Sender, frame and bytes of all examples in the protocol document like `E  Ping(1)`."""
     by_name = {cls.__name__: cls for cls in FRAME_TYPES}
     examples = []
     for sender, name, values, data in _EXAMPLE.findall(text):
@@ -60,11 +60,11 @@ def test_every_frame_is_legal_by_the_table_or_refused_on_both_ends(sender: Role,
         with pytest.raises(LocalProtocolError):
             pair.ends[sender].send(frame)
         if state is State.CLOSED and sender is Role.GATEWAY:
-            assert pair.ends[Role.EDGE].receive(encode(frame)) == []  # it has said Bye, which the peer may not know yet
+            assert pair.ends[Role.EDGE].receive(encode(frame)) == []  # it has sent Bye; the peer may not know yet
             continue
         error = refused(lambda pair=pair, frame=frame: pair.ends[sender.peer].receive(encode(frame)))  # type: ignore[misc]
         assert error.code is ByeCode.PROTOCOL
-        assert pair.state is state  # what is refused changes nothing
+        assert pair.state is state  # a refused frame changes nothing
 
 
 def test_the_table_says_what_the_protocol_document_says() -> None:

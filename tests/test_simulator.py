@@ -31,7 +31,7 @@ SMALL = Scenario(requests=3, tokens=60, output_tokens=30, prompt_tokens=20)
 
 
 class Watched(Simulation):
-    """Keeps what was served."""
+    """Keeps the served requests."""
 
     def __init__(self, scenario: Scenario) -> None:
         super().__init__(scenario)
@@ -123,7 +123,7 @@ def test_an_asynchronous_server_is_no_slower_by_edges_that_are_of_no_use(
 
 @pytest.mark.parametrize("requests", [1, 8, 32])
 def test_good_edges_are_worth_a_gap_that_is_a_third_of_a_step(requests: int) -> None:
-    """Once a step waits for its outcome the gap is paid for, whatever it verifies."""
+    """Once a step is synchronous the gap is paid, whatever it verifies."""
     edge = EdgeModel(pass_s=0.002, acceptance=0.9)
     scenario = Scenario(server=SERVERS["h100-8b"], requests=requests, gap_s=0.003, tokens=150, edge=edge)
     assert report.cell(scenario).ratio() > 1.3
@@ -145,7 +145,7 @@ def test_a_draft_that_is_always_right_and_there_fills_every_step() -> None:
 
 
 def test_waiting_for_a_draft_takes_the_round_trip_and_its_passes() -> None:
-    """With `a` right, no branches and no drafting ahead: a step, then the way to the edge, k passes, and back."""
+    """With `a` right, no branches and no drafting ahead: a step, then the trip to the edge, k passes, and back."""
     limits, rtt_s = HoldLimits(1.0, "wait"), 0.05
     edge = EdgeModel(acceptance=0.75, max_width=1, uplink_bytes_per_token=1000.0)
     scenario = replace(LONG, tokens=2000, rtt_s=rtt_s, processing_s=0.0, edge=edge, limits=limits, credit_tokens=K)

@@ -1,4 +1,4 @@
-"""The documents as a site, as `make docs` builds it: every link is followed, and every page is in its contents."""
+"""The documents as a site, built by `make docs`: every link is followed, and every page is in the contents."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Whether one more request would get, and leave to others, what they are to get."""
+"""Whether one more request would meet its targets, and leave others theirs."""
 
 from dataclasses import dataclass, replace
 from math import inf
@@ -96,7 +96,7 @@ def test_what_is_let_in_now_is_let_in_ever(queue: Queue, target: Target, num_tok
 
 
 def test_a_target_below_a_step_s_time_is_never_met_and_nothing_to_the_others() -> None:
-    """Nor while such a request runs, that was let in in doubt, or others of its class come and are refused."""
+    """Also while such a request runs that was admitted in doubt, or others of its class arrive and are refused."""
     wanted = Targets({-7: Target(itl_s=0.001)}, Target(ttft_s=1.0, itl_s=0.1))
     classes = {"hasty": -7, "default": 1 << 31}
     full = replace(IDLE, running=[0] * 64, waiting=[(0, 100_000)] * 9)
@@ -168,7 +168,7 @@ OVERLOAD_S = 60.0
 
 @dataclass(eq=False)
 class Asked:
-    """A request; `num_made` tokens of its answer are there."""
+    """A request; `num_made` tokens of its answer are generated."""
 
     came_s: float
     num_prefilled: int = 0
@@ -190,7 +190,7 @@ class Asked:
 
 
 def goodput(arrivals_per_s: float, is_limited: bool) -> float:
-    """Requests a second that met their targets, on an engine with continuous batching, prompts in chunks."""
+    """Requests per second that met their targets, on an engine with continuous batching and chunked prefill."""
     chance, now_s, reported_s, may_come = Random(1), 0.0, -inf, 0
     next_s, num_good = chance.expovariate(arrivals_per_s), 0
     waiting, running, finished = list[Asked](), list[Asked](), Rate()
@@ -236,6 +236,6 @@ def test_under_overload_goodput_holds_where_it_would_collapse() -> None:
     unlimited = [goodput(rate, is_limited=False) for rate in rates]
     limited = [goodput(rate, is_limited=True) for rate in rates]
     best = max(unlimited)
-    assert unlimited[-1] < 0.2 * best  # it collapses: what is computed comes too late
+    assert unlimited[-1] < 0.2 * best  # it collapses: answers come too late
     assert limited[-1] > 0.8 * best  # it holds, at twice what the engine can do
     assert all(own >= 0.95 * other for own, other in zip(limited, unlimited, strict=True))

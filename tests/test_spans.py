@@ -1,4 +1,4 @@
-"""What a timeline is computed from: benchmarks/spans.py."""
+"""Spans of a timeline: benchmarks/spans.py."""
 
 import math
 

@@ -29,9 +29,9 @@ PATIENCE_S = 0.5
 
 
 class PlainPace(Pace):
-    """Everything is of use, a server that has nothing hears all at once, and what is new is said PATIENCE_S later.
+    """Every draft is worth sending; a server without a draft gets all immediately, new tokens PATIENCE_S later.
 
-    The pace that edges go at has tests of its own.
+    The real pace of edges has separate tests.
     """
 
     def committed(self, num_tokens: int) -> None:
@@ -67,7 +67,7 @@ class Edge:
         assert self.receive(Commit(number, 0, tuple(prompt))) == []
 
     def start(self) -> Job | None:
-        """Begin the next job, if there is one and none is under way."""
+        """Start the next job, if there is one and none is running."""
         jobs = () if self.running else self.speculation.next_pass()
         if not jobs:
             return None
@@ -83,7 +83,7 @@ class Edge:
         return self.speculation.drafted(jobs, said, PASS_S, self.now_s)
 
     def draft(self, num_passes: int = 100) -> list[Frame]:
-        """Run so many jobs, or all there are; returns what was said."""
+        """Run up to `num_passes` jobs; returns the frames sent."""
         frames: list[Frame] = []
         for _ in range(num_passes):
             if self.start() is None:
@@ -92,7 +92,7 @@ class Edge:
         return frames
 
     def draft_and_wait(self) -> list[Frame]:
-        """Run all jobs there are, then wait until nothing more is due; returns what was said."""
+        """Run all jobs, then wait until nothing more is due; returns the frames sent."""
         frames = self.draft()
         while (due_s := self.speculation.due_s) is not None:
             self.now_s = due_s + 0.0001
@@ -101,11 +101,11 @@ class Edge:
 
 
 Following = dict[int, list[tuple[int, float]]]
-"""What may follow a token, and how probably."""
+"""Candidates after a token, with their probabilities."""
 
 
 def says(following: Following) -> Guess:
-    """A draft that looks at the last token only; one that is not listed is followed by its successor."""
+    """A draft model that looks only at the last token; after one that is not listed comes its successor."""
 
     def guess(past: Sequence[int]) -> list[Candidate]:
         return [Candidate(*item) for item in following.get(past[-1], [(past[-1] + 1, 0.9)])]
@@ -259,7 +259,7 @@ def test_a_prompt_goes_through_in_chunks_while_it_arrives() -> None:
     assert edge.start() == chain_job(3, 4, 5)
     edge.finish()
     assert edge.draft() == [Propose(0, 4, (5, 20, 21, 22))]
-    assert edge.speculation.stats.committed_tokens == 0  # a prompt is not the target's work
+    assert edge.speculation.stats.committed_tokens == 0  # prompt tokens are not generated
 
 
 def test_without_credit_nothing_is_drafted() -> None:
@@ -302,7 +302,7 @@ def test_a_drafter_with_nothing_to_say_passes_once_for_each_commit() -> None:
     edge = opened({11: [], 20: [(21, 0.9)], 21: []})
     assert edge.draft() == [Propose(0, 2, ())]
     assert edge.start() is None
-    assert edge.receive(Commit(0, 0, PROMPT)) == []  # says nothing new
+    assert edge.receive(Commit(0, 0, PROMPT)) == []  # nothing new
     assert edge.start() is None
     edge.receive(Commit(0, 2, (20,)))
     assert edge.draft() == [Propose(0, 2, (20, 21))]
@@ -347,7 +347,7 @@ def test_one_row_a_pass_drafts_no_branches() -> None:
 def test_a_branch_that_turns_out_right_keeps_its_entries_and_goes_on_at_once() -> None:
     edge = opened(FORKED, max_width=4)
     edge.draft()
-    assert edge.receive(Commit(0, 2, (30,))) == []  # what follows it is there already
+    assert edge.receive(Commit(0, 2, (30,))) == []  # the tokens after it are there already
     job = edge.start()
     assert job is not None
     assert (job.keep, len(job.moved), job.tokens) == (2, 2, (32,))
@@ -723,7 +723,7 @@ def choose(tokens: Sequence[int]) -> int:
 
 @dataclass
 class Text:
-    """A request as the server has it: the first `sent` of its tokens have reached the edge."""
+    """A request on the server: the first `sent` of its tokens have reached the edge."""
 
     num_prompt: int
     credit: int
@@ -738,7 +738,7 @@ class Text:
 
 
 class Bench(Edge):
-    """Several requests, whose prompts begin alike, and a server to which every frame comes at once."""
+    """Several requests with a common prefix, and a server that receives every frame immediately."""
 
     def __init__(
         self, seed: int, quality: float, max_width: int, chunk: int, max_kept: int, rtt_s: float, shared: int = 0
@@ -774,7 +774,7 @@ class Bench(Edge):
         return [Candidate(token, share / sum(shares)) for token, share in zip(tokens, shares, strict=True)]
 
     def begin(self, num_prompt: int, variety: int, again: int | None) -> None:
-        """A new request, or one whose number is in use or was."""
+        """Open a request, with a new number or one that is or was in use."""
         number = self.next_number if again is None else min(again, self.next_number)
         self.next_number = max(self.next_number, number + 1)
         credit, max_draft = self.random.randint(1, 10), self.random.randint(1, 5)
@@ -815,7 +815,7 @@ class Bench(Edge):
         assert self.receive(Close(number, CloseReason.FINISHED)) == []
 
     def fail(self) -> None:
-        """The draft model breaks down, and who knows what it holds now."""
+        """The draft model fails; its context is then unknown."""
         jobs, self.running = self.running[0] if self.running is not None else (), None
         for job in jobs:
             if not self.speculation.needs(job.request):
@@ -849,7 +849,7 @@ class Bench(Edge):
             assert {done.fate for done in text.server.insert(frame.runs, text.known)} == {Fate.KEPT}
 
     def check_branch(self, node: Node | None, tokens: Sequence[int]) -> None:
-        """It leaves the trunk behind this node."""
+        """Check a branch that leaves the trunk after this node."""
         assert len(tokens) > 1
         for index, token in enumerate(tokens):
             assert node is not None
@@ -858,7 +858,7 @@ class Bench(Edge):
             node = node.children[place]
 
     def check(self) -> None:
-        """The entries are what they are thought to be, and the server has what was sent."""
+        """Check that the entries are as recorded, and that the server has what was sent."""
         for number, tokens in self.speculation._kept._tokens.items():
             assert self.sequences.by_request[number].past(len(tokens) - 1) == tokens
         assert set(self.texts) == set(self.speculation._requests)
@@ -880,7 +880,7 @@ class Bench(Edge):
             assert text.server.chain(len(sent)) == sent
 
     def settle(self) -> None:
-        """Left alone, with something to draft for in each request."""
+        """Run until nothing changes, with something to draft for in each request."""
         for which in range(len(self.texts)):
             _, text = self.pick(which)
             self.commit(which, max(1, text.num_prompt - text.sent), 0)
@@ -897,7 +897,7 @@ class Bench(Edge):
             self.check_settled(number)
 
     def check_settled(self, number: int) -> None:
-        """It drafted as far as it is to, and what is worth it was sent."""
+        """Check that it drafted as far as it should, and sent what is worth sending."""
         request, pace = self.speculation._requests[number], self.speculation.pace
         tree = request.tree
         assert tree.is_caught_up
@@ -914,7 +914,7 @@ class Bench(Edge):
         assert not pace.is_worth_a_frame(sum(node.survival for node in unsent)) or len(self.texts) > 1
 
     def act(self) -> None:
-        """Any of what can happen; mostly what happens mostly."""
+        """Do a random action, the usual ones most often."""
         which = self.random.randrange(3)
         match self.random.choice(ACTS):
             case "start":
@@ -979,7 +979,7 @@ CERTAIN = {token: [(token + 1, 0.99)] for token in range(200)}
 
 
 def sharing(num_requests: int, row_s: float = 0.0, max_shared_rows: int = 16) -> Edge:
-    """Requests whose prompts are in, and who have nothing drafted yet."""
+    """Requests with prefilled prompts, and no draft yet."""
     pace = PlainPace(PassTimes({1: 0.01, 8: 0.01 + 7 * row_s}))
     says = lambda past: [Candidate(*each) for each in CERTAIN[past[-1]]]  # noqa: E731
     edge = Edge(says, pace, max_width=4, max_shared_rows=max_shared_rows)
@@ -1082,7 +1082,7 @@ def test_what_is_no_number_fails_its_own_request_of_a_shared_pass() -> None:
 
 
 def test_where_the_target_samples_the_draft_has_its_noise() -> None:
-    """Trunk and branches are what noise makes of the draft's most probable tokens, at each position."""
+    """Trunk and branches have the draft's best tokens after adding the noise, at each position."""
     sampling = Sampling(1.0, 0, 1.0, 77, len(PROMPT))
     likely = [Candidate(token, 0.6 * 0.4**token) for token in range(20)]
     edge = Edge(lambda past: likely, PlainPace())

@@ -32,7 +32,7 @@ def profile_of(curve: Curve, scale: float = 1.0) -> dict[int, float]:
 def serve(
     cost: StepCost, curve: Curve, num_steps: int, seed: int = 0, noise: float = 0.1, sizes: Sequence[int] = SIZES
 ) -> None:
-    """Steps of these sizes take what the curve says, more or less."""
+    """Steps of these sizes take the time of the curve, with noise."""
     random = Random(seed)
     for _ in range(num_steps):
         size = random.choice(sizes)
@@ -112,7 +112,7 @@ def test_one_outlier_moves_what_is_thought_by_little(curve: Curve) -> None:
 
 @pytest.mark.parametrize("curve", CURVES)
 def test_an_outlier_leaves_nothing_more_certain_than_it_was(curve: Curve) -> None:
-    """As it may be noise: an ordinary step does."""
+    """Because it may be noise; an ordinary step does."""
     for size in (1, 16, 400):
         left = []
         for factor in (1.0, 10.0, 1000.0):
@@ -154,7 +154,7 @@ def test_a_machine_that_becomes_slower_or_faster_is_followed_within_some_hundred
 
 
 def decode_s(requests: int, tokens: int, context: int) -> float:
-    """A server whose attention and sampling take their time."""
+    """Step time of a server with costs for attention and sampling."""
     return 0.01 + 0.00005 * tokens + 0.0001 * requests + 0.0003 * context / CONTEXT_UNIT
 
 
@@ -193,7 +193,7 @@ def test_what_verifying_costs_beside_its_tokens_is_learnt(each_s: float) -> None
 
 @pytest.mark.parametrize("prefilled_s", [-0.00003, 0.0, 0.0002])
 def test_prompts_do_not_spoil_what_is_thought_of_decoding(prefilled_s: float) -> None:
-    """A token of a prompt may take more than one that is decoded, for its attention, or less, for its sampling."""
+    """A prompt token may take more time than a decoded one, for its attention, or less, as it is not sampled."""
     cost = StepCost()
     mixed_traffic(cost, 3000, prefilled_s)
     for requests, tokens, context in ((1, 5, 0), (1, 5, 60_000), (30, 60, 0), (30, 180, 30_000)):
@@ -302,7 +302,7 @@ def test_before_anything_is_known_everything_takes_no_time() -> None:
 
 
 def assert_bounded(cost: StepCost) -> None:
-    """What is known never gets less certain than the prior, and certainty is never negative."""
+    """Estimates never get less certain than the prior, and certainty is never negative."""
     for index, (row, prior) in enumerate(zip(cost._covariance, cost._prior, strict=True)):
         assert 0.0 <= row[index] <= prior[index] * (1 + 1e-6)
         for other, value in enumerate(row):

@@ -1,4 +1,4 @@
-"""Steps are asynchronous unless drafts are of use, and what was measured ends a try that does not pay."""
+"""Steps are asynchronous unless drafts are useful, and measurements end a try that does not pay."""
 
 from collections import deque
 from itertools import pairwise
@@ -21,7 +21,7 @@ from vllm_specedge.policy.stepping import (
 
 
 def planned(stepping: Stepping, number: int, is_useful: bool, gain: float = 1.5) -> int:
-    """How many of so many steps were synchronous when they were planned."""
+    """Number of synchronous steps among `number` planned ones."""
     count = 0
     for _ in range(number):
         count += stepping.is_synchronous
@@ -72,7 +72,7 @@ def test_a_try_that_is_not_judged_yet_is_not_ended_by_one_step_without_use() -> 
 
 
 def test_tries_that_end_without_use_and_bring_nothing_become_seldom() -> None:
-    """Drafts that are there twice now and then, and gone when they could be verified."""
+    """Drafts that occasionally exist for two steps, and are gone when they could be verified."""
     stepping, num_synchronous, num_steps = Stepping(), 0, 20_000
     for _ in range(num_steps):
         num_synchronous += stepping.is_synchronous
@@ -138,7 +138,7 @@ def test_it_becomes_synchronous_only_where_steps_in_a_row_want_it(steps: list[tu
 
 
 class Core:
-    """As vLLM's EngineCore, of which it says what was called, and whether the scheduler would have had requests."""
+    """Like vLLM's EngineCore; records the calls, and whether the scheduler would have had requests."""
 
     def __init__(self) -> None:
         self.batch_queue: deque[int] = deque()

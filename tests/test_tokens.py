@@ -213,7 +213,7 @@ def test_those_who_issue_and_revoke_at_once_lose_nothing_and_bring_nothing_back(
     for issuer in issuers:
         assert issuer.stdout is not None
         assert issuer.stdout.readline() == "ready\n"
-    for issuer in issuers:  # all are there: now they go at once
+    for issuer in issuers:  # all are ready: start them together
         assert issuer.stdin is not None
         issuer.stdin.write("go\n")
         issuer.stdin.flush()

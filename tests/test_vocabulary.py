@@ -1,4 +1,4 @@
-"""Vocabularies as bytes that travel, and held against each other."""
+"""Vocabularies as bytes on the wire, and their comparison."""
 
 import re
 import zlib
@@ -18,7 +18,7 @@ from vllm_specedge.wire.vocabulary import Difference, PackedReader, differences,
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 FILLERS = st.integers(0, 20).map(lambda id_: (f"[PAD{id_}]", id_))
-"""One that has another id than its name says is none: `tokens` makes those."""
+"""Fillers; one with another id than in its name is not a filler: `tokens` makes those."""
 tokens = st.one_of(st.text(max_size=4), st.sampled_from(["[PAD7]", "[PAD]", "\n", "\n5\tx\n", "\ud800", "ÿ"]))
 vocabularies = st.builds(
     lambda entries, fillers: {**entries, **dict(fillers)},
@@ -63,7 +63,7 @@ def test_it_may_come_in_pieces(vocabulary: dict[str, int], size: int) -> None:
 @given(vocabularies, st.data())
 def test_what_is_damaged_is_refused_or_says_the_same(vocabulary: dict[str, int], data: st.DataObject) -> None:
     packed, fingerprint = pack_vocabulary(vocabulary), vocabulary_fingerprint(vocabulary)
-    place = data.draw(st.integers(10, len(packed) - 9))  # behind gzip's header: its date says nothing
+    place = data.draw(st.integers(10, len(packed) - 9))  # after gzip's header, whose date is irrelevant
     flipped = bytearray(packed)
     flipped[place] ^= data.draw(st.integers(1, 255))
     refused(lambda: unpack_vocabulary(packed[:place], fingerprint))
@@ -80,7 +80,7 @@ def test_a_line_that_is_no_entry_is_refused_with_the_right_sum_too(text: bytes) 
 
 
 def test_it_is_never_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few bytes that unpack to very many are given up before they are unpacked."""
+    """Decompression of a few bytes that unpack to very many is stopped early."""
     bomb = zipped(bytes(200 << 20))
     assert len(bomb) < module.MAX_PACKED_BYTES
     reader = PackedReader("")

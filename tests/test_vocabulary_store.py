@@ -1,4 +1,4 @@
-"""What a gateway keeps of its engines' vocabularies, whatever they send."""
+"""A gateway's store of its engines' vocabularies, whatever they send."""
 
 import pytest
 
@@ -14,12 +14,12 @@ PACKED, FINGERPRINT = pack_vocabulary(VOCABULARY), vocabulary_fingerprint(VOCABU
 
 
 def part(want: WantVocabulary, packed: bytes = PACKED) -> VocabularyPart:
-    """What an engine's link says."""
+    """The answer of an engine's link."""
     return VocabularyPart(want.offset, packed[want.offset : want.offset + MAX_DATA_BYTES])
 
 
 def bring(store: VocabularyStore, engine: bytes, fingerprint: str = FINGERPRINT, packed: bytes = PACKED) -> int:
-    """Everything that the store asks this engine for; how many times that was."""
+    """Send everything that the store requests from this engine; returns the number of requests."""
     want, num_asked = store.ask(engine, fingerprint), 0
     while want is not None:
         num_asked += 1

@@ -1,5 +1,5 @@
-"""A world in virtual time, whatever its edges and links do: requests complete in few steps, and what is offered to the
-target was proposed for exactly what the request has. That outputs are the target's is tests/vllm/test_lossless.py's."""
+"""A world in virtual time, whatever its edges and links do: requests complete in few steps, and drafts offered to the
+target were proposed for exactly the request's tokens. That outputs are the target's: tests/vllm/test_lossless.py."""
 
 from collections.abc import Mapping, Sequence
 from random import Random
@@ -70,7 +70,8 @@ def edge_for(
 
 
 def serve(world: World, prompts: Mapping[str, Sequence[int]], num_tokens: int) -> None:
-    """Every request completes, each draft offered was proposed for its past (World asserts it), and nothing is left."""
+    """Serve the requests: all complete, each offered draft was proposed for its past (asserted by World), and nothing
+    is left."""
     for request_id, prompt in prompts.items():
         world.submit(request_id, prompt, num_tokens)
     world.run()
@@ -97,7 +98,7 @@ EDGES = ["perfect", "good", "random", "hostile", "rude"]
 
 
 @settings(max_examples=60)
-@example(  # a branch of a trunk whose end was decided otherwise, and that begins with what was said by chance
+@example(  # a branch after a rejected end of the trunk that happens to begin with the committed tokens
     seed=3324,
     engine_trouble=Trouble(delay_s=0.02, doubling=0.1),
     edge_trouble=Trouble(delay_s=0.0005),
@@ -168,7 +169,7 @@ def test_requests_complete_and_only_what_was_proposed_is_offered_whatever_happen
 
 @pytest.mark.parametrize("trouble", [NO_TROUBLE, Trouble(delay_s=0.005), Trouble(jitter_s=0.004)])
 def test_a_perfect_draft_needs_one_step_for_all_it_drafts_and_one_token_more(trouble: Trouble) -> None:
-    """A draft that comes late or in parts costs some more, by chance: so this is the mean of a few runs."""
+    """A draft that arrives late or in parts costs some more steps by chance, so this is the mean of a few runs."""
     num_tokens, num_steps = 120, []
     for seed in range(4):
         world = World(choose, VOCAB_SIZE, K, seed=seed, edge_trouble=trouble, hold_limits=HoldLimits(1.0))
@@ -182,7 +183,7 @@ def test_a_perfect_draft_needs_one_step_for_all_it_drafts_and_one_token_more(tro
 
 @pytest.mark.parametrize("trouble", [NO_TROUBLE, Trouble(jitter_s=0.05, loss=0.05, doubling=0.2)])
 def test_a_draft_that_nobody_proposed_is_noticed(monkeypatch: pytest.MonkeyPatch, trouble: Trouble) -> None:
-    """An engine that offers what it likes completes all the same, with the same tokens."""
+    """An engine that offers arbitrary drafts completes too, with the same tokens."""
     begin, random = StepDriver.begin, Random(1)
 
     def offering_one_that_nobody_proposed(*arguments: Any) -> StepPlan:
@@ -258,7 +259,7 @@ def test_an_edge_that_lies_about_tokens_is_sent_away_and_nothing_else_happens() 
 
 
 def num_steps(max_width: int = 4, second: float = 0.8, credit_tokens: int = 32, delay_s: float = 0.004) -> int:
-    """Of five requests one after the other, with an edge that is right three times of four."""
+    """Steps of five requests one after the other, with an edge that is right three times of four."""
     world = World(
         choose, VOCAB_SIZE, K, edge_trouble=Trouble(delay_s=delay_s), hold_limits=HoldLimits(mode="never-wait")
     )
