@@ -27,7 +27,7 @@ def event(text: str | None = None, *tokens: bytes, **more: Any) -> str:
 
 
 class Talker(Toy):
-    """Answers a question with a stream of these events."""
+    """Answers a question with a given stream of events."""
 
     events: tuple[str, ...] = ()
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("engine")
 
 
 def chat(gateway: Running, talker: Talker, *asked: str, stdin: bytes = b"", **env: str) -> tuple[int, str, str]:
-    """Status, and what a chat with this server prints; asked on the command line or from standard input."""
+    """Status and output of a chat with this server, with questions from the command line or standard input."""
     with served(talker) as url:
         command = [str(BIN / "edge-client"), "chat", gateway.url, "--server", f"{url}/v1"]
         options = [part for question in asked for part in ("--ask", question)]

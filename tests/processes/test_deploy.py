@@ -1,4 +1,4 @@
-"""What an operator is given: compose file, images, Prometheus, Grafana. tests/vllm/test_compose.py runs them."""
+"""Files for operators: compose file, images, Prometheus, Grafana. tests/vllm/test_compose.py runs them."""
 
 import itertools
 import json
@@ -63,7 +63,7 @@ def test_profiles_start_what_they_should() -> None:
 
 
 def test_what_a_service_waits_for_can_come_true() -> None:
-    """A service that another waits for to be healthy has a health check; one that ends does not come back."""
+    """A service that must be healthy for another has a health check; one that must complete is not restarted."""
     by_name = {each.name: each for each in every_service()}
     conditions = [(name, wait) for each in by_name.values() for name, wait in each.waits_for.items()]
     assert {wait["condition"] for _, wait in conditions} == {"service_completed_successfully", "service_healthy"}
@@ -72,7 +72,7 @@ def test_what_a_service_waits_for_can_come_true() -> None:
             assert by_name[name].health
         else:
             assert by_name[name].entries["restart"] == "on-failure"
-        # What is not of every profile is waited for where it is.
+        # A service that is not in every profile is an optional dependency.
         assert "profiles" not in by_name[name].entries or wait.get("required") is False or name == "models"
 
 

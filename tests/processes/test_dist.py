@@ -1,4 +1,4 @@
-"""What is in the wheel and in the source distribution, and what is not."""
+"""Contents of the wheel and of the source distribution."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ PACKAGES = {"vllm_specedge", "edge_client"}
 PAGE = {f"vllm_specedge/gateway/page/{name}" for name in ("index.html", "page.css", "page.js")}
 TYPED = {f"{package}/py.typed" for package in PACKAGES}
 MAX_BYTES = 1_000_000
-"""Of either: no weights, no pictures."""
+"""Largest size of either: no weights, no pictures."""
 
 
 def wheel(dist: Path) -> zipfile.ZipFile:

@@ -1,4 +1,4 @@
-"""`edge-client doctor` against a real gateway process; the engine behind it says what a server has learnt."""
+"""`edge-client doctor` against a real gateway process; the engine behind it reports learned step times."""
 
 import io
 import subprocess
@@ -29,7 +29,7 @@ from vllm_specedge.wire.frames import PROTOCOL_VERSION
 from vllm_specedge.wire.telemetry import ENGINE_COUNTERS
 
 SLOW_GPU = StepTimes(tuple(200_000 + 100 * knot for knot in KNOTS), 0, 0, 0)
-"""A model so large that any draft pays: 0.2 s a step, 0.1 ms a token."""
+"""A model so large that any draft pays: 0.2 s per step, 0.1 ms per token."""
 
 
 def learnt(endpoint: str, fingerprint: str, *frames: Frame) -> EngineLink:
@@ -50,7 +50,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def until_learnt(running: Running) -> None:
-    """Wait until the gateway knows what the engine says once a second."""
+    """Wait until the gateway has the engine's report, which comes once per second."""
     deadline = threading.Event()
     for _ in range(int(DEADLINE_S / 0.1)):
         if "specedge_engine_step_seconds{" in httpx.get(f"{running.url}/metrics", trust_env=False).text:
@@ -172,7 +172,7 @@ class ToyDrafter:
 
 
 class Watched(ListSequence):
-    """Fails where a rollback goes behind what `num_seen` more entries hid, and keeps what it was asked for."""
+    """Fails if a rollback goes further back than `num_seen` entries, and records the calls."""
 
     def __init__(self, guess: Guess, num_seen: int) -> None:
         super().__init__(guess)

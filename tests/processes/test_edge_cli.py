@@ -1,4 +1,4 @@
-"""What the edge client prints."""
+"""Output of the edge client."""
 
 import asyncio
 import errno
@@ -70,7 +70,7 @@ def test_an_endpoint_outlives_its_draft_model_and_nothing_else(caplog: pytest.Lo
 
 
 class Endless(Toy):
-    """Begins an answer and says no more."""
+    """Starts an answer and sends nothing more."""
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -91,7 +91,7 @@ def test_a_signal_in_the_middle_of_a_stream_ends_an_endpoint_in_silence(tmp_path
             wait_for_port(process, port)
             url = f"http://127.0.0.1:{port}/v1/completions"
             with httpx.stream("POST", url, json={}, trust_env=False, timeout=DEADLINE_S) as answer:
-                chunks = answer.iter_raw()  # one that is let go of hangs up
+                chunks = answer.iter_raw()  # hangs up when it is garbage-collected
                 assert next(chunks)
                 process.popen.send_signal(number)
                 assert process.popen.wait(DEADLINE_S) == 0

@@ -1,4 +1,4 @@
-"""Where engines and their gateway meet, wherever temporary files are."""
+"""The endpoint between engines and their gateway, for any directory of temporary files."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from vllm_specedge.wire.frames import PROTOCOL_VERSION
 
 @pytest.fixture
 def long_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """TMPDIR, of a length that batch systems and macOS have."""
+    """A TMPDIR as long as on batch systems and macOS."""
     directory = tmp_path / ("scratch-of-a-batch-job-" * 5)
     directory.mkdir()
     monkeypatch.setenv("TMPDIR", str(directory))
@@ -30,7 +30,7 @@ def long_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def meet(endpoint: str) -> Path:
-    """Bind to it, as a gateway does; its directory."""
+    """Bind to the endpoint like a gateway; returns its directory."""
     EngineSocket(endpoint, lambda engine, data: None).close()
     directory = Path(endpoint.removeprefix("ipc://")).parent
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
@@ -58,7 +58,7 @@ def test_the_user_s_own_directory_comes_before_the_common_one(
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     assert meet(new_endpoint()).parent == runtime
     shutil.rmtree(runtime)
-    assert meet(new_endpoint()).parent != runtime  # it is gone: the next
+    assert meet(new_endpoint()).parent != runtime  # it is gone: another one
 
 
 def test_where_there_is_no_short_one_a_sentence_says_what_to_set(
@@ -90,7 +90,7 @@ def test_the_longest_endpoint_that_is_taken_can_be_bound(tmp_path: Path) -> None
 def test_an_engine_that_no_gateway_answers_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And takes one that comes later."""
+    """And it accepts one that answers later."""
     monkeypatch.setattr("vllm_specedge.engine.gateway_link._UNANSWERED_S", -1.0)
     monkeypatch.setattr("vllm_specedge.engine.gateway_link._BEAT_S", 0.05)
     arrived, num_beats, has_beaten = threading.Event(), 0, threading.Event()

@@ -1,4 +1,4 @@
-"""The gateway's line to its engines: nothing that came stays unread, whatever is sent meanwhile."""
+"""The gateway's link to its engines: no message stays unread, whatever is sent meanwhile."""
 
 import asyncio
 import threading
@@ -18,7 +18,7 @@ NUM_ENGINES = 3
 
 
 class Echo:
-    """Answers every message with as many bytes, at once, and now and then with something more later on."""
+    """Answers every message with the same number of bytes immediately, and sometimes with more later."""
 
     def __init__(self, endpoint: str) -> None:
         self.num_heard = 0
@@ -34,7 +34,7 @@ class Echo:
 
 
 def talk(endpoint: str, name: bytes, got: dict[bytes, bytes]) -> None:
-    """An engine: says all numbers, and hears all of them, in order, in however many messages."""
+    """An engine: sends all numbers, and receives all of them in order, in any number of messages."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.IDENTITY, name)
         socket.setsockopt(zmq.LINGER, 0)
@@ -44,7 +44,7 @@ def talk(endpoint: str, name: bytes, got: dict[bytes, bytes]) -> None:
         for number in range(NUM_MESSAGES):
             socket.send(said[2 * number : 2 * number + 2])
             if number % 100 == 0:
-                got[name] = got.get(name, b"") + socket.recv()  # so that both sides wait for each other now and then
+                got[name] = got.get(name, b"") + socket.recv()  # so that both sides sometimes wait for each other
         while len(got[name]) < len(said):
             got[name] += socket.recv()
 

@@ -1,4 +1,4 @@
-"""What fuzzing has found its way to (tests/fuzz) still passes."""
+"""The corpus that fuzzing has found (tests/fuzz) still passes."""
 
 import subprocess
 import sys

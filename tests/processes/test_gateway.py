@@ -88,14 +88,14 @@ from vllm_specedge.wire.telemetry import DEMAND_COUNTERS, REQUEST_COUNTERS, capa
 
 def test_drafts_are_accepted(gateway: Running, engine: Engine) -> None:
     with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "edge")):
-        # A step verifies one token at least and takes one more; how many it finds there is a matter of timing.
+        # A step verifies at least one token and adds one; how many it verifies depends on timing.
         assert engine.generate("one", 60) >= 30
         assert engine.generate("two", 20) >= 10
     engine.wait(lambda: engine.driver.num_edges == 0)
 
 
 class FullDrafter(NgramDrafter):
-    """Its cache has no room."""
+    """A drafter whose cache is full."""
 
     def open(self) -> NgramSequence:
         raise CacheFullError("no room for anything")
@@ -116,7 +116,7 @@ def test_an_edge_whose_cache_is_full_gives_its_requests_back(
 
 
 class SickSequence(NgramSequence):
-    """Says what is no number for texts that begin with `first`."""
+    """Returns NaN for texts that begin with `first`."""
 
     def __init__(self, first: int) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class Rogue(Link):
             self._outbox.append(self.data)
             self._wake.set()
         elif isinstance(frame, Open) and self.tokens:
-            # As bytes: some of these are no frames.
+            # As bytes: some of these are not frames.
             values = [Propose.CODE, frame.request, frame.num_tokens - 1, pack_tokens(self.tokens), self.branches]
             body = msgpack.packb(values)
             self._outbox.append(len(body).to_bytes(2, "big") + body)
@@ -323,7 +323,7 @@ def test_health_and_metrics_over_http_1(gateway: Running, engine: Engine) -> Non
 
 
 def test_a_gateway_without_an_engine_is_alive_and_not_ready(tmp_path: Path) -> None:
-    """A probe that restarts what is not alive must not restart it for want of an engine: that is another's fault."""
+    """A liveness probe must not restart a gateway because an engine is missing: that is not the gateway's fault."""
     with running_gateway(tmp_path) as running, httpx.Client(trust_env=False, timeout=DEADLINE_S) as client:
         for ask in (client.get, client.head):
             assert ask(f"{running.url}/livez").status_code == 200
@@ -384,7 +384,7 @@ def test_what_finished_requests_came_to_is_served_newest_first(gateway: Running,
 
 
 def histograms(page: str) -> dict[str, float]:
-    """Counts and sums of what /metrics says of finished requests."""
+    """Counts and sums of finished requests in /metrics."""
     families = text_string_to_metric_families(page)
     samples = [sample for family in families if family.type == "histogram" for sample in family.samples]
     return {sample.name: sample.value for sample in samples if sample.name.endswith(("_count", "_sum"))}
@@ -439,7 +439,7 @@ def test_tokens_and_tls(tmp_path: Path) -> None:
             for wrong in ("se-wrong", expired):
                 assert "refused this token" in str(refused(gateway.url, hello(), wrong, ca))
             assert "certificate" in str(refused(gateway.url, hello(), pool)).lower()
-            # As the document says: numbers are open to all, as /metrics and /healthz are.
+            # As documented: figures are public, like /metrics and /healthz.
             with httpx.Client(trust_env=False, verify=ssl.create_default_context(cafile=ca)) as client:
                 assert client.get(f"{gateway.url}/requests").status_code == 200
                 assert client.get(f"{gateway.url}/edge/v1/down").status_code == 401
@@ -452,7 +452,7 @@ def test_tokens_and_tls(tmp_path: Path) -> None:
 
 
 EC_PARAMETERS = b"-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"
-"""Of P-256: `openssl ecparam -genkey` writes them before the key."""
+"""Parameters of P-256, which `openssl ecparam -genkey` writes before the key."""
 
 
 @pytest.mark.parametrize(
@@ -529,7 +529,7 @@ def test_a_token_serves_so_many_edges_at_once(guarded: tuple[Running, TokenFile,
     gateway, _, token = guarded
     with edge_in_thread(EdgeClient(Gateway(gateway.url, token), NgramDrafter(), "edge")):
         error = refused(gateway.url, hello(), token)
-        assert isinstance(error, LinkError)  # it may come back
+        assert isinstance(error, LinkError)  # it may reconnect
         assert "429" in str(error)
         assert "specedge_gateway_turned_away_total 1.0" in httpx.get(f"{gateway.url}/metrics", trust_env=False).text
     with edge_in_thread(EdgeClient(Gateway(gateway.url, token), NgramDrafter(), "edge")):
@@ -556,7 +556,7 @@ def test_whoever_sends_too_many_bytes_is_closed(gateway: Running, engine: Engine
     link = Link(Gateway(gateway.url), hello(), lambda frame: is_welcome.set() if isinstance(frame, Welcome) else None)
 
     async def flood() -> None:
-        """All the time: what is queued for the link at once is bounded too, and a second is over soon."""
+        """Send continuously: the link's queue is bounded too, and the limit is per second."""
         await is_welcome.wait()
         while True:
             for _ in range(100):
@@ -729,7 +729,7 @@ def test_a_gateway_asks_for_as_many_open_files_as_it_may_have_edges(tmp_path: Pa
 
 
 def test_a_gateway_takes_as_many_edges_as_it_is_told_to(tmp_path: Path) -> None:
-    num_edges = 160  # more than the web server's own bound
+    num_edges = 160  # more than the web server's own limit
 
     async def connect(port: int) -> None:
         loop = asyncio.get_running_loop()
@@ -782,7 +782,7 @@ def test_the_wall_clock_may_jump(tmp_path: Path) -> None:
 
 
 def test_what_an_edge_would_say_after_the_gateway_s_bye_is_dropped() -> None:
-    """It was drafting meanwhile. (Found by an expired certificate: the gateway said Bye, and the edge ended too.)"""
+    """It was drafting meanwhile. (Found by an expired certificate: the gateway sent Bye, and the edge ended too.)"""
     link = Link(Gateway("http://localhost:1"), hello(), lambda _: None)
     link.session.receive(
         encode(Greet("key", PROTOCOL_VERSION)) + encode(Bye(ByeCode.GOING_AWAY, "the gateway is stopping"))
@@ -811,7 +811,7 @@ def test_a_proposal_costs_what_goes_up_and_one_that_is_dropped_nothing() -> None
     ],
 )
 def test_names_of_edges_are_for_this_machine(tmp_path: Path, reader: str, is_public: bool, shown: str) -> None:
-    """The real app, asked from addresses that this machine may not have."""
+    """Requests to the real app from addresses that this machine may not have."""
 
     async def names() -> list[str]:
         gateway = EdgeGateway(GatewayOptions(public_names=is_public), f"ipc://{tmp_path}/engines")
@@ -854,7 +854,7 @@ def test_names_of_edges_are_for_this_machine(tmp_path: Path, reader: str, is_pub
 def test_what_a_proxy_on_this_machine_asks_is_not_from_here(
     headers: dict[str, str], version: str, is_here: bool
 ) -> None:
-    """Whoever is behind it is elsewhere. One that does not say so keeps the host's name, or asks in HTTP/1.0."""
+    """Its clients are elsewhere. A proxy without forwarding headers keeps the host's name, or uses HTTP/1.0."""
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "client": ("127.0.0.1", 1234), "http_version": version, "headers": pairs}
     assert is_from_here(scope) == is_here

@@ -1,4 +1,4 @@
-"""What the wheel brings to an empty environment: an edge that drafts without a model, on Windows too, and no torch."""
+"""The wheel in an empty environment: an edge that drafts without a model, on Windows too, and no torch."""
 
 import ast
 import os
@@ -34,14 +34,14 @@ OTHER_PYTHONS = [
     if (found := re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", each))
     and found.group(1) != "{}.{}".format(*sys.version_info)
 ]
-"""What the package is said to run on, besides this one."""
+"""Supported Python versions other than this one."""
 ONLY_ON_POSIX = ("uvloop", "granian", "zmq")
 COMMANDS = ("edge_client.cli", "edge_client.serve", "edge_client.chat", "edge_client.doctor", "vllm_specedge.cli")
-"""What the light client's commands import when they are run, and nothing that needs an extra."""
+"""Modules of the light client's commands, which import nothing that needs an extra."""
 
 
 def modules_at_import(name: str) -> Iterator[str]:
-    """What is imported where `name` is: nothing of what functions import."""
+    """Modules imported at the import of `name`, without imports in functions."""
     left: list[ast.AST] = [ast.parse(MODULES[name].read_text())]
     while left:
         node = left.pop()
@@ -55,7 +55,7 @@ def modules_at_import(name: str) -> Iterator[str]:
 
 
 def others_imported(start: str) -> set[str]:
-    """The packages of others that importing a module of ours imports."""
+    """The third-party packages that are imported by importing a module of ours."""
     found, left, seen = set(), [start], set()
     while left:
         name = left.pop()
@@ -103,7 +103,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 @pytest.fixture(scope="module")
 def wheel(dist: Path) -> Path:
-    """The wheel, where what it requires can be had."""
+    """The wheel; skips the test if its requirements are not available."""
     command = [*PIP, "download", "--no-deps", "--dest", dist.with_name("hatchling"), "hatchling"]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("no package index can be reached")
@@ -112,7 +112,7 @@ def wheel(dist: Path) -> Path:
 
 
 def install(wheel: Path, venv: Path, python: str | Path = sys.executable) -> Path:
-    """Make an environment with the wheel in it and what pip brings along, and nothing else; returns its programs'."""
+    """Make an environment with only the wheel and what pip brings along; returns its folder of programs."""
     subprocess.run([python, "-m", "venv", "--without-pip", venv], check=True)
     installed = subprocess.run([*PIP, "--python", venv, "install", wheel], capture_output=True, text=True, check=False)
     assert installed.returncode == 0, installed.stdout + installed.stderr
@@ -126,7 +126,7 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["all", "without what Windows lacks"])
 def env(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
-    """An environment in which all can be imported, or not what there is no wheel of for Windows."""
+    """An environment in which everything can be imported, or all except packages without a Windows wheel."""
     ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if request.param == "all":
         return ours
@@ -142,7 +142,7 @@ def run(command: Path, *arguments: str, env: dict[str, str]) -> "subprocess.Comp
 
 
 def other_python(version: str) -> Path:
-    """An interpreter of that version, on the path or pyenv's; skips the test where there is none."""
+    """An interpreter of that version, on the path or from pyenv; skips the test if there is none."""
     of_pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
     found = of_pyenv[-1] if of_pyenv else shutil.which(f"python{version}")
     if found is None:
@@ -174,7 +174,7 @@ def test_help_lists_the_commands(bin_folder: Path, env: dict[str, str]) -> None:
 
 
 def test_the_operators_commands_need_no_vllm(bin_folder: Path, env: dict[str, str]) -> None:
-    """Nor a web server, but for `gateway`."""
+    """Nor a web server, except for `gateway`."""
     done = run(bin_folder / "vllm-specedge", "doctor", env=env)
     assert done.returncode == 2
     assert done.stderr.startswith("vllm-specedge: There is no vLLM in this Python environment")
@@ -205,7 +205,7 @@ def test_a_model_needs_an_extra(bin_folder: Path, env: dict[str, str], draft: st
 
 @contextmanager
 def running(command: list[str | Path], env: dict[str, str], until: str) -> Iterator["subprocess.Popen[str]"]:
-    """A process that has said a line with `until` in it."""
+    """A process that has printed a line with `until` in it."""
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:

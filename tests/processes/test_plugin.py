@@ -1,4 +1,4 @@
-"""The entry point in whatever order vLLM's modules are imported: with a package that only looks like vLLM."""
+"""The entry point with any order of importing vLLM's modules, with a package that imitates vLLM."""
 
 import json
 import shlex
@@ -83,7 +83,7 @@ def config(rank: int, node_rank: int = 0, **options: object) -> SimpleNamespace:
 
 
 def test_ranks_that_no_edge_can_draft_for_are_named_at_start() -> None:
-    """Of `vllm serve --headless` on another machine, most often."""
+    """Most often those of `vllm serve --headless` on another machine."""
     sentence = unreached(config(2))
     assert sentence is not None
     assert "the data-parallel ranks from 2 on" in sentence

@@ -75,7 +75,7 @@ def with_gateway(location: str, gateway: Running) -> str:
 
 @pytest.mark.parametrize("path", ["/edge/v1/down", "/status/events"])
 def test_what_the_gateway_says_is_passed_on_as_it_asks(gateway: Running, tmp_path: Path, path: str) -> None:
-    """As nginx is, it would keep what it gets until it has some kilobytes, or there is no more."""
+    """By default nginx would buffer the response until it has some kilobytes, or the end."""
     with (
         running_nginx(tmp_path, with_gateway("proxy_pass http://127.0.0.1:8100;", gateway)) as url,
         httpx.stream("GET", url + path, timeout=DEADLINE_S, trust_env=False) as answer,
@@ -91,7 +91,7 @@ def test_what_the_gateway_says_is_passed_on_as_it_asks(gateway: Running, tmp_pat
 def test_an_edge_drafts_through_a_proxy_that_is_set_up_as_documented(
     gateway: Running, engine: Engine, tmp_path: Path, location: str
 ) -> None:
-    """For longer than a request's body may be, by nginx's default."""
+    """For longer than nginx's default limit of a request's body allows."""
     with (
         running_nginx(tmp_path, with_gateway(location, gateway), listen=" http2") as url,
         edge_in_thread(EdgeClient(Gateway(url), NgramDrafter(), "edge")),
@@ -148,7 +148,7 @@ def test_an_edge_drafts_through_a_proxy_that_ends_tls(
 
 
 def test_answers_of_serve_come_through_as_they_are_written(tmp_path: Path) -> None:
-    """The server says each event when the one before has arrived behind all of them."""
+    """The server sends each event once the previous one has arrived behind all proxies."""
     (location,) = set(DOCUMENTED) - set(OF_GATEWAY)
     arrived = threading.Semaphore()
 
@@ -197,7 +197,7 @@ def test_an_edge_whose_streams_are_held_back_is_told_so_at_once(
 
 
 def test_the_gateway_says_so_too(gateway: Running, tmp_path: Path) -> None:
-    """It gives up first, and what it says comes through where only what edges say is held back."""
+    """It gives up first, and its message arrives if only the edges' direction is buffered."""
     location = with_gateway(HOLDS_BACK["what edges say"], gateway)
     with running_nginx(tmp_path, location, listen=" http2") as url:
         assert "may hold streams back" in str(refused(url, hello()))

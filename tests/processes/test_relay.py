@@ -29,7 +29,7 @@ def listening(serve: "type[Echo] | type[Deaf]") -> "Iterator[int]":
 
 
 class Echo(threading.Thread):
-    """Sends back what comes, then the end."""
+    """Sends back what it receives, then the end."""
 
     def __init__(self, listener: socket.socket) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def round_trip_s(connection: socket.socket) -> float:
 
 
 def is_over(connection: socket.socket) -> bool:
-    """Whether the other end closes or resets the connection, without a word."""
+    """Whether the other end closes or resets the connection without sending anything."""
     try:
         return connection.recv(1) == b""
     except ConnectionError:
@@ -115,7 +115,7 @@ def test_the_end_is_passed_on_behind_the_last_byte() -> None:
 
 
 def test_a_sender_is_held_back_when_nobody_reads() -> None:
-    """Behind the relay's own bound lie the kernel's buffers, of a few MiB each."""
+    """In addition to the relay's own bound there are the kernel's buffers, of a few MiB each."""
     limit = READ_BYTES * MAX_READS_ON_THE_WAY + (64 << 20)
     with listening(Deaf) as port, Relay(port) as relay, connect(relay) as connection:
         connection.settimeout(1.0)

@@ -27,7 +27,7 @@ OWN = "http://elsewhere"
 
 @dataclass
 class Toy:
-    """An OpenAI endpoint that answers everything alike and keeps what it was asked."""
+    """An OpenAI endpoint that gives every request the same answer, and records the requests."""
 
     asked: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     is_asked: threading.Event = field(default_factory=threading.Event)
@@ -61,7 +61,7 @@ class Pair:
 
     toy: Toy
     url: str
-    """The endpoint's, without /v1."""
+    """URL of the endpoint, without /v1."""
     server_url: str
     session: str = SESSION
 
@@ -77,7 +77,7 @@ class Pair:
 
 @contextmanager
 def served(app: Any) -> Iterator[str]:
-    """An ASGI app, or a configuration with one, in a thread, at a port of its own."""
+    """An ASGI app, or a configuration with one, in a thread, on its own port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = app if isinstance(app, uvicorn.Config) else uvicorn.Config(app, log_level="error")
         config.timeout_graceful_shutdown = 1
@@ -197,7 +197,7 @@ def test_what_is_nested_too_deeply_is_the_server_s_to_refuse(pair: Pair) -> None
 
 
 def ask_raw(url: str, path: str, host: str = "localhost") -> bytes:
-    """The answer to a request whose path no client library has put straight."""
+    """The answer to a request whose path no client library has normalized."""
     with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=DEADLINE_S) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         answer = b""
@@ -337,7 +337,7 @@ def test_what_a_program_asks_for_is_passed_on(pair: Pair) -> None:
 
 
 def read_request(connection: socket.socket) -> bytes:
-    """One whose body is a JSON object; nothing at the connection's end."""
+    """Read a request whose body is a JSON object; empty at the connection's end."""
     data = b""
     while not data.endswith(b"}") and (more := connection.recv(1 << 16)):
         data += more
@@ -345,7 +345,7 @@ def read_request(connection: socket.socket) -> bytes:
 
 
 class Closing(threading.Thread):
-    """A server that answers one request on its first connection, closes that when another comes, and then is well."""
+    """A server that answers one request on its first connection, closes it at the next, and then works normally."""
 
     def __init__(self, listener: socket.socket) -> None:
         super().__init__(daemon=True)
@@ -364,7 +364,7 @@ class Closing(threading.Thread):
 
 
 def test_a_connection_that_the_server_just_closed_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_client.serve.KEPT_S", 600.0)  # however slow this machine is
+    monkeypatch.setattr("edge_client.serve.KEPT_S", 600.0)  # even on a slow machine
     with socket.create_server(("127.0.0.1", 0)) as listener:
         closing = Closing(listener)
         closing.start()
@@ -377,7 +377,7 @@ def test_a_connection_that_the_server_just_closed_costs_no_answer(monkeypatch: p
 
 
 class Gone(Closing):
-    """Closes each connection when it is asked something."""
+    """Closes each connection when a request arrives."""
 
     def run(self) -> None:
         with self.listener.accept()[0] as connection:

@@ -1,4 +1,4 @@
-"""The user's file of options, and what comes before it."""
+"""The user's file of options, and what takes precedence over it."""
 
 import os
 import subprocess
@@ -113,7 +113,7 @@ def test_the_file_is_found_on_other_systems(
 
 
 def edge_client(home: Path, *arguments: str, **environment: str) -> tuple[int, str]:
-    """Status and what it says; its home is `home`."""
+    """Status and output of edge-client with `home` as its home."""
     clean = {name: value for name, value in os.environ.items() if name not in ("SPECEDGE_TOKEN", "XDG_CONFIG_HOME")}
     done = subprocess.run(
         [str(BIN / "edge-client"), *arguments],

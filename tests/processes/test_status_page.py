@@ -1,11 +1,10 @@
-"""The status page as readers see it: in Chromium, on a phone and on a desk, light and dark, with and without figures.
+"""The status page as readers see it: in Chromium, on a phone and a desktop, light and dark, with and without figures.
 
-What it shows is made by the gateway's own view, of engines and edges that say so; only the stream that brings it each
-second is replaced, so that a picture is the same each time. tests/vllm/test_page.py has the stream.
+Its data comes from the gateway's own view of simulated engines and edges; only the stream that updates it each second
+is replaced, so that a picture is the same each time. tests/vllm/test_page.py tests the stream.
 
-The pictures in `status-page/` are what it looked like when somebody last looked at it. A test fails where it looks
-otherwise by more than other fonts do, and leaves its picture in the folder that pytest names; if that one is right,
-move it there.
+The pictures in `status-page/` were approved by a person. A test fails if the page differs by more than another font
+would, and leaves its picture in the folder that pytest names; if that one is right, move it there.
 """
 
 import json
@@ -38,11 +37,11 @@ PICTURES = Path(__file__).with_name("status-page")
 CELL_PIXELS = 24
 """Pictures are compared by the mean colour of squares of this size, in which letters of another font look the same."""
 MAX_MEAN_DIFFERENCE = 4.0
-"""Of 255, over all squares."""
+"""Largest mean difference over all squares, of 255."""
 MIN_CONTRAST = 4.5
-"""Of text, by WCAG 2.2, 1.4.3."""
+"""Least contrast of text, by WCAG 2.2, 1.4.3."""
 MIN_SHAPE_CONTRAST = 3.0
-"""Of what is drawn, by 1.4.11."""
+"""Least contrast of graphics, by 1.4.11."""
 SENDS_ONCE = """
 window.EventSource = class {
   constructor() { setTimeout(() => this.onmessage({data: JSON.stringify(%s)})); }
@@ -93,12 +92,12 @@ def view_of(router: Router, overview: Overview, now_s: float) -> dict[str, Any]:
 
 
 def nothing() -> dict[str, Any]:
-    """As at the very first."""
+    """The state right after the start."""
     return view_of(Router(RouterLimits()), Overview(), 0.0)
 
 
 def idle() -> dict[str, Any]:
-    """A model, and nobody who asks it or drafts for it."""
+    """A model without requests and edges."""
     router, overview = Router(RouterLimits()), Overview()
     for second in (0, 2, 4):
         engine(router, b"a", committed_tokens=0)
@@ -107,7 +106,7 @@ def idle() -> dict[str, Any]:
 
 
 def busy(accepted: int = 300) -> dict[str, Any]:
-    """Two edges whose drafts are used, or one draft after the other that is not."""
+    """Two edges whose drafts are accepted, or none of whose drafts are."""
     router, overview = Router(RouterLimits()), Overview()
     for second in range(0, 12, 2):
         engine(
@@ -145,7 +144,7 @@ def browser() -> Iterator["sync_api.Browser"]:
 
 
 def served(route: "sync_api.Route") -> None:
-    """The page's own files, with the headers that the gateway gives them."""
+    """Serve the page's own files, with the gateway's headers."""
     path = route.request.url.removeprefix(ORIGIN + "/").removeprefix("page/") or "index.html"
     found = PAGE / path
     route.fulfill(path=found, headers=PAGE_HEADERS) if found.exists() else route.fulfill(status=404)
@@ -166,7 +165,7 @@ def shown(
 
 
 def squares(picture: Path, width: int, height: int) -> "np.ndarray[Any, Any]":
-    """The mean colours of a picture's squares, as if it had the given size."""
+    """Mean colours of a picture's squares, scaled to the given size."""
     with Image.open(picture) as image:
         small = image.convert("RGB").resize((width // CELL_PIXELS, height // CELL_PIXELS), Image.Resampling.BOX)
     return np.asarray(small, dtype=float)

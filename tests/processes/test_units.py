@@ -1,4 +1,4 @@
-"""The units that keep an edge running: they are well formed, and say what edge-client understands."""
+"""The units that keep an edge running: they are well formed, and edge-client understands their commands."""
 
 import plistlib
 import shlex
@@ -17,11 +17,11 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVICE = DEPLOY / "edge-client.service"
 PLIST = DEPLOY / "org.specedge.edge-client.plist"
 PROGRAM = ".local/bin/edge-client"
-"""Where pipx, uv and pip's --user put it, under the home."""
+"""Where pipx, uv and pip's --user install it, under the home directory."""
 
 
 def assert_understood(words: list[str]) -> None:
-    """A subcommand of edge-client and its flags; what else it needs is in its configuration file."""
+    """Check a subcommand of edge-client and its flags; its other options are in its configuration file."""
     subcommand, *flags = words
     command = typer.main.get_command(app).commands[subcommand]  # type: ignore[attr-defined]
     known = {name for parameter in command.params for name in parameter.opts}
@@ -43,7 +43,7 @@ def test_the_systemd_unit_runs_what_edge_client_understands() -> None:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze, which comes with systemd")
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
-    """With the program of this environment, since systemd looks whether it is there."""
+    """With the program of this environment, since systemd checks that it exists."""
     unit = tmp_path / SERVICE.name
     unit.write_text(SERVICE.read_text().replace(f"%h/{PROGRAM}", str(Path(sys.executable).with_name("edge-client"))))
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""What a user sees of an edge, and how it keeps cool."""
+"""An edge's output for its user, and its temperature limit."""
 
 import io
 import os
@@ -157,7 +157,7 @@ def test_what_is_too_hot_goes_slower_and_what_is_cool_faster(temperature_c: floa
 
 def test_a_machine_that_heats_as_it_drafts_settles_at_the_cap() -> None:
     temperature_c, share, seen = 40.0, 1.0, []
-    for _ in range(600):  # towards 40 degrees idle and 100 at full speed, as a case that warms slowly
+    for _ in range(600):  # towards 40 degrees idle and 100 at full speed, like a case that warms slowly
         temperature_c += 0.05 * (40.0 + 60.0 * share - temperature_c)
         share = cooler_share(temperature_c, 80.0, share)
         seen.append(temperature_c)

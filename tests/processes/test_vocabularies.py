@@ -38,9 +38,9 @@ from vllm_specedge.wire.vocabulary import Difference, pack_vocabulary, unpack_vo
 
 OF_THE_DRAFT = gguf_vocabulary(GGUF)
 NEARLY = {("A<br>\nnew" if token == "Ġthe" else token): id_ for token, id_ in OF_THE_DRAFT.items()} | {"[NEW]": 49152}
-"""The draft's, but for one token that is called otherwise, and one more."""
+"""The draft's vocabulary, except for one token with another text, and one additional token."""
 APART = {(token if id_ % 50 else f"A<br>\n{token}"): id_ for token, id_ in OF_THE_DRAFT.items()}
-"""One of fifty tokens is another."""
+"""The draft's vocabulary with one of fifty tokens replaced."""
 FAR = {f"{id_ * 7919 % 20011:x}": id_ for id_ in range(20011)}
 PATH = "/edge/v1/vocabularies"
 
@@ -82,7 +82,7 @@ def listed(gateway: Running) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """With an engine whose vocabulary is not the draft's, though most of it is."""
+    """A gateway with an engine whose vocabulary is mostly, but not entirely, the draft's."""
     with running_gateway(tmp_path_factory.mktemp("gateway")) as running, engine(running, "near", APART):
         until(lambda: len(listed(running)) == 1)
         yield running
@@ -90,14 +90,14 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """With an engine whose vocabulary has hardly anything of the draft's."""
+    """A gateway with an engine whose vocabulary has hardly any of the draft's tokens."""
     with running_gateway(tmp_path_factory.mktemp("far")) as running, engine(running, "far", FAR):
         until(lambda: len(listed(running)) == 1)
         yield running
 
 
 def vocabulary_check(gateway: Running) -> Check:
-    """What doctor says of the draft's."""
+    """Doctor's check of the draft's vocabulary."""
     options = DrafterOptions(str(GGUF), device="cpu", threads=1)
     found = diagnose(Asked(Gateway(gateway.url), options, "pool", "test", 0, 5, None))
     [check] = [check for check in found.checks if check.name == "vocabulary"]
@@ -119,7 +119,7 @@ def test_an_engines_vocabulary_is_there_for_edges(gateway: Running) -> None:
 
 
 def test_no_answer_has_more_than_a_window_of_it(gateway: Running) -> None:
-    """Of what was not read, a gateway would have to hold a copy for each reader."""
+    """A gateway would have to keep a copy of the unread rest for each reader."""
     packed = pack_vocabulary(APART)
     for offset in (0, 1, MAX_PART_BYTES, len(packed) - 5, len(packed), 1 << 70):
         assert get(f"{url_of(gateway, APART)}?offset={offset}").content == packed[offset : offset + MAX_PART_BYTES]
@@ -136,7 +136,7 @@ def test_two_engines_of_a_family_have_one_and_one_of_another_its_own(tmp_path: P
             with engine(gateway, "near", APART):
                 until(lambda: len(listed(gateway)) == 2)
                 assert get(url_of(gateway, APART)).status_code == get(url_of(gateway, FAR)).status_code == 200
-                # The one that is most alike is what a draft is compared with.
+                # A draft is compared with the most similar one.
                 assert "not that of near: 1,968 of" in vocabulary_check(gateway).text
         until(lambda: listed(gateway) == [])
         assert get(url_of(gateway, FAR)).status_code == 404
@@ -206,7 +206,7 @@ def test_doctor_says_that_a_draft_of_another_tokenizer_is_translated(gateway: Ru
 
 @dataclass
 class Own(NgramDrafter):
-    """A draft that looks back, and like a model knows no other ids than its vocabulary's."""
+    """A prompt-lookup draft that, like a model, knows only ids of its vocabulary."""
 
     vocabulary: dict[str, int]
 
@@ -228,7 +228,7 @@ class OwnSequence(NgramSequence):
 
 
 TARGET = {f"t{id_}": id_ for id_ in range(100)}
-"""The engine's, which says the first ten again and again."""
+"""The vocabulary of the engine, which repeats the first ten tokens."""
 WITHOUT_ONE = {token: id_ for token, id_ in TARGET.items() if token != "t9"}
 MOVED = TARGET | {"t3": 5, "t5": 3, "t8": 120, "new": 8}
 RENAMED = {("tnine" if token == "t9" else token): id_ for token, id_ in TARGET.items()}
@@ -254,7 +254,7 @@ def test_a_draft_that_lacks_hardly_anything_drafts_and_says_what_differs(
             until(lambda: len(listed(gateway)) == 1)
             client = EdgeClient(Gateway(gateway.url), Own(own), "edge", own_vocabulary=lambda: own)
             with edge_in_thread(client):
-                # Each answer of the engine's is one token more than it took of the draft.
+                # Each answer of the engine has one token more than it accepted from the draft.
                 assert engine.generate("one", 100) >= share * 100 * 0.5
             assert client.speculation.stats.num_requests == 1
         finally:
@@ -265,7 +265,7 @@ def test_a_draft_that_lacks_hardly_anything_drafts_and_says_what_differs(
 
 
 def test_an_edge_that_fitted_one_server_fits_the_next(tmp_path: Path) -> None:
-    """Gateway and engine are replaced by others: of the draft's own vocabulary, and of another that is nearly it."""
+    """Gateway and engine are replaced by others: with the draft's own vocabulary, and with one that is nearly it."""
     client = EdgeClient(Gateway("http://127.0.0.1:1"), Own(MOVED), "edge", own_vocabulary=lambda: MOVED)
     with ExitStack() as edges:
         for vocabulary in (TARGET, MOVED, RENAMED):
@@ -284,7 +284,7 @@ def test_an_edge_that_fitted_one_server_fits_the_next(tmp_path: Path) -> None:
 
 
 OTHER_TOKENIZER = {token: id_ for id_, token in enumerate([*"9876543210t", *(f"t{number}" for number in range(10))])}
-"""Of the engine's tokens it has the ten that it says, under other ids, and the letters of the rest."""
+"""It has the ten tokens that the engine repeats, under other ids, and the letters of the others."""
 
 
 def test_a_draft_of_another_tokenizer_drafts_and_says_that_it_is_translated(
@@ -344,7 +344,7 @@ def test_branches_are_translated_too() -> None:
 
 
 def test_spaces_that_are_written_otherwise_are_no_difference(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As in GGUF files of Gemma, whose runs of `▁` are runs of spaces."""
+    """As in GGUF files of Gemma, which have runs of spaces in place of runs of `▁`."""
     target = TARGET | {"▁" * number: 100 + number for number in range(2, 32)}
     own = TARGET | {" " * number: 100 + number for number in range(2, 32)}
     with running_gateway(tmp_path) as gateway, engine(gateway, "gemma", target):
@@ -370,11 +370,11 @@ def test_doctor_says_that_a_draft_fits_though_something_differs(tmp_path: Path) 
 
 
 REFUSED_WITHIN_S = 120.0
-"""One that is not refused stays connected for ever."""
+"""An edge that is not refused stays connected forever."""
 
 
 class Other(NgramDrafter):
-    """A draft that no engine has the vocabulary of."""
+    """A draft whose vocabulary no engine has."""
 
     fingerprint = "0" * 64
 
@@ -399,7 +399,7 @@ def test_what_cannot_be_explained_is_refused_as_before(gateway: Running, monkeyp
     monkeypatch.setattr(mismatch, "PATH", "/healthz")  # an answer of another kind
     assert refusal(gateway.url, lambda: FAR) == before
     monkeypatch.undo()
-    monkeypatch.setattr(mismatch, "MAX_PACKED_BYTES", 1000)  # it is larger than it may be
+    monkeypatch.setattr(mismatch, "MAX_PACKED_BYTES", 1000)  # it is larger than allowed
     assert refusal(gateway.url, lambda: FAR) == before
 
 

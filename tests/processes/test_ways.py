@@ -1,4 +1,4 @@
-"""Addresses, proxies and authorities: the way to a gateway and to a server."""
+"""Addresses, proxies and authorities: connecting to a gateway and to a server."""
 
 import asyncio
 import socket
@@ -144,7 +144,7 @@ def test_no_command_ends_with_a_traceback_for_a_proxy(tmp_path: Path, command: s
 
 
 class Proxy(threading.Thread):
-    """Connects through to one port of this machine, whatever it is asked for, and keeps what that was."""
+    """Always connects to one local port, and records the requested addresses."""
 
     def __init__(self, listener: socket.socket, port: int) -> None:
         super().__init__(daemon=True)
@@ -168,7 +168,7 @@ class Proxy(threading.Thread):
 
 
 class SocksProxy(Proxy):
-    """The same for SOCKS5 without a password (RFC 1928): a greeting, then where to connect to, by name."""
+    """The same for SOCKS5 without a password (RFC 1928): a greeting, then the destination by name."""
 
     def _serve(self, program: socket.socket) -> None:
         with program.makefile("rb") as words:
@@ -197,7 +197,7 @@ def _copy(source: socket.socket, sink: socket.socket) -> None:
 
 @contextmanager
 def proxy_to(port: int, scheme: str = "http") -> Iterator[tuple[str, list[bytes]]]:
-    """A proxy's address, and what it was asked for."""
+    """A proxy's address, and the addresses requested from it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         proxy = (Proxy if scheme == "http" else SocksProxy)(listener, port)
         with in_thread(proxy.run):
@@ -229,7 +229,7 @@ def test_an_edge_drafts_through_a_proxy(
             engine.link.stop()
 
 
-# -- what is no gateway --------------------------------------------------------------------------------------------
+# -- not a gateway -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("scheme", "said"), [("http", "it is not an edge gateway"), ("https", "write http://")])
@@ -246,7 +246,7 @@ def test_a_port_that_is_no_gateway_s_is_said(tmp_path: Path, scheme: str, said: 
 
 @contextmanager
 def hanging_up(answer: bytes, is_reset: bool) -> Iterator[str]:
-    """A server that sends `answer` to whoever connects, and hangs up."""
+    """A server that sends `answer` to every client, and hangs up."""
 
     def answers() -> None:
         with suppress(OSError):  # the listener was closed
@@ -255,7 +255,7 @@ def hanging_up(answer: bytes, is_reset: bool) -> Iterator[str]:
                 with peer:
                     peer.recv(1)
                     peer.sendall(answer)
-                    if is_reset:  # no time to linger: the peer's reads fail, whatever was sent before
+                    if is_reset:  # zero linger time: the peer's reads fail, whatever was sent before
                         peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     with socket.create_server(("127.0.0.1", 0)) as listener, in_thread(answers):
@@ -274,7 +274,7 @@ def test_whatever_hangs_up_is_said_alike(answer: bytes, is_reset: bool) -> None:
 
 
 def why_not(url: str, ca_file: str = "") -> str:
-    """Why an edge cannot connect there."""
+    """The message of an edge that cannot connect there."""
     hello = Hello(PROTOCOL_VERSION, "test", "near", "pool", "", 1)
     with pytest.raises(LinkError) as refusal:
         asyncio.run(Link(Gateway(url, ca_file=ca_file), hello, on_frame=lambda frame: None).run())
@@ -290,7 +290,7 @@ def test_a_host_that_is_not_known_is_said() -> None:
 
 
 def test_a_host_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A listener that takes no connection any more, its queue being full."""
+    """A listener that accepts no more connections because its queue is full."""
     monkeypatch.setattr(gateway_link, "CONNECT_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as waiting:
         port = listener.getsockname()[1]

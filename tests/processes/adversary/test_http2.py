@@ -1,4 +1,4 @@
-"""What can be done to a gateway below its protocol: it stays small, and whoever is honest is served meanwhile."""
+"""Attacks on a gateway below its protocol: it stays small, and honest clients are served meanwhile."""
 
 import asyncio
 import socket
@@ -35,7 +35,7 @@ from vllm_specedge.wire.frames import (
 MAX_GROWTH_BYTES = 24 << 20
 NUM_ROUNDS = 40
 MIN_ATTACK_BYTES = 400
-"""More than a connection's beginning."""
+"""More than the start of a connection."""
 DOWN = [(":method", "GET"), (":path", "/edge/v1/down"), (":scheme", "http"), (":authority", "localhost")]
 
 
@@ -57,7 +57,7 @@ class Attacker:
     """An HTTP/2 connection that checks nothing of what it sends."""
 
     num_sent = 0
-    """Bytes, of all of them."""
+    """Bytes sent by all attackers."""
 
     def __init__(self, port: int) -> None:
         config = h2.config.H2Configuration(validate_outbound_headers=False, normalize_outbound_headers=False)
@@ -73,7 +73,7 @@ class Attacker:
         Attacker.num_sent += len(data)
 
     def hear(self) -> None:
-        """What is there to be read, without waiting."""
+        """Read what has arrived, without waiting."""
         self.socket.setblocking(False)
         with suppress(BlockingIOError):
             while data := self.socket.recv(1 << 16):
@@ -83,7 +83,7 @@ class Attacker:
 
 @contextmanager
 def attacking(port: int) -> Iterator[Attacker]:
-    """The gateway may end the connection at any time: that is an answer too."""
+    """An attacker's connection, which the gateway may end at any time."""
     with suppress(OSError, h2.exceptions.H2Error), ExitStack() as stack:
         attacker = Attacker(port)
         stack.callback(attacker.socket.close)
@@ -91,7 +91,7 @@ def attacking(port: int) -> Iterator[Attacker]:
 
 
 def reset_streams(port: int) -> None:
-    """HTTP/2 rapid reset: streams that are reset as soon as they are open."""
+    """HTTP/2 rapid reset: reset streams as soon as they are open."""
     with attacking(port) as attacker:
         for _ in range(100):
             stream = attacker.h2.get_next_available_stream_id()
@@ -118,7 +118,7 @@ def change_settings(port: int) -> None:
 
 
 def send_long_headers(port: int) -> None:
-    """A megabyte of headers, in one request."""
+    """Send a megabyte of headers in one request."""
     with attacking(port) as attacker:
         stream = attacker.h2.get_next_available_stream_id()
         attacker.h2.send_headers(stream, [*DOWN, *((f"x-{number}", "y" * 1000) for number in range(1000))])
@@ -127,7 +127,7 @@ def send_long_headers(port: int) -> None:
 
 
 def open_many_streams(port: int) -> None:
-    """As many downlinks as one connection may have."""
+    """Open as many downlinks as one connection may have."""
     with attacking(port) as attacker:
         attacker.hear()
         for _ in range(90):
@@ -137,7 +137,7 @@ def open_many_streams(port: int) -> None:
 
 
 def send_empty_data(port: int) -> None:
-    """DATA frames without data on an uplink that nobody waits for."""
+    """Send DATA frames without data on an uplink that no downlink belongs to."""
     with attacking(port) as attacker:
         stream = attacker.h2.get_next_available_stream_id()
         headers = [(name, {"GET": "POST", "/edge/v1/down": "/edge/v1/up"}.get(value, value)) for name, value in DOWN]
@@ -178,7 +178,7 @@ def test_whoever_is_honest_is_served_and_nothing_grows(
 
 
 def assert_nothing_left(gateway: Running, process: psutil.Process) -> None:
-    """Every connection of an attacker's is closed within the time that a handshake may take."""
+    """Check that every connection of an attacker is closed within the time limit of a handshake."""
     deadline_s = time.monotonic() + DEADLINE_S
     while sum(c.laddr.port == gateway.port and c.status == "ESTABLISHED" for c in process.net_connections()):
         assert time.monotonic() < deadline_s, process.net_connections()
@@ -189,7 +189,7 @@ def assert_nothing_left(gateway: Running, process: psutil.Process) -> None:
 def test_those_who_never_finish_their_handshake_are_closed_and_keep_nobody_out(
     gateway: Running, engine: Engine
 ) -> None:
-    """Slow loris: connections that say nothing, or only open a downlink."""
+    """Slow loris: connections that send nothing, or only open a downlink."""
     process = psutil.Process(gateway.process.popen.pid)
     with ExitStack() as stack:
         for number in range(200):
@@ -199,7 +199,7 @@ def test_those_who_never_finish_their_handshake_are_closed_and_keep_nobody_out(
                 attacker.flush()
         engine.wait(lambda: engine.driver.num_edges == 0)
         deadline_s = time.monotonic() + 3 * DEADLINE_S
-        while True:  # until their time is over, and the honest one tries again, after pauses that grow
+        while True:  # until their time is over; the honest one retries with growing pauses
             try:
                 with edge_in_thread(EdgeClient(Gateway(gateway.url), NgramDrafter(), "honest")):
                     assert engine.generate("meanwhile", 20) > 0
@@ -210,7 +210,7 @@ def test_those_who_never_finish_their_handshake_are_closed_and_keep_nobody_out(
 
 
 class Replaying(Link):
-    """Posts its uplink, and then another with the same key."""
+    """Opens its uplink, and then another with the same key."""
 
     def __init__(self, gateway: Gateway) -> None:
         hello = Hello(PROTOCOL_VERSION, "test", "test", "pool", "", 1)
@@ -249,7 +249,7 @@ def test_a_key_that_was_guessed_gets_nothing(gateway: Running, key: str) -> None
 
 @contextmanager
 def edge_that_does_not_read(port: int) -> Iterator[LightEdge]:
-    """Admitted, private, and alive by its heartbeats; it takes nothing from its socket any more."""
+    """An admitted private edge that sends heartbeats, but no longer reads from its socket."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -283,7 +283,7 @@ def edge_that_does_not_read(port: int) -> Iterator[LightEdge]:
 
 
 def flood(engine: Engine, session: str) -> int:
-    """Requests whose contexts grow by 63 MB of commits; honest requests are served meanwhile. Returns the bytes."""
+    """Grow the contexts of requests by 63 MB of commits; honest requests are served meanwhile. Returns the bytes."""
     widest = (MAX_UINT32,) * MAX_TOKENS_PER_FRAME
     numbers, num_commits, batch = range(1 << 20, (1 << 20) + 32), 480, 16
     for request in numbers:
@@ -298,7 +298,7 @@ def flood(engine: Engine, session: str) -> int:
 
 @contextmanager
 def flooded(directory: Path, *, is_read: bool) -> Iterator[tuple[Running, Engine, int, int]]:
-    """A gateway, by how much it grew while an edge that does not read was flooded, or nobody, and with how much."""
+    """A gateway, its growth while an edge that does not read was flooded, or none, and the number of bytes."""
     directory.mkdir()
     with running_gateway(directory) as gateway, ExitStack() as stack:
         engine = Engine(gateway.endpoint)
