@@ -1,4 +1,4 @@
-"""Which runtime drafts: what is there, what is asked for, and what turns out to be fastest."""
+"""Choice of a runtime: what is available, what is requested, and what is fastest."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from .test_mlx_drafter import saved
 
 
 class Machine:
-    """Drafters whose passes take a time of their own by a clock that nothing else moves."""
+    """Drafters with given pass times, by a simulated clock."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -65,7 +65,7 @@ def test_the_fastest_is_chosen_and_it_is_said_why() -> None:
 
 
 def test_trees_count_beside_chains() -> None:
-    """llama.cpp's rows cost a pass each, say: what is faster for a chain need not be for a tree."""
+    """For example, llama.cpp's rows cost a pass each: what is faster for a chain need not be for a tree."""
     machine = Machine()
     chain, tree = machine.runtime(INT8, 0.0, 0.010), machine.runtime(MLX, 0.011, 0.0)
     assert machine.fastest(chain, tree).description == MLX

@@ -47,12 +47,12 @@ TEXT = [
     288,
     3280,
 ]
-"""Ordinary English, by its token ids."""
+"""Token ids of ordinary English."""
 
 
 @pytest.fixture(scope="module")
 def drafter() -> Iterator[GgufDrafter]:
-    """With so few lanes, and so small pieces, that tests come to their end."""
+    """A drafter with so few lanes, and such small chunks, that tests exhaust them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "NUM_LANES", 16)  # no more than rows
         patch.setattr(gguf, "BATCH_TOKENS", 16)
@@ -139,7 +139,7 @@ def test_the_loader_takes_a_gguf_file_by_its_name() -> None:
 
 
 def test_what_transformers_makes_of_a_file_has_its_fingerprint(tmp_path: Path) -> None:
-    """Fillers too: llama.cpp and transformers both have them as tokens, and neither counts them."""
+    """With fillers: llama.cpp and transformers both have them as tokens, and neither includes them in it."""
     tokens = ["!", "a", "b", "ab", "Ġ", "Ċ", "Ġa", "<|endoftext|>", "<|im_start|>"]
     fillers = [f"[PAD{id_}]" for id_ in range(len(tokens), 16)]
     kinds = [*[TokenType.NORMAL] * 7, *[TokenType.CONTROL] * 2, *[TokenType.UNUSED] * len(fillers)]

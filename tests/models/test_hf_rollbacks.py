@@ -1,4 +1,4 @@
-"""Small random models of transformers whose caches forget, as drafts: a rollback leaves what a fresh pass would say."""
+"""Small random models of transformers whose caches forget, as drafts: after a rollback they equal a fresh pass."""
 
 import random
 from copy import deepcopy
@@ -47,7 +47,7 @@ CONFIGS = {
 
 def model_of(config: Any) -> Any:
     config = deepcopy(config)  # a model writes into its own
-    config.initializer_range = 0.5  # so that its say depends on what it sees
+    config.initializer_range = 0.5  # so that its output depends on its input
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).float().eval()
 

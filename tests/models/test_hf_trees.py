@@ -1,4 +1,4 @@
-"""Small random models of transformers that draft trees: every entry says what its own chain says alone."""
+"""Small random models of transformers that draft trees: every entry predicts what its chain predicts alone."""
 
 import random
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def trees_of(config: Any) -> SlotDrafter:
 
 @pytest.mark.parametrize("name", TREES)
 def test_branches_say_what_their_chains_say_alone(name: str) -> None:
-    """Over several windows, and where the cache has grown."""
+    """Over several windows, and after the cache has grown."""
     chance, model = random.Random(1), model_of(TREES[name])
     drafter = trees_of(TREES[name])
     walk = TreeWalk(drafter.open(), lambda tokens: fresh_pass(model, tokens), range(3, 99), chance)
@@ -100,7 +100,7 @@ def test_a_long_context_is_read_in_pieces_beside_others() -> None:
 
 
 def test_numbers_that_are_none_stay_with_their_context() -> None:
-    """A hidden slot counts nothing, whatever was written to it."""
+    """A hidden slot has no effect, whatever was written to it."""
     drafter = trees_of(PLAIN)
     model = drafter._passes._model
     sound, ill = drafter.open(), drafter.open()
@@ -118,7 +118,7 @@ def test_numbers_that_are_none_stay_with_their_context() -> None:
 
 
 def test_passes_that_are_filled_up_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CUDA records has rows to spare; here they run as they are."""
+    """Passes that CUDA records have spare rows; here they run without recording."""
     shapes = set()
 
     def replayed(self: HfPasses, given: Pass) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_passes_that_are_filled_up_say_the_same(monkeypatch: pytest.MonkeyPatch)
 
 
 class Replaying:
-    """What a CUDA graph does: the same work at the same addresses, whatever lies there by then."""
+    """Acts like a CUDA graph: the same work at the same addresses, with their current contents."""
 
     def __init__(self, run: Callable[[], torch.Tensor], returned: torch.Tensor) -> None:
         self._run, self._returned = run, returned
@@ -148,7 +148,7 @@ class Replaying:
 
 @pytest.mark.parametrize("name", ["plain", "window and all"])
 def test_recorded_passes_say_what_fresh_ones_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside another context, while the cache grows."""
+    """With another context, while the cache grows."""
     graphs = list[Replaying]()
 
     def captured(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[Replaying, torch.Tensor]:
@@ -172,7 +172,7 @@ def test_recorded_passes_say_what_fresh_ones_say(name: str, monkeypatch: pytest.
 
 
 def test_a_model_that_cannot_be_recorded_runs_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
-    """As here, where there is no CUDA: once said, and not tried again."""
+    """As here, without CUDA: reported once, and not tried again."""
     drafter = trees_of(PLAIN)
     drafter._passes._is_recording = True
     sequence = drafter.open()
@@ -190,7 +190,7 @@ def test_no_slot_is_two_entries(steps: list[tuple[int, int]], chance: random.Ran
     contexts = [SlotEntries(slots) for _ in range(3)]
     for which, number in steps:
         if which == 3:
-            contexts[number % 3] = SlotEntries(slots)  # the one before is given up
+            contexts[number % 3] = SlotEntries(slots)  # the previous one is dropped
         elif chance.random() < 0.5:
             contexts[which].append(number)
         else:
@@ -239,7 +239,7 @@ def test_a_layer_that_found_no_room_stays_as_it_was(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_draft_in_bfloat16_has_its_trees() -> None:
-    """Its probabilities differ by a sixth where a logit is rounded otherwise."""
+    """Its probabilities differ by a sixth if a logit is rounded differently."""
     model = model_of(PLAIN).to(torch.bfloat16)
     assert isinstance(with_trees(HfDrafter(model, "f", "tiny", None)), SlotDrafter)
 

@@ -1,4 +1,4 @@
-"""Drafts from a hub: a small server of this machine speaks the few words of its API that are needed."""
+"""Drafts from a hub: a small local server implements the necessary part of its API."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Lanes against a cache that keeps, for each cell, what it is and in which lanes it is, as llama.cpp's does."""
+"""Lanes against a cache that keeps, for each cell, its entry and its lanes, like llama.cpp's."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +30,7 @@ class Cache:
 
 
 class Walk:
-    """One context: each entry's cell, a number of its own, and the cells that lead to it."""
+    """One context: each entry's cell, with a unique number, and the cells that lead to it."""
 
     def __init__(self, cache: Cache, free: list[int]) -> None:
         self.cache, self.lanes = cache, Lanes(free)

@@ -1,4 +1,4 @@
-"""The int8 runtime's forward pass against transformers' own, for small random models of each family that it takes."""
+"""The int8 runtime's forward pass against transformers' own, for small random models of each supported family."""
 
 import json
 import random
@@ -32,7 +32,7 @@ VARIANTS = [(family, is_tied, theta) for family in FAMILIES for is_tied, theta i
 
 
 def make(family: str, directory: Path, is_tied: bool = True, theta: float = 1e4, **extra: Any) -> Any:
-    """A model whose every weight matters: those that start as zeros or ones are random too."""
+    """A model in which every weight matters: those that start as zeros or ones are random too."""
     config_class, model_class = FAMILIES[family]
     extra |= {"head_dim": 32} if family == "qwen3" else {}  # not hidden_size / num_attention_heads
     rope = {"rope_type": "default", "rope_theta": theta}
@@ -49,7 +49,7 @@ def make(family: str, directory: Path, is_tied: bool = True, theta: float = 1e4,
 
 @torch.inference_mode()
 def expected(model: Any, tokens: list[int]) -> list[Candidate]:
-    """What transformers says after these tokens."""
+    """Candidates of transformers after these tokens."""
     best, ids = model(torch.tensor([tokens])).logits[0, -1].softmax(-1).topk(WIDTH)
     return [Candidate(*pair) for pair in zip(ids.tolist(), best.tolist(), strict=True)]
 

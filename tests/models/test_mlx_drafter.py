@@ -1,4 +1,4 @@
-"""Small random models in MLX, on the CPU: every entry of a tree says what transformers says behind its chain."""
+"""Small random models in MLX, on the CPU: every entry of a tree predicts what transformers does after its chain."""
 
 import random
 import subprocess
@@ -47,7 +47,7 @@ CONFIGS = {
 
 
 def saved(config: Any, directory: Path) -> Any:
-    """The model, as transformers runs it; `directory` holds what MLX loads."""
+    """The model in transformers; its files for MLX are in `directory`."""
     model = model_of(config)
     model.save_pretrained(directory)
     return model
@@ -79,7 +79,7 @@ def test_a_long_context_is_read_in_pieces_while_the_cache_grows(tmp_path: Path) 
 
 
 def test_it_is_loaded_in_one_thread_and_drafts_in_another(tmp_path: Path) -> None:
-    """As the client has it; MLX's streams belong to threads."""
+    """As in the client; MLX's streams belong to threads."""
     model = saved(PLAIN, tmp_path)
     drafter = load_mlx_drafter(str(tmp_path), None, "f")
     profile(drafter, time.perf_counter)

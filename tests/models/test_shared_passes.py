@@ -1,4 +1,4 @@
-"""Several contexts in one forward pass say what each says alone, whatever the others are and hold."""
+"""Several contexts in one forward pass predict what each predicts alone, regardless of the others."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ Alone = Callable[[list[int]], list[Candidate]]
 
 
 class _Shared:
-    """A FastLlama as the client sees one."""
+    """A FastLlama with the client's interface."""
 
     def __init__(self, model: FastLlama) -> None:
         self.open, self.branch_together = model.open, model.branch_together
@@ -57,7 +57,7 @@ def drafter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 class Context:
-    """A tree of entries, and the tokens on the way to each."""
+    """A tree of entries, with the tokens that lead to each."""
 
     def __init__(self, sequence: DraftSequence, prompt: list[int]) -> None:
         self.sequence, self.trunk = sequence, list(prompt)
@@ -65,7 +65,7 @@ class Context:
         sequence.append(prompt, WIDTH)
 
     def part(self, chance: random.Random) -> Part:
-        """Some entries more, behind any of the last ones."""
+        """Some more entries, after any of the last ones."""
         number, size = chance.randint(1, 4), len(self.trunk) + len(self.paths)
         parents = [chance.randrange(len(self.trunk) - 1, size) for _ in range(number)]
         tokens = [chance.randrange(SHAPE["vocab_size"]) for _ in range(number)]
@@ -76,14 +76,14 @@ class Context:
         return self.trunk if entry < len(self.trunk) else self.paths[entry - len(self.trunk)]
 
     def cut(self, chance: random.Random) -> None:
-        """Back to the trunk, or some of it."""
+        """Truncate to the trunk, or a part of it."""
         self.trunk = self.trunk[: chance.randint(len(self.trunk) - 2, len(self.trunk))]
         self.paths = []
         self.sequence.keep(len(self.trunk))
 
 
 def assert_alike(drafter: SharingDrafter, said: list[Candidate], alone: list[Candidate]) -> None:
-    """llama.cpp rounds what goes into its quantized products otherwise with other rows beside it."""
+    """With tolerance: llama.cpp rounds the inputs of its quantized products differently with other rows in the pass."""
     tolerance = {"rel": 0.35, "abs": 0.02} if isinstance(drafter, GgufDrafter) else {"rel": 1e-3, "abs": 1e-5}
     assert said[0].token == alone[0].token
     assert said[0].probability == pytest.approx(alone[0].probability, **tolerance)
@@ -106,7 +106,7 @@ def test_what_is_said_together_is_what_is_said_alone(drafter: SharingDrafter) ->
 
 
 def test_chains_are_what_append_says(drafter: SharingDrafter) -> None:
-    """So committed tokens share a pass, beside branches of others."""
+    """So committed tokens can share a pass with branches of other contexts."""
     contexts = [drafter.open() for _ in range(3)]
     for context in contexts:
         context.append([5, 6, 7], WIDTH)
@@ -143,7 +143,7 @@ def test_a_translated_draft_shares_too(drafter: SharingDrafter) -> None:
 
 
 def test_a_draft_of_another_tokenizer_shares_too(drafter: SharingDrafter) -> None:
-    """One token of the target is two of its: a pass for the first pieces, one for the second ones."""
+    """One token of the target is two of the draft's: a pass for the first pieces, one for the second ones."""
     draft = {f"t{number}.": number for number in range(SHAPE["vocab_size"])}
     target = {f"t{number}.": number for number in range(SHAPE["vocab_size"]) if number != 9} | {"t9.t4.": 9}
     tokens = retokenization(target, draft)
@@ -166,7 +166,7 @@ def test_a_draft_of_another_tokenizer_shares_too(drafter: SharingDrafter) -> Non
 
 
 def test_tokens_of_many_pieces_have_a_pass_of_their_own(drafter: SharingDrafter) -> None:
-    """So that a shared pass has no more rows than a drafter takes: llama.cpp's arrays end there."""
+    """So that a shared pass has no more rows than a drafter supports: llama.cpp's arrays end there."""
     draft = {f"t{number}.": number for number in range(SHAPE["vocab_size"])}
     pieces = [number % 50 for number in range(40)]
     target = {**draft, "".join(f"t{number}." for number in pieces): 9}

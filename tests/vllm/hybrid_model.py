@@ -1,4 +1,4 @@
-"""A tiny random model with gated delta nets and attention (Qwen3-Next's shape), as vLLM's CPU backend runs them.
+"""A tiny random model with gated delta nets and attention (Qwen3-Next's architecture), for vLLM's CPU backend.
 
 python -m tests.vllm.hybrid_model DIRECTORY
 """
@@ -13,19 +13,19 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from .conftest import MODEL, VOCAB_SIZE
 
 HEAD_DIM = 64
-"""Of the delta nets' keys and values; vLLM's CPU operators have 64 and 128."""
+"""Head size of the delta nets' keys and values; vLLM's CPU operators support 64 and 128."""
 CONV_WIDTH = 4
 
 
 def save(directory: Path) -> None:
-    """With SmolLM2's tokenizer."""
+    """Write the model, with SmolLM2's tokenizer."""
     config = Qwen3NextConfig(
         architectures=["Qwen3NextForCausalLM"],
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=256,
         num_experts=2,
-        num_experts_per_tok=2,  # all of them: a choice would turn a last bit into another answer
+        num_experts_per_tok=2,  # all of them: with a choice, a last bit could change the answer
         moe_intermediate_size=64,
         shared_expert_intermediate_size=64,
         num_hidden_layers=4,
@@ -41,7 +41,7 @@ def save(directory: Path) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
         max_position_embeddings=1024,
         tie_word_embeddings=False,
-        initializer_range=0.15,  # so that what it says depends on its states
+        initializer_range=0.15,  # so that its output depends on its states
         bos_token_id=0,
         eos_token_id=1,
         dtype=torch.bfloat16,

@@ -1,4 +1,4 @@
-"""Two API processes of one server let in together what one would, and what they refuse is counted once."""
+"""Two API processes of one server admit together as much as one would, and each refusal is counted once."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ NUM_ASKED, TOKENS, MAX_SEQS = 64, 50, 4
 
 
 async def ask_all(url: str, key: str) -> list[httpx.Response]:
-    """Each on a connection of its own, so that the system deals them out to both processes."""
+    """Send each request on its own connection, so that the system distributes them over both processes."""
     limits = httpx.Limits(max_keepalive_connections=0)
     body = {"model": MODEL_NAME, "prompt": "The sea", "max_tokens": TOKENS, "ignore_eos": True}
     async with httpx.AsyncClient(trust_env=False, timeout=300, limits=limits) as client:
@@ -44,7 +44,7 @@ def test_what_both_refuse_is_what_the_gateway_says(tmp_path: Path) -> None:
         wait_for(server.process, f"{server.gateway_url}/healthz", "engines", 1)
         assert {answer.status_code for answer in asyncio.run(ask_all(server.url, "none"))} == {401}
         counted = Counter[int]()
-        for _ in range(3):  # in doubt all are let in, until the engine has said what it could take on
+        for _ in range(3):  # in doubt all are admitted, until the engine has reported its room
             answers = asyncio.run(ask_all(server.url, KEY))
             counted += Counter(answer.status_code for answer in answers)
             refused = [answer for answer in answers if answer.status_code == 429]

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Stack:
-    """The services that run, by name, and the variables that the file was read with."""
+    """The running services by name, and the variables with which the file was read."""
 
     processes: dict[str, Process]
     variables: dict[str, str]
@@ -58,7 +58,7 @@ class Stack:
         return list(answer["data"]["result"])
 
     def value(self, expression: str) -> float:
-        """The only series' value; 0 where there is none."""
+        """Value of the only series; 0 if there is none."""
         found = self.query(expression)
         assert len(found) <= 1
         return float(found[0]["value"][1]) if found else 0.0
@@ -72,7 +72,7 @@ def wait_until(is_so: Callable[[], bool], what: str, limit_s: float = DEADLINE_S
 
 
 def wait_healthy(service: Service, process: Process, env: dict[str, str]) -> None:
-    """As compose does it: the health check's command, again and again."""
+    """Run the health check's command repeatedly, like compose."""
 
     def is_healthy() -> bool:
         if process.popen.poll() is not None:
@@ -88,7 +88,7 @@ def wait_healthy(service: Service, process: Process, env: dict[str, str]) -> Non
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """`docker compose up`, but for Grafana."""
+    """`docker compose up`, except Grafana."""
     assert (CACHE / "smollm2-draft" / "config.json").exists(), "make the models first: make model"
     directory = tmp_path_factory.mktemp("compose")
     variables = {
@@ -142,7 +142,7 @@ def ask(stack: Stack, number: int) -> str:
 
 @pytest.fixture(scope="module")
 def asked(stack: Stack) -> Stack:
-    """The same after chats, of which Prometheus knows: until a draft was accepted, which the machine's load delays."""
+    """The same after chats that Prometheus has seen, until a draft was accepted; the machine's load may delay that."""
 
     def is_drafted() -> bool:
         with ThreadPoolExecutor(2) as executor:
@@ -159,13 +159,13 @@ def test_edges_draft_and_prometheus_sees_it(asked: Stack) -> None:
     assert asked.value("specedge_edges") == 2
     assert asked.value("specedge_engines") == 1
     assert asked.value('count(up{job=~"vllm|specedge-gateway"} == 1)') == 2
-    # Prometheus reads the gateway every few seconds: its last reading may be older than the last request.
+    # Prometheus scrapes the gateway every few seconds: its latest sample may be older than the last request.
     wait_until(lambda: asked.value("specedge_gateway_assigned_total") >= 8, "eight requests were not assigned")
     assert asked.value("specedge_gateway_task_errors_total") == 0
 
 
 def test_every_panel_of_the_dashboard_shows_something(asked: Stack) -> None:
-    """Each expression has an answer, and but for the n-gram lookup's, which may have had no chance, a number."""
+    """Each expression has a result, and except for the n-gram lookup's, which may never have run, a number."""
     panels = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
     unsaid = []
     for panel in panels:

@@ -1,4 +1,4 @@
-"""What an engine tells its gateway of demand and capacity, from vLLM's requests and what the front refused."""
+"""An engine's report of demand and capacity to its gateway, from vLLM's requests and the front end's refusals."""
 
 import os
 import subprocess

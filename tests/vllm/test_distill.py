@@ -49,7 +49,7 @@ for arguments in json.load(sys.stdin):
 
 
 def run(*steps: Sequence[object]) -> list[str]:
-    """What each step says: commands of `distill.py`, one after the other in a process that loads torch once."""
+    """Output of each step: commands of `distill.py`, one after the other in a process that loads torch once."""
     result = subprocess.run(
         [sys.executable, "-c", STEPS],
         cwd=RECIPE,
@@ -98,6 +98,6 @@ def test_from_a_target_to_a_draft(target: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["heldout", "ordinary"])
 def test_held_out_answers_are_not_taught(target: Path, tmp_path: Path, name: str) -> None:
-    """Their topics and kinds are recognised: nothing is left to store."""
+    """Their topics and kinds are recognised, so nothing is stored."""
     run(("teach", target, tmp_path, RECIPE / f"{name}.jsonl"))
     assert not list(tmp_path.glob("data/*"))

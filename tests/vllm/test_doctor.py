@@ -15,7 +15,7 @@ from tests.models.test_gguf_drafter import GGUF
 from .conftest import MODEL, Completion, Target, assert_same, counting
 
 MIN_AGREEMENT = 0.9
-"""Its weights have four bits and its activations eight; the target has the same weights, unpacked."""
+"""The draft has 4-bit weights and 8-bit activations; the target has the same weights, dequantized."""
 
 
 def test_a_gguf_file_says_mostly_what_its_unpacked_weights_say() -> None:

@@ -1,4 +1,4 @@
-"""Every command of ours in the documents is run as it stands there, against a real server; only names are put in."""
+"""Every command of ours in the documents is run as written, against a real server; only names are replaced."""
 
 import signal
 import subprocess
@@ -26,14 +26,14 @@ except ModuleNotFoundError:  # where it was before
 
 DRAFT = MODEL.parent / "smollm2-draft"
 PAIR = {"Qwen/Qwen2.5-Coder-1.5B-Instruct": MODEL, "Qwen/Qwen2.5-Coder-0.5B-Instruct": DRAFT}
-"""What stands here for the pair that the documents name."""
+"""Local replacements for the pair that the documents name."""
 LIMIT_S = 120
 ENDLESS = {
     ("edge-client", "connect"): "connected",
     ("edge-client", "serve"): "connected",
     ("vllm-specedge", "gateway"): "Gateway listens",
 }
-"""What says that it is at work; then it is told to end."""
+"""Output of commands that run until stopped; after it they are terminated."""
 WHOLE = [command for command in of("edge-client", "vllm-specedge") if command.is_whole]
 
 
@@ -42,7 +42,7 @@ def asks_a_server(command: Command) -> bool:
 
 
 def filled(command: Command, of_server: dict[str, str], directory: Path) -> list[str]:
-    """Its words, with this machine's names in the place of the document's."""
+    """Its words, with this machine's names in place of the document's."""
     names = {
         **of_server,
         **{name: str(path) for name, path in PAIR.items()},
@@ -74,7 +74,7 @@ def test_a_command_that_asks_no_server_does_what_it_says(command: Command, tmp_p
 
 
 def run(command: Command, words: Sequence[str], tmp_path: Path) -> None:
-    """The command, with these words and the files that it names; it ends well."""
+    """Run the command with these words and the files that it names; it must succeed."""
     write_certificate(tmp_path, trustme.CA())
     (tmp_path / "token").write_text("a-token")
     sign = ENDLESS.get((command.words[0], command.words[1]))
@@ -87,7 +87,7 @@ def run(command: Command, words: Sequence[str], tmp_path: Path) -> None:
     done = subprocess.run(
         words, cwd=tmp_path, input="", capture_output=True, text=True, timeout=5 * LIMIT_S, check=False
     )
-    # A machine may not help, and a simulation may be off: both say so by their status too.
+    # A machine may not help, and a simulation may be off: both also report that by their exit status.
     is_verdict = words[1] == "doctor" or "--compare" in words
     assert done.returncode in ((0, 1) if is_verdict else (0,)), done.stderr
     assert done.stdout
@@ -95,7 +95,7 @@ def run(command: Command, words: Sequence[str], tmp_path: Path) -> None:
 
 
 def run_until(words: Sequence[str], sign: str, directory: Path) -> None:
-    """Until it says so; then it is interrupted, and ends well."""
+    """Run until `sign` is printed; then it is interrupted, and must exit cleanly."""
     with subprocess.Popen(words, cwd=directory, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         deadline = threading.Timer(LIMIT_S, process.kill)
@@ -115,7 +115,7 @@ def run_until(words: Sequence[str], sign: str, directory: Path) -> None:
 
 @pytest.mark.parametrize("command", of("vllm"), ids=str)
 def test_a_server_s_command_is_one_that_vllm_takes(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    """By vLLM's own parser; other tests run servers with such options."""
+    """Parsed by vLLM's own parser; other tests run servers with such options."""
     program, what, *words = command.words
     assert (program, what) == ("vllm", "serve")
     load_general_plugins()

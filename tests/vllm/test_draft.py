@@ -1,4 +1,4 @@
-"""The shipped draft does what its figures say, on both ways of using it."""
+"""The shipped draft matches its figures, in both ways of using it."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ DRAFT = CACHE / "smollm2-draft"
 SHIPPED = ROOT / "examples" / "distill_draft" / "smollm2"
 HELD_OUT = ROOT / "examples" / "distill_draft"
 TOLERANCE = 0.05
-"""Of the agreement on a part of the held-out answers; the stated figure is for all of them."""
+"""Tolerance of the agreement on a part of the held-out answers; the stated figure is for all of them."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_server_accepts_its_tokens_from_an_edge(edge_target: Target, plain: Ta
         assert_same(expected, [edge_target.greedy(list(answer.prompt_ids)) for answer in expected])
         counted.settle(4 * 63)
         print(f"{counted['accepted_tokens']:.0f} of {counted['verified_tokens']:.0f} accepted")
-        # Of five tokens in a chain each right half of the time, one is accepted on average.
+        # In a chain of five tokens, each right half of the time, one is accepted on average.
         assert counted["accepted_tokens"] > 0.08 * counted["verified_tokens"] > 2
 
 

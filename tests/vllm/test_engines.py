@@ -23,7 +23,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights with the embedded model's tokenizer: what it says makes no sense, but is the same."""
+    """A model of random weights with the embedded model's tokenizer: its output is nonsense, but deterministic."""
     directory = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -39,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(
     model: Path, logs: Path, *arguments: str, cores: str = str(SERVER_CORE), **config: object
 ) -> Iterator[Target]:
-    """One that has been started; `wait_healthy` waits until it answers."""
+    """A server that has been started; `wait_healthy` waits until it answers."""
     # Two engines of this model leave an edge little of two cores: long holds, or hardly a draft is in time.
     edge = {"method": "edge", "num_speculative_tokens": 4, "ngram": False, "mode": "wait", "hold_limit_ms": 2000}
     shared = ("--max-model-len", "512", "--max-num-seqs", "8", "--speculative-config", json.dumps(edge | config))
@@ -62,8 +62,8 @@ def wait_healthy(*targets: Target) -> None:
 def use_drafts(target: Target, expected: list[Completion], prompts: list[str]) -> None:
     """The answers are the same, and drafts were accepted on the way (by either engine; the other has no requests).
 
-    The tiny model may be done before an edge that shares its cores has answered once, and nobody is held before that:
-    so they are asked again until an edge was in time.
+    The tiny model may finish before an edge that shares its cores has answered once, and no request is held before
+    that. So the requests are repeated until an edge was in time.
     """
     num_rounds = 0
     with counting(target) as counted:
@@ -96,7 +96,7 @@ def test_two_ranks_are_lossless_and_use_drafts(tiny: Path, tmp_path: Path, promp
 
 @contextmanager
 def gateway(directory: Path) -> Iterator[tuple[Process, str]]:
-    """One that runs by itself, and where engines find it."""
+    """A gateway that runs separately, and its endpoint for engines."""
     endpoint = f"ipc://{directory}/engines"
     command = [str(BIN / "vllm-specedge"), "gateway", "--engines", endpoint, "--listen", f"127.0.0.1:{GATEWAY_PORT}"]
     process = start(command, directory / "gateway.log")

@@ -31,7 +31,7 @@ def text() -> list[int]:
 
 @torch.inference_mode()
 def fresh_pass(model: PreTrainedModel, tokens: list[int]) -> list[Candidate]:
-    """What the model says without any cache or mask."""
+    """Candidates of the model without any cache or mask."""
     best, ids = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].softmax(-1).topk(WIDTH)
     return [Candidate(*pair) for pair in zip(ids.tolist(), best.tolist(), strict=True)]
 
@@ -61,7 +61,7 @@ def test_rollbacks_leave_what_a_fresh_pass_gives(model: PreTrainedModel, text: l
 def test_a_target_accepts_its_own_tokens(
     edge_target: Target, prompts: list[str], expected: list[Completion], tmp_path: Path
 ) -> None:
-    """The same model on both sides, in int8 on the edge: fingerprints match, and what is in time is mostly right."""
+    """The same model on both sides, in int8 on the edge: fingerprints match, and drafts in time are mostly right."""
     with (
         edge_client(edge_target.server.gateway_url, str(MODEL), tmp_path / "edge.log"),
         counting(edge_target) as counted,

@@ -1,4 +1,4 @@
-"""States of linear attention in vLLM's worker: where a step goes on, after drafts of any number and steps left out."""
+"""States of linear attention in vLLM's worker: where a step resumes after any number of drafts and skipped steps."""
 
 import random
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ K, WIDTH, DIM = 5, 4, 32
 
 
 class Layer:
-    """A delta net's convolution, as vLLM's CPU code knows one."""
+    """A delta net's convolution, as in vLLM's CPU code."""
 
     activation = "silu"
 
@@ -35,7 +35,7 @@ class Layer:
 
 
 def run_steps(spec_forward: Any, seed: int, num_drafts: Any) -> bool:
-    """Whether each step's convolution is that of each request's whole text."""
+    """Whether each step's convolution equals that over each request's whole text."""
     chance, layer, num_rows = random.Random(seed), Layer(), 3
     buffer = torch.zeros(num_rows + 2, WIDTH - 1 + K, DIM).transpose(1, 2)
     slots = torch.tensor([[4] * (K + 1), [1] * (K + 1), [2] * (K + 1)], dtype=torch.int32)
@@ -71,7 +71,7 @@ def run_steps(spec_forward: Any, seed: int, num_drafts: Any) -> bool:
 
 @pytest.fixture
 def convolution_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recurrence says what goes into it; the weights are as they are without matrix extensions."""
+    """The recurrence returns its input; the weights are laid out as without matrix extensions."""
     monkeypatch.setattr(gdn_attention.ops, "fused_sigmoid_gating_delta_rule_update_spec_cpu", lambda q, **_: q)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
@@ -102,7 +102,7 @@ def test_vllm_s_own_is_right_with_all_drafts_only_or_is_not_replaced() -> None:
 
 
 class Batch:
-    """vLLM's rows, as far as counts go: what leaves loses its row, what comes gets a count of 1."""
+    """vLLM's rows with their counts: a request that leaves loses its row, a new one gets a count of 1."""
 
     def __init__(self) -> None:
         self.req_id_to_index: dict[str, int] = {}

@@ -1,7 +1,7 @@
-"""A model with linear attention: edges change no answer, whatever is drafted, held, preempted or given up.
+"""A model with linear attention: edges change no answer, whatever is drafted, held, preempted or aborted.
 
-vLLM's CPU operators for it take bfloat16 alone, in which another batch rounds otherwise: answers part at near-ties. So
-each answer is judged by plain vLLM, which reads it as a prompt: every token is the best there, or nearly.
+vLLM's CPU operators for it support only bfloat16, in which another batch rounds differently: answers diverge at
+near-ties. So each answer is judged by plain vLLM, which reads it as a prompt: every token is the best there, or nearly.
 """
 
 import json
@@ -24,8 +24,8 @@ NUM_RUNS = 200
 NUM_TOKENS = 32
 CONCURRENCY = 8
 MAX_FURTHER = 0.4
-"""Log probabilities that the tokens of an answer may be further from plain vLLM's best ones, on average, than the worst
-of its own answers is. A stale state makes all tokens behind it wrong, by 7 where nothing is mended."""
+"""Mean log probability by which the tokens of an answer may be further from plain vLLM's best ones than in the worst
+of its own answers. A stale state makes all tokens after it wrong, by 7 without the plugin's fixes."""
 K = 5
 KV_BYTES = 97 * 65_536
 """Pages: five contexts of 256 tokens have 19 each, and one more each when they grow."""
@@ -33,7 +33,7 @@ KV_BYTES = 97 * 65_536
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, Target]]:
-    """A server without speculation, and one that takes edges, has little memory and reads prompts in chunks."""
+    """A server without speculation, and one that accepts edges, has little memory and prefills in chunks."""
     model, logs = tmp_path_factory.mktemp("hybrid"), tmp_path_factory.mktemp("logs")
     hybrid_model.save(model)
     gateway_port = free_port()
@@ -65,7 +65,7 @@ def asked() -> list[str]:
 
 
 def distances(plain: Target, answer: Completion) -> list[float]:
-    """By how much tokens of an answer are less probable, to plain vLLM, than the best there."""
+    """By how much plain vLLM finds the tokens of an answer less probable than the best ones."""
     body = {"prompt": [*answer.prompt_ids, *answer.token_ids], "max_tokens": 1, "prompt_logprobs": 1, "temperature": 0}
     told = plain.post("/v1/completions", body)["choices"][0]["prompt_logprobs"][-len(answer.token_ids) :]
     of_token = [each[str(token)]["logprob"] for each, token in zip(told, answer.token_ids, strict=True)]
@@ -74,7 +74,8 @@ def distances(plain: Target, answer: Completion) -> list[float]:
 
 
 def assert_plain(plain: Target, answers: list[Completion], said: list[Completion]) -> None:
-    """`said`: plain vLLM's own, not its best tokens everywhere either, for reading rounds otherwise than writing."""
+    """`said`: plain vLLM's own answers, which are not its best tokens everywhere either, as prefill rounds differently
+    from decoding."""
     num_same = sum(a.token_ids == b.token_ids for a, b in zip(answers, said, strict=True))
     far, own = (sorted(float(np.mean(distances(plain, each))) for each in some) for some in (answers, said))
     print(f"{num_same} of {len(answers)} as plain; the worst are {far[-3:]} from its best tokens, its own {own[-3:]}")
@@ -88,7 +89,7 @@ def ask_all(target: Target, prompts: list[str]) -> list[Completion]:
 
 @pytest.fixture(scope="module")
 def said(both: tuple[Target, Target], asked: list[str]) -> list[Completion]:
-    """What plain vLLM says."""
+    """Plain vLLM's answers."""
     return ask_all(both[0], asked)
 
 
@@ -102,7 +103,7 @@ def test_without_an_edge_answers_are_plain(
 def test_drafts_of_all_lengths_change_nothing(
     both: tuple[Target, Target], asked: list[str], said: list[Completion]
 ) -> None:
-    """Beside requests that are given up, and read in chunks."""
+    """With other requests that are aborted, and prefilled in chunks."""
     plain, target = both
     before = preemptions(target)
     with running_edge(target, replay(said, accuracy=0.7)), counting(target) as counted, ThreadPoolExecutor(1) as beside:
@@ -110,13 +111,13 @@ def test_drafts_of_all_lengths_change_nothing(
         answers = ask_all(target, asked)
         giving_up.result()
         counted.settle(NUM_RUNS * (NUM_TOKENS - 1) // 2)
-        assert counted["accepted_tokens"] > NUM_RUNS // 10  # answers part from those that the edge knows
+        assert counted["accepted_tokens"] > NUM_RUNS // 10  # answers diverge from those that the edge knows
     assert preemptions(target) > before
     assert_plain(plain, answers, said)
 
 
 def _give_up(target: Target, prompts: list[str]) -> None:
-    """Ask, and leave after a few tokens."""
+    """Send requests, and abort them after a few tokens."""
     url, options = f"{target.server.url}/v1/completions", {"max_tokens": 200, "stream": True, "ignore_eos": True}
     for prompt in prompts:
         body = {"model": target.server.model, "prompt": prompt, **options}

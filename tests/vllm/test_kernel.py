@@ -1,4 +1,4 @@
-"""vLLM's rejection sampler with drafts of no probability, as edges send them: what comes out is the target's."""
+"""vLLM's rejection sampler with drafts without probabilities, as sent by edges: the output is the target's."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ from vllm_specedge.adapter.worker import coupling, cpu_kernels, verification
 from vllm_specedge.adapter.worker.sampling import shorten
 from vllm_specedge.wire.sampling import Sampling
 
-# As vLLM's workers do, before they import what uses the kernels: without Triton the CPU's C++ kernels take their place.
+# As in vLLM's workers, before importing modules that use the kernels: without Triton, C++ kernels replace them.
 current_platform.import_kernels()
 if hasattr(current_platform, "register_triton_kernel_overrides"):
     current_platform.register_triton_kernel_overrides()
@@ -48,7 +48,7 @@ Drafts = Callable[[int, int], list[int]]
 
 
 def sampling(num_rows: int, seeds: Sequence[int] = ()) -> SamplingMetadata:
-    """Sampled at temperature 1; those first rows that have a seed, by it."""
+    """Sampling at temperature 1; the first rows have the given seeds."""
     none = torch.zeros(num_rows)
     return SamplingMetadata(
         temperature=torch.ones(num_rows),
@@ -114,7 +114,7 @@ def test_expanding_values_of_every_type() -> None:
 
 
 def test_a_step_without_drafts_is_sampled_as_without_speculation() -> None:
-    """Seeded requests say the same tokens, as far as nothing is verified for anyone."""
+    """Seeded requests have the same tokens if nothing is verified for any request."""
     torch.manual_seed(0)
     logits = torch.randn(3, VOCABULARY)
     seeds = (1, 2, 3)
@@ -131,14 +131,14 @@ def seeded(temperature: torch.Tensor, seeds: Sequence[int], **limits: Any) -> Sa
 
 
 def said_plainly(logits: torch.Tensor, made: SamplingMetadata) -> list[list[int]]:
-    """What requests say token by token, whose logits are [requests, positions, vocabulary]."""
+    """Outputs of requests token by token, from logits [requests, positions, vocabulary]."""
     steps = [Sampler()(logits=logits[:, at].clone(), sampling_metadata=made) for at in range(logits.shape[1])]
     said: list[list[int]] = torch.cat([step.sampled_token_ids for step in steps], 1).tolist()
     return said
 
 
 def said_with_drafts(logits: torch.Tensor, made: SamplingMetadata, drafts_of: Drafts) -> list[list[int]]:
-    """The same with what `drafts_of` proposes for a request at a position; the last positions are left out."""
+    """The same with the drafts from `drafts_of` for a request at a position; the last positions are left out."""
     said: list[list[int]] = [[] for _ in logits]
     num_positions = logits.shape[1]
     while min(map(len, said)) < num_positions - MAX_DRAFT - 1:
@@ -154,7 +154,7 @@ def said_with_drafts(logits: torch.Tensor, made: SamplingMetadata, drafts_of: Dr
 @pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 4, "top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("chance", range(6))
 def test_a_seed_says_the_same_with_drafts_and_without(chance: int, limits: dict[str, float]) -> None:
-    """Drafts that are right, wrong and absent, for sampled and greedy requests beside each other."""
+    """Drafts that are right, wrong and absent, for sampled and greedy requests in one batch."""
     torch.manual_seed(chance)
     random = np.random.default_rng(chance)
     seeds = [int(seed) for seed in random.integers(2**40, size=5)]
@@ -190,7 +190,7 @@ def test_an_edge_with_the_target_s_own_logits_foresees_all_it_says(limits: dict[
 
 def test_rows_behind_a_token_that_was_not_right_are_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.full((6, VOCABULARY), -50.0)
-    logits[:, 1] = 50.0  # whoever samples says 1
+    logits[:, 1] = 50.0  # sampled requests get token 1
     sampled: list[int] = []
     monkeypatch.setattr(
         coupling, "sampled", lambda logits, *_: (sampled.append(len(logits)), torch.ones(len(logits), dtype=int))[1]
@@ -212,7 +212,7 @@ def test_a_sampler_of_another_shape_is_left_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def of_parameters(requests: Sequence[SamplingParams]) -> SamplingMetadata:
-    """What vLLM's worker makes of the parameters of a batch."""
+    """The metadata that vLLM's worker makes from the parameters of a batch."""
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
     processors = (
         MinPLogitsProcessor(config, torch.device("cpu"), False),
@@ -236,7 +236,7 @@ def of_parameters(requests: Sequence[SamplingParams]) -> SamplingMetadata:
 
 
 def as_plainly(logits: torch.Tensor, sampled_by: SamplingMetadata) -> torch.Tensor:
-    """What plain sampling chooses from: the steps of Sampler.forward and Sampler.sample, up to the choice."""
+    """The logits that plain sampling chooses from: the steps of Sampler.forward and Sampler.sample up to the choice."""
     sampler = Sampler()
     logits = sampler.apply_logits_processors(logits, sampled_by, predict_bonus_token=False)
     logits = sampler.apply_temperature(logits, sampled_by.temperature, sampled_by.all_random)
@@ -247,7 +247,7 @@ def as_plainly(logits: torch.Tensor, sampled_by: SamplingMetadata) -> torch.Tens
 
 @pytest.mark.parametrize("seed", range(20))
 def test_drafts_are_verified_by_what_plain_sampling_chooses_from(seed: int) -> None:
-    """Under min_p and biases too, beside penalties, top-p and greedy requests. Rows: requests 0, 0, 2, 3."""
+    """With min_p and biases, together with penalties, top-p and greedy requests. Rows: requests 0, 0, 2, 3."""
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
     requests = [

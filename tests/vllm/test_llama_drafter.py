@@ -23,7 +23,7 @@ from .conftest import MODEL, VOCAB_SIZE
 
 @pytest.fixture(scope="module")
 def text() -> list[int]:
-    """Ordinary English, and something said before."""
+    """Ordinary English, with a repetition."""
     from transformers import AutoTokenizer
 
     words = "The lamp of the lighthouse could be seen from far away. Every evening she climbed the steps to light it. "
@@ -43,7 +43,7 @@ def float32() -> FastLlama:
 
 
 def walk(model: FastLlama, text: list[int], chance: random.Random) -> list[tuple[int, Candidate]]:
-    """Through the text in passes of all sizes, with rollbacks: (position, what the draft says next there)."""
+    """Read the text in passes of all sizes, with rollbacks: (position, the draft's prediction there)."""
     sequence, said, length = model.open(), [], 0
     while length < len(text):
         if length > 5 and chance.random() < 0.3:
@@ -101,7 +101,7 @@ def test_a_context_is_as_long_as_its_longest_branch(text: list[int]) -> None:
 
 
 def test_in_int8_it_nearly_always_does(text: list[int], logits: torch.Tensor) -> None:
-    """And where it does not, the target's own logits of the two are close."""
+    """And if it does not, the target's own logits of the two are close."""
     said = walk(FastLlama(load_llama(MODEL)), text, random.Random(1))
     best = logits.max(-1).values
     gaps = [float(best[position] - logits[position, candidate.token]) for position, candidate in said]

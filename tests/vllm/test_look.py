@@ -1,4 +1,4 @@
-"""What the scheduler tells the policy of the requests that run, and of what else there is to do."""
+"""What the scheduler reports to the policy: running requests, and other work."""
 
 from math import inf
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ TARGETS = Targets({7: Target(itl_s=0.05)}, Target())
 
 @pytest.fixture
 def scheduler() -> Any:
-    """With what is looked at."""
+    """A scheduler with only the attributes that are read."""
     made = SimpleNamespace()
     made.running, made.waiting, made.kv_holding_waiting, made.deferred_waiting = [], [], [], []
     made.max_num_running_reqs, made.max_num_scheduled_tokens, made.max_model_len = 8, 512, 200

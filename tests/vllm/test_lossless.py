@@ -1,4 +1,4 @@
-"""The promise: with any edge, the server says exactly what it would say without one."""
+"""The promise: with any edge, the server's output is exactly the same as without one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_garbage_edge(edge_target: Target, prompts: list[str], expected: list[Co
         assert_same(expected, edge_target.greedy_all(prompts))
         counted.settle(NUM_COMMITTED)
         assert counted["verified_tokens"] > 20
-        # A token or two of a text read backwards are right; the edge soon learns to be silent, so few are verified.
+        # One or two tokens of a reversed text are right; the edge soon stops proposing, so few are verified.
         assert counted["accepted_tokens"] < 0.2 * counted["verified_tokens"]
 
 

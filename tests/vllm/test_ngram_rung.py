@@ -21,13 +21,13 @@ from vllm_specedge.adapter.worker import cpu_kernels, sampling
 from .conftest import MODEL, Target, assert_same, counting, until
 from .test_start import LISTEN, rewritten, run_script
 
-# numba's, about a list in vLLM's code.
+# A warning of numba, about a list in vLLM's code.
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*reflected list")
 
 NUM_TOKENS = 48
 FIND = "_find_longest_matched_ngram_and_propose_tokens"
 LINES = "\n".join(['{"name":"Anna","age":41}'] * 6)
-"""As the servers of these tests write JSON: without white space."""
+"""JSON as the servers of these tests write it: without white space."""
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 1}},
@@ -37,13 +37,13 @@ SCHEMA = {
 
 
 def repetitive(sentence: int) -> str:
-    """A text twice, and the beginning of one of its sentences: what comes next is in it."""
+    """A text twice, and the beginning of one of its sentences, whose continuation is in it."""
     words = TEXT.split(". ")[sentence].split()
     return "\n\n".join([TEXT, TEXT, " ".join(words[:7])])
 
 
 def test_repetitive_prompts_take_fewer_steps(edge_target: Target, plain: Target) -> None:
-    """A lookup that took long, since the machine was busy, is seldom made for a while: then they are asked again."""
+    """After a slow lookup on a busy machine, lookups are rare for a while: then the requests are repeated."""
     prompts = [repetitive(sentence) for sentence in range(3)]
     want = plain.greedy_all(prompts, NUM_TOKENS)
 
@@ -126,7 +126,7 @@ def test_in_process_without_a_gateway_and_near_the_longest_context(
 
 
 def lookup(shortest: int = 5, longest: int = 5, max_model_len: int = 64) -> NgramLookup:
-    """Compiled, with one request, "r"."""
+    """A compiled lookup with one request, "r"."""
     built = NgramLookup(4, shortest, longest, max_model_len)
     for thread in threading.enumerate():
         if thread.name == "specedge-ngram":

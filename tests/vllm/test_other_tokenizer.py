@@ -1,4 +1,4 @@
-"""A draft model of another tokenizer, at a real server: it changes no token, and is of use."""
+"""A draft model with another tokenizer, at a real server: it changes no token, and its drafts are accepted."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ from .conftest import CACHE, Completion, Target, assert_same, counting
 
 DRAFT = CACHE / "smollm2-draft"
 LACKING = 20
-"""Of that many tokens the other tokenizer lacks one: too many to be the same family's."""
+"""The other tokenizer lacks one of this many tokens: too many for the same family."""
 MIN_ACCEPTED = 0.2
-"""Of verified tokens: the shipped draft itself has about 0.4 on these prompts."""
+"""Least share of accepted tokens among verified ones: the shipped draft itself has about 0.4 on these prompts."""
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped draft with fewer tokens, under other ids: what it lacks it spells in pieces, as its merges say."""
+    """The shipped draft with fewer tokens, under other ids: it spells the missing ones in pieces, by its merges."""
     directory = tmp_path_factory.mktemp("other")
     config = json.loads((DRAFT / "config.json").read_text())
     tokenizer = json.loads((DRAFT / "tokenizer.json").read_text())

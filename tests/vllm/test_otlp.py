@@ -1,4 +1,4 @@
-"""Traces of requests in vLLM's own way, `--otlp-traces-endpoint`: what a collector gets of a real server."""
+"""Traces of requests by vLLM's own `--otlp-traces-endpoint`: what a collector receives from a real server."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ NUM_TOKENS = 40
 
 
 class Collector(BaseHTTPRequestHandler):
-    """Takes spans in OTLP over HTTP."""
+    """Receives spans in OTLP over HTTP."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
@@ -102,7 +102,7 @@ def test_a_request_s_span_has_its_groups(tmp_path: Path) -> None:
         asked: list[tuple[str, dict[str, Any]]] = []
 
         def is_drafted() -> bool:
-            """The lookup is compiled while the server starts, and may not be there yet."""
+            """The lookup is compiled while the server starts, and may not be ready yet."""
             asked[:] = [ask(server, received)]
             return totals(asked[0][1]["specedge_request"])["accepted_tokens"] > 0
 

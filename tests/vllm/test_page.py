@@ -1,4 +1,4 @@
-"""The gateway's status page, in a real browser, over a real server and real edges that come and die."""
+"""The gateway's status page in a real browser, with a real server and real edges that connect and die."""
 
 import shutil
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ def test_an_edge_comes_is_seen_at_work_and_dies(
             assert row.startswith("kitchen laptop")
             assert "ms" in row
             assert "prompt lookup" in row, "what it drafts with"
-            # The engine tells of its steps once a second: what an edge was good for may be seen before what it gained.
+            # The engine reports its steps once a second: an edge's accepted tokens may be seen before its gain.
             sync_api.expect(page.locator("#speedup")).to_contain_text("\N{MULTIPLICATION SIGN}")
             sync_api.expect(page.locator("#timeline rect.edge").first, "no accepted drafts").to_be_attached()
             assert page.locator("#rungs .edge").bounding_box()["width"] > 1
@@ -130,7 +130,7 @@ def test_few_watch_at_a_time_and_those_who_leave_make_room(edge_target: Target) 
 
 
 def watch(client: httpx.Client, url: str, watching: ExitStack) -> None:
-    """One more; those who have left are noticed within a second, until when others are refused."""
+    """Open one more stream; closed ones are noticed within a second, and until then others are refused."""
 
     def is_admitted() -> bool:
         with ExitStack() as tried:

@@ -1,4 +1,4 @@
-"""Parameters of requests beside drafts: what vLLM's verification knows of, what is mended, and what is left alone."""
+"""Parameters of requests with drafts: supported by vLLM's verification, fixed here, or left alone."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +38,7 @@ def completion(choice: Body) -> Completion:
 
 @contextmanager
 def drafting(target: Target, choices: Sequence[Body], accuracy: float = 0.7) -> Iterator[None]:
-    """An edge that knows these answers more or less, and no others."""
+    """An edge that knows only these answers, with the given accuracy."""
     with running_edge(target, replay([completion(choice) for choice in choices], accuracy)):
         yield
 
@@ -85,7 +85,7 @@ def test_what_is_not_in_the_table_is_served_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def test_chosen_logprobs_beside_drafts_and_logprobs(plain: Target, edge_target: Target) -> None:
-    """The two requests that ended the engine within a step."""
+    """Two requests that crashed the engine within a step."""
     ordinary = {"prompt": REPEATING, "max_tokens": 64, "logprobs": 1, "ignore_eos": True}
     chosen = {"messages": [{"role": "user", "content": "Repeat: I like rivers. I like rivers."}], "max_tokens": 64}
     chosen |= {"logprobs": True, "logprob_token_ids": [1, 2, 3], "temperature": 0, "return_token_ids": True}
@@ -168,7 +168,7 @@ def test_thinking_ends_where_it_has_to_beside_drafts(plain: Target, edge_target:
 
 
 def random_parameters(random: Random) -> Body:
-    """Some of the parameters that change what a greedy request says, or when it ends, each with even odds."""
+    """Some of the parameters that change a greedy request's output or its end, each with probability one half."""
     tokens = [str(random.randrange(VOCAB_SIZE)) for _ in range(20)]
     choices: Body = {
         "presence_penalty": random.uniform(-1, 2),
@@ -191,7 +191,7 @@ def random_parameters(random: Random) -> Body:
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_eight_requests_of_random_parameters(plain: Target, edge_target: Target, prompts: list[str], seed: int) -> None:
-    """An edge drafts for some of them, mostly rightly."""
+    """An edge drafts for some of them, mostly correctly."""
     random = Random(seed)
     bodies = [{"prompt": prompt, **random_parameters(random)} for prompt in random.sample(prompts, 8)]
     want = ask_together(plain, bodies)
@@ -210,7 +210,7 @@ def test_eight_requests_of_random_parameters(plain: Target, edge_target: Target,
     ids=["pause", "reset"],
 )
 def test_what_is_said_to_the_server_meanwhile(plain: Target, edge_target: Target, paths: tuple[str, ...]) -> None:
-    """While a request is drafted for and held: it says the same, and comes to its end."""
+    """While a request has drafts and is held: its output is the same, and it completes."""
     body = {"prompt": REPEATING, "max_tokens": 200, "ignore_eos": True}
     want = ask(plain, body)
     with drafting(edge_target, [want], 0.8), ThreadPoolExecutor(1) as executor:

@@ -1,4 +1,4 @@
-"""`make play`, as docs/demo.md says it: the status page, and a chat whose drafts are coloured."""
+"""`make play`, as described in docs/demo.md: the status page, and a chat whose drafts are coloured."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def test_a_server_to_look_at_and_to_chat_with() -> None:
 
 
 def ask(chat: str) -> str:
-    """What the chat that is offered prints for a question."""
+    """Output of the offered chat command for a question."""
     done = subprocess.run(
         [*shlex.split(chat), "--ask", "Why is the sky blue?", "--temperature", "0", "--max-tokens", "64"],
         capture_output=True,

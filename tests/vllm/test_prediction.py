@@ -1,4 +1,4 @@
-"""Predicted outputs on the real server: OpenAI's own client predicts answers, rightly and wrongly."""
+"""Predicted outputs on the real server: OpenAI's own client predicts answers, correctly and wrongly."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,7 @@ def ask(client: OpenAI, predicted: Any = openai.NOT_GIVEN, **more: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def answer(plain: Target) -> str:
-    """What the server without speculation says."""
+    """The answer of the server without speculation."""
     with OpenAI(base_url=f"{plain.server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         return ask(client).choices[0].message.content
 
@@ -85,7 +85,7 @@ def test_whatever_is_predicted_the_answer_is_the_server_s_own(client: OpenAI, an
 
 
 def test_many_at_once_beside_an_edge(edge_target: Target, prompts: list[str], expected: list[Completion]) -> None:
-    """Half of them are predicted rightly, each another; the others rightly only at first."""
+    """Half of them have right predictions, each a different one; the others only at the beginning."""
 
     def one(number: int) -> Completion:
         ids = list(expected[number].token_ids)

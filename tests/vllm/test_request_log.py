@@ -1,4 +1,4 @@
-"""What the real vLLM writes of a request has neither its session nor what was predicted of its answer."""
+"""The real vLLM's logs of a request have neither its session nor its predicted answer."""
 
 import inspect
 import logging
@@ -12,7 +12,7 @@ SECRET = "s3cret"
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the loggers of `LOGGERS` have written since."""
+    """Lines written by the loggers of `LOGGERS` since."""
     from vllm.entrypoints.serve.utils import request_logger
     from vllm.logging_utils import dump_input
 

@@ -33,7 +33,7 @@ PERSON = {
 
 @pytest.fixture(scope="module")
 def person(plain: Target) -> Completion:
-    """What the target invents without speculation."""
+    """The target's answer without speculation."""
     said = plain.post("/v1/chat/completions", {**PERSON, "temperature": 0, "return_token_ids": True})
     [choice] = said["choices"]
     return Completion(tuple(said["prompt_token_ids"]), tuple(choice["token_ids"]), (), choice["finish_reason"])
@@ -41,7 +41,7 @@ def person(plain: Target) -> Completion:
 
 @pytest.fixture(scope="module")
 def target(edge_target: Target, expected: list[Completion], person: Completion) -> Iterator[Target]:
-    """The server with an edge that drafts well for the known prompts and has nothing for others, or noise."""
+    """The server with an edge that drafts well for the known prompts, and nothing or noise for others."""
     with running_edge(edge_target, replay([*expected, person], accuracy=0.9)):
         yield edge_target
 
@@ -83,11 +83,11 @@ def test_max_tokens_is_exact(target: Target, expected: list[Completion], prompts
 
 
 def test_json_schema(target: Target, person: Completion) -> None:
-    """Whatever is sampled ends in time: without white space a person is short."""
+    """Any sampled answer ends in time: without white space a person is short."""
     people: list[dict[str, Any]] = []
 
     def is_drafted() -> bool:
-        """A short answer may be over before its edge has said anything."""
+        """A short answer may be complete before its edge has sent anything."""
         with counting(target) as counted:
             greedy = target.post("/v1/chat/completions", {**PERSON, "temperature": 0, "return_token_ids": True})
             assert tuple(greedy["choices"][0]["token_ids"]) == person.token_ids
@@ -160,7 +160,7 @@ def test_chunked_prefill_and_prefix_hits(target: Target, plain: Target) -> None:
     want = plain.greedy(prompt, 32)
     with running_edge(target, replay([want], accuracy=0.8)):
         assert_same([want, want], [target.greedy(prompt, 32), target.greedy(prompt, 32)])
-        # A prompt that is cached whole but for its last token: the case that vLLM pads with -1 drafts.
+        # A prompt that is cached except for its last token: the case that vLLM pads with -1 drafts.
         cached = prompt[:1281]
         want_cached = plain.greedy(cached, 16)
         assert_same([want_cached] * 2, [target.greedy(cached, 16), target.greedy(cached, 16)])

@@ -83,14 +83,14 @@ def test_an_edge_that_is_killed_in_the_middle(
 ) -> None:
     bodies = sampled(Random(300), prompts)
     for body in bodies:
-        body["temperature"] = 0.3  # so that prompt lookup is right now and then
+        body["temperature"] = 0.3  # so that prompt lookup is sometimes right
     want = ask_together(plain, bodies)
     for have in said_while_an_edge_dies(edge_target, lambda: ask_together(edge_target, bodies), "verified", tmp_path):
         assert all(same(*pair) for pair in zip(want, have, strict=True))
 
 
 def test_several_choices(plain: Target, edge_target: Target, prompts: list[str]) -> None:
-    """Each has a seed of its own, which follows from the request's."""
+    """Each has its own seed, derived from the request's."""
     body: Body = {"prompt": prompts[0], "seed": 5, "temperature": 1.0, "n": 2, "max_tokens": 24, "ignore_eos": True}
     body |= {"return_token_ids": True}
     want = plain.post("/v1/completions", body)["choices"]
@@ -104,8 +104,8 @@ def test_several_choices(plain: Target, edge_target: Target, prompts: list[str])
 
 @contextmanager
 def slowed(target: Target) -> Iterator[None]:
-    """Its worker runs a third of the time: a draft of the target's own size is as slow as the target, and has nothing
-    to say in time."""
+    """Run its worker a third of the time: a draft of the target's own size is as slow as the target, and otherwise
+    always late."""
     processes = psutil.Process(target.server.process.popen.pid).children(recursive=True)
     [worker] = [process for process in processes if "VLLM::Worker" in " ".join(process.cmdline())]
     is_over = threading.Event()
@@ -129,8 +129,8 @@ def slowed(target: Target) -> Iterator[None]:
 def test_an_edge_whose_draft_is_the_target_foresees_what_is_sampled(
     edge_target: Target, prompts: list[str], seed: int | None
 ) -> None:
-    """It is told the seed, also one that the server chose, and its most probable tokens are all that count."""
-    torch.set_num_threads(1)  # as an edge has its core, and the server another
+    """It receives the seed, even if the server chose it; only its most probable tokens matter."""
+    torch.set_num_threads(1)  # like an edge with its own core
     drafter = load_hf_drafter(str(MODEL), "cpu", None, "")
     pace = Pace(PassTimes(profile(drafter, time.perf_counter)))
     body = {"prompt": prompts[0], "temperature": 1.0, "top_k": 50, "max_tokens": 24, "ignore_eos": True, "seed": seed}

@@ -1,4 +1,4 @@
-"""`edge-client serve`: an OpenAI endpoint on this machine, as OpenAI's own client sees it."""
+"""`edge-client serve`: an OpenAI endpoint on this machine, used by OpenAI's own client."""
 
 import json
 import os
@@ -181,7 +181,7 @@ def test_a_program_that_hangs_up_stops_the_server_s_work(endpoint: Endpoint) -> 
     server = endpoint.target.server
     before = vllm_metric(server, "generation_tokens_total")
     with httpx.stream("POST", f"{endpoint.url}/completions", json=body, timeout=DEADLINE_S) as answer:
-        chunks = answer.iter_bytes()  # an iterator that is let go of hangs up
+        chunks = answer.iter_bytes()  # hangs up when the iterator is garbage-collected
         next(chunks)
         until(lambda: vllm_metric(server, "num_requests_running") == 1, "it came at once")
     until(lambda: vllm_metric(server, "num_requests_running") == 0, "the server goes on")
@@ -244,7 +244,7 @@ REPEAT = "Write a poem that repeats the line 'I like rivers' ten times."
 
 
 def chat(target: Target, *arguments: str, stdin: str | None = None, colours: bool = False) -> str:
-    """What `edge-client chat` prints."""
+    """Output of `edge-client chat`."""
     server = target.server
     command = [str(BIN / "edge-client"), "chat", server.gateway_url, "--server", f"{server.url}/v1", *arguments]
     env = {**os.environ, **({"FORCE_COLOR": "1", "TERM": "xterm"} if colours else {})}

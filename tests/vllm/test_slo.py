@@ -1,4 +1,4 @@
-"""Requests that would miss their target are refused at the front, others are not."""
+"""Requests that would miss their target are refused at the front end, others are not."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ BODY = {"model": MODEL_NAME, "prompt": "The sea", "temperature": 0, "ignore_eos"
 
 @contextmanager
 def busy(target: Target) -> Iterator[None]:
-    """The engine is at work on another request, until the end of the block: that hangs up."""
+    """The engine runs another request until the end of the block, which aborts it."""
     body = BODY | {"max_tokens": 2000, "stream": True}
     with target.http.stream("POST", f"{target.server.url}/v1/completions", json=body) as response:
         lines = response.iter_lines()
@@ -44,7 +44,7 @@ def test_a_busy_server_refuses_what_would_miss_its_target_and_serves_the_others(
         refused: list[tuple[int, str, str | None]] = []
 
         def is_refused() -> bool:
-            """In doubt a request is let in: if what the engine said last is old, since its steps take long."""
+            """In doubt a request is admitted: if the engine's latest report is old because its steps take long."""
             refused[:] = [status(edge_target, priority=IMPATIENT)]
             return refused[0][0] == 503  # a target of 1 ms is never met
 
@@ -56,7 +56,7 @@ def test_a_busy_server_refuses_what_would_miss_its_target_and_serves_the_others(
 
 
 def test_requests_that_the_front_answers_by_itself_take_no_place(edge_target: Target) -> None:
-    """Within what an engine said last: it has work just before, so that its word counts."""
+    """While an engine's latest report is valid: it has work just before, so that the report is recent."""
     assert status(edge_target)[0] == 200
     assert {status(edge_target, model="none")[0] for _ in range(100)} == {404}
     assert status(edge_target)[0] == 200
@@ -65,7 +65,7 @@ def test_requests_that_the_front_answers_by_itself_take_no_place(edge_target: Ta
 def test_behind_vllm_s_own_middlewares_a_request_without_a_key_takes_no_place_and_is_not_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the order in which vLLM puts them: its users' are outermost."""
+    """In vLLM's order: its users' middlewares are outermost."""
     from vllm.entrypoints.generate.base.serving import PRIORITY_HEADER as OF_VLLM
     from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 

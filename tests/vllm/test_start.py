@@ -1,4 +1,4 @@
-"""How a server with edges is started, and what it says when it cannot be."""
+"""Starting a server with edges, and its messages if it cannot start."""
 
 import json
 import os

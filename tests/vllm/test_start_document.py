@@ -25,11 +25,11 @@ OF_SERVER = {
     "HF_HUB_OFFLINE": "1",
 }
 SMALL = ["--served-model-name", TARGET, "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
-"""The embedded model answers to the name of the document's."""
+"""The embedded model is served under the name in the document."""
 
 
 def step(program: str, *words: str) -> list[str]:
-    """The one command of the document that begins so, with the models that are here."""
+    """The only command of the document that begins with these words, with local models."""
     begin = [program, *words]
     found = [each for each in of(program) if each.document == "docs/start.md" and each.words[: len(begin)] == begin]
     (command,) = found
@@ -48,7 +48,7 @@ def stopped(process: Process) -> Iterator[Process]:
 
 
 def wait_until(process: Process, machine: Machine, words: list[str], is_there: Callable[[str], bool]) -> None:
-    """Ask again and again, until what is waited for is in the answer."""
+    """Run a command repeatedly until its output has what is expected."""
     end_s = time.monotonic() + START_LIMIT_S
     while time.monotonic() < end_s:
         if is_there(machine.run(words).stdout):
@@ -60,7 +60,7 @@ def wait_until(process: Process, machine: Machine, words: list[str], is_there: C
 
 
 def metric(name: str) -> Callable[[str], bool]:
-    """Whether the gateway says more than none of that."""
+    """Whether this metric of the gateway is above zero."""
     return lambda said: any(float(line.split()[1]) > 0 for line in said.splitlines() if line.startswith(f"{name} "))
 
 

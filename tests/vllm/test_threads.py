@@ -1,4 +1,4 @@
-"""The scheduler's thread and the link's share the driver: neither waits, and no failure gets to the engine."""
+"""The scheduler's thread and the link's share the driver: neither waits, and no failure reaches the engine."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ DEADLINE_S = 10.0
 
 
 class Link:
-    """What the link's thread has received, and nobody has taken in yet."""
+    """Frames that the link's thread has received and that are not processed yet."""
 
     def __init__(self, *frames: Frame) -> None:
         self.inbox = deque((0.0, frame) for frame in frames)
@@ -41,7 +41,7 @@ class Link:
 
 @pytest.fixture
 def shared() -> SharedDriver:
-    """Without an engine, and with a gateway that says that there are three edges."""
+    """A shared driver without an engine, with a gateway that reports three edges."""
     made = SharedDriver(StepDriver(9, 5, HoldLimits(), StepCost()), EngineHandle(None))
     made.link = Link(Edges(3))  # type: ignore[assignment]
     return made
@@ -55,7 +55,7 @@ def in_a_thread(act: Any) -> None:
 
 
 def made_anew(shared: SharedDriver) -> bool:
-    """Whether the plan that was made no longer holds."""
+    """Whether the previous plan is no longer valid and was made again."""
     made: list[StepPlan] = []
 
     def make() -> StepPlan:
@@ -97,7 +97,7 @@ def test_a_parked_engine_takes_it_in_itself_when_it_is_awake(shared: SharedDrive
 
 
 def test_an_engine_does_not_park_where_it_would_not_be_woken(shared: SharedDriver) -> None:
-    assert not shared.park(1.0)  # something has come
+    assert not shared.park(1.0)  # a frame has arrived
     shared.link.inbox.clear()
     shared.link.can_wake = False
     assert not shared.park(1.0)

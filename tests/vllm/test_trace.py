@@ -1,4 +1,4 @@
-"""What an edge really said, said again over a bad network: the answer is the target's."""
+"""A real edge's recorded proposals, replayed over a bad network: the answer is the target's."""
 
 import asyncio
 import json
@@ -24,12 +24,12 @@ TRACE = json.loads(Path(__file__).with_name("trace.json").read_text())
 from `benchmarks/harness/replay.py` behind a relay of 20 ms."""
 NUM_TOKENS = len(TRACE["answer"])
 MAX_LATE = 6
-"""Tokens of the answer that are decided before a late proposal comes: about 0.2 s where the trace was recorded."""
+"""Tokens of the answer that are committed before a late proposal arrives: about 0.2 s when the trace was recorded."""
 
 
 def proposals() -> list[tuple[int, Propose]]:
-    """Each with the number of tokens that its edge knew at most: none knows less later, and each starts with a token
-    that is known, or of the trunk behind."""
+    """Each proposal with the most tokens that its edge can have known: that never decreases, and each starts with a
+    known token, or one of the trunk after it."""
     bases = [base for _, base, _, _ in TRACE["proposals"]]
     known = [1 + base for base in accumulate(reversed(bases), min)][::-1]
     frames = [Propose(0, base, tuple(tokens), tuple(branches)) for _, base, tokens, branches in TRACE["proposals"]]
@@ -41,8 +41,8 @@ class BadNetwork:
     """Sends the trace's proposals for every request that is opened: late by up to MAX_LATE tokens, so that they
     overtake each other, some twice, some never.
 
-    When they come is counted in tokens of the answer and not in seconds, so it is the same on a machine of any speed.
-    After each commit it says that there is nothing more, else the server would wait for what is lost.
+    Arrival is counted in tokens of the answer and not in seconds, so it is the same on a machine of any speed. After
+    each commit it sends an empty proposal, otherwise the server would wait for the lost ones.
     """
 
     target: Target
@@ -53,7 +53,7 @@ class BadNetwork:
     num_sent: int = 0
     _link: Link = field(init=False)
     _on_the_way: list[tuple[int, int, Propose]] = field(default_factory=list)
-    """By when they arrive."""
+    """Proposals in flight, by arrival."""
 
     def __post_init__(self) -> None:
         hello = Hello(PROTOCOL_VERSION, "test", "trace", "pool", "", 8)

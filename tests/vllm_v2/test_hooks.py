@@ -1,4 +1,4 @@
-"""Every vLLM name that this package relies on is there, in the vLLM that these tests run with."""
+"""Every vLLM name that this package relies on exists in the vLLM that these tests run with."""
 
 import pytest
 import vllm

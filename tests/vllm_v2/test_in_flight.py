@@ -1,4 +1,4 @@
-"""What happens to requests while a step is under way: aborts, preemption, and drafting that fails."""
+"""Events while a step is in flight: aborts, preemption, and failures of drafting."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_an_abort_leaves_the_others_as_they_are(plain: Engine, edge: Engine, way
 
 @pytest.fixture(scope="module")
 def small(model: Path) -> Iterator[Engine]:
-    """With room in its cache for two of four requests."""
+    """An engine with cache for two of four requests."""
     yield from with_edges(model, ASYNCHRONOUS, num_gpu_blocks_override=12)
 
 

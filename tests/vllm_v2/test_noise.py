@@ -1,4 +1,4 @@
-"""Sampled requests on the V2 runner: what edges are told of them is what the workers sample with."""
+"""Sampled requests on the V2 runner: edges receive the parameters that the workers sample with."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ HEAT = 0.8
 
 @pytest.fixture
 def told(edge: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Sampling]:
-    """What edges are told of each request, in turn."""
+    """Sampling fields that edges receive for each request, in turn."""
     edge.tokens(PROMPTS[:1], SamplingParams(max_tokens=1))  # the engine knows of its edge then
     heard, send = list[Sampling](), edge.edges.send
 
@@ -58,7 +58,7 @@ def foreseen(sampling: Sampling, logprobs: Any) -> list[int]:
 def test_a_request_without_a_seed_has_one_that_edges_are_told(
     plain: Engine, edge: Engine, told: list[Sampling], way: str
 ) -> None:
-    """Another each time; and the request's parameters name none, which would keep its batch from fused samplers."""
+    """A different one each time; the request's parameters have none, which would keep its batch from fused samplers."""
     edge.oracle.answers, answers = {}, []
     edge.step_as(way)
     for _ in range(2):

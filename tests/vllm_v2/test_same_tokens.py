@@ -1,4 +1,4 @@
-"""On the V2 runner the tokens are plain vLLM's, however the steps follow each other and whatever edges propose."""
+"""On the V2 runner the tokens are plain vLLM's, however steps are scheduled and whatever edges propose."""
 
 from collections.abc import Callable
 from random import Random
@@ -49,7 +49,7 @@ def test_greedy_answers(alike: Alike, edge: Engine, way: str) -> None:
 def test_a_plan_knows_whether_its_step_is_waited_for(
     alike: Alike, edge: Engine, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """There the gap is no price of a draft."""
+    """If it is, the gap is not part of a draft's cost."""
     driver, seen = edge.drafting.driver, list[bool]()
     begin = driver.begin
     monkeypatch.setattr(

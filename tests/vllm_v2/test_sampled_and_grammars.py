@@ -1,4 +1,4 @@
-"""On the V2 runner sampled answers and those of a grammar are plain vLLM's; a file of their own shares out the time."""
+"""On the V2 runner sampled answers and those of a grammar are plain vLLM's; a separate file, to share out the time."""
 
 import json
 from typing import Any
@@ -30,7 +30,7 @@ SAMPLED = {
 def test_a_seed_says_the_same_with_edges_and_without(
     alike: Alike, edge: Engine, way: str, options: dict[str, Any]
 ) -> None:
-    """Whatever was drafted; also for a request that is greedy beside it."""
+    """Whatever was drafted; also for a greedy request in the same batch."""
     verification.admit(edge.core.vllm_config.speculative_config, hooks.V2)
     accepted = edge.counters["accepted_tokens"]
     sampled = SamplingParams(max_tokens=24, ignore_eos=True, seed=1234, **options)

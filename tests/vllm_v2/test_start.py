@@ -1,4 +1,4 @@
-"""Which of vLLM's model runners a server with edges gets, and what it is told when it cannot have what it asks for."""
+"""Which of vLLM's model runners a server with edges gets, and the message if it cannot have the requested one."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ LISTEN = "127.0.0.1:0"
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_specedge.adapter.config_rewrite.check_start", lambda options: None)
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
-    envs.disable_envs_cache()  # an engine of this process has read the environment for good
+    envs.disable_envs_cache()  # an engine of this process has cached the environment
     plugin.register()
 
 
