@@ -181,7 +181,7 @@ def report(load: Load, runs: Sequence[Run]) -> bool:
 
 
 def main(
-    server: Annotated[str, typer.Option(help=f"Of {', '.join(SERVERS)}.")] = "a100-14b",
+    server: Annotated[str, typer.Option(help=f"One of {', '.join(SERVERS)}.")] = "a100-14b",
     requests: Annotated[int, typer.Option(help="At once.", min=1)] = 64,
     num_edges: Annotated[int, typer.Option("--edges", help="Number of edges; 0: one per request.", min=0)] = 0,
     rtt_ms: Annotated[float, typer.Option(help="Round trip between edges and gateway.")] = 20.0,

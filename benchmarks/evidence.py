@@ -258,7 +258,7 @@ def figures(pair: str, runs: Sequence[Run]) -> dict[str, object]:
 
 
 def main(
-    pair: Annotated[str, typer.Option(help=f"Of {', '.join(PAIRS)}.")] = "smollm2",
+    pair: Annotated[str, typer.Option(help=f"One of {', '.join(PAIRS)}.")] = "smollm2",
     dtype: Annotated[str, typer.Option(help="Number format of the servers; default: the pair's.")] = "",
     places: Annotated[list[str], typer.Option(help=f"Any of {', '.join(PLACES)}; always plain.")] = list(DEFAULT),  # noqa: B006
     requests: Annotated[list[int], typer.Option(help="Concurrent requests; repeatable.")] = [1, 4, 8],  # noqa: B006

@@ -145,7 +145,7 @@ def report(plan: Plan, kept: Kept) -> bool:
 
 
 def main(
-    pair: Annotated[str, typer.Option(help=f"Of {', '.join(PAIRS)}.")] = "qwen",
+    pair: Annotated[str, typer.Option(help=f"One of {', '.join(PAIRS)}.")] = "qwen",
     dtype: Annotated[str, typer.Option(help="Number format of the servers.")] = "bfloat16",
     arms: Annotated[
         list[str], typer.Option(help="waiting, ahead, 'no noise' (ahead without seeds); plain always runs.")

@@ -134,7 +134,7 @@ COLUMNS = (
 )
 
 
-def main(rounds: Annotated[int, typer.Option(help="Of each way.", min=1)] = 40) -> None:
+def main(rounds: Annotated[int, typer.Option(help="Rounds of each way.", min=1)] = 40) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     originals = RejectionSampler.forward, rejection_sampler.rejection_sample

@@ -116,14 +116,14 @@ def measure_all(settings: Settings, kept: Kept, slots: Sequence[Slot]) -> None:
 
 
 def main(
-    pair: Annotated[str, typer.Option(help=f"Of {', '.join(PAIRS)}.")] = "smollm2",
+    pair: Annotated[str, typer.Option(help=f"One of {', '.join(PAIRS)}.")] = "smollm2",
     requests: Annotated[list[int], typer.Option(help="Concurrent requests; repeatable.")] = [1, 8, 32],  # noqa: B006
     edges: Annotated[list[str], typer.Option(help=f"{', '.join(REPLAYED)}, {REAL}.")] = list(REPLAYED),  # noqa: B006
     rtt: Annotated[float, typer.Option(help="Round trip in ms.")] = 20.0,
     own_sampling: Annotated[bool, typer.Option("--own-sampling", help="The model's own, not greedy.")] = False,
     repeats: Annotated[int, typer.Option(help="Starts of the server to add.", min=0)] = 1,
     period_s: Annotated[float, typer.Option(help="Seconds of each period.", min=1)] = 3.0,
-    seconds: Annotated[float, typer.Option(help="Of a run.", min=10)] = 60.0,
+    seconds: Annotated[float, typer.Option(help="Duration of a run.", min=10)] = 60.0,
     tokens: Annotated[int, typer.Option(help="Mean of the answers' maximum tokens.", min=16)] = 64,
     options: Annotated[str, typer.Option(help="Server options as JSON: '{\"max_stretch\": 1.2}'.")] = "{}",
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/switched-PAIR.json.")] = None,

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 CACHE = HERE.parent / ".cache"
 GIB = 1 << 30
 MEMORY_LIMIT, MEMORY_USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-"""Of a container, in bytes; `max` if there is no limit."""
+"""Memory limit and use of a container, in bytes; the limit is `max` if there is none."""
 
 console = Console(highlight=False)
 
