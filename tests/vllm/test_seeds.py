@@ -129,7 +129,8 @@ def slowed(target: Target) -> Iterator[None]:
 def test_an_edge_whose_draft_is_the_target_foresees_what_is_sampled(
     edge_target: Target, prompts: list[str], seed: int | None
 ) -> None:
-    """It receives the seed, even if the server chose it; only its most probable tokens matter."""
+    """It receives the seed, even if the server chose it; only its most probable tokens matter. It does not foresee every
+    token: an edge takes its target to be more certain than its draft (`SHARPNESS`), and here they are the same."""
     torch.set_num_threads(1)  # like an edge with its own core
     drafter = load_hf_drafter(str(MODEL), "cpu", None, "")
     pace = Pace(PassTimes(profile(drafter, time.perf_counter)))
@@ -141,4 +142,4 @@ def test_an_edge_whose_draft_is_the_target_foresees_what_is_sampled(
     print(f"{accepted} of {verified} accepted")
     assert len(texts) == (2 if seed is None else 1), "a seed of the server's is another one each time"
     assert verified > 10
-    assert accepted > 0.9 * verified
+    assert accepted > 0.6 * verified
