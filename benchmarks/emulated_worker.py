@@ -29,7 +29,7 @@ class EmulatedWorker(CPUWorker):
         self._pacer = Pacer(SERVERS[os.environ[SERVER_VARIABLE]], float(os.environ.get(SLOWER_VARIABLE, "1")))
         self._output: ModelRunnerOutput | None = None
         self._due_s = 0.0
-        # Requested by adapter/profile.py at start-up.
+        # Requested at start-up, for the profile of the cost model.
         self.model_runner._dummy_run = self._emulated_pass
         self.model_runner.model.compute_logits = lambda states: states
         return times

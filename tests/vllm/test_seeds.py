@@ -129,8 +129,10 @@ def slowed(target: Target) -> Iterator[None]:
 def test_an_edge_whose_draft_is_the_target_foresees_what_is_sampled(
     edge_target: Target, prompts: list[str], seed: int | None
 ) -> None:
-    """It receives the seed, even if the server chose it; only its most probable tokens matter. It does not foresee every
-    token: an edge takes its target to be more certain than its draft (`SHARPNESS`), and here they are the same."""
+    """It receives the seed, even if the server chose it; only its most probable tokens matter.
+
+    Not every token is foreseen: an edge takes its target to be more certain than its draft (`SHARPNESS`).
+    """
     torch.set_num_threads(1)  # like an edge with its own core
     drafter = load_hf_drafter(str(MODEL), "cpu", None, "")
     pace = Pace(PassTimes(profile(drafter, time.perf_counter)))
