@@ -61,9 +61,8 @@ class SharedPlaces:
         try:
             with self.locked():
                 if os.fstat(self._file).st_size < _SIZE_BYTES:
-                    os.pwrite(
-                        self._file, bytes(_SIZE_BYTES), 0
-                    )  # allocates all blocks: later writes need no more space
+                    # Allocates all blocks: later writes need no more space.
+                    os.pwrite(self._file, bytes(_SIZE_BYTES), 0)
         except OSError:
             self.close()
             raise
