@@ -14,43 +14,32 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from evidence_figures import RATE, Interval
 from harness.results import RESULTS, ROOT, markdown
 
 BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<table>.*?)<!-- end of table -->", re.DOTALL)
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md")
-PLACES = ("no edges", "poor", "stalling", "dead", "ngram", "draft_model", "waiting", "good", "edge")
-"""Prefixes of column names, in the order of the columns."""
+SAMPLING_COLUMNS = (
+    "most probable",
+    "with noise",
+    "as an edge does",
+    "two most probable",
+    "two as an edge does",
+    "optimum",
+)
 
 
-def evidence(pair: str) -> str:
-    """Tokens per second relative to plain vLLM, by load and place: medians over starts, with intervals."""
-    cells: list[dict[str, Any]] = json.loads((RESULTS / f"evidence-{pair}.json").read_text())["cells"]
-    arms = list(dict.fromkeys(cell["arm"] for cell in sorted(cells, key=lambda cell: _order(cell["arm"]))))
-    by_place = {(_load(cell), cell["arm"]): Interval(*cell[RATE]) for cell in cells}
-    loads = list(dict.fromkeys(load for load, _ in by_place))
-    return markdown(["", *arms], [[load, *(_shown(by_place.get((load, arm))) for arm in arms)] for load in loads])
-
-
-def _order(arm: str) -> int:
-    return next(index for index, begin in enumerate(PLACES) if arm.startswith(begin))
-
-
-def _load(cell: dict[str, Any]) -> str:
-    sampling = "the model's sampling" if cell["temperature"] is None else "greedy"
-    requests = "1 request" if cell["requests"] == 1 else f"{cell['requests']} requests"
-    return f"{cell['rate']:g} of capacity, {sampling}" if cell["rate"] else f"{requests}, {sampling}"
-
-
-def _shown(measured: Interval | None) -> str:
-    return "-" if measured is None else str(measured)
+def sampling(pair: str) -> str:
+    """Shares of the target's sampled tokens that a draft has, by temperature, over all kinds of questions."""
+    rows = json.loads((RESULTS / f"sampling-drafts-{pair}.json").read_text())["rows"]
+    overall: list[dict[str, Any]] = [row for row in rows if row["kind"] == "all"]
+    shown = [[f"{row['temperature']:g}", *(f"{row[name]:.2f}" for name in SAMPLING_COLUMNS)] for row in overall]
+    return markdown(["temperature", *SAMPLING_COLUMNS], shown)
 
 
 # -- into the documents --------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
-    "evidence-smollm2": lambda: evidence("smollm2"),
-    "evidence-qwen": lambda: evidence("qwen"),
+    "sampling-smollm2": lambda: sampling("smollm2"),
 }
 
 

@@ -122,3 +122,14 @@ def test_against_vllm_s_own_methods(begin: str, requests: int, kind: str, temper
 def test_tables_that_a_command_makes_are_what_the_files_say() -> None:
     """`make published`."""
     assert [str(document) for document in published.DOCUMENTS if published.unlike(document, should_write=False)] == []
+
+
+def test_every_table_that_a_command_makes_is_in_a_document_and_another_figure_is_noticed() -> None:
+    texts = [document.read_text() for document in published.DOCUMENTS]
+    assert {found["name"] for text in texts for found in published.BLOCK.finditer(text)} == published.TABLES.keys()
+    page = PAGE.read_text()
+    begin = page.index("<!-- table: ")
+    figure = re.search(r"0\.\d\d", page[begin:])
+    assert figure is not None
+    wrong = page[:begin] + page[begin:].replace(figure[0], "0.99", 1)
+    assert published.filled(wrong) == page
