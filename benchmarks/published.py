@@ -46,7 +46,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def filled(text: str) -> str:
     """A document with its tables regenerated from the files. Raises KeyError for an unknown table."""
     return BLOCK.sub(
-        lambda block: f"<!-- table: {block['name']} -->\n{TABLES[block['name']]()}\n<!-- end of table -->", text
+        lambda block: f"<!-- table: {block['name']} -->\n\n{TABLES[block['name']]()}\n\n<!-- end of table -->", text
     )
 
 

@@ -8,7 +8,6 @@ would, and leaves its picture in the folder that pytest names; if that one is ri
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +27,6 @@ from vllm_specedge.wire.frames import PROTOCOL_VERSION, Hello
 from vllm_specedge.wire.telemetry import Group
 
 sync_api = pytest.importorskip("playwright.sync_api")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: install Debian's chromium")
 
 ORIGIN = "http://gateway.test"
 SIZES = {"wide": {"width": 1200, "height": 900}, "phone": {"width": 390, "height": 844}}
@@ -133,14 +130,6 @@ def busy(accepted: int = 300) -> dict[str, Any]:
 
 
 SHOWN = {"nothing": nothing(), "busy": busy()}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 def served(route: "sync_api.Route") -> None:

@@ -1,6 +1,5 @@
 """The gateway's status page in a real browser, with a real server and real edges that connect and die."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,22 +13,12 @@ from vllm_specedge.gateway.pages import MAX_WATCHING
 from .conftest import Target, until
 
 sync_api = pytest.importorskip("playwright.sync_api")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: install Debian's chromium")
 
 WIDE, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
 sync_api.expect.set_options(timeout=(LIMIT_MS := 30_000))
 SECRET = "zanzibar"
 PROMPT = f"Repeat this line: {SECRET} rivers. {SECRET} rivers. {SECRET} rivers. {SECRET}"
 HOSTILE = "<img src=x onerror=alert(1)> lap"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @contextmanager
