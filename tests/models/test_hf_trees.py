@@ -239,9 +239,11 @@ def test_a_layer_that_found_no_room_stays_as_it_was(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_draft_in_bfloat16_has_its_trees() -> None:
-    """Its probabilities differ by a sixth if a logit is rounded differently."""
-    model = model_of(PLAIN).to(torch.bfloat16)
-    assert isinstance(with_trees(HfDrafter(model, "f", "tiny", None)), SlotDrafter)
+    """Rounding alone, with several layers and logits of a usual size, changes its probabilities by a fifth."""
+    model = model_of(Qwen3Config(**TINY, num_hidden_layers=8, head_dim=8))
+    with torch.no_grad():
+        model.lm_head.weight *= 24.0 / model(torch.tensor([[5, 6, 7]])).logits.abs().max()
+    assert isinstance(with_trees(HfDrafter(model.to(torch.bfloat16), "f", "tiny", None)), SlotDrafter)
 
 
 def test_weights_are_held_in_what_they_were_trained_in(monkeypatch: pytest.MonkeyPatch) -> None:
