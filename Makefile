@@ -11,7 +11,7 @@ help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
 	@echo "make play            the demo's server and an edge, kept running: a status page and a chat"
-	@echo "make test            every test, including those on a real vLLM (half an hour once installed)"
+	@echo "make test            every test, including those on a real vLLM (up to an hour once installed)"
 	@echo "make check test-fast format, lint, types and the tests of the decisions: on every save (half a minute)"
 	@echo "make test-processes  tests of real gateways, commands and draft models, without vLLM (three minutes)"
 	@echo "make test-vllm-v2    tests of vLLM's V2 model runner, in Triton's interpreter (three minutes)"

@@ -9,7 +9,7 @@ whose tables differ from the files (tests/test_published_figures.py checks the s
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,10 +36,77 @@ def sampling(pair: str) -> str:
     return markdown(["temperature", *SAMPLING_COLUMNS], shown)
 
 
+def sampled(pair: str) -> str:
+    """Tokens per second of sampled requests, times plain vLLM's, with the noise told to edges and kept from them."""
+    cells = json.loads((RESULTS / f"sampling-{pair}.json").read_text())["cells"]
+    shown = []
+    for cell in cells:
+        if cell["temperature"]:
+            counts = cell["by_kind"]
+            way = "told" if cell["arm"] == "ahead" else "not told"
+            times = [counts[kind]["times"][0] for kind in KINDS]
+            per_step = counts["all"]["tokens_per_step"]
+            shown.append(
+                [f"{cell['temperature']:g}", way, *(f"{each:.2f}" for each in (*times, cell["mean"][0], per_step))]
+            )
+    return markdown(["temperature", "noise", *KINDS, "mean", "tokens a step"], shown)
+
+
+KINDS = ("chat", "code", "editing")
+
+
+# -- make evidence -------------------------------------------------------------------------------------------------
+
+OWN_SAMPLING = "the model's own sampling"
+
+
+def evidence(pair: str) -> str:
+    """Tokens per second of a streaming request, times plain vLLM's in the same start: loads by places."""
+    cells = _cells(pair)
+    places = list(dict.fromkeys(cell["arm"] for cell in cells))
+    shown = []
+    for load in dict.fromkeys(map(_load, cells)):
+        of_load = {cell["arm"]: _interval(cell["tokens_per_s"]) for cell in cells if _load(cell) == load}
+        shown.append([load, *(of_load.get(place, "") for place in places)])
+    return markdown(["requests", *places], shown)
+
+
+def goals(pair: str) -> str:
+    """Each goal with its figure, its interval over starts and its verdict."""
+    shown = []
+    for cell in _cells(pair):
+        for goal, verdict in cell["verdicts"].items():
+            figure, bound = goal.split(" ", 1)
+            shown.append([cell["arm"], _load(cell), FIGURES[figure], bound, _interval(cell[figure]), verdict])
+    return markdown(["place", "requests", "times plain vLLM's", "goal", "measured", "verdict"], shown)
+
+
+FIGURES = {"tokens_per_s": "tokens/s", "whole_tokens_per_s": "tokens/s with prompts", "gap_p99": "p99 between chunks"}
+
+
+def _cells(pair: str) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = json.loads((RESULTS / f"evidence-{pair}.json").read_text())["cells"]
+    return cells
+
+
+def _load(cell: dict[str, Any]) -> str:
+    how_many = f"{cell['rate']:g} of capacity" if cell["rate"] else str(cell["requests"])
+    temperature = cell["temperature"]
+    sampling = OWN_SAMPLING if temperature is None else "greedy" if temperature == 0 else f"T {temperature:g}"
+    return f"{how_many}, {sampling}"
+
+
+def _interval(of_figure: Sequence[float]) -> str:
+    median, low, high, _ = of_figure
+    return f"{median:.2f} ({low:.2f}..{high:.2f})"
+
+
 # -- into the documents --------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
     "sampling-smollm2": lambda: sampling("smollm2"),
+    "sampling-qwen": lambda: sampling("qwen"),
+    "sampled-qwen": lambda: sampled("qwen"),
 }
 
 

@@ -57,7 +57,8 @@ class Counts:
         shares = {way: sum(map(sum, answers)) / self.num_tokens for way, answers in self.right.items()}
         steps = {
             f"{way}, tokens a step": self.num_tokens / sum(map(num_steps, self.right[way]))
-            for way in (MOST_PROBABLE, WITH_NOISE, SHARPER)
+            for way in self.right
+            if way not in (TWO_MOST_PROBABLE, TWO_SHARPER)
         }
         common = {"temperature": self.temperature, "kind": self.kind, "tokens": self.num_tokens}
         return {**common, **shares, "optimum": self.optimum / self.num_tokens, **steps}
@@ -117,8 +118,15 @@ class Pair:
         return logits[len(prompt) - 1 : -1]
 
 
-def count(counts: Counts, models: Pair, prompt: list[int], sampling: Sampling, num_tokens: int) -> None:
-    """Add an answer to the counts."""
+def count(
+    counts: Counts,
+    models: Pair,
+    prompt: list[int],
+    sampling: Sampling,
+    num_tokens: int,
+    factors: Sequence[float],
+) -> None:
+    """Add an answer to the counts. `factors`: further factors on the draft's log probabilities to count."""
     noise = Noise(sampling)
     answer, target_logits = models.answer(prompt, SplitMix(sampling), counts.temperature, num_tokens)
     logits = models.drafted(prompt, answer)
@@ -135,6 +143,8 @@ def count(counts: Counts, models: Pair, prompt: list[int], sampling: Sampling, n
         counts.add(SHARPER, sharper[0].token == token)
         counts.add(TWO_MOST_PROBABLE, token in [each.token for each in likely[:2]])
         counts.add(TWO_SHARPER, token in [each.token for each in sharper])
+        for factor in factors:
+            counts.add(f"factor {factor:g}", noise.chosen(likely, position, 1, factor)[0].token == token)
 
 
 def together(of_kinds: Sequence[Counts]) -> Counts:
@@ -149,6 +159,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
     each: Annotated[int, typer.Option(help="Questions of each kind.", min=1)] = 5,
     temperature: Annotated[list[float], typer.Option(help="Temperatures; repeatable.")] = [0.7, 1.0],  # noqa: B006
+    factor: Annotated[
+        list[float], typer.Option(help="Further factors on the draft's log probabilities; repeatable.")
+    ] = [],  # noqa: B006
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/sampling-drafts-PAIR.json.")] = None,
 ) -> None:
     """Count how often drafts are right if the target samples, with and without its noise."""
@@ -161,7 +174,7 @@ def main(
             for number, question in enumerate(asked[:each]):
                 prompt = models.prompt(question)
                 sampling = Sampling(of_target, 0, 1.0, FIRST_SEED + number, len(prompt))
-                count(counts, models, prompt, sampling, tokens)
+                count(counts, models, prompt, sampling, tokens, factor)
         rows += [counts.row() for counts in (*of_kinds, together(of_kinds))]
     forms = {"temperature": "", "kind": "", "tokens": ""}
     print(table([Column(name, name, forms.get(name, ".3f")) for name in rows[0]], rows))
