@@ -20,7 +20,7 @@ DEPLOY = ROOT / "deploy"
 COMPOSE = DEPLOY / "compose.yaml"
 PROMETHEUS = DEPLOY / "prometheus"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "specedge.json"
-PROFILES = ("cpu", "gpu")
+PROFILES = ("cpu", "gpu", "engines")
 DOCKERFILES = sorted(DEPLOY.glob("Dockerfile.*"))
 PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+[\w.-]*")
 
@@ -58,6 +58,7 @@ def test_profiles_start_what_they_should() -> None:
     names = {profile: [each.name for each in services(COMPOSE.read_text(), profile, {})] for profile in PROFILES}
     assert set(names["cpu"]) == both | {"models", "server", "edge-draft"}
     assert set(names["gpu"]) == both | {"server-gpu", "edge-draft-gpu"}
+    assert set(names["engines"]) == both | {"models", "gateway", "engine", "balancer", "edge-draft"}
     assert names["cpu"].index("secrets") < names["cpu"].index("server") < names["cpu"].index("edge-ngram")
     assert "COMPOSE_PROFILES=cpu" in (DEPLOY / ".env").read_text().splitlines()
 
@@ -65,15 +66,17 @@ def test_profiles_start_what_they_should() -> None:
 def test_what_a_service_waits_for_can_come_true() -> None:
     """A service that must be healthy for another has a health check; one that must complete is not restarted."""
     by_name = {each.name: each for each in every_service()}
-    conditions = [(name, wait) for each in by_name.values() for name, wait in each.waits_for.items()]
-    assert {wait["condition"] for _, wait in conditions} == {"service_completed_successfully", "service_healthy"}
-    for name, wait in conditions:
+    conditions = [(each, name, wait) for each in by_name.values() for name, wait in each.waits_for.items()]
+    assert {wait["condition"] for *_, wait in conditions} == {"service_completed_successfully", "service_healthy"}
+    for service, name, wait in conditions:
         if wait["condition"] == "service_healthy":
             assert by_name[name].health
         else:
             assert by_name[name].entries["restart"] == "on-failure"
-        # A service that is not in every profile is an optional dependency.
-        assert "profiles" not in by_name[name].entries or wait.get("required") is False or name == "models"
+        of_both = [set(each.entries.get("profiles", PROFILES)) for each in (service, by_name[name])]
+        assert of_both[0] <= of_both[1] or wait.get("required") is False, (
+            "it is not in all of the waiting one's profiles"
+        )
 
 
 @pytest.mark.parametrize("service", every_service(), ids=lambda service: service.name)
@@ -114,7 +117,7 @@ def test_secrets_are_named_by_file_and_stay_with_those_they_are_for() -> None:
     for service in every_service():
         assert not [name for name in service.environment if re.search("TOKEN|PASSWORD|SECRET|KEY", name)]
         mounted = {volume.partition(":")[0] for volume in service.entries.get("volumes", ())}
-        assert ("gateway-secrets" in mounted) == (service.name in ("secrets", "server", "server-gpu"))
+        assert ("gateway-secrets" in mounted) == (service.name in ("secrets", "server", "server-gpu", "gateway"))
         assert ("edge-secrets" in mounted) == (service.name == "secrets" or service.name.startswith("edge-"))
 
 
@@ -177,6 +180,35 @@ def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("/run/specedge/trust", str(tmp_path)))
     run("promtool", "check", "config", "--lint=all", "--lint-fatal", str(config))
     run("promtool", "check", "rules", "--lint=all", "--lint-fatal", str(PROMETHEUS / "alerts.yml"))
+
+
+def test_the_engines_name_is_the_servers_on_the_containers_network_for_prometheus() -> None:
+    (job,) = (
+        each
+        for each in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
+        if each["job_name"] == "vllm"
+    )
+    ((name,),) = (each["names"] for each in job["dns_sd_configs"])
+    for profile in PROFILES:
+        called = [
+            each.name
+            for each in services(COMPOSE.read_text(), profile, {})
+            if name in (each.name, *each.entries.get("networks", {}).get("default", {}).get("aliases", ()))
+        ]
+        assert len(called) == 1, profile
+        (server,) = called
+        assert "vllm" in next(each for each in every_service() if each.name == server).command
+
+
+def test_only_services_that_scale_have_no_port() -> None:
+    """Two containers cannot have the same port of the host."""
+    for each in services(COMPOSE.read_text(), "engines", {}):
+        assert bool(each.entries.get("ports")) == (each.name in ("gateway", "balancer", "prometheus", "grafana"))
+
+
+@pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs haproxy: apt-get install haproxy (.ci/run does)")
+def test_haproxy_takes_its_configuration() -> None:
+    run("haproxy", "-c", "-f", str(DEPLOY / "haproxy" / "haproxy.cfg"))
 
 
 @needs_promtool

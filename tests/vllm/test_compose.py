@@ -6,13 +6,10 @@ Prometheus' configuration are replaced in a copy. Grafana is not run: its dashbo
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,21 +19,16 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import yaml
-from openai import OpenAI
-from stack import BIN, SERVER_CORE, START_LIMIT_S, Process, start
+from stack import BIN, START_LIMIT_S, Process
 
 from tests.ports import free_port
-from tests.processes.composefile import Service, services
+from tests.processes.composefile import services
 
-from .conftest import CACHE, ROOT
+from .compose_stack import COMPOSE, DEPLOY, ask, up, variables_for, wait_until
 
-DEPLOY = ROOT / "deploy"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "specedge.json"
-PAUSE_S = 0.5
-HEALTH_PAUSE_S = 2.0
-"""Each check starts an interpreter."""
-DEADLINE_S = 90.0
-QUESTION = "Repeat this list three times: red, green, blue, yellow, black, white, orange, purple."
+BY_NAME = "dns_sd_configs: [{names: [engine], type: A, port: 8000}]"
+"""How Prometheus finds the servers."""
 
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="needs Prometheus: apt-get install prometheus (.ci/run does)"
@@ -64,80 +56,24 @@ class Stack:
         return float(found[0]["value"][1]) if found else 0.0
 
 
-def wait_until(is_so: Callable[[], bool], what: str, limit_s: float = DEADLINE_S, pause_s: float = PAUSE_S) -> None:
-    pause, end_s = threading.Event(), time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < end_s, what
-        pause.wait(pause_s)
-
-
-def wait_healthy(service: Service, process: Process, env: dict[str, str]) -> None:
-    """Run the health check's command repeatedly, like compose."""
-
-    def is_healthy() -> bool:
-        if process.popen.poll() is not None:
-            raise process.fail(f"{service.name} ended with status {process.popen.returncode}")
-        checked = subprocess.run(service.health, cwd=ROOT, env={**os.environ, **env}, capture_output=True, check=False)
-        return checked.returncode == 0
-
-    try:
-        wait_until(is_healthy, "it did not become healthy", START_LIMIT_S, HEALTH_PAUSE_S)
-    except AssertionError as error:
-        raise process.fail(f"{service.name}: {error}") from None
-
-
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """`docker compose up`, except Grafana."""
-    assert (CACHE / "smollm2-draft" / "config.json").exists(), "make the models first: make model"
     directory = tmp_path_factory.mktemp("compose")
-    variables = {
-        "SERVER_HOST": "127.0.0.1",
-        "SERVER_PORT": str(free_port()),
-        "GATEWAY_PORT": str(free_port()),
+    variables = variables_for(directory) | {
         "PROMETHEUS_PORT": str(free_port()),
-        "SECRETS_DIR": str(directory / "specedge"),
-        "MODELS_DIR": str(CACHE),
         "PROMETHEUS_CONFIG_DIR": str(directory / "prometheus"),
         "PROMETHEUS_DATA_DIR": str(directory / "data"),
-        "KV_CACHE_GIB": "1",
-        "SERVER_CORES": str(SERVER_CORE),
     }
     shutil.copytree(DEPLOY / "prometheus", directory / "prometheus")
     config = directory / "prometheus" / "prometheus.yml"
     text = config.read_text().replace("/run/specedge", variables["SECRETS_DIR"])
-    for port, name in (("8000", "SERVER_PORT"), ("8100", "GATEWAY_PORT")):
-        text = text.replace(f"server:{port}", f"127.0.0.1:{variables[name]}")
-    config.write_text(text)
-    # The images have no compiler.
-    shared = {"PATH": f"{BIN}:{os.environ['PATH']}", "CC": "/bin/false", "CXX": "/bin/false"}
-    found = services((DEPLOY / "compose.yaml").read_text(), "cpu", variables)
-    to_end = {name for each in found for name, wait in each.waits_for.items() if "completed" in wait["condition"]}
+    assert BY_NAME in text
+    text = text.replace(BY_NAME, f"static_configs: [{{targets: ['127.0.0.1:{variables['SERVER_PORT']}']}}]")
+    config.write_text(text.replace("server:8100", f"127.0.0.1:{variables['GATEWAY_PORT']}"))
+    found = [each for each in services(COMPOSE.read_text(), "cpu", variables) if each.name != "grafana"]
     with ExitStack() as stopping:
-        processes: dict[str, Process] = {}
-        for service in found:
-            if service.name == "grafana":
-                continue
-            env = {**shared, **service.environment}
-            program = shutil.which(service.command[0], path=shared["PATH"]) or str(ROOT / service.command[0])
-            process = start([program, *service.command[1:]], directory / f"{service.name}.log", env, cwd=ROOT)
-            stopping.callback(process.stop)
-            if service.name in to_end:
-                if process.popen.wait(DEADLINE_S):
-                    raise process.fail(f"{service.name} failed")
-                continue
-            processes[service.name] = process
-            wait_healthy(service, process, env)
-        yield Stack(processes, variables)
-
-
-def ask(stack: Stack, number: int) -> str:
-    client = OpenAI(base_url=f"http://127.0.0.1:{stack.variables['SERVER_PORT']}/v1", api_key="none")
-    content = f"{QUESTION} And then count to {number}."
-    answer = client.chat.completions.create(
-        model="smollm2", messages=[{"role": "user", "content": content}], temperature=0, max_tokens=96
-    )
-    return answer.choices[0].message.content or ""
+        yield Stack(up(found, directory, stopping), variables)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +82,7 @@ def asked(stack: Stack) -> Stack:
 
     def is_drafted() -> bool:
         with ThreadPoolExecutor(2) as executor:
-            assert all(executor.map(lambda number: ask(stack, number), range(10, 18)))
+            assert all(executor.map(lambda number: ask(stack.variables["SERVER_PORT"], number), range(10, 18)))
         return stack.value("sum(rate(specedge_engine_accepted_tokens_total[1m]))") > 0
 
     wait_until(is_drafted, "no accepted token of an edge in Prometheus", START_LIMIT_S)
