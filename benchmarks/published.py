@@ -107,6 +107,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampling-smollm2": lambda: sampling("smollm2"),
     "sampling-qwen": lambda: sampling("qwen"),
     "sampled-qwen": lambda: sampled("qwen"),
+    "evidence-smollm2": lambda: evidence("smollm2"),
+    "goals-smollm2": lambda: goals("smollm2"),
 }
 
 
