@@ -46,6 +46,9 @@ REPLAYED = {
 """Kinds of edges that replay plain vLLM's greedy answers."""
 REPLAYED_PASS_MS = 6.0
 MAX_CONNECTIONS = 8
+SPREAD = 0.75
+"""With several requests at a time, an answer's most tokens are up to this share below or above the mean. Answers of
+equal length would end together on plain vLLM and share their prompts' steps, while drafts would separate them."""
 
 
 class Place(NamedTuple):
@@ -80,11 +83,12 @@ class Settings:
     pair: str
     dtype: str
     tokens: int
-    """Most tokens of an answer."""
+    """Most tokens of an answer; their mean with several requests at a time."""
     each: int
     """Questions of each kind at one request at a time."""
     many: int
     """Mean number of questions per concurrent request at several requests at a time."""
+    spread: float = SPREAD
 
     def configs(self, places: Sequence[Place]) -> dict[str, dict[str, object] | None]:
         """The --speculative-config of each server that is needed."""
@@ -172,7 +176,7 @@ class Start:
         """Record plain vLLM's answers to these questions, for edges that replay them."""
         new = [question for question in dict.fromkeys(asked) if question not in self._recorded]
         bodies = [{**question.body, "temperature": 0} for question in new]
-        answers = self.targets[PLAIN].converse(bodies, self.settings.tokens) if bodies else []
+        answers = self.targets[PLAIN].converse(bodies, 2 * self.settings.tokens) if bodies else []
         self._recorded.update(zip(new, [answer.recording for answer in answers], strict=True))
         write_recordings(RECORDINGS, [self._recorded[question] for question in dict.fromkeys(asked)])
 
@@ -184,7 +188,7 @@ class Start:
             SampleRequest(
                 prompt="",
                 prompt_len=0,
-                expected_output_len=num_tokens,
+                expected_output_len=self._length(slot, number, num_tokens),
                 chat_messages=question.body["messages"],
                 request_overrides={**question.fields, "seed": 1000 * self.number + number},
             )
@@ -192,6 +196,13 @@ class Start:
         ]
         load = {"per_s": per_s} if per_s else {"at_once": slot.requests}
         return asked_by_vllm(target, samples, LOGS, "openai-chat", body=body, seed=self.number, **load)
+
+    def _length(self, slot: Slot, number: int, mean: int) -> int:
+        """Most tokens of the answer to a load's question of this number."""
+        if slot.kind != MIXED:
+            return mean
+        chance, spread = Random(1000 * self.number + number), self.settings.spread
+        return round(mean * chance.uniform(1 - spread, 1 + spread))
 
 
 def drafting_as(slot: Slot, target: Target, pair: Pair) -> AbstractContextManager[Edges | None]:
