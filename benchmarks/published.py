@@ -55,7 +55,7 @@ def sampled(pair: str) -> str:
 KINDS = ("chat", "code", "editing")
 
 
-# -- make evidence -------------------------------------------------------------------------------------------------
+# -- make evidence, make bench-overload ----------------------------------------------------------------------------
 
 OWN_SAMPLING = "the model's own sampling"
 
@@ -101,6 +101,22 @@ def _interval(of_figure: Sequence[float]) -> str:
     return f"{median:.2f} ({low:.2f}..{high:.2f})"
 
 
+def overload(kind: str) -> str:
+    """Goodput of a real server under arrivals of one kind: requests a second in time, and their share by class."""
+    cells = [cell for cell in json.loads((RESULTS / "overload.json").read_text())["cells"] if cell["kind"] == kind]
+    loads = dict.fromkeys(cell["times"] for cell in cells)
+    shown = [
+        [arm, *(_goodput(cell) for cell in cells if cell["arm"] == arm)]
+        for arm in dict.fromkeys(cell["arm"] for cell in cells)
+    ]
+    return markdown([f"{kind} arrivals", *(f"{each:g} times" for each in loads)], shown)
+
+
+def _goodput(cell: dict[str, Any]) -> str:
+    shares = ", ".join(f"{share:.2f}" for share in cell["met"].values())
+    return f"{cell['goodput_per_s']:.2f} ({shares}) [{cell['simulated_per_s']:.2f}]"
+
+
 # -- into the documents --------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -109,6 +125,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampled-qwen": lambda: sampled("qwen"),
     "evidence-smollm2": lambda: evidence("smollm2"),
     "goals-smollm2": lambda: goals("smollm2"),
+    "overload-poisson": lambda: overload("poisson"),
+    "overload-bursty": lambda: overload("bursty"),
 }
 
 
