@@ -28,7 +28,7 @@ from harness.results import Kept, output_path
 from harness.runs import Run, Slot, digest, latencies
 from harness.servers import Target, edge, launch, metered, stand_aside, story, waiting
 from harness.vllm_bench import asked_by_vllm
-from harness.workload import MIXED, Question, chosen, questions
+from harness.workload import MIXED, SPREAD, Question, chosen, questions, varied
 from pairs import CACHE, PAIRS, Pair, PairError, prepare
 from vllm.benchmarks.datasets import SampleRequest
 
@@ -46,9 +46,6 @@ REPLAYED = {
 """Kinds of edges that replay plain vLLM's greedy answers."""
 REPLAYED_PASS_MS = 6.0
 MAX_CONNECTIONS = 8
-SPREAD = 0.75
-"""With several requests at a time, an answer's most tokens are up to this share below or above the mean. Answers of
-equal length would end together on plain vLLM and share their prompts' steps, while drafts would separate them."""
 
 
 class Place(NamedTuple):
@@ -188,21 +185,14 @@ class Start:
             SampleRequest(
                 prompt="",
                 prompt_len=0,
-                expected_output_len=self._length(slot, number, num_tokens),
+                expected_output_len=varied(num_tokens, number) if slot.kind == MIXED else num_tokens,
                 chat_messages=question.body["messages"],
-                request_overrides={**question.fields, "seed": 1000 * self.number + number},
+                request_overrides={**question.fields, "seed": number},
             )
-            for number, question in enumerate(asked)
+            for number, question in enumerate(asked, 1000 * self.number)
         ]
         load = {"per_s": per_s} if per_s else {"at_once": slot.requests}
         return asked_by_vllm(target, samples, LOGS, "openai-chat", body=body, seed=self.number, **load)
-
-    def _length(self, slot: Slot, number: int, mean: int) -> int:
-        """Most tokens of the answer to a load's question of this number."""
-        if slot.kind != MIXED:
-            return mean
-        chance, spread = Random(1000 * self.number + number), self.settings.spread
-        return round(mean * chance.uniform(1 - spread, 1 + spread))
 
 
 def drafting_as(slot: Slot, target: Target, pair: Pair) -> AbstractContextManager[Edges | None]:

@@ -9,11 +9,12 @@ whose tables differ from the files (tests/test_published_figures.py checks the s
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from evidence_figures import Interval
 from harness.results import RESULTS, ROOT, markdown
 
 BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<table>.*?)<!-- end of table -->", re.DOTALL)
@@ -26,6 +27,9 @@ SAMPLING_COLUMNS = (
     "two as an edge does",
     "optimum",
 )
+KINDS = ("chat", "code", "editing")
+OWN_SAMPLING = "the model's own sampling"
+FIGURES = {"tokens_per_s": "tokens/s", "whole_tokens_per_s": "tokens/s with prompts", "gap_p99": "p99 between chunks"}
 
 
 def sampling(pair: str) -> str:
@@ -52,12 +56,7 @@ def sampled(pair: str) -> str:
     return markdown(["temperature", "noise", *KINDS, "mean", "tokens a step"], shown)
 
 
-KINDS = ("chat", "code", "editing")
-
-
 # -- make evidence, make bench-overload ----------------------------------------------------------------------------
-
-OWN_SAMPLING = "the model's own sampling"
 
 
 def evidence(pair: str) -> str:
@@ -66,7 +65,7 @@ def evidence(pair: str) -> str:
     places = list(dict.fromkeys(cell["arm"] for cell in cells))
     shown = []
     for load in dict.fromkeys(map(_load, cells)):
-        of_load = {cell["arm"]: _interval(cell["tokens_per_s"]) for cell in cells if _load(cell) == load}
+        of_load = {cell["arm"]: str(Interval(*cell["tokens_per_s"])) for cell in cells if _load(cell) == load}
         shown.append([load, *(of_load.get(place, "") for place in places)])
     return markdown(["requests", *places], shown)
 
@@ -77,11 +76,8 @@ def goals(pair: str) -> str:
     for cell in _cells(pair):
         for goal, verdict in cell["verdicts"].items():
             figure, bound = goal.split(" ", 1)
-            shown.append([cell["arm"], _load(cell), FIGURES[figure], bound, _interval(cell[figure]), verdict])
+            shown.append([cell["arm"], _load(cell), FIGURES[figure], bound, str(Interval(*cell[figure])), verdict])
     return markdown(["place", "requests", "times plain vLLM's", "goal", "measured", "verdict"], shown)
-
-
-FIGURES = {"tokens_per_s": "tokens/s", "whole_tokens_per_s": "tokens/s with prompts", "gap_p99": "p99 between chunks"}
 
 
 def _cells(pair: str) -> list[dict[str, Any]]:
@@ -94,11 +90,6 @@ def _load(cell: dict[str, Any]) -> str:
     temperature = cell["temperature"]
     sampling = OWN_SAMPLING if temperature is None else "greedy" if temperature == 0 else f"T {temperature:g}"
     return f"{how_many}, {sampling}"
-
-
-def _interval(of_figure: Sequence[float]) -> str:
-    median, low, high, _ = of_figure
-    return f"{median:.2f} ({low:.2f}..{high:.2f})"
 
 
 def overload(kind: str) -> str:

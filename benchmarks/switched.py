@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +26,7 @@ from harness.replay import write_recordings
 from harness.results import ROOT, Kept, output_path
 from harness.runs import Run, Slot, gap_figures, latencies
 from harness.servers import Target, edge, launch, metered, stand_aside, story
-from harness.workload import MIXED, Question, chosen, questions
+from harness.workload import MIXED, Question, chosen, questions, varied
 from pairs import CACHE, PAIRS, PairError, prepare
 from switched_figures import ACTIVE, INERT, Period, as_table, periods, summarise
 from switching.specedge_switching import VARIABLE, is_active
@@ -55,7 +54,7 @@ class Settings:
     def bodies(self) -> list[dict[str, Any]]:
         """Requests with answers of many lengths: equal ones would end together and put all prompts into one period."""
         return [
-            {**question.body, "seed": number, "max_tokens": round(self.tokens * Random(number).uniform(0.25, 1.75))}
+            {**question.body, "seed": number, "max_tokens": varied(self.tokens, number)}
             for number, question in enumerate(self.questions())
         ]
 

@@ -10,7 +10,7 @@ import pytest
 from harness.load import Answer, Chunk
 from harness.replay import Recording
 from harness.runs import Run
-from harness.workload import MIXED, REFERENCE, chosen, questions
+from harness.workload import MIXED, REFERENCE, chosen, questions, varied
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,6 +51,15 @@ def run(arm: str, start: int = 0, seconds: float = 10.0, **fields: Any) -> Run:
 
 
 # -- the workload --------------------------------------------------------------------------------------------------
+
+
+def test_answers_of_several_requests_have_many_lengths_around_a_mean_and_each_has_the_same_everywhere() -> None:
+    lengths = [varied(64, number) for number in range(1000)]
+    assert lengths == [varied(64, number) for number in range(1000)]
+    assert min(lengths) in range(16, 20)
+    assert max(lengths) in range(108, 113)
+    assert abs(sum(lengths) / len(lengths) - 64) < 3
+    assert len(set(lengths[:8])) > 5, "eight requests at a time do not end together"
 
 
 def test_there_are_ten_questions_of_each_kind_and_none_is_asked_twice() -> None:

@@ -119,6 +119,34 @@ def test_against_vllm_s_own_methods(begin: str, requests: int, kind: str, temper
     ]
 
 
+def test_goodput_under_overload() -> None:
+    """The sentences beside the tables."""
+    found = {(each["kind"], each["arm"], each["times"]): each for each in cells("overload.json")}
+    page = " ".join(PAGE.read_text().split())
+
+    def times(kind: str, load: float, other: tuple[str, float]) -> float:
+        """Goodput of the cost model relative to another cell's."""
+        return float(found[kind, "cost model", load]["goodput_per_s"] / found[kind, *other]["goodput_per_s"])
+
+    at_capacity = [times(kind, load, ("cost model", 1)) for kind in ("poisson", "bursty") for load in (2, 3)]
+    assert [f"{each:.2f}" for each in at_capacity[2:]] == ["1.04", "1.04"]
+    kept = f"it keeps {at_capacity[0]:.1f} and {at_capacity[1]:.1f} times the goodput at capacity in Poisson arrivals"
+    assert f"{kept} and 1.04 in bursts" in page
+    against = [times("poisson", load, ("queue time", load)) for load in (2, 3)]
+    in_bursts = times("bursty", 2, ("queue time", 2))
+    said = f"it is {against[0]:.2f} and {against[1]:.1f} times, in bursts {in_bursts:.0f} times and more (goal 1.8;"
+    assert said in page
+    gold = {arm: [found["poisson", arm, load]["met"]["gold"] for load in (2, 3)] for arm in ("cost model", "fixed")}
+    assert all(round(5 * share) == 4 for share in gold["cost model"]), "serves four of five gold requests"
+    assert all(round(3 * share) == 1 for share in gold["fixed"]), "a fixed limit one of three"
+    off = {key: abs(each["simulated_per_s"] - each["goodput_per_s"]) for key, each in found.items()}
+    share = {key: off[key] / each["goodput_per_s"] for key, each in found.items() if off[key]}
+    assert max(value for (kind, _, _), value in share.items() if kind == "poisson") < 0.15
+    assert all(0.25 <= share["bursty", "cost model", load] <= 0.35 for load in (1, 2, 3)), (
+        "a quarter to a third too low"
+    )
+
+
 def test_tables_that_a_command_makes_are_what_the_files_say() -> None:
     """`make published`."""
     assert [str(document) for document in published.DOCUMENTS if published.unlike(document, should_write=False)] == []

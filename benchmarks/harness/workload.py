@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, cycle, islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 FILE = Path(__file__).parents[1] / "workload.toml"
 REFERENCE = re.compile(r"\{(text|program) (\d+)\}")
 MIXED = "mixed"
 """All kinds in turn."""
+SPREAD = 0.75
+"""With several requests at a time, an answer's most tokens are up to this share below or above the mean. Answers of
+equal length would end together on plain vLLM and share their prompts' steps, while drafts would separate them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,3 +65,8 @@ def chosen(by_kind: Mapping[str, Sequence[Question]], kind: str, number: int, fi
     """`number` questions of a kind, starting at `first`; MIXED: of all kinds in turn. They wrap around."""
     in_turn = list(chain.from_iterable(zip(*by_kind.values(), strict=True))) if kind == MIXED else by_kind[kind]
     return list(islice(cycle(in_turn), first % len(in_turn), first % len(in_turn) + number))
+
+
+def varied(mean_tokens: int, number: int) -> int:
+    """Most tokens of the answer to the request of this number, among several at a time."""
+    return round(mean_tokens * Random(number).uniform(1 - SPREAD, 1 + SPREAD))

@@ -200,8 +200,8 @@ def test_the_engines_name_is_the_servers_on_the_containers_network_for_prometheu
         assert "vllm" in next(each for each in every_service() if each.name == server).command
 
 
-def test_only_services_that_scale_have_no_port() -> None:
-    """Two containers cannot have the same port of the host."""
+def test_an_engine_that_scales_has_no_port_of_the_host() -> None:
+    """Two containers cannot have the same one, so only those that are alone have any."""
     for each in services(COMPOSE.read_text(), "engines", {}):
         assert bool(each.entries.get("ports")) == (each.name in ("gateway", "balancer", "prometheus", "grafana"))
 
