@@ -96,13 +96,13 @@ def test_what_is_offered_is_what_is_admitted_and_refused(happened: list[tuple[st
     demand, number = Demand(["default", "gold"]), Counter[str]()
     for class_, what, size in happened:
         if what == "admit":
-            demand.admitted(class_)
+            demand.admitted(class_, size)
             number[class_] += 1
         elif what == "refuse":
             demand.refused(class_, size)
             number[class_] += size
         else:
-            demand.ended(class_, size, size)
+            demand.ended(class_, size)
     for class_, counters in demand.counters.items():
         assert counters["offered_requests"] == number[class_]
         for unit in ("requests", "tokens"):
@@ -111,16 +111,25 @@ def test_what_is_offered_is_what_is_admitted_and_refused(happened: list[tuple[st
 
 def test_an_answer_is_taken_for_as_long_as_those_of_its_class() -> None:
     demand = Demand(["default", "gold"])
-    demand.admitted("gold")
+    demand.admitted("gold", 10)
     assert demand.counters["gold"]["admitted_tokens"] == FIRST_ANSWER_TOKENS
-    demand.ended("default", 10, 40)
-    demand.admitted("gold")
+    demand.ended("default", 40)
+    demand.admitted("gold", 10)
     assert demand.counters["gold"]["admitted_tokens"] == FIRST_ANSWER_TOKENS + 40
-    demand.ended("gold", 10, 300)
+    demand.ended("gold", 300)
     demand.refused("gold", 2)
     assert demand.counters["gold"]["refused_tokens"] == 600
-    demand.admitted("default")
+    demand.admitted("default", 10)
     assert demand.counters["default"]["admitted_tokens"] == 40
+
+
+def test_prompts_are_known_before_any_answer_has_ended() -> None:
+    """Or a new engine would take a surge whose prompts it has no time for."""
+    demand = Demand(["default"])
+    demand.admitted("default", 256)
+    assert demand.mix == Mix(256, FIRST_ANSWER_TOKENS)
+    demand.ended("default", 64)
+    assert demand.mix == Mix(256, 64)
 
 
 # -- the gateway ---------------------------------------------------------------------------------------------------

@@ -67,10 +67,10 @@ class DemandReport:
     # -- the scheduler's thread ------------------------------------------------------------------------------------
 
     def added(self, request: Any) -> None:
-        self.demand.admitted(self._class_of(request))
+        self.demand.admitted(self._class_of(request), request.num_prompt_tokens)
 
     def freed(self, request: Any) -> None:
-        self.demand.ended(self._class_of(request), request.num_prompt_tokens, request.num_output_tokens)
+        self.demand.ended(self._class_of(request), request.num_output_tokens)
 
     def look(self, scheduler: Any, now_s: float) -> None:
         """Update the report after a step, every LOOK_EVERY_S."""

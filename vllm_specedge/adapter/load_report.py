@@ -40,8 +40,7 @@ class LoadReport:
         self._file.write(self._load(scheduler, cost, now_s))
 
     def _load(self, scheduler: Any, cost: StepCost, now_s: float) -> Load:
-        prompts = [request.num_prompt_tokens for request in scheduler.running]
-        typical = sum(prompts) // len(prompts) if prompts else 1
+        typical = max(1, round(self._demand.demand.mix.prompt_tokens))
         queue, targets = self._queue(scheduler, now_s), self._targets
         never = unserved(queue, self._classes, typical, targets, cost)
         room = rooms(queue, self._classes, typical, targets, cost, self._demand.demand.offered_per_s)

@@ -1,7 +1,8 @@
 """The demand of each class on an engine, refused requests included, in requests and answer tokens. Pure.
 
 A request is counted when it arrives, so that a surge shows at once, with the recent mean answer length of its class.
-The cost of its prompt is part of the capacity that demand is compared with (`capacity`).
+The length of its prompt is known then, so even a new engine does not take a surge for free of prompts. The cost of
+prompts is part of the capacity that demand is compared with (`capacity`).
 """
 
 from collections import Counter
@@ -19,14 +20,6 @@ LATELY_S = 30.0
 
 
 @dataclass(slots=True)
-class _Sizes:
-    """Mean tokens of requests that have ended recently."""
-
-    prompt: Smoothed = field(default_factory=Smoothed)
-    answer: Smoothed = field(default_factory=Smoothed)
-
-
-@dataclass(slots=True)
 class _Arriving:
     """Arrivals of one class, as of the last sample."""
 
@@ -41,11 +34,13 @@ class Demand:
     def __init__(self, classes: Iterable[str]) -> None:
         self.counters: Mapping[str, Counter[str]] = {name: Counter() for name in classes}
         """Counters by class, with the names of DEMAND_COUNTERS in wire/telemetry.py."""
-        self._of_class = {name: _Sizes() for name in self.counters}
-        self._of_all = _Sizes()
+        self._prompt, self._answer = Smoothed(), Smoothed()
+        """Tokens of the requests that were admitted, and that have ended, recently."""
+        self._answer_of = {name: Smoothed() for name in self.counters}
         self._arriving = {name: _Arriving() for name in self.counters}
 
-    def admitted(self, class_: str) -> None:
+    def admitted(self, class_: str, prompt_tokens: int) -> None:
+        self._prompt.observe(prompt_tokens)
         self._count(class_, 1, "offered", "admitted")
 
     def refused(self, class_: str, num_requests: int) -> None:
@@ -55,15 +50,14 @@ class Demand:
         """Record admitted requests that had to wait before the engine began with them."""
         self._count(class_, num_requests, "deferred")
 
-    def ended(self, class_: str, prompt_tokens: int, answer_tokens: int) -> None:
-        for sizes in (self._of_class[class_], self._of_all):
-            sizes.prompt.observe(prompt_tokens)
-            sizes.answer.observe(answer_tokens)
+    def ended(self, class_: str, answer_tokens: int) -> None:
+        for answer in (self._answer_of[class_], self._answer):
+            answer.observe(answer_tokens)
 
     @property
     def mix(self) -> Mix:
         """The recent mean sizes of requests."""
-        return Mix(self._of_all.prompt.mean or 1.0, max(1.0, self._of_all.answer.mean or FIRST_ANSWER_TOKENS))
+        return Mix(self._prompt.mean or 1.0, max(1.0, self._answer.mean or FIRST_ANSWER_TOKENS))
 
     def sample(self, now_s: float) -> None:
         """Update arrival rates; to be called regularly."""
@@ -84,9 +78,9 @@ class Demand:
         return [name for name, arriving in self._arriving.items() if now_s - arriving.last_s < LATELY_S]
 
     def _count(self, class_: str, num_requests: int, *outcomes: str) -> None:
-        mean = self._of_class[class_].answer.mean
+        mean = self._answer_of[class_].mean
         if mean is None:
-            mean = self._of_all.answer.mean
+            mean = self._answer.mean
         num_tokens = round(num_requests * (FIRST_ANSWER_TOKENS if mean is None else mean))
         for outcome in outcomes:
             self.counters[class_][f"{outcome}_requests"] += num_requests

@@ -147,7 +147,7 @@ class OverloadSimulation(Simulation):
         if not self._arm.ask(arrival.class_, self.time.now_s):
             self._demand.refused(arrival.class_.name, 1)
             return
-        self._demand.admitted(arrival.class_.name)
+        self._demand.admitted(arrival.class_.name, self.scenario.prompt_tokens)
         outcome.admitted += is_counted
         number = self._num_requests
         self._num_requests += 1
@@ -166,7 +166,7 @@ class OverloadSimulation(Simulation):
         assert caller.arrival is not None
         now_s, target = self.time.now_s, caller.arrival.class_.target
         self._arm.ended(now_s - caller.arrival.at_s)
-        self._demand.ended(caller.arrival.class_.name, self.scenario.prompt_tokens, caller.num_tokens)
+        self._demand.ended(caller.arrival.class_.name, caller.num_tokens)
         if caller.arrival.at_s < self._overload.warm_up_s:
             return
         itl_s = (caller.last_s - caller.first_s) / max(1, caller.num_tokens - 1)
