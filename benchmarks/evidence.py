@@ -11,7 +11,7 @@ call adds its `--starts` to those in the file.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -23,6 +23,7 @@ import typer
 from evidence_figures import PLAIN, as_table, summarise
 from harness import results
 from harness.edges import CONNECT, REPLAY, Edges, drafting, flags
+from harness.recorded_draft import DraftReader
 from harness.replay import Recording, write_recordings
 from harness.results import Kept, output_path
 from harness.runs import Run, Slot, digest, latencies
@@ -32,19 +33,25 @@ from harness.workload import MIXED, SPREAD, Question, chosen, questions, varied
 from pairs import CACHE, PAIRS, Pair, PairError, prepare
 from vllm.benchmarks.datasets import SampleRequest
 
+from edge_client.drafters import DrafterOptions
+from edge_client.drafters.choose import load_drafter
+from edge_client.drafting.noise import NUM_CANDIDATES
+from edge_client.drafting.speculation import MAX_CANDIDATES
+
 LOGS = results.LOGS / "evidence"
 RECORDINGS = LOGS / "recordings.json"
 WARM_UP_TOKENS = 8
 MAX_SEQS = 32
 GOOD, POOR, STALLING, DEAD, REAL = "good", "poor", "stalling", "dead", "real"
+RECORDED = "recorded draft"
+"""Edges that replay the pair's draft, which has read plain vLLM's answers: as on a machine of their own."""
 REPLAYED = {
-    GOOD: {"first": 0.75, "second": 0.6},
-    DEAD: {"first": 0.75, "second": 0.6},
-    POOR: {"first": 0.3, "second": 0.3},
-    STALLING: {"first": 0.75, "second": 0.6, "stall_s": 2.0, "stall_every_s": 5.0},
+    GOOD: {"first": 0.75, "second": 0.6, "pass_ms": 6.0},
+    DEAD: {"first": 0.75, "second": 0.6, "pass_ms": 6.0},
+    POOR: {"first": 0.3, "second": 0.3, "pass_ms": 6.0},
+    STALLING: {"first": 0.75, "second": 0.6, "pass_ms": 6.0, "stall_s": 2.0, "stall_every_s": 5.0},
 }
-"""Kinds of edges that replay plain vLLM's greedy answers."""
-REPLAYED_PASS_MS = 6.0
+"""Kinds of edges that replay plain vLLM's greedy answers with an accuracy, and their options."""
 MAX_CONNECTIONS = 8
 
 
@@ -65,6 +72,7 @@ PLACES = {
     "waiting, 20 ms": Place(WAITING, 20.0, REAL),
     "no edges": Place(EDGE),
     **{f"edge, {rtt_ms:g} ms": Place(EDGE, rtt_ms, REAL) for rtt_ms in (5.0, 20.0, 80.0)},
+    **{f"edge elsewhere, {rtt_ms:g} ms": Place(EDGE, rtt_ms, RECORDED) for rtt_ms in (5.0, 20.0, 80.0)},
     **{f"{kind} edges, 20 ms": Place(EDGE, 20.0, kind) for kind in REPLAYED},
 }
 DEFAULT = (PLAIN, NGRAM, "no edges", "edge, 20 ms")
@@ -110,7 +118,7 @@ def slots_of(places: Sequence[str], loads: Sequence[Slot], start: int) -> list[S
     for load in sorted(chance.sample(loads, len(loads)), key=lambda load: load.rate > 0):
         for name in chance.sample(places, len(places)):
             place = PLACES[name]
-            if place.edge not in REPLAYED or load.temperature == 0:  # recorded answers are greedy
+            if place.edge not in REPLAYED or load.temperature == 0:  # they know nothing of noise
                 slots.append(replace(load, arm=name, rtt_ms=place.rtt_ms, edge=place.edge, repeat=start))
     return slots
 
@@ -137,15 +145,21 @@ class Start:
     targets: dict[str, Target]
     kept: Kept
     number: int
-    _recorded: dict[Question, Recording] = field(default_factory=dict)
-    """Plain vLLM's greedy answers."""
+    draft: DraftReader | None = None
+    """The pair's draft, if it is to be replayed."""
+    _recorded: dict[tuple[Question, int, float | None], Recording] = field(default_factory=dict)
+    """Plain vLLM's answers by question, seed and temperature."""
 
     def measure(self, slot: Slot) -> Iterator[Run]:
         target = self.targets[PLACES[slot.arm].server]
         asked = self._asked(slot)
-        if slot.edge in REPLAYED:
-            self._record(asked)
-        with drafting_as(slot, target, PAIRS[self.settings.pair]) as edges:
+        options: Mapping[str, object] = REPLAYED.get(slot.edge or "", {})
+        if options or slot.edge == RECORDED:
+            known = self._known(asked, slot)
+            if slot.edge == RECORDED:
+                known, options = self._drafted(known, slot)
+            write_recordings(RECORDINGS, known)
+        with drafting_as(slot, target, PAIRS[self.settings.pair], options) as edges:
             self._ask(target, asked[: slot.requests], slot, WARM_UP_TOKENS)
             with edges.stopped() if edges and slot.edge == DEAD else nullcontext():
                 result, used = metered(
@@ -169,18 +183,29 @@ class Start:
         ]
         return slot.rate * full[-1].requests * self.settings.many / full[-1].seconds
 
-    def _record(self, asked: Sequence[Question]) -> None:
-        """Record plain vLLM's answers to these questions, for edges that replay them."""
-        new = [question for question in dict.fromkeys(asked) if question not in self._recorded]
-        bodies = [{**question.body, "temperature": 0} for question in new]
+    @property
+    def _first_seed(self) -> int:
+        return 1000 * self.number
+
+    def _known(self, asked: Sequence[Question], slot: Slot) -> list[Recording]:
+        """Plain vLLM's answers to these questions, with the seeds and the temperature that `_ask` gives them."""
+        keys = [(question, seed, slot.temperature) for seed, question in enumerate(asked, self._first_seed)]
+        new = [key for key in keys if key not in self._recorded]
+        bodies = [{**question.body, "seed": seed, **_temperature(slot)} for question, seed, _ in new]
         answers = self.targets[PLAIN].converse(bodies, 2 * self.settings.tokens) if bodies else []
         self._recorded.update(zip(new, [answer.recording for answer in answers], strict=True))
-        write_recordings(RECORDINGS, [self._recorded[question] for question in dict.fromkeys(asked)])
+        return [self._recorded[key] for key in keys]
+
+    def _drafted(self, known: Sequence[Recording], slot: Slot) -> tuple[list[Recording], dict[str, object]]:
+        """Answers with the draft's candidates, and the times of its passes as options."""
+        assert self.draft is not None
+        width = MAX_CANDIDATES if slot.temperature == 0 else NUM_CANDIDATES
+        times = {"pass_ms": 1e3 * self.draft.pass_s, "row_ms": 1e3 * self.draft.row_s}
+        return [self.draft.read(each, width) for each in known], times
 
     def _ask(
         self, target: Target, asked: Sequence[Question], slot: Slot, num_tokens: int, per_s: float | None = None
     ) -> dict[str, Any]:
-        body = {} if slot.temperature is None else {"temperature": slot.temperature}
         samples = [
             SampleRequest(
                 prompt="",
@@ -189,27 +214,28 @@ class Start:
                 chat_messages=question.body["messages"],
                 request_overrides={**question.fields, "seed": number},
             )
-            for number, question in enumerate(asked, 1000 * self.number)
+            for number, question in enumerate(asked, self._first_seed)
         ]
         load = {"per_s": per_s} if per_s else {"at_once": slot.requests}
-        return asked_by_vllm(target, samples, LOGS, "openai-chat", body=body, seed=self.number, **load)
+        return asked_by_vllm(target, samples, LOGS, "openai-chat", body=_temperature(slot), seed=self.number, **load)
 
 
-def drafting_as(slot: Slot, target: Target, pair: Pair) -> AbstractContextManager[Edges | None]:
-    """The edges of a slot: with the pair's draft, or replaying RECORDINGS."""
+def _temperature(slot: Slot) -> dict[str, float]:
+    """The body's field; none for the model's own."""
+    return {} if slot.temperature is None else {"temperature": slot.temperature}
+
+
+def drafting_as(
+    slot: Slot, target: Target, pair: Pair, replayed: Mapping[str, object]
+) -> AbstractContextManager[Edges | None]:
+    """The edges of a slot: with the pair's draft, or replaying RECORDINGS with these options."""
     if slot.edge is None:
         return nullcontext()
     if slot.edge == REAL:
         options = flags(draft=pair.draft_directory(CACHE), threads=1)
         return drafting(target.server, slot.rtt_ms, CONNECT, options, LOGS / "edge.log")
     connections = min(slot.requests, MAX_CONNECTIONS)
-    options = flags(
-        recordings=RECORDINGS,
-        pass_ms=REPLAYED_PASS_MS,
-        edges=connections,
-        max_requests=-(-slot.requests // connections),
-        **REPLAYED[slot.edge],
-    )
+    options = flags(recordings=RECORDINGS, edges=connections, max_requests=-(-slot.requests // connections), **replayed)
     return drafting(target.server, slot.rtt_ms, REPLAY, options, LOGS / "edges.log", connections)
 
 
@@ -232,7 +258,14 @@ def run_of_result(slot: Slot, result: dict[str, Any], used: dict[str, Any]) -> R
     )
 
 
-def measure_start(settings: Settings, kept: Kept, places: Sequence[str], loads: Sequence[Slot]) -> None:
+def _drafter_options(pair: Pair) -> DrafterOptions:
+    """The draft as an edge on one core runs it."""
+    return DrafterOptions(str(pair.draft_directory(CACHE)), "cpu", threads=1)
+
+
+def measure_start(
+    settings: Settings, kept: Kept, places: Sequence[str], loads: Sequence[Slot], draft: DraftReader | None
+) -> None:
     number = 1 + max((run.repeat for run in kept.runs), default=-1)
     configs = settings.configs([PLACES[name] for name in places])
     names = Random(number).sample(list(configs), len(configs))
@@ -248,7 +281,7 @@ def measure_start(settings: Settings, kept: Kept, places: Sequence[str], loads: 
             model=PAIRS[settings.pair].target_directory(CACHE),
             dtype=settings.dtype,
         )
-        start = Start(settings, targets, kept, number)
+        start = Start(settings, targets, kept, number, draft)
         kept.measure_all(
             slots_of(places, loads, number), start.measure, partial(figures, settings.pair), "whole_tokens_per_s"
         )
@@ -283,8 +316,10 @@ def main(
         sys.exit(f"evidence: {error}")
     names, loads = list(dict.fromkeys([PLAIN, *places])), loads_of(requests, rates, sampling)
     stand_aside()
+    is_replayed = any(PLACES[name].edge == RECORDED for name in names)
+    draft = DraftReader(load_drafter(_drafter_options(PAIRS[pair]))) if is_replayed else None
     for _ in range(starts):
-        measure_start(settings, kept, names, loads)
+        measure_start(settings, kept, names, loads, draft)
     print(as_table(summarise(kept.runs, pair)))
     results.console.print(f"All runs are in {kept.path}")
 

@@ -72,7 +72,7 @@ RATE, WHOLE, P99_GAP = "tokens_per_s", "whole_tokens_per_s", "gap_p99"
 """Tokens per second of a streaming request; of the server, including prompts; time between two chunks of a stream."""
 ALL_EDGES = (
     *(f"{kind} edges, 20 ms" for kind in ("good", "poor", "stalling", "dead")),
-    *(f"edge, {rtt_ms} ms" for rtt_ms in (5, 20, 80)),
+    *(f"{place}, {rtt_ms} ms" for place in ("edge", "edge elsewhere") for rtt_ms in (5, 20, 80)),
 )
 GOALS = (
     *(Goal(figure, 0.98, True, "no edges") for figure in (RATE, WHOLE)),

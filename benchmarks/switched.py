@@ -63,7 +63,7 @@ def measure(settings: Settings, slot: Slot, target: Target) -> Iterator[Run]:
     """Two runs: the periods with drafts, and those without."""
     body = {} if slot.temperature is None else {"temperature": slot.temperature}
     bodies = [{**each, **body} for each in settings.bodies()]
-    with drafting_as(slot, target, PAIRS[settings.pair]) as edges:
+    with drafting_as(slot, target, PAIRS[settings.pair], REPLAYED.get(slot.edge or "", {})) as edges:
         target.converse(bodies[: slot.requests], WARM_UP_TOKENS)
         with edges.stopped() if edges and slot.edge == DEAD else nullcontext():
             from_s = time.monotonic()

@@ -202,7 +202,8 @@ def test_a_pass_in_a_stall_lasts_until_its_end() -> None:
 
 
 def test_recordings_go_through_a_file(tmp_path: Path) -> None:
-    recordings = [Recording((1, 2), (3, 4, 5)), Recording((6,), ())]
+    guesses = ((Candidate(3, 0.5), Candidate(9, 0.25)), (Candidate(4, 1.0),), ())
+    recordings = [Recording((1, 2), (3, 4, 5), guesses), Recording((6,), ())]
     write_recordings(tmp_path / "new" / "recordings.json", recordings)
     assert read_recordings(tmp_path / "new" / "recordings.json") == recordings
 
@@ -223,3 +224,29 @@ def test_passes_are_written_down_and_nothing_else_changes() -> None:
     assert sequence.append(PROMPT[2:], 3) == plain.append(PROMPT[2:], 3)
     assert [line["rows"] for line in trace] == [3, 2, 1]
     assert all(line["start_s"] <= line["end_s"] for line in trace)
+
+
+GUESSES = ((Candidate(1, 0.6), Candidate(2, 0.3)), (Candidate(4, 0.9), Candidate(3, 0.1)))
+
+
+def test_a_recorded_draft_is_repeated_where_the_past_is_true_and_wrong_elsewhere() -> None:
+    """Its right tokens, its wrong ones, and its probabilities."""
+    drafter = ReplayDrafter([Recording(PROMPT, (2, 4), GUESSES)], Accuracy(first=1.0), vocab_size=1000)
+    assert drafter.candidates(PROMPT, 2) == list(GUESSES[0])
+    assert drafter.candidates((*PROMPT, 2), 1) == list(GUESSES[1][:1])
+    assert drafter.candidates((*PROMPT, 2, 4), 2) == []
+    wrong = drafter.candidates((*PROMPT, 1), 2)
+    assert [each.probability for each in wrong] == [each.probability for each in GUESSES[1]]
+    assert tokens_of(wrong) == tokens_of(drafter.candidates((*PROMPT, 1), 2))
+    assert 4 not in tokens_of(wrong)
+
+
+def test_a_wide_pass_takes_longer_if_rows_do() -> None:
+    traced: list[dict[str, float]] = []
+    drafter = ReplayDrafter([], ACCURACY, 0.005, trace=traced.append, row_s=0.02)
+    for num_rows in (1, 4):
+        with drafter.forward_pass(num_rows):
+            pass
+    took_s = [line["end_s"] - line["start_s"] for line in traced]
+    assert took_s[0] >= 0.005
+    assert took_s[1] >= 0.065

@@ -4,8 +4,9 @@
 
 It is the real edge client; only its draft model is replaced. (With --draft DIRECTORY not even that: then it is
 `edge-client connect`, to compare the two by the same command.) Its drafts depend only on the seed, the request's prompt
-and the position, so every run and every way of drafting ahead has the same draft model. --edges runs several edges in
-one process, with a connection, a drafter and a thread each; with --stall-s each of them stalls now and then. --trace
+and the position, so every run and every way of drafting ahead has the same draft model. Recordings may also have a
+real draft's candidates at each position (recorded_draft.py); then nothing is drawn. --edges runs several edges in one
+process, with a connection, a drafter and a thread each; with --stall-s each of them stalls now and then. --trace
 records the start and end of each forward pass. On SIGTERM it prints the totals of all edges as one JSON line.
 """
 
@@ -37,10 +38,12 @@ MAX_DRAWN = 1 << 13
 
 
 class Recording(NamedTuple):
-    """One greedy answer of the target, as token ids."""
+    """One answer of the target, as token ids."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    guesses: tuple[tuple[Candidate, ...], ...] = ()
+    """A draft model's candidates for each token of the answer, most probable first; none: to be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +98,15 @@ class ReplayDrafter:
         vocab_size: int = SMOLLM2_VOCAB_SIZE,
         stalls: Stalls | None = None,
         trace: Callable[[dict[str, float]], object] | None = None,
+        row_s: float = 0.0,
     ) -> None:
-        """Every forward pass takes `pass_s` seconds, regardless of its rows; longer while it stalls. `trace` is called
-        for each, with times of the monotonic clock."""
+        """Every forward pass takes `pass_s` seconds, and `row_s` more for each row after the first; longer while it
+        stalls. `trace` is called for each, with times of the monotonic clock."""
         self.max_width = max_width
         self.description = f"replay, {accuracy.first:.0%} right, {1000 * pass_s:.1f} ms per token"
         self._recordings = sorted(recordings, key=lambda recording: -len(recording.prompt))
         self._accuracy = accuracy
-        self._pass_s = pass_s
+        self._pass_s, self._row_s = pass_s, row_s
         self._vocab_size = vocab_size
         self._stalls = stalls
         self._trace = trace
@@ -118,7 +122,7 @@ class ReplayDrafter:
     def forward_pass(self, num_rows: int) -> Iterator[None]:
         """Take the time of a pass, including the time of the block."""
         start_s = time.monotonic()
-        until_s = start_s + self._pass_s
+        until_s = start_s + self._pass_s + (num_rows - 1) * self._row_s
         yield
         if self._stalls is not None:
             until_s = self._stalls.over_s(max(until_s, time.monotonic()))
@@ -131,14 +135,21 @@ class ReplayDrafter:
         recording = self._recording(chain[: self._longest])
         if recording is None:
             return []
-        prompt, answer = recording
+        prompt, answer, guesses = recording
         said = chain[len(prompt) :]
         if len(said) >= len(answer):
             return []
         is_true = said == answer[: len(said)]
         # The key of a wrong past is its tokens, of a right one its length, so that branches cannot change the draw.
         right = answer[len(said)] if is_true else None
-        return list(self._drawn(prompt, len(said), () if is_true else said, right, width))
+        if not guesses:
+            return list(self._drawn(prompt, len(said), () if is_true else said, right, width))
+        likely = guesses[len(said)][:width]
+        if is_true:
+            return list(likely)
+        # As sure as after the true past, and wrong, as whatever follows a wrong token will be.
+        drawn = self._drawn(prompt, len(said), said, None, len(likely))
+        return [Candidate(wrong.token, known.probability) for wrong, known in zip(drawn, likely, strict=True)]
 
     def _find(self, head: tuple[int, ...]) -> Recording | None:
         """The recording with the longest prompt that is a prefix of the tokens."""
@@ -204,7 +215,10 @@ def write_recordings(path: Path, recordings: Sequence[Recording]) -> None:
 
 
 def read_recordings(path: Path) -> list[Recording]:
-    return [Recording(tuple(prompt), tuple(answer)) for prompt, answer in json.loads(path.read_text())]
+    return [
+        Recording(tuple(prompt), tuple(answer), tuple(tuple(Candidate(*each) for each in likely) for likely in guesses))
+        for prompt, answer, guesses in json.loads(path.read_text())
+    ]
 
 
 async def draft(clients: Sequence[EdgeClient]) -> None:
@@ -220,11 +234,12 @@ def main(
     url: Annotated[str, typer.Argument(help="The gateway.")],
     token_file: Annotated[Path | None, typer.Option(help="File with the edge's token.")] = None,
     ca_file: Annotated[str, typer.Option(help="Certificate authority to trust.")] = "",
-    recordings: Annotated[Path | None, typer.Option(help="JSON: [[prompt ids], [answer ids]], ...")] = None,
+    recordings: Annotated[Path | None, typer.Option(help="JSON: [[prompt ids], [answer ids], [guesses]], ...")] = None,
     draft_model: Annotated[str, typer.Option("--draft", help="A draft model's directory instead of recordings.")] = "",
     first: Annotated[float, typer.Option(help="How often the first candidate is right.")] = 0.75,
     second: Annotated[float, typer.Option(help="How often the second is right if the first is not.")] = 0.6,
     pass_ms: Annotated[float, typer.Option(help="Time of a forward pass.")] = 6.0,
+    row_ms: Annotated[float, typer.Option(help="Time that each row after the first adds to it.")] = 0.0,
     max_width: Annotated[int, typer.Option(help="Rows of a pass; 0: the drafter's maximum; 1: no branches.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the drafts and the stalls.")] = 0,
     edges: Annotated[int, typer.Option(help="Connections, each a separate edge.", min=1)] = 1,
@@ -242,7 +257,7 @@ def main(
         stalls = Stalls(stall_s, stall_every_s, seed + number, time.monotonic()) if stall_s else None
         write = (lambda line: file.write(json.dumps({"edge": number, **line}) + "\n")) if file else None
         known, accuracy = read_recordings(recordings), Accuracy(first, second, seed)
-        return ReplayDrafter(known, accuracy, pass_ms / 1000, stalls=stalls, trace=write)
+        return ReplayDrafter(known, accuracy, pass_ms / 1000, stalls=stalls, trace=write, row_s=row_ms / 1000)
 
     gateway = Gateway(url, token_file.read_text().strip() if token_file else "", ca_file)
     clients = [
