@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench evidence bench-switched bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-overload bench-other-tokenizer published clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench evidence bench-switched bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-beside bench-overload bench-other-tokenizer published clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
@@ -37,6 +37,7 @@ help:
 	@echo "make bench-sampling  how often drafts are right if the target samples, with its noise and without"
 	@echo "make bench-sampler   cost of sampling in a step that verifies drafts: by equality, and vLLM's own way"
 	@echo "make bench-other-tokenizer how often a draft with another tokenizer is right, and the cost of translating"
+	@echo "make bench-beside    what a draft on the other core takes from a server (3 min)"
 	@echo "make bench-drafters  forward passes of each drafter that runs here, and what it drafts for 1 and 4 requests"
 	@echo "make bench-scheduling cost of a step in vLLM's scheduler, with the plugin and without"
 	@echo "make bench-deciding  cost of the policy in the engine, microseconds per request and step"
@@ -189,6 +190,9 @@ bench-sampling: $(VENV)/.installed model
 
 bench-sampler: $(VENV)/.installed
 	$(BIN)/python benchmarks/sampler_cost.py $(ARGS)
+
+bench-beside: $(VENV)/.installed model
+	PYTHONPATH=examples $(BIN)/python benchmarks/beside.py $(ARGS)
 
 bench-drafters: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/drafters.py $(ARGS)

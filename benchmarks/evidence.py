@@ -258,7 +258,7 @@ def run_of_result(slot: Slot, result: dict[str, Any], used: dict[str, Any]) -> R
     )
 
 
-def _drafter_options(pair: Pair) -> DrafterOptions:
+def drafter_options(pair: Pair) -> DrafterOptions:
     """The draft as an edge on one core runs it."""
     return DrafterOptions(str(pair.draft_directory(CACHE)), "cpu", threads=1)
 
@@ -317,7 +317,7 @@ def main(
     names, loads = list(dict.fromkeys([PLAIN, *places])), loads_of(requests, rates, sampling)
     stand_aside()
     is_replayed = any(PLACES[name].edge == RECORDED for name in names)
-    draft = DraftReader(load_drafter(_drafter_options(PAIRS[pair]))) if is_replayed else None
+    draft = DraftReader(load_drafter(drafter_options(PAIRS[pair]))) if is_replayed else None
     for _ in range(starts):
         measure_start(settings, kept, names, loads, draft)
     print(as_table(summarise(kept.runs, pair)))

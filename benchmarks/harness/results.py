@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
 LOGS = CACHE / "bench"
 RESULTS = ROOT / "benchmarks" / "results"
+VECTORS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
+"""Vector instructions by their flag, widest first."""
 
 console = Console(stderr=True, highlight=False)
 
@@ -34,7 +36,7 @@ def output_path(name: str, output: Path | None, is_quick: bool = False) -> Path:
 def circumstances() -> dict[str, object]:
     """Circumstances of one session: enough to repeat it, and nothing that identifies this machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    cpu, vectors = _processor(lines)
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     arguments = [Path(text).name if Path(text).is_absolute() else text for text in sys.argv]
@@ -44,9 +46,17 @@ def circumstances() -> dict[str, object]:
         "command": shlex.join(["python", *arguments]),
         "commit": commit,
         "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
-        "hardware": f"{os.cpu_count()} cores of {cpu}, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "hardware": f"{os.cpu_count()} cores of {cpu} ({vectors}), {psutil.virtual_memory().total / 2**30:.0f} GiB",
         "load_before": os.getloadavg()[0],
     }
+
+
+def _processor(cpuinfo: Sequence[str]) -> tuple[str, str]:
+    """The processor's name, and its widest vector instructions, which change a step's time more than its name."""
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in cpuinfo)}
+    flags = fields.get("flags", "").split()
+    widest = next((text for flag, text in VECTORS.items() if flag in flags), "no AVX2")
+    return fields.get("model name", "unknown"), widest
 
 
 @dataclass
