@@ -28,6 +28,8 @@ SAMPLING_COLUMNS = (
     "optimum",
 )
 KINDS = ("chat", "code", "editing")
+SHOWN_RTT_MS = 20.0
+"""Round trip at which sampled answers are shown."""
 OWN_SAMPLING = "the model's own sampling"
 FIGURES = {"tokens_per_s": "tokens/s", "whole_tokens_per_s": "tokens/s with prompts", "gap_p99": "p99 between chunks"}
 
@@ -54,6 +56,19 @@ def sampled(pair: str) -> str:
                 [f"{cell['temperature']:g}", way, *(f"{each:.2f}" for each in (*times, cell["mean"][0], per_step))]
             )
     return markdown(["temperature", "noise", *KINDS, "mean", "tokens a step"], shown)
+
+
+def real_pair(pair: str) -> str:
+    """Tokens per second with an edge, times plain vLLM's, by round trip and kind of question."""
+    cells = json.loads((RESULTS / f"pair-{pair}.json").read_text())["cells"]
+    shown = []
+    for cell in cells:
+        rtt_ms, temperature = cell["rtt_ms"], cell["temperature"]
+        if not temperature or rtt_ms == SHOWN_RTT_MS:
+            load = f"{rtt_ms:g} ms" + (f", at temperature {temperature:g}" if temperature else "")
+            times = [f"{cell['by_kind'][kind]['times'][0]:.2f}" for kind in KINDS]
+            shown.append([load, *times, f"**{cell['mean'][0]:.2f}**"])
+    return markdown(["round trip between edge and server", *KINDS, "mean"], shown)
 
 
 # -- make evidence, make bench-overload ----------------------------------------------------------------------------
@@ -111,6 +126,7 @@ def _goodput(cell: dict[str, Any]) -> str:
 # -- into the documents --------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
+    "pair-qwen": lambda: real_pair("qwen"),
     "sampling-smollm2": lambda: sampling("smollm2"),
     "sampling-qwen": lambda: sampling("qwen"),
     "sampled-qwen": lambda: sampled("qwen"),
