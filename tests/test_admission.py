@@ -20,11 +20,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from vllm_specedge.frontend import admission
-from vllm_specedge.frontend.admission import ON_THE_WAY_S, STALE_S, AdmissionMiddleware, Front
+from vllm_specedge.frontend.admission import AdmissionMiddleware, Front
 from vllm_specedge.frontend.load_file import CLASSES, LOAD_VARIABLE, PLACES, Load, LoadFile
 from vllm_specedge.frontend.request_classes import MAX_BODY_BYTES, MAX_REWRITTEN_BYTES, RequestClasses
 from vllm_specedge.frontend.shared_places import NUM_SLICES, SLICE_S, SharedPlaces
-from vllm_specedge.policy.slo import DEFAULT_CLASS
+from vllm_specedge.policy.slo import DEFAULT_CLASS, ON_THE_WAY_S, STALE_S
 
 DEADLINE_S = 20.0
 BODY = {"model": "m", "prompt": "hello"}

@@ -129,22 +129,22 @@ def test_goodput_under_overload() -> None:
         return float(found[kind, "cost model", load]["goodput_per_s"] / found[kind, *other]["goodput_per_s"])
 
     at_capacity = [times(kind, load, ("cost model", 1)) for kind in ("poisson", "bursty") for load in (2, 3)]
-    assert [f"{each:.2f}" for each in at_capacity[2:]] == ["1.04", "1.04"]
-    kept = f"it keeps {at_capacity[0]:.1f} and {at_capacity[1]:.1f} times the goodput at capacity in Poisson arrivals"
-    assert f"{kept} and 1.04 in bursts" in page
-    against = [times("poisson", load, ("queue time", load)) for load in (2, 3)]
-    in_bursts = times("bursty", 2, ("queue time", 2))
-    said = f"it is {against[0]:.2f} and {against[1]:.1f} times, in bursts {in_bursts:.0f} times and more (goal 1.8;"
-    assert said in page
-    gold = {arm: [found["poisson", arm, load]["met"]["gold"] for load in (2, 3)] for arm in ("cost model", "fixed")}
-    assert all(round(5 * share) == 4 for share in gold["cost model"]), "serves four of five gold requests"
-    assert all(round(3 * share) == 1 for share in gold["fixed"]), "a fixed limit one of three"
-    off = {key: abs(each["simulated_per_s"] - each["goodput_per_s"]) for key, each in found.items()}
-    share = {key: off[key] / each["goodput_per_s"] for key, each in found.items() if off[key]}
-    assert max(value for (kind, _, _), value in share.items() if kind == "poisson") < 0.15
-    assert all(0.25 <= share["bursty", "cost model", load] <= 0.35 for load in (1, 2, 3)), (
-        "a quarter to a third too low"
+    kept = (
+        "it keeps {:.2f} and {:.2f} times the goodput at capacity in Poisson arrivals, and {:.2f} and {:.2f} in bursts"
     )
+    assert kept.format(*at_capacity) in page
+    against = [times("poisson", load, ("queue time", load)) for load in (2, 3)]
+    assert "Against queue time it is {:.2f} and {:.2f} times (goal 1.8; missed".format(*against) in page
+    assert not any(found["bursty", "queue time", load]["goodput_per_s"] for load in (2, 3)), "serves nothing in time"
+    gold = {arm: [found["poisson", arm, load]["met"]["gold"] for load in (2, 3)] for arm in ("cost model", "fixed")}
+    assert gold["cost model"] == [0.75, 0.75], "three of four gold requests"
+    assert all(share <= 0.5 for share in gold["fixed"]), "a fixed limit half of them or less"
+    judged = [each for each in found.values() if each["arm"] in ("cost model", "fixed")]
+    off = [each["simulated_per_s"] / each["goodput_per_s"] - 1.0 for each in judged]
+    num_near = sum(abs(share) <= 0.15 for share in off)
+    assert f"within 15 % in {num_near} of {len(off)} cells, and {max(off):.0%}".replace("0%", "0 %") in page
+    (far,) = [each for each, share in zip(judged, off, strict=True) if abs(share) > 0.15]
+    assert (far["arm"], far["kind"], far["times"]) == ("cost model", "poisson", 3.0)
 
 
 def test_tables_that_a_command_makes_are_what_the_files_say() -> None:

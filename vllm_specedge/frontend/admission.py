@@ -34,13 +34,11 @@ from vllm_specedge.frontend.request_classes import (
     with_priority,
 )
 from vllm_specedge.frontend.shared_places import Place, SharedPlaces
+from vllm_specedge.policy.slo import ON_THE_WAY_S, STALE_S
 
 logger = logging.getLogger("vllm_specedge.frontend.admission")
 
-STALE_S = 2.0
 LOOK_AGAIN_S = 0.02
-ON_THE_WAY_S = 0.05
-"""Requests admitted this shortly before an engine's report may not have reached it by then, and are counted again."""
 
 
 @dataclass(frozen=True, slots=True)

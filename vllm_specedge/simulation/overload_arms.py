@@ -4,13 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from math import inf, sqrt
 from typing import Protocol
 
-from vllm_specedge.policy.slo import Queue, Target, Targets, rooms
+from vllm_specedge.policy.slo import ON_THE_WAY_S, STALE_S, Queue, Target, Targets, rooms
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.simulation.admitted_rate import AdmittedRates
 from vllm_specedge.simulation.arrivals import RequestClass
-
-STALE_S = 2.0
-"""As in frontend/admission.py."""
 
 
 class Arm(Protocol):
@@ -111,28 +108,30 @@ class QueueTime(_Told):
 
 
 class CostModel(_Told):
-    """Ours: as many as would meet their targets without breaking others', by the cost model of steps."""
+    """Ours: as many as would meet their targets without breaking others', by the cost model of steps.
+
+    As in frontend/admission.py, which does not know whether a report includes the requests just before it.
+    """
 
     def __init__(self, classes: Sequence[RequestClass]) -> None:
         self._targets = targets_of(classes)
         self._priorities = {each.name: each.priority for each in classes}
         self._room: dict[str, int] = {}
         self._said_s = -inf
+        self._admitted_s: list[float] = []
+        """Times of the admissions that the last report may not include."""
 
     def reported(
         self, queue: Queue, num_tokens: int, cost: StepCost, offered_per_s: Mapping[str, float], now_s: float
     ) -> None:
         self._room = rooms(queue, self._priorities, num_tokens, self._targets, cost, offered_per_s)
         self._said_s = now_s
-
-    def has_room(self, class_: RequestClass, now_s: float) -> bool:
-        return now_s - self._said_s > STALE_S or self._room[class_.name] > 0
+        self._admitted_s = [at_s for at_s in self._admitted_s if at_s > now_s - ON_THE_WAY_S]
 
     def ask(self, class_: RequestClass, now_s: float) -> bool:
-        if not self.has_room(class_, now_s):
+        if now_s - self._said_s <= STALE_S and self._room[class_.name] <= len(self._admitted_s):
             return False
-        for name in self._room:
-            self._room[name] -= 1
+        self._admitted_s.append(now_s)
         return True
 
 
