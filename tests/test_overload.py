@@ -83,7 +83,7 @@ def test_under_overload_the_more_important_class_is_served() -> None:
 
 
 def test_a_new_server_does_not_take_a_first_surge_for_free_of_prompts() -> None:
-    """No answer has ended yet, so only prompts have known lengths. Without them 0.27 met their targets."""
+    """No answer has ended yet, so only prompts have known lengths. Without them 0.28 met their targets."""
     base = replace(BASE, kind="bursty", arm="cost model", times=3.0, duration_s=12.0, warm_up_s=0.0)
     runs = [simulate_overload(replace(base, scenario=replace(SCENARIO, seed=seed))) for seed in range(6)]
     gold = [each.classes["gold"] for each in runs]
