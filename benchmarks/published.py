@@ -80,7 +80,7 @@ def evidence(pair: str) -> str:
     places = list(dict.fromkeys(cell["arm"] for cell in cells))
     shown = []
     for load in dict.fromkeys(map(_load, cells)):
-        of_load = {cell["arm"]: str(Interval(*cell["tokens_per_s"])) for cell in cells if _load(cell) == load}
+        of_load = {cell["arm"]: _over_starts(Interval(*cell["tokens_per_s"])) for cell in cells if _load(cell) == load}
         shown.append([load, *(of_load.get(place, "") for place in places)])
     return markdown(["requests", *places], shown)
 
@@ -93,6 +93,11 @@ def goals(pair: str) -> str:
             figure, bound = goal.split(" ", 1)
             shown.append([cell["arm"], _load(cell), FIGURES[figure], bound, str(Interval(*cell[figure])), verdict])
     return markdown(["place", "requests", "times plain vLLM's", "goal", "measured", "verdict"], shown)
+
+
+def _over_starts(measured: Interval) -> str:
+    """One start has no interval."""
+    return str(measured) if measured.num_starts > 1 else f"{measured.median:.2f}"
 
 
 def _cells(pair: str) -> list[dict[str, Any]]:
@@ -132,6 +137,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampled-qwen": lambda: sampled("qwen"),
     "evidence-smollm2": lambda: evidence("smollm2"),
     "goals-smollm2": lambda: goals("smollm2"),
+    "evidence-qwen": lambda: evidence("qwen"),
     "overload-poisson": lambda: overload("poisson"),
     "overload-bursty": lambda: overload("bursty"),
 }
