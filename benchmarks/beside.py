@@ -3,8 +3,8 @@
     PYTHONPATH=examples python benchmarks/beside.py [--pair smollm2] [--repeats 5]
 
 Plain vLLM on one core, alone and while the pair's draft runs on the other core without a pause, as an edge does that
-drafts for many requests. They share the machine's memory, so the server's steps take longer. An edge elsewhere takes
-nothing: so `make evidence` also has edges that replay the draft (harness/recorded_draft.py).
+drafts for many requests. An edge elsewhere takes nothing: so `make evidence` also has edges that replay the draft
+(harness/recorded_draft.py).
 """
 
 import json
