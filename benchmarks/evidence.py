@@ -53,6 +53,8 @@ REPLAYED = {
 }
 """Kinds of edges that replay plain vLLM's greedy answers with an accuracy, and their options."""
 MAX_CONNECTIONS = 8
+MAX_RECORDED = 4
+"""Questions that plain vLLM answers at once for recordings."""
 
 
 class Place(NamedTuple):
@@ -192,8 +194,11 @@ class Start:
         keys = [(question, seed, slot.temperature) for seed, question in enumerate(asked, self._first_seed)]
         new = [key for key in keys if key not in self._recorded]
         bodies = [{**question.body, "seed": seed, **_temperature(slot)} for question, seed, _ in new]
-        answers = self.targets[PLAIN].converse(bodies, 2 * self.settings.tokens) if bodies else []
-        self._recorded.update(zip(new, [answer.recording for answer in answers], strict=True))
+        # Few at a time: prompts of seeded requests that are computed in chunks end plain vLLM (docs/upstream.md).
+        for first in range(0, len(new), MAX_RECORDED):
+            batch = slice(first, first + MAX_RECORDED)
+            answers = self.targets[PLAIN].converse(bodies[batch], 2 * self.settings.tokens)
+            self._recorded.update(zip(new[batch], [answer.recording for answer in answers], strict=True))
         return [self._recorded[key] for key in keys]
 
     def _drafted(self, known: Sequence[Recording], slot: Slot) -> tuple[list[Recording], dict[str, object]]:

@@ -1,7 +1,8 @@
 """A draft model's candidates at each position of recorded answers, for edges that replay them (replay.py).
 
-On a machine with two cores a draft model beside a server slows it (`make bench-beside`). An edge elsewhere does not. So the draft model reads the answers beforehand, and an edge that replays its candidates
-waits for the time of its passes, but leaves the machine to the server.
+On a machine with two cores a draft model beside a server slows it (`make bench-beside`). An edge elsewhere does not. So
+the draft model reads the answers beforehand, and an edge that replays its candidates waits for the time of its passes,
+but leaves the machine to the server.
 """
 
 import time
