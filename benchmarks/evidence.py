@@ -155,13 +155,8 @@ class Start:
     def measure(self, slot: Slot) -> Iterator[Run]:
         target = self.targets[PLACES[slot.arm].server]
         asked = self._asked(slot)
-        options: Mapping[str, object] = REPLAYED.get(slot.edge or "", {})
-        if options or slot.edge == RECORDED:
-            known = self._known(asked, slot)
-            if slot.edge == RECORDED:
-                known, options = self._drafted(known, slot)
-            write_recordings(RECORDINGS, known)
-        with drafting_as(slot, target, PAIRS[self.settings.pair], options) as edges:
+        replayed = self._replayed(asked, slot)
+        with drafting_as(slot, target, PAIRS[self.settings.pair], replayed) as edges:
             self._ask(target, asked[: slot.requests], slot, WARM_UP_TOKENS)
             with edges.stopped() if edges and slot.edge == DEAD else nullcontext():
                 result, used = metered(
@@ -201,12 +196,17 @@ class Start:
             self._recorded.update(zip(new[batch], [answer.recording for answer in answers], strict=True))
         return [self._recorded[key] for key in keys]
 
-    def _drafted(self, known: Sequence[Recording], slot: Slot) -> tuple[list[Recording], dict[str, object]]:
-        """Answers with the draft's candidates, and the times of its passes as options."""
+    def _replayed(self, asked: Sequence[Question], slot: Slot) -> Mapping[str, object]:
+        """Write what a slot's edges replay to RECORDINGS; returns their options, none if they replay nothing."""
+        if slot.edge in REPLAYED:
+            write_recordings(RECORDINGS, self._known(asked, slot))
+            return REPLAYED[slot.edge]
+        if slot.edge != RECORDED:
+            return {}
         assert self.draft is not None
         width = MAX_CANDIDATES if slot.temperature == 0 else NUM_CANDIDATES
-        times = {"pass_ms": 1e3 * self.draft.pass_s, "row_ms": 1e3 * self.draft.row_s}
-        return [self.draft.read(each, width) for each in known], times
+        write_recordings(RECORDINGS, [self.draft.read(each, width) for each in self._known(asked, slot)])
+        return {"pass_ms": 1e3 * self.draft.pass_s, "row_ms": 1e3 * self.draft.row_s}
 
     def _ask(
         self, target: Target, asked: Sequence[Question], slot: Slot, num_tokens: int, per_s: float | None = None

@@ -147,6 +147,16 @@ def test_goodput_under_overload() -> None:
     assert (far["arm"], far["kind"], far["times"]) == ("cost model", "poisson", 3.0)
 
 
+def test_where_a_draft_beside_the_server_made_it_slower_is_said() -> None:
+    (cell,) = [
+        each
+        for each in cells("evidence-smollm2.json")
+        if (each["arm"], each["requests"], each["temperature"]) == ("edge, 20 ms", 4, None)
+    ]
+    assert cell["verdicts"]["tokens_per_s >= 0.97"] == "missed"
+    assert f"**slower than plain vLLM** ({cell['tokens_per_s'][0]:.2f}; the goal is 0.97)" in PAGE.read_text()
+
+
 def test_tables_that_a_command_makes_are_what_the_files_say() -> None:
     """`make published`."""
     assert [str(document) for document in published.DOCUMENTS if published.unlike(document, should_write=False)] == []

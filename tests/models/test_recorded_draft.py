@@ -1,5 +1,7 @@
 """A draft that has read answers beforehand (harness/recorded_draft.py) drafts what the model itself drafts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
@@ -31,6 +33,17 @@ def test_it_has_the_model_s_candidates_after_each_true_past(reader: DraftReader)
         assert [each.probability for each in found] == pytest.approx([each.probability for each in expected], abs=1e-5)
 
 
-def test_it_knows_how_long_passes_take(reader: DraftReader) -> None:
-    assert reader.pass_s > 0.0
-    assert reader.row_s >= 0.0
+def test_it_knows_how_long_passes_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 ms, and 2 ms for each row after the first."""
+    now_s = 0.0
+
+    @contextmanager
+    def forward_pass(self: ReplayDrafter, num_rows: int) -> Iterator[None]:
+        nonlocal now_s
+        now_s += 0.005 + 0.002 * (num_rows - 1)
+        yield
+
+    monkeypatch.setattr(ReplayDrafter, "forward_pass", forward_pass)
+    reader = DraftReader(ReplayDrafter([], Accuracy()), lambda: now_s)
+    assert reader.pass_s == pytest.approx(0.005)
+    assert reader.row_s == pytest.approx(0.002)
