@@ -3,8 +3,9 @@
     PYTHONPATH=examples python benchmarks/overload.py [--times 1,1.5,2,3] [--seconds 60] [--quick]
 
 SmolLM2 on one core, two classes with different targets, open-loop arrivals: Poisson and in bursts, the same ones for
-each arm. Each cell is shown with the simulator's, which uses the step times that this server has learned. Exits with
-status 1 if a goal is missed or the simulator is off by more than 15 %.
+each arm. Each cell is shown with the simulator's, which uses the step times that this server had learned by the end of
+the cell: a machine does not keep its speed. Exits with status 1 if a goal is missed or the simulator is off by more
+than 15 %.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ from overload_middleware import CLASS_HEADER, COST_MODEL
 
 from edge_client.forecast import knowledge
 from vllm_specedge.simulation.arrivals import Arrival, Kind, arrivals
+from vllm_specedge.simulation.models import Server
 from vllm_specedge.simulation.overload import CLASSES, Overload, simulate_overload
 from vllm_specedge.simulation.overload_arms import ARMS
 from vllm_specedge.simulation.overload_report import KINDS
@@ -49,9 +51,12 @@ class Cell:
     times: float
     goodput_per_s: float
     simulated_per_s: float
+    """With the step times that the server had learned by the end of the cell."""
     met: dict[str, float]
     """By class, the share of requests that met their targets."""
     refused: int
+    capacity_per_s: float = 0.0
+    """Capacity by the step times at the end of the cell; loads are multiples of the capacity before all cells."""
 
 
 @dataclass
@@ -100,15 +105,18 @@ def _learn(target: Target) -> None:
     chance = Random(0)
     for number in WARM_UP:
         target.ask([[chance.choice(VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in range(number)], ANSWER_TOKENS)
+
+
+def _learned(target: Target) -> Server:
+    """The step times that this server has learned."""
     time.sleep(SETTLE_S)  # engines report once per second
-
-
-def _simulated(target: Target, seconds: float, gold_itl_ms: float, itl_ms: float) -> Overload:
-    """The simulation of this server, with the step times that it has learned."""
-    text = httpx.get(f"{target.server.gateway_url}/metrics", trust_env=False).text
-    server = knowledge(text).server
+    server = knowledge(httpx.get(f"{target.server.gateway_url}/metrics", trust_env=False).text).server
     if server is None:
         raise target.server.process.fail("the engine has not reported its step times")
+    return server
+
+
+def _simulated(server: Server, seconds: float, gold_itl_ms: float, itl_ms: float) -> Overload:
     gold, default = CLASSES
     classes = (
         replace(gold, target=replace(gold.target, itl_s=gold_itl_ms / 1e3)),
@@ -132,15 +140,17 @@ def _measure(target: Target, run: Overload) -> Cell:
     per_s, seed = run.times * run.capacity_per_s, run.scenario.seed
     coming = arrivals(run.kind, per_s, run.duration_s, run.classes, ANSWER_TOKENS, seed)
     asked = [each for each in asyncio.run(_ask_all(target, coming, seed)) if each.arrival.at_s >= run.warm_up_s]
+    now = replace(run, scenario=replace(run.scenario, server=_learned(target)))
     by_class = {each.name: [one for one in asked if one.arrival.class_.name == each.name] for each in run.classes}
     return Cell(
         run.kind,
         run.arm,
         run.times,
         sum(one.is_good for one in asked) / (run.duration_s - run.warm_up_s),
-        simulate_overload(run).goodput_per_s,
+        simulate_overload(replace(now, rated=run.scenario.server)).goodput_per_s,
         {name: sum(one.is_good for one in of) / max(1, len(of)) for name, of in by_class.items()},
         sum(one.status == 429 for one in asked),
+        now.capacity_per_s,
     )
 
 
@@ -213,7 +223,7 @@ def main(
         target = targets["overload"]
         stand_aside()
         _learn(target)
-        base = _simulated(target, seconds, gold_itl_ms, itl_ms)
+        base = _simulated(_learned(target), seconds, gold_itl_ms, itl_ms)
         console.print(f"Capacity: {base.capacity_per_s:.2f} requests per second, {base.limit} at a time")
         cells = []
         for kind in KINDS[:1] if quick else KINDS:

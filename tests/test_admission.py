@@ -44,7 +44,8 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 def say(directory: Path, room: dict[str, int], after_s: float = 0.0, engine: int = 0, **more: Any) -> None:
     """An engine reports its room, now or a little later; 1 s later all requests admitted so far have reached it."""
-    load = Load(time.monotonic() + after_s, room, retry_after_s=7, **more)
+    now_s = time.monotonic() + after_s
+    load = Load(now_s, now_s, room, retry_after_s=7, **more)
     LoadFile(directory / f"{engine}.json").write(load)
 
 
@@ -256,7 +257,7 @@ def test_what_generates_nothing_is_let_through(directory: Path) -> None:
 
 
 def test_what_cannot_be_written_is_no_fault_of_the_engine_s(tmp_path: Path) -> None:
-    LoadFile(tmp_path / "gone" / "0.json").write(Load(0.0))
+    LoadFile(tmp_path / "gone" / "0.json").write(Load(0.0, 0.0))
     assert not (tmp_path / "gone").exists()
 
 
@@ -294,7 +295,7 @@ print(sum(front.ask("default", now_s + n * 1e-5).is_admitted for n in range(numb
 
 def test_four_processes_let_in_no_more_than_there_is_room_for(directory: Path) -> None:
     now_s, room, each = 1000.0, 5000, 3000
-    LoadFile(directory / "0.json").write(Load(now_s, {DEFAULT_CLASS: room}))
+    LoadFile(directory / "0.json").write(Load(now_s, now_s, {DEFAULT_CLASS: room}))
     command = [sys.executable, "-c", ASK_MANY, str(directory), str(each), str(now_s)]
     fronts = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     try:
@@ -319,7 +320,7 @@ def test_four_processes_let_in_no_more_than_there_is_room_for(directory: Path) -
 
 @pytest.mark.timeout(60)
 def test_a_process_that_is_stopped_with_the_lock_stops_no_other(directory: Path) -> None:
-    LoadFile(directory / "0.json").write(Load(1000.0, {DEFAULT_CLASS: 400}))
+    LoadFile(directory / "0.json").write(Load(1000.0, 1000.0, {DEFAULT_CLASS: 400}))
     front = Front(directory, SharedPlaces(directory / PLACES), RequestClasses())
     with (directory / PLACES).open("rb") as stopped:
         fcntl.flock(stopped, fcntl.LOCK_EX)
@@ -344,26 +345,31 @@ def test_what_one_process_let_in_is_in_the_other_s_way_until_an_engine_s_report_
 ) -> None:
     one, other = two_fronts
     file, said_s = LoadFile(directory / "0.json"), 100.0
-    file.write(Load(said_s, {DEFAULT_CLASS: 1}))
+    file.write(Load(said_s, said_s, {DEFAULT_CLASS: 1}))
     assert one.ask(DEFAULT_CLASS, said_s + 0.01).is_admitted
     assert not other.ask(DEFAULT_CLASS, said_s + 0.02).is_admitted
-    file.write(Load(said_s + 0.01, {DEFAULT_CLASS: 1}))  # it may not have had it by then
+    known_s = said_s + 0.01
+    file.write(Load(known_s, known_s, {DEFAULT_CLASS: 1}))  # it may not have had it by then
     assert not other.ask(DEFAULT_CLASS, said_s + 0.05).is_admitted
-    file.write(Load(said_s + 0.01 + ON_THE_WAY_S + SLICE_S, {DEFAULT_CLASS: 1}))
-    assert other.ask(DEFAULT_CLASS, said_s + 0.2).is_admitted
+    file.write(Load(said_s + 1.0, known_s, {DEFAULT_CLASS: 1}))  # after a long step, which began before
+    assert not other.ask(DEFAULT_CLASS, said_s + 1.1).is_admitted
+    known_s += ON_THE_WAY_S + SLICE_S
+    file.write(Load(said_s + 1.2, known_s, {DEFAULT_CLASS: 1}))
+    assert other.ask(DEFAULT_CLASS, said_s + 1.3).is_admitted
 
 
 def test_a_place_goes_back_to_all_and_what_a_dead_process_took_is_its_own_for_a_report_s_time(
     directory: Path, two_fronts: tuple[Front, Front]
 ) -> None:
     one, other = two_fronts
-    LoadFile(directory / "0.json").write(Load(100.0, {DEFAULT_CLASS: 1}))
+    LoadFile(directory / "0.json").write(Load(100.0, 100.0, {DEFAULT_CLASS: 1}))
     verdict = one.ask(DEFAULT_CLASS, 100.01)
     assert verdict.place is not None
     one.give_back(verdict.place)
     assert other.ask(DEFAULT_CLASS, 100.02).is_admitted
     # `other` dies with it, and its slice of time comes round again.
-    LoadFile(directory / "0.json").write(Load(100.0 + NUM_SLICES * SLICE_S, {DEFAULT_CLASS: 1}))
+    later_s = 100.0 + NUM_SLICES * SLICE_S
+    LoadFile(directory / "0.json").write(Load(later_s, later_s, {DEFAULT_CLASS: 1}))
     assert one.ask(DEFAULT_CLASS, 100.02 + NUM_SLICES * SLICE_S).is_admitted
 
 

@@ -88,7 +88,7 @@ def test_behind_vllm_s_own_middlewares_a_request_without_a_key_takes_no_place_an
         middleware=["vllm_specedge.admission.AdmissionMiddleware"],
     )
     init_entrypoints_middleware(args, app, ())
-    LoadFile(tmp_path / "0.json").write(Load(time.monotonic(), {DEFAULT_CLASS: 0}))
+    LoadFile(tmp_path / "0.json").write(Load(time.monotonic(), time.monotonic(), {DEFAULT_CLASS: 0}))
 
     async def statuses() -> list[int]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:

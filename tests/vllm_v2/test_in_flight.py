@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,31 @@ def test_an_abort_leaves_the_others_as_they_are(plain: Engine, edge: Engine, way
     assert got["stays"] == said[1]
     assert len(got["gone"]) < 40
     assert not len(edge.drafting.driver)
+
+
+@every_way
+def test_a_load_report_includes_what_had_arrived_before_the_last_schedule(
+    edge: Engine, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edge.step_as(way)
+    scheduler, last, known = edge.core.scheduler, [0.0, 0.0], set[float]()
+    schedule = scheduler.schedule
+
+    def timed_schedule(*args: Any) -> Any:
+        began_s = monotonic()
+        output = schedule(*args)
+        last[:] = began_s, monotonic()
+        return output
+
+    def report(scheduler: Any, cost: Any, known_s: float, now_s: float) -> None:
+        began_s, ended_s = last
+        assert began_s <= known_s <= ended_s <= now_s
+        known.add(known_s)
+
+    monkeypatch.setattr(scheduler, "schedule", timed_schedule)
+    monkeypatch.setattr(edge.drafting, "_load_report", SimpleNamespace(report=report, num_finished=0))
+    edge.tokens(PROMPTS, greedy(20))
+    assert len(known) > 10
 
 
 @pytest.fixture(scope="module")

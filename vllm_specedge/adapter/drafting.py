@@ -214,10 +214,11 @@ class Drafting:
         self._ended_s = step.ended_s
         self.shared.send(self.driver.end(ending.plan, outcomes, step))
         self._trace(outcomes, step.started_s)
-        if self._load_report is not None:
-            self._load_report.report(self._scheduler, self.driver.cost, step.ended_s)
         if self._demand is not None:
             self._demand.look(self._scheduler, step.ended_s)
+        if self._load_report is not None:
+            known_s = self._started[-1][1] if self._started else ending.started_s
+            self._load_report.report(self._scheduler, self.driver.cost, known_s, step.ended_s)
         self._look_up()
 
     def _trace(self, outcomes: list[RequestOutcome], started_s: float) -> None:

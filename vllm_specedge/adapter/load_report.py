@@ -31,20 +31,21 @@ class LoadReport:
         self._finished = Rate()
         self._last_s = 0.0
 
-    def report(self, scheduler: Any, cost: StepCost, now_s: float) -> None:
+    def report(self, scheduler: Any, cost: StepCost, known_s: float, now_s: float) -> None:
+        """Report at the end of a step. `known_s`: when the last step was scheduled; vLLM takes requests in before."""
         if self._file is None or now_s - self._last_s < EVERY_S:
             return
         self._last_s = now_s
         self._finished.observe(self.num_finished, now_s)
         self.num_finished = 0
-        self._file.write(self._load(scheduler, cost, now_s))
+        self._file.write(self._load(scheduler, cost, known_s, now_s))
 
-    def _load(self, scheduler: Any, cost: StepCost, now_s: float) -> Load:
+    def _load(self, scheduler: Any, cost: StepCost, known_s: float, now_s: float) -> Load:
         typical = max(1, round(self._demand.demand.mix.prompt_tokens))
         queue, targets = self._queue(scheduler, now_s), self._targets
         never = unserved(queue, self._classes, typical, targets, cost)
         room = rooms(queue, self._classes, typical, targets, cost, self._demand.demand.offered_per_s)
-        return Load(now_s, room, never, retry_after_s(queue))
+        return Load(now_s, known_s, room, never, retry_after_s(queue))
 
     def _queue(self, scheduler: Any, now_s: float) -> Queue:
         waiting = [*scheduler.waiting, *scheduler.kv_holding_waiting]

@@ -81,7 +81,7 @@ class Front:
         return Verdict(False, retry_after_s=min(load.retry_after_s for load in loads.values()))
 
     def _room(self, engine: int, load: Load, class_: str) -> int:
-        return load.room_of(class_) - self.places.taken(engine, load.said_s - ON_THE_WAY_S)
+        return load.room_of(class_) - self.places.taken(engine, load.known_s - ON_THE_WAY_S)
 
     def give_back(self, place: Place) -> None:
         """Free the place of a request that has ended, whether or not it reached an engine. An engine's later reports

@@ -21,6 +21,8 @@ class Load:
 
     said_s: float
     """Time of the report, on the machine's monotonic clock."""
+    known_s: float
+    """Time at which the engine last took requests in. The report does not include later ones."""
     room: Mapping[str, int] = field(default_factory=dict)
     """By class, how many more requests would meet their targets without breaking others'."""
     unserved: frozenset[str] = frozenset()

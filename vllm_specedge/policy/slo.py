@@ -20,7 +20,8 @@ MAX_CLASSES = 16
 STALE_S = 2.0
 """An engine's report that is older does not count: an idle engine reports nothing."""
 ON_THE_WAY_S = 0.05
-"""Requests admitted this shortly before an engine's report may not have reached it by then, and are counted again."""
+"""Requests admitted this shortly before an engine took requests in may not have reached it by then, and are counted
+beside its report."""
 
 MAX_BLOCKED = 0.5
 """Maximum share of the more important requests that may find no place because of less important ones."""

@@ -15,6 +15,7 @@ from vllm_specedge.policy.situation import Load
 from vllm_specedge.policy.slo import Queue, Target
 from vllm_specedge.simulation.arrivals import Arrival, Kind, RequestClass, arrivals
 from vllm_specedge.simulation.measuring import Client
+from vllm_specedge.simulation.models import Server
 from vllm_specedge.simulation.oracle import ExactCost
 from vllm_specedge.simulation.overload_arms import ARMS, Arm, targets_of
 from vllm_specedge.simulation.run import Served, Simulation
@@ -42,6 +43,8 @@ class Overload:
     duration_s: float = 60.0
     warm_up_s: float = 15.0
     """Requests that arrive before this time are not counted."""
+    rated: Server | None = None
+    """The server whose capacity `times` and `limit` refer to; None: the simulated one."""
 
     @property
     def mix(self) -> Mix:
@@ -56,7 +59,7 @@ class Overload:
     def _tokens_per_s(self) -> float:
         step_s = min(each.target.itl_s for each in self.classes)
         limits = EngineLimits(self.scenario.max_running, self.scenario.max_step_tokens, step_s=step_s)
-        return capacity_tokens_per_s(ExactCost(self.scenario.server), self.mix, limits)
+        return capacity_tokens_per_s(ExactCost(self.rated or self.scenario.server), self.mix, limits)
 
     @property
     def limit(self) -> int:
@@ -192,23 +195,23 @@ class OverloadSimulation(Simulation):
         step_limit_s = min((self._targets.of(priority).itl_s for priority in priorities), default=inf)
         return rows, replace(load, step_limit_s=step_limit_s)
 
-    def _finish(self) -> None:
-        super()._finish()
+    def report(self, known_s: float) -> None:
         now_s = self.time.now_s
         if now_s - self._reported_s >= REPORT_EVERY_S:
             self._reported_s = now_s
             self._finished.observe(self._num_finished, now_s)
             self._num_finished = 0
             self._demand.sample(now_s)
-            offered_per_s = self._demand.offered_per_s
-            self._arm.reported(self._queue(), self.scenario.prompt_tokens, self.driver.cost, offered_per_s, now_s)
+            offered_per_s, queue = self._demand.offered_per_s, self._queue(known_s)
+            typical, cost = self.scenario.prompt_tokens, self.driver.cost
+            self._arm.reported(queue, typical, cost, offered_per_s, known_s, now_s)
 
-    def _queue(self) -> Queue:
-        """The queue, as in adapter/load_report.py."""
+    def _queue(self, known_s: float) -> Queue:
+        """The queue, as in adapter/load_report.py, which does not see requests that arrived after `known_s`."""
         priorities = {each.name: each.priority for each in self._overload.classes}
         return Queue(
             running=[_priority(request) for request in self._running],
-            waiting=[(_priority(request), request.num_left) for request in self._waiting],
+            waiting=[(_priority(each), each.num_left) for each in self._waiting if each.chunk_s <= known_s],
             context=sum(request.num_computed for request in self._running),
             slots=self.scenario.max_running,
             room=self.scenario.max_step_tokens,

@@ -16,10 +16,16 @@ class Arm(Protocol):
     def ask(self, class_: RequestClass, now_s: float) -> bool: ...
 
     def reported(
-        self, queue: Queue, num_tokens: int, cost: StepCost, offered_per_s: Mapping[str, float], now_s: float
+        self,
+        queue: Queue,
+        num_tokens: int,
+        cost: StepCost,
+        offered_per_s: Mapping[str, float],
+        known_s: float,
+        now_s: float,
     ) -> None:
         """The engine's report, every tenth of a second. `num_tokens`: prompt tokens of a request. `offered_per_s`:
-        arriving requests by class."""
+        arriving requests by class. `known_s`: later requests are not included."""
 
     def began(self, waited_s: float, now_s: float) -> None:
         """The engine begins with a request that has waited for `waited_s`."""
@@ -35,7 +41,13 @@ class _Told:
     """An arm that ignores all reports."""
 
     def reported(
-        self, queue: Queue, num_tokens: int, cost: StepCost, offered_per_s: Mapping[str, float], now_s: float
+        self,
+        queue: Queue,
+        num_tokens: int,
+        cost: StepCost,
+        offered_per_s: Mapping[str, float],
+        known_s: float,
+        now_s: float,
     ) -> None:
         pass
 
@@ -122,11 +134,17 @@ class CostModel(_Told):
         """Times of the admissions that the last report may not include."""
 
     def reported(
-        self, queue: Queue, num_tokens: int, cost: StepCost, offered_per_s: Mapping[str, float], now_s: float
+        self,
+        queue: Queue,
+        num_tokens: int,
+        cost: StepCost,
+        offered_per_s: Mapping[str, float],
+        known_s: float,
+        now_s: float,
     ) -> None:
         self._room = rooms(queue, self._priorities, num_tokens, self._targets, cost, offered_per_s)
         self._said_s = now_s
-        self._admitted_s = [at_s for at_s in self._admitted_s if at_s > now_s - ON_THE_WAY_S]
+        self._admitted_s = [at_s for at_s in self._admitted_s if at_s > known_s - ON_THE_WAY_S]
 
     def ask(self, class_: RequestClass, now_s: float) -> bool:
         if now_s - self._said_s <= STALE_S and self._room[class_.name] <= len(self._admitted_s):
@@ -143,7 +161,13 @@ class Adaptive(_Told):
         self.rates = AdmittedRates([each.name for each in by_importance])
 
     def reported(
-        self, queue: Queue, num_tokens: int, cost: StepCost, offered_per_s: Mapping[str, float], now_s: float
+        self,
+        queue: Queue,
+        num_tokens: int,
+        cost: StepCost,
+        offered_per_s: Mapping[str, float],
+        known_s: float,
+        now_s: float,
     ) -> None:
         self.rates.decide(now_s)
 

@@ -305,7 +305,11 @@ class Simulation:
             self._running = [request for request in self._running if len(request.tokens) < request.end]
         for request in over:
             self.ended(request)
+        self.report((self._in_flight[-1] if self._in_flight else step).scheduled_s)
         self._begin()
+
+    def report(self, known_s: float) -> None:
+        """Called at the end of each step. The engine has taken in the requests that arrived until `known_s`."""
 
     def _decide(self, request: Served, draft: list[int]) -> None:
         """A step has decided tokens of a request."""
