@@ -151,7 +151,9 @@ def answering(server: Server) -> Iterator[Server]:
 @contextmanager
 def edge_client(gateway_url: str, draft: str, log: Path, *arguments: str) -> Iterator[Process]:
     """An `edge-client connect` that the gateway has admitted."""
-    command = [str(BIN / "edge-client"), "connect", gateway_url, "--draft", draft, "--threads", "1", *arguments]
+    command = [str(BIN / "edge-client"), "connect", gateway_url, "--draft", draft, "--threads", "1"]
+    # On a slow machine a server may answer before its gateway listens.
+    command += ["--wait", f"{START_LIMIT_S:.0f}", *arguments]
     process = start(command, log, {"HF_HUB_OFFLINE": "1"}, core=EDGE_CORE)
     try:
         wait_for(process, f"{gateway_url}/healthz", "edges", 1)
