@@ -72,7 +72,8 @@ test-fast: $(VENV)/.installed
 test-processes: $(VENV)/.installed
 	$(BIN)/pytest tests/processes tests/models -n 2 --dist loadfile --durations=15
 
-# One at a time: the servers of these tests use both cores. Two at a time starve their gateways (benchmarks/LOG.md).
+# One at a time: the servers of these tests use both cores. Two at a time starve their gateways and edges, even with a
+# core each (benchmarks/LOG.md).
 test-vllm: $(VENV)/.installed model
 	$(BIN)/pytest tests/vllm --durations=15
 

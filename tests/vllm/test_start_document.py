@@ -13,7 +13,7 @@ from stack import BIN, POLL_S, START_LIMIT_S, Process
 from tests.namespaces import Machine, two_machines
 from tests.test_documents import of
 
-from .conftest import MODEL
+from .conftest import MODEL, until
 
 DRAFT = MODEL.parent / "smollm2-draft"
 TARGET, SIBLING = "Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct"
@@ -83,7 +83,7 @@ def served(machines: tuple[Machine, Machine]) -> Iterator[tuple[Machine, Machine
     shutil.copy(server.folder / "cert.pem", laptop.folder)
     with stopped(server.start([*step("vllm", "serve"), *SMALL], "server.log", OF_SERVER)) as process:
         wait_until(process, laptop, ["curl", "--silent", f"http://{NAME}:8000/v1/models"], lambda said: TARGET in said)
-        assert "Gateway listens" in process.log.read_text()
+        until(lambda: "Gateway listens" in process.log.read_text(), "the gateway does not listen")
         yield machines
 
 
