@@ -3,9 +3,8 @@
     PYTHONPATH=examples python benchmarks/overload.py [--times 1,1.5,2,3] [--seconds 60] [--quick]
 
 SmolLM2 on one core, two classes with different targets, open-loop arrivals: Poisson and in bursts, the same ones for
-each arm. Each cell is shown with the simulator's, which uses the step times that this server had learned by the end of
-the cell: a machine does not keep its speed. Exits with status 1 if a goal is missed or the simulator is off by more
-than 15 %.
+each arm. Each cell is shown with the simulator's, which uses step times that this server learned during the cell: a
+machine does not keep its speed. Exits with status 1 if a goal is missed or the simulator is off by more than 15 %.
 """
 
 import asyncio
@@ -14,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -39,7 +39,7 @@ WARM_UP = (1, 2, 4, 8, 12, 16, 24, 32)
 """Concurrent requests from which the server learns its step times."""
 VOCABULARY = range(1000, 40_000)
 MIN_GOODPUT, MIN_RATIO, AGREEMENT = 0.9, 1.8, 0.15
-SETTLE_S = 2.0
+SETTLE_S, LOOK_S = 2.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ class Cell:
     times: float
     goodput_per_s: float
     simulated_per_s: float
-    """With the step times that the server had learned by the end of the cell."""
+    """With the step times that the server learned in the cell: of those read every LOOK_S, the ones with the median
+    capacity."""
     met: dict[str, float]
     """By class, the share of requests that met their targets."""
     refused: int
     capacity_per_s: float = 0.0
-    """Capacity by the step times at the end of the cell; loads are multiples of the capacity before all cells."""
+    """Capacity by these step times; loads are multiples of the capacity before all cells."""
 
 
 @dataclass
@@ -88,32 +89,36 @@ async def _ask(client: httpx.AsyncClient, url: str, model: str, arrival: Arrival
     return asked
 
 
-async def _ask_all(target: Target, coming: Iterable[Arrival], seed: int) -> list[Asked]:
-    """Send each request at its arrival time."""
+async def _ask_all(target: Target, coming: Iterable[Arrival], seed: int) -> tuple[list[Asked], list[Server]]:
+    """Send each request at its arrival time. Returns the outcomes, and the server's step times every LOOK_S."""
     chance, url, tasks = Random(seed), f"{target.server.url}/v1/completions", list[asyncio.Task[Asked]]()
+    metrics = f"{target.server.gateway_url}/metrics"
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(trust_env=False, timeout=LIMIT_S, limits=limits) as client:
-        started_s = time.monotonic()
+        started_s, looked_s, looks = time.monotonic(), -inf, list[asyncio.Task[httpx.Response]]()
         for arrival in coming:
             await asyncio.sleep(max(0.0, started_s + arrival.at_s - time.monotonic()))
             tokens = [chance.choice(VOCABULARY) for _ in range(PROMPT_TOKENS)]
             tasks.append(asyncio.create_task(_ask(client, url, target.server.model, arrival, tokens)))
-        return [await task for task in tasks]
+            if time.monotonic() - looked_s >= LOOK_S:
+                looked_s = time.monotonic()
+                looks.append(asyncio.create_task(client.get(metrics)))
+        return [await task for task in tasks], [_step_times(target, await look) for look in looks]
+
+
+def _step_times(target: Target, metrics: httpx.Response) -> Server:
+    """The step times that this server has learned."""
+    server = knowledge(metrics.text).server
+    if server is None:
+        raise target.server.process.fail("the engine has not reported its step times")
+    return server
 
 
 def _learn(target: Target) -> None:
     chance = Random(0)
     for number in WARM_UP:
         target.ask([[chance.choice(VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in range(number)], ANSWER_TOKENS)
-
-
-def _learned(target: Target) -> Server:
-    """The step times that this server has learned."""
     time.sleep(SETTLE_S)  # engines report once per second
-    server = knowledge(httpx.get(f"{target.server.gateway_url}/metrics", trust_env=False).text).server
-    if server is None:
-        raise target.server.process.fail("the engine has not reported its step times")
-    return server
 
 
 def _simulated(server: Server, seconds: float, gold_itl_ms: float, itl_ms: float) -> Overload:
@@ -139,18 +144,20 @@ def _measure(target: Target, run: Overload) -> Cell:
     httpx.post(f"{target.server.url}/arm", json=said, trust_env=False).raise_for_status()
     per_s, seed = run.times * run.capacity_per_s, run.scenario.seed
     coming = arrivals(run.kind, per_s, run.duration_s, run.classes, ANSWER_TOKENS, seed)
-    asked = [each for each in asyncio.run(_ask_all(target, coming, seed)) if each.arrival.at_s >= run.warm_up_s]
-    now = replace(run, scenario=replace(run.scenario, server=_learned(target)))
+    answered, learned = asyncio.run(_ask_all(target, coming, seed))
+    asked = [each for each in answered if each.arrival.at_s >= run.warm_up_s]
+    speeds = [replace(run, scenario=replace(run.scenario, server=each)) for each in learned]
+    typical = sorted(speeds, key=lambda each: each.capacity_per_s)[len(speeds) // 2]
     by_class = {each.name: [one for one in asked if one.arrival.class_.name == each.name] for each in run.classes}
     return Cell(
         run.kind,
         run.arm,
         run.times,
         sum(one.is_good for one in asked) / (run.duration_s - run.warm_up_s),
-        simulate_overload(replace(now, rated=run.scenario.server)).goodput_per_s,
+        simulate_overload(replace(typical, rated=run.scenario.server)).goodput_per_s,
         {name: sum(one.is_good for one in of) / max(1, len(of)) for name, of in by_class.items()},
         sum(one.status == 429 for one in asked),
-        now.capacity_per_s,
+        typical.capacity_per_s,
     )
 
 
@@ -223,7 +230,8 @@ def main(
         target = targets["overload"]
         stand_aside()
         _learn(target)
-        base = _simulated(_learned(target), seconds, gold_itl_ms, itl_ms)
+        metrics = httpx.get(f"{target.server.gateway_url}/metrics", trust_env=False)
+        base = _simulated(_step_times(target, metrics), seconds, gold_itl_ms, itl_ms)
         console.print(f"Capacity: {base.capacity_per_s:.2f} requests per second, {base.limit} at a time")
         cells = []
         for kind in KINDS[:1] if quick else KINDS:
