@@ -7,14 +7,28 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx2 as httpx
+import psutil
 import pytest
 import torch
 from stack import BIN, EDGE_CORE, SERVER_CORE, Process, start, start_server, wait_for
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.ports import free_port
+from vllm_specedge.frontend.load_file import LOAD_VARIABLE
 
-from .conftest import MODEL, VOCAB_SIZE, Completion, Target, assert_same, counting, replay, running_edge, until
+from .conftest import (
+    IMPATIENT,
+    MIDDLEWARES,
+    MODEL,
+    VOCAB_SIZE,
+    Completion,
+    Target,
+    assert_same,
+    counting,
+    replay,
+    running_edge,
+    until,
+)
 
 GATEWAY_PORT = free_port()
 NUM_TOKENS = 48
@@ -82,16 +96,35 @@ def use_drafts(target: Target, expected: list[Completion], prompts: list[str]) -
 @pytest.mark.parametrize("kind", ["tensor", "data"])
 def test_two_ranks_are_lossless_and_use_drafts(tiny: Path, tmp_path: Path, prompts: list[str], kind: str) -> None:
     some = prompts[:8]
-    option = f"--{kind}-parallel-size"
-    with server(
-        tiny, tmp_path, option, "2", cores=f"{SERVER_CORE}|{EDGE_CORE}", listen=f"127.0.0.1:{GATEWAY_PORT}"
-    ) as target:
+    num_engines = 2 if kind == "data" else 1
+    options = (f"--{kind}-parallel-size", "2", *MIDDLEWARES)
+    config = {"listen": f"127.0.0.1:{GATEWAY_PORT}", "slo": {str(IMPATIENT): {"itl_ms": 1e-3}}}
+    with server(tiny, tmp_path, *options, cores=f"{SERVER_CORE}|{EDGE_CORE}", **config) as target:
         wait_healthy(target)
-        wait_for(target.server.process, f"{target.server.gateway_url}/healthz", "engines", 2 if kind == "data" else 1)
+        wait_for(target.server.process, f"{target.server.gateway_url}/healthz", "engines", num_engines)
         expected = target.greedy_all(some, NUM_TOKENS)
         assert any(len(set(completion.token_ids)) > 1 for completion in expected)
         with running_edge(target, replay(expected)):
             use_drafts(target, expected, some)
+        check_admission(target, num_engines)
+
+
+def check_admission(target: Target, num_engines: int) -> None:
+    """Each engine reports to the front end, which refuses what none of them could serve in time."""
+    server = psutil.Process(target.server.process.popen.pid)
+    directories = {each.environ().get(LOAD_VARIABLE) for each in server.children(recursive=True)} - {None}
+    [directory] = map(str, directories)
+    reports = {path.name for path in Path(directory).glob("*.json")}
+    assert reports == {f"{engine}.json" for engine in range(num_engines)}
+    body = {"model": target.server.model, "prompt": "The sea", "max_tokens": 64, "ignore_eos": True}
+
+    def is_refused() -> bool:
+        """Only recent reports count, so an admitted request is sent before each that is to be refused."""
+        url = f"{target.server.url}/v1/completions"
+        assert target.http.post(url, json=body).status_code == 200
+        return target.http.post(url, json=body | {"priority": IMPATIENT}).status_code == 503
+
+    until(is_refused, "what no engine could serve in time is let in")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from vllm_specedge.simulation.arrivals import Arrival, Kind, RequestClass, arriv
 from vllm_specedge.simulation.measuring import Client
 from vllm_specedge.simulation.models import Server
 from vllm_specedge.simulation.oracle import ExactCost
-from vllm_specedge.simulation.overload_arms import ARMS, Arm, targets_of
+from vllm_specedge.simulation.overload_arms import ARMS, Arm, Report, targets_of
 from vllm_specedge.simulation.run import Served, Simulation
 from vllm_specedge.simulation.scenario import Scenario
 
@@ -202,9 +202,9 @@ class OverloadSimulation(Simulation):
             self._finished.observe(self._num_finished, now_s)
             self._num_finished = 0
             self._demand.sample(now_s)
-            offered_per_s, queue = self._demand.offered_per_s, self._queue(known_s)
-            typical, cost = self.scenario.prompt_tokens, self.driver.cost
-            self._arm.reported(queue, typical, cost, offered_per_s, known_s, now_s)
+            sizes = self.scenario.prompt_tokens, self.driver.cost
+            report = Report(self._queue(known_s), *sizes, self._demand.offered_per_s, known_s)
+            self._arm.reported(report, now_s)
 
     def _queue(self, known_s: float) -> Queue:
         """The queue, as in adapter/load_report.py, which does not see requests that arrived after `known_s`."""

@@ -1,6 +1,7 @@
 """Admission policies of a server under overload: those of other systems, and ours, which includes the shipping one."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf, sqrt
 from typing import Protocol
 
@@ -10,22 +11,27 @@ from vllm_specedge.simulation.admitted_rate import AdmittedRates
 from vllm_specedge.simulation.arrivals import RequestClass
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """An engine's report, as adapter/load_report.py makes it."""
+
+    queue: Queue
+    num_tokens: int
+    """Prompt tokens of a request."""
+    cost: StepCost
+    offered_per_s: Mapping[str, float]
+    """Arriving requests by class."""
+    known_s: float
+    """Time at which the engine last took requests in; later ones are not included."""
+
+
 class Arm(Protocol):
     """An admission policy, which is told the outcome of admitted requests."""
 
     def ask(self, class_: RequestClass, now_s: float) -> bool: ...
 
-    def reported(
-        self,
-        queue: Queue,
-        num_tokens: int,
-        cost: StepCost,
-        offered_per_s: Mapping[str, float],
-        known_s: float,
-        now_s: float,
-    ) -> None:
-        """The engine's report, every tenth of a second. `num_tokens`: prompt tokens of a request. `offered_per_s`:
-        arriving requests by class. `known_s`: later requests are not included."""
+    def reported(self, report: Report, now_s: float) -> None:
+        """The engine reports, every tenth of a second."""
 
     def began(self, waited_s: float, now_s: float) -> None:
         """The engine begins with a request that has waited for `waited_s`."""
@@ -40,15 +46,7 @@ class Arm(Protocol):
 class _Told:
     """An arm that ignores all reports."""
 
-    def reported(
-        self,
-        queue: Queue,
-        num_tokens: int,
-        cost: StepCost,
-        offered_per_s: Mapping[str, float],
-        known_s: float,
-        now_s: float,
-    ) -> None:
+    def reported(self, report: Report, now_s: float) -> None:
         pass
 
     def began(self, waited_s: float, now_s: float) -> None:
@@ -133,18 +131,11 @@ class CostModel(_Told):
         self._admitted_s: list[float] = []
         """Times of the admissions that the last report may not include."""
 
-    def reported(
-        self,
-        queue: Queue,
-        num_tokens: int,
-        cost: StepCost,
-        offered_per_s: Mapping[str, float],
-        known_s: float,
-        now_s: float,
-    ) -> None:
-        self._room = rooms(queue, self._priorities, num_tokens, self._targets, cost, offered_per_s)
+    def reported(self, report: Report, now_s: float) -> None:
+        sizes = report.num_tokens, self._targets, report.cost
+        self._room = rooms(report.queue, self._priorities, *sizes, report.offered_per_s)
         self._said_s = now_s
-        self._admitted_s = [at_s for at_s in self._admitted_s if at_s > known_s - ON_THE_WAY_S]
+        self._admitted_s = [at_s for at_s in self._admitted_s if at_s > report.known_s - ON_THE_WAY_S]
 
     def ask(self, class_: RequestClass, now_s: float) -> bool:
         if now_s - self._said_s <= STALE_S and self._room[class_.name] <= len(self._admitted_s):
@@ -160,15 +151,7 @@ class Adaptive(_Told):
         by_importance = sorted(classes, key=lambda each: each.priority)
         self.rates = AdmittedRates([each.name for each in by_importance])
 
-    def reported(
-        self,
-        queue: Queue,
-        num_tokens: int,
-        cost: StepCost,
-        offered_per_s: Mapping[str, float],
-        known_s: float,
-        now_s: float,
-    ) -> None:
+    def reported(self, report: Report, now_s: float) -> None:
         self.rates.decide(now_s)
 
     def ask(self, class_: RequestClass, now_s: float) -> bool:
