@@ -58,6 +58,8 @@ class Cell:
     refused: int
     capacity_per_s: float = 0.0
     """Capacity by these step times; loads are multiples of the capacity before all cells."""
+    server: Server | None = None
+    """These step times."""
 
 
 @dataclass
@@ -134,6 +136,8 @@ def _simulated(server: Server, seconds: float, gold_itl_ms: float, itl_ms: float
         output_tokens=ANSWER_TOKENS,
         max_running=MAX_SEQS,
         max_step_tokens=STEP_TOKENS,
+        # The simulated policy knows what the server had learned, also from loads that this cell does not have.
+        is_oracle=True,
     )
     return Overload(scenario, classes=classes, duration_s=seconds, warm_up_s=seconds / 4)
 
@@ -158,6 +162,7 @@ def _measure(target: Target, run: Overload) -> Cell:
         {name: sum(one.is_good for one in of) / max(1, len(of)) for name, of in by_class.items()},
         sum(one.status == 429 for one in asked),
         typical.capacity_per_s,
+        typical.scenario.server,
     )
 
 
@@ -240,9 +245,19 @@ def main(
                     cells.append(_measure(target, replace(base, kind=kind, arm=arm, times=each)))
                     console.print(cells[-1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"seconds": seconds, "capacity_per_s": base.capacity_per_s, "limit": base.limit, "slo": slo}
-    figures = {"settings": settings, "session": circumstances(), "cells": [asdict(cell) for cell in cells]}
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    settings = {
+        "seconds": seconds,
+        "capacity_per_s": base.capacity_per_s,
+        "limit": base.limit,
+        "slo": slo,
+        "server": base.scenario.server,
+    }
+    figures: dict[str, Any] = {
+        "settings": settings,
+        "session": circumstances(),
+        "cells": [asdict(cell) for cell in cells],
+    }
+    path.write_text(json.dumps(figures, indent=1, default=asdict) + "\n")
     print("Requests per second that met their targets, [simulated], (share in class gold, in the default class):")
     for kind in [kind for kind in KINDS if any(cell.kind == kind for cell in cells)]:
         print(f"\n{_table(kind, loads, cells)}")
