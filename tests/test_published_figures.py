@@ -133,18 +133,26 @@ def test_goodput_under_overload() -> None:
         "it keeps {:.2f} and {:.2f} times the goodput at capacity in Poisson arrivals, and {:.2f} and {:.2f} in bursts"
     )
     assert kept.format(*at_capacity) in page
+    assert min(at_capacity) >= 0.9
     against = [times("poisson", load, ("queue time", load)) for load in (2, 3)]
-    assert "Against queue time it is {:.2f} and {:.2f} times (goal 1.8; missed".format(*against) in page
+    assert (
+        "Against queue time it is {:.2f} and {:.2f} times (goal 1.8). That goal is out of reach".format(*against)
+        in page
+    )
+    most = max(each["goodput_per_s"] for each in found.values())
+    assert all(1.8 * found["poisson", "queue time", load]["goodput_per_s"] > most for load in (2, 3)), "out of reach"
     assert not any(found["bursty", "queue time", load]["goodput_per_s"] for load in (2, 3)), "serves nothing in time"
-    gold = {arm: [found["poisson", arm, load]["met"]["gold"] for load in (2, 3)] for arm in ("cost model", "fixed")}
-    assert gold["cost model"] == [0.75, 0.75], "three of four gold requests"
-    assert all(share <= 0.5 for share in gold["fixed"]), "a fixed limit half of them or less"
-    judged = [each for each in found.values() if each["arm"] in ("cost model", "fixed")]
-    off = [each["simulated_per_s"] / each["goodput_per_s"] - 1.0 for each in judged]
-    num_near = sum(abs(share) <= 0.15 for share in off)
-    assert f"within 15 % in {num_near} of {len(off)} cells, and {max(off):.0%}".replace("0%", "0 %") in page
-    (far,) = [each for each, share in zip(judged, off, strict=True) if abs(share) > 0.15]
-    assert (far["arm"], far["kind"], far["times"]) == ("cost model", "poisson", 3.0)
+    gold = [found["poisson", arm, load]["met"]["gold"] for arm in ("cost model", "fixed") for load in (2, 3)]
+    served = "it serves {:.2f} and {:.2f} of the gold requests in time, where a fixed limit serves {:.2f} and {:.2f}"
+    assert served.format(*gold) in page
+    served_any = [each for each in found.values() if each["goodput_per_s"]]
+    off = {each["arm"]: [] for each in served_any}
+    for each in served_any:
+        off[each["arm"]].append(abs(each["simulated_per_s"] / each["goodput_per_s"] - 1.0))
+    held = off["cost model"] + off["fixed"]
+    assert f"within {100 * max(held):.0f} % in all {len(held)} cells (goal 15 %)" in page
+    assert max(held) <= 0.15
+    assert f"it is up to {100 * max(off['none'] + off['queue time']):.0f} % off" in page
 
 
 def test_where_a_draft_beside_the_server_made_it_slower_is_said() -> None:
