@@ -294,10 +294,9 @@ class Simulation:
         for request, num_tokens, draft, is_decided in step.parts:
             if is_decided:
                 self._decide(request, draft)
-            is_over = len(request.tokens) >= request.end
-            outcomes.append(RequestOutcome(request.id_, num_tokens, len(draft), is_over))
-            if is_over:
+            if is_over := len(request.tokens) >= request.end:
                 over.append(request)
+            outcomes.append(RequestOutcome(request.id_, num_tokens, len(draft), is_over))
         self._take_in()
         started_s, self._ended_s = max(step.scheduled_s, self._ended_s), self.time.now_s
         self._publish(self.driver.end(step.plan, outcomes, Step(started_s, self._ended_s)))
