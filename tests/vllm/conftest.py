@@ -203,7 +203,12 @@ class Counted:
     target: Target
 
     def __getitem__(self, name: str) -> float:
-        return self.target.server.metrics()[f"specedge_engine_{name}"] - self.before[f"specedge_engine_{name}"]
+        return self.together(name)[0]
+
+    def together(self, *names: str) -> list[float]:
+        """Several counters of the same moment; an engine may report between two reads of one each."""
+        now = self.target.server.metrics()
+        return [now[f"specedge_engine_{name}"] - self.before[f"specedge_engine_{name}"] for name in names]
 
     def settle(self, num_tokens: int) -> None:
         """Wait until the engine has reported at least `num_tokens` committed tokens; it reports once per second."""

@@ -140,7 +140,7 @@ def test_an_edge_whose_draft_is_the_target_foresees_what_is_sampled(
     with slowed(edge_target), running_edge(edge_target, drafter, pace), counting(edge_target) as counted:
         texts = {edge_target.post("/v1/completions", body)["choices"][0]["text"] for _ in range(2)}
         counted.settle(48)
-        verified, accepted = counted["verified_tokens"], counted["accepted_tokens"]
+        verified, accepted = counted.together("verified_tokens", "accepted_tokens")
     print(f"{accepted} of {verified} accepted")
     assert len(texts) == (2 if seed is None else 1), "a seed of the server's is another one each time"
     assert verified > 10
