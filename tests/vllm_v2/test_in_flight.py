@@ -55,7 +55,7 @@ def test_a_load_report_includes_what_had_arrived_before_the_last_schedule(
     monkeypatch.setattr(scheduler, "schedule", timed_schedule)
     monkeypatch.setattr(edge.drafting, "_load_report", SimpleNamespace(report=report, num_finished=0))
     edge.tokens(PROMPTS, greedy(20))
-    assert len(known) > 10
+    assert len(known) > 2  # drafts may save steps
 
 
 @pytest.fixture(scope="module")
