@@ -217,6 +217,16 @@ class Counted:
 
 @contextmanager
 def counting(target: Target) -> Iterator[Counted]:
+    """The change of the counters from here on: earlier requests are in the engine's report before this begins."""
+
+    def has_reported() -> bool:
+        now = target.server.metrics()
+        # The gateway counts a request as it closes; the engine's totals come once per second.
+        return now["specedge_requests"] == 0 and (
+            now["specedge_engine_closed_requests"] >= now["specedge_gateway_reports"]
+        )
+
+    until(has_reported, "the engine has not reported earlier requests")
     yield Counted(target.server.metrics(), target)
 
 
