@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import ssl
 import subprocess
@@ -659,6 +660,18 @@ def test_a_killed_gateway_is_started_again_and_everybody_comes_back(tmp_path: Pa
         engine.link.stop()
         supervisor.stop()
     assert supervisor._process.poll() is not None
+
+
+def test_a_gateway_shares_its_engine_s_session_but_not_its_ctrl_c(tmp_path: Path) -> None:
+    """A core is shared between sessions (Linux's autogroup), and Ctrl-C goes to a process group."""
+    supervisor = GatewayProcess(GatewayOptions(listen=f"127.0.0.1:{free_port()}"), f"ipc://{tmp_path}/engines")
+    supervisor.start()
+    try:
+        number = supervisor._process.pid
+        assert os.getsid(number) == os.getsid(0)
+        assert os.getpgid(number) == number
+    finally:
+        supervisor.stop()
 
 
 def test_a_gateway_ends_with_the_engine_that_started_it(tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ class GatewayProcess(threading.Thread):
 
     def _popen(self) -> "subprocess.Popen[bytes]":
         # Standard input stays open as long as this process lives: its end tells the gateway to stop.
-        # A separate session: the engine handles Ctrl-C in a terminal. -P keeps the working directory's modules out.
-        return subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
+        # A process group of its own: the engine handles Ctrl-C in a terminal. The same session: Linux shares a core
+        # between sessions, and on a busy one left a gateway in a session of its own without a turn for many seconds.
+        # -P keeps the working directory's modules out.
+        return subprocess.Popen(self._command, stdin=subprocess.PIPE, process_group=0)
 
     def run(self) -> None:
         backoff = Backoff(first_s=0.25, lasting_s=MAX_PAUSE_S)
