@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -199,6 +200,35 @@ def problems(cells: Sequence[Cell]) -> list[str]:
     return found
 
 
+def _serving(stack: ExitStack, slo: dict[str, Any]) -> Target:
+    """A server whose arm of admission can be changed."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    targets = launch(
+        {"overload": edge(None, ngram=False, slo=slo)},
+        LOGS,
+        stack,
+        *("--middleware", "overload_middleware.ArmMiddleware", "--no-enable-prefix-caching"),
+        *("--max-num-batched-tokens", str(STEP_TOKENS)),
+        max_seqs=MAX_SEQS,
+        kv_bytes=KV_BYTES,
+        env={"PYTHONPATH": str(Path(__file__).parent)},
+        model=CACHE / "smollm2",
+    )
+    return targets["overload"]
+
+
+def _write(path: Path, settings: dict[str, Any], base: Overload, cells: Sequence[Cell]) -> None:
+    """Write the results file. `base`: the load at capacity, before all cells."""
+    known = {"capacity_per_s": base.capacity_per_s, "limit": base.limit, "server": base.scenario.server}
+    figures: dict[str, Any] = {
+        "settings": settings | known,
+        "session": circumstances(),
+        "cells": [asdict(cell) for cell in cells],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1, default=asdict) + "\n")
+
+
 def main(
     times: Annotated[str, typer.Option(help="Load in multiples of capacity, separated by commas.")] = "1,1.5,2,3",
     arms: Annotated[str, typer.Option(help="Arms, separated by commas.")] = ",".join(ARMS),
@@ -216,23 +246,7 @@ def main(
         "default": {"ttft_ms": 4000, "itl_ms": itl_ms},
     }
     with story("bench-overload") as stack:
-        LOGS.mkdir(parents=True, exist_ok=True)
-        env = {"PYTHONPATH": str(Path(__file__).parent)}
-        middleware = ("--middleware", "overload_middleware.ArmMiddleware", "--no-enable-prefix-caching")
-        limits = ("--max-num-batched-tokens", str(STEP_TOKENS))
-        config = {"overload": edge(None, ngram=False, slo=slo)}
-        targets = launch(
-            config,
-            LOGS,
-            stack,
-            *middleware,
-            *limits,
-            max_seqs=MAX_SEQS,
-            kv_bytes=KV_BYTES,
-            env=env,
-            model=CACHE / "smollm2",
-        )
-        target = targets["overload"]
+        target = _serving(stack, slo)
         stand_aside()
         _learn(target)
         metrics = httpx.get(f"{target.server.gateway_url}/metrics", trust_env=False)
@@ -244,20 +258,7 @@ def main(
                 for each in loads:
                     cells.append(_measure(target, replace(base, kind=kind, arm=arm, times=each)))
                     console.print(cells[-1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "seconds": seconds,
-        "capacity_per_s": base.capacity_per_s,
-        "limit": base.limit,
-        "slo": slo,
-        "server": base.scenario.server,
-    }
-    figures: dict[str, Any] = {
-        "settings": settings,
-        "session": circumstances(),
-        "cells": [asdict(cell) for cell in cells],
-    }
-    path.write_text(json.dumps(figures, indent=1, default=asdict) + "\n")
+    _write(path, {"seconds": seconds, "slo": slo}, base, cells)
     print("Requests per second that met their targets, [simulated], (share in class gold, in the default class):")
     for kind in [kind for kind in KINDS if any(cell.kind == kind for cell in cells)]:
         print(f"\n{_table(kind, loads, cells)}")
