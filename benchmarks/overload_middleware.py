@@ -32,6 +32,11 @@ class Front:
     shortest_s: float = float("inf")
     """Shortest time to a first token so far; any more time counts as waiting."""
 
+    def decide(self, now_s: float) -> None:
+        """Let rates change, as the simulated front does with each report; between bursts there are only answers."""
+        if isinstance(self.arm, Adaptive):
+            self.arm.rates.decide(now_s)
+
 
 def front_of(asked: dict[str, Any]) -> Front:
     gold, default = CLASSES
@@ -65,8 +70,7 @@ class ArmMiddleware:
     async def _ask(self, scope: Scope, receive: Receive, send: Send) -> None:
         front, came_s = self._front, time.monotonic()
         class_ = front.classes[Request(scope).headers.get(CLASS_HEADER, "default")]
-        if isinstance(front.arm, Adaptive):
-            front.arm.rates.decide(came_s)
+        front.decide(came_s)
         if not front.arm.ask(class_, came_s):
             await Response(status_code=429)(scope, receive, send)
             return
@@ -76,6 +80,7 @@ class ArmMiddleware:
             nonlocal first_s, num_tokens
             made = message.get("body", b"").count(b'"token_ids"') if message["type"] == "http.response.body" else 0
             now_s = time.monotonic()
+            front.decide(now_s)
             if made and not num_tokens:
                 first_s = now_s
                 front.shortest_s = min(front.shortest_s, now_s - came_s)

@@ -114,7 +114,8 @@ def _load(cell: dict[str, Any]) -> str:
 
 def overload(kind: str) -> str:
     """Goodput of a real server under arrivals of one kind: requests a second in time, and their share by class."""
-    cells = [cell for cell in json.loads((RESULTS / "overload.json").read_text())["cells"] if cell["kind"] == kind]
+    runs = [json.loads((RESULTS / name).read_text()) for name in ("overload.json", "overload-adaptive.json")]
+    cells = [cell for run in runs for cell in run["cells"] if cell["kind"] == kind]
     loads = dict.fromkeys(cell["times"] for cell in cells)
     shown = [
         [arm, *(_goodput(cell) for cell in cells if cell["arm"] == arm)]

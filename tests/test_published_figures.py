@@ -155,6 +155,18 @@ def test_goodput_under_overload() -> None:
     assert f"it is up to {100 * max(off['none'] + off['queue time']):.0f} % off" in page
 
 
+def test_goodput_with_an_adaptive_rate() -> None:
+    found = {(each["kind"], each["times"]): each for each in cells("overload-adaptive.json")}
+    served = [found[kind, load]["goodput_per_s"] for kind in ("poisson", "bursty") for load in (2, 3)]
+    off = max(abs(each["simulated_per_s"] / each["goodput_per_s"] - 1.0) for each in found.values())
+    page = " ".join(PAGE.read_text().split())
+    sentence = (
+        "it serves {:.2f} and {:.2f} requests a second in time in Poisson arrivals, and {:.2f} and {:.2f} in bursts"
+    )
+    assert sentence.format(*served) in page
+    assert f"the simulator is up to {100 * off:.0f} % off" in page
+
+
 def test_where_a_draft_beside_the_server_made_it_slower_is_said() -> None:
     (cell,) = [
         each

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from stack import BIN, POLL_S, START_LIMIT_S, Process
+from stack import BIN, POLL_S, SERVER_CORE, START_LIMIT_S, Process
 
 from tests.namespaces import Machine, two_machines
 from tests.test_documents import of
@@ -19,7 +19,7 @@ DRAFT = MODEL.parent / "smollm2-draft"
 TARGET, SIBLING = "Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 NAME = "gpu.example.org"
 OF_SERVER = {
-    "VLLM_CPU_OMP_THREADS_BIND": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": str(SERVER_CORE),
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
