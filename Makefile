@@ -6,12 +6,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench evidence bench-switched bench-emulated bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-beside bench-overload bench-other-tokenizer published clean
+.PHONY: help demo play test test-fast test-processes test-vllm test-vllm-v2 test-v2-wheel test-faults soak fuzz options check format model bench-overhead bench-ahead bench evidence bench-switched bench-emulated bench-emulated-asynchronous bench-timeline bench-messages bench-never-slower bench-micro bench-deciding bench-scheduling bench-sampling bench-sampler bench-drafters bench-beside bench-overload bench-other-tokenizer published clean
 help:
 	@echo "make demo            plain vLLM, then the same with an edge: MODEL=qwen|smollm2, by default the one that fits"
 	@echo "make demo EDGE=ngram the same with prompt lookup as the draft; HUB=1: the Qwen models from the model hub"
 	@echo "make play            the demo's server and an edge, kept running: a status page and a chat"
-	@echo "make test            every test, including those on a real vLLM (up to an hour once installed)"
+	@echo "make test            every test, including those on a real vLLM (40 minutes once installed; an hour with less than 22 GiB)"
 	@echo "make check test-fast format, lint, types and the tests of the decisions: on every save (half a minute)"
 	@echo "make test-processes  tests of real gateways, commands and draft models, without vLLM (three minutes)"
 	@echo "make test-vllm-v2    tests of vLLM's V2 model runner, in Triton's interpreter (three minutes)"
@@ -27,6 +27,7 @@ help:
 	@echo "make published       rewrites the tables in the documents that come from benchmarks/results"
 	@echo "make bench-switched  gain or cost of edges within one server that switches drafts on and off every few seconds"
 	@echo "make bench-emulated  server, wire and edges at an accelerator's speed, without one (some minutes)"
+	@echo "make bench-emulated-asynchronous the same where vLLM schedules a step while another is computed"
 	@echo "make bench-timeline  a second of a real run as a drawing: the server verifies while edges draft (two minutes)"
 	@echo "make bench-overload  goodput at 1 to 3 times capacity, by admission policy (an hour; ARGS=--quick)"
 	@echo "make bench-messages  frames through a gateway: latency, and the cost of one"
@@ -72,10 +73,11 @@ test-fast: $(VENV)/.installed
 test-processes: $(VENV)/.installed
 	$(BIN)/pytest tests/processes tests/models -n 2 --dist loadfile --durations=15
 
-# One at a time: the servers of these tests use both cores. Two at a time starve their gateways and edges, even with a
-# core each (benchmarks/LOG.md).
+# Two files at a time where memory allows, each with a core for its servers, gateways and edges
+# (tests/vllm/__init__.py): up to 22 GiB, one at a time half of it.
+TEST_WORKERS ?= $(shell awk '/MemTotal/ {print ($$2 > 22 * 1024 * 1024) ? 2 : 1}' /proc/meminfo)
 test-vllm: $(VENV)/.installed model
-	$(BIN)/pytest tests/vllm --durations=15
+	$(BIN)/pytest tests/vllm -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 # vLLM's V2 model runner, in this process: its kernels in Triton's interpreter, a model of some thousand parameters.
 TRITON := .cache/triton
@@ -170,7 +172,10 @@ bench-switched: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/switched.py $(ARGS)
 
 bench-emulated: $(VENV)/.installed model
-	PYTHONPATH=examples $(BIN)/python benchmarks/emulated.py $(ARGS)
+	PYTHONPATH=examples:. $(BIN)/python benchmarks/emulated.py $(ARGS)
+
+bench-emulated-asynchronous: $(VENV)/.installed model $(TRITON)/triton/__init__.py $(VLLM_V2)
+	PYTHONPATH=examples:.:$(abspath $(VLLM_V2)):$(abspath $(TRITON)) $(BIN)/python benchmarks/emulated.py --asynchronous $(ARGS)
 
 bench-timeline: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/timeline.py $(ARGS)

@@ -19,6 +19,8 @@ START_LIMIT_S = 300.0
 STOP_LIMIT_S = 20.0
 POLL_S = 0.2
 MODEL_NAME = "smollm2"
+KV_BYTES = 2 << 30
+"""Memory for the KV cache, unless arguments say otherwise."""
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Set for all servers that are compared. With 4 kB pages it is chance which of them collide in the processor's caches:
 one of two equal servers was up to 7 % slower than the other for as long as both ran (benchmarks/LOG.md)."""
@@ -134,7 +136,7 @@ def start_server(
         **(env or {}),
     }
     if "--kv-cache-memory-bytes" not in arguments:
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        command += ["--kv-cache-memory-bytes", str(KV_BYTES)]
     return Server(start(command, log, env), port, gateway_port, model.name)
 
 

@@ -46,12 +46,17 @@ DEADLINE_S = 120.0
 """Time limit for events that must happen: it detects failures, not slowness."""
 KV_BYTES = 200 * 2**20
 """Room for 34 blocks of 128 tokens: one context of 2,048 tokens fits, eight of 650 do not."""
+ROOM = ("--kv-cache-memory-bytes", str(512 * 2**20))
+"""Room for five contexts of 2,048 tokens. Several servers run at a time, and each touches all of its memory."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.vllm)
+    ours = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in ours:
+        item.add_marker(pytest.mark.vllm)
+    # Files that start only servers of their own come first: the two of `servers`, once started, run until the end.
+    with_both = {item.path for item in ours if "servers" in item.fixturenames}
+    items.sort(key=lambda item: item.path in with_both)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, 
     kv = ("--kv-cache-memory-bytes", str(KV_BYTES))
     with ExitStack() as stack:
         both = []
-        for name, arguments in (("plain", ()), ("edge", (*edge, *kv))):
+        for name, arguments in (("plain", ROOM), ("edge", (*edge, *kv))):
             log, options = logs / f"{name}.log", (*shared, *arguments)
             server = start_server(MODEL, log, free_port(), *options, gateway_port=gateway_port, env=development)
             stack.callback(server.process.stop)

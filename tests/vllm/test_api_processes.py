@@ -12,7 +12,7 @@ from stack import start_server, wait_for
 
 from tests.ports import free_port
 
-from .conftest import MODEL, MODEL_NAME, until
+from .conftest import MODEL, MODEL_NAME, ROOM, until
 
 KEY = "se-key-of-this-test"
 SLO = {"default": {"ttft_ms": 3000, "itl_ms": 1000}, "gold": {"itl_ms": 1000, "priority": -1}}
@@ -34,7 +34,7 @@ def test_what_both_refuse_is_what_the_gateway_says(tmp_path: Path) -> None:
     gateway_port = free_port()
     config = {"method": "edge", "listen": f"127.0.0.1:{gateway_port}", "slo": SLO, "slo_by": "header"}
     middleware = ("--middleware", "vllm_specedge.admission.AdmissionMiddleware", "--api-server-count", "2")
-    arguments = ("--max-model-len", "2048", "--max-num-seqs", str(MAX_SEQS), "--api-key", KEY, *middleware)
+    arguments = ("--max-model-len", "2048", "--max-num-seqs", str(MAX_SEQS), "--api-key", KEY, *middleware, *ROOM)
     speculation = ("--speculative-config", json.dumps(config))
     server = start_server(
         MODEL, tmp_path / "server.log", free_port(), *arguments, *speculation, gateway_port=gateway_port

@@ -11,7 +11,7 @@ from edge_client.drafters.choose import load_drafter
 from edge_client.drafters.llama.drafter import LlamaDrafter
 from tests.ports import free_port
 
-from .conftest import CACHE, MODEL, ROOT, Completion, Target, assert_same, counting, running_edge
+from .conftest import CACHE, MODEL, ROOM, ROOT, Completion, Target, assert_same, counting, running_edge
 
 DRAFT = CACHE / "smollm2-draft"
 SHIPPED = ROOT / "examples" / "distill_draft" / "smollm2"
@@ -73,7 +73,7 @@ def test_a_server_accepts_its_tokens_from_an_edge(edge_target: Target, plain: Ta
 def test_vllm_s_own_draft_model_method_takes_it(plain: Target, tmp_path: Path) -> None:
     expected = questions(plain)
     config = json.dumps({"method": "draft_model", "model": str(DRAFT), "num_speculative_tokens": 3})
-    arguments = ("--max-model-len", "2048", "--speculative-config", config)
+    arguments = ("--max-model-len", "2048", "--speculative-config", config, *ROOM)
     with answering(start_server(MODEL, tmp_path / "server.log", free_port(), *arguments)) as server:
         target = Target(server)
         try:

@@ -20,6 +20,7 @@ from .conftest import (
     IMPATIENT,
     MIDDLEWARES,
     MODEL,
+    ROOM,
     VOCAB_SIZE,
     Completion,
     Target,
@@ -56,8 +57,8 @@ def server(
     """A server that has been started; `wait_healthy` waits until it answers."""
     # Two engines of this model leave an edge little of two cores: long holds, or hardly a draft is in time.
     edge = {"method": "edge", "num_speculative_tokens": 4, "ngram": False, "mode": "wait", "hold_limit_ms": 2000}
-    shared = ("--max-model-len", "512", "--max-num-seqs", "8", "--speculative-config", json.dumps(edge | config))
-    env = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    shared = ("--max-model-len", "512", "--max-num-seqs", "8", "--speculative-config", json.dumps(edge | config), *ROOM)
+    env = {"VLLM_CPU_OMP_THREADS_BIND": cores}
     port = free_port()
     running = start_server(model, logs / f"{port}.log", port, *shared, *arguments, gateway_port=GATEWAY_PORT, env=env)
     target = Target(running)

@@ -17,7 +17,7 @@ from stack import start_server, wait_for
 from tests.ports import free_port
 
 from . import hybrid_model
-from .conftest import Completion, Target, counting, replay, running_edge
+from .conftest import ROOM, Completion, Target, counting, replay, running_edge
 from .test_requests import preemptions
 
 NUM_RUNS = 200
@@ -44,7 +44,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, Tar
     edge += ("--kv-cache-memory-bytes", str(KV_BYTES))
     with ExitStack() as stack:
         targets = []
-        for name, options in (("plain", ()), ("edge", edge)):
+        for name, options in (("plain", ROOM), ("edge", edge)):
             log = logs / f"{name}.log"
             server = start_server(
                 model, log, free_port(), *shared, *options, gateway_port=gateway_port, dtype="bfloat16"

@@ -15,7 +15,7 @@ from stack import Server, start_server, wait_for
 from tests.ports import free_port
 from vllm_specedge.adapter import hooks
 
-from .conftest import DEADLINE_S, MODEL, MODEL_NAME, until
+from .conftest import DEADLINE_S, MODEL, MODEL_NAME, ROOM, until
 from .test_ngram_rung import repetitive
 
 collector = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
@@ -96,7 +96,7 @@ def test_a_request_s_span_has_its_groups(tmp_path: Path) -> None:
     with collecting() as received:
         endpoint = f"http://127.0.0.1:{received.server_port}/v1/traces"
         arguments = ("--max-model-len", "1024", "--max-num-seqs", "4", "--otlp-traces-endpoint", endpoint)
-        arguments += ("--speculative-config", json.dumps(config))
+        arguments += ("--speculative-config", json.dumps(config), *ROOM)
         env = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
         server = start_server(MODEL, tmp_path / "server.log", free_port(), *arguments, env=env)
         asked: list[tuple[str, dict[str, Any]]] = []

@@ -20,7 +20,7 @@ TARGET, SIBLING = "Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-I
 NAME = "gpu.example.org"
 OF_SERVER = {
     "VLLM_CPU_OMP_THREADS_BIND": str(SERVER_CORE),
-    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
