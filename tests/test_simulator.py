@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from vllm_specedge.simulation.models import (
     SERVERS,
     Faults,
     RooflineServer,
+    Server,
     SimulatedTarget,
     chance,
     in_server_gain,
@@ -127,6 +128,29 @@ def test_good_edges_are_worth_a_gap_that_is_a_third_of_a_step(requests: int) -> 
     edge = EdgeModel(pass_s=0.002, acceptance=0.9)
     scenario = Scenario(server=SERVERS["h100-8b"], requests=requests, gap_s=0.003, tokens=150, edge=edge)
     assert report.cell(scenario).ratio() > 1.3
+
+
+@dataclass
+class SlowAtFirst:
+    """A server whose first step that verifies takes several times as long, as kernels are compiled for it."""
+
+    server: Server
+    times: float
+    num_verifying: int = 0
+    draft_step_s: float | None = None
+
+    def step_s(self, requests: int, tokens: int, is_verifying: bool = False) -> float:
+        self.num_verifying += is_verifying
+        is_slow = is_verifying and self.num_verifying == 1
+        return self.server.step_s(requests, tokens, is_verifying) * (self.times if is_slow else 1.0)
+
+
+@pytest.mark.parametrize("times", [1.5, 3, 20])
+@pytest.mark.parametrize("requests", [8, 64])
+def test_a_slow_first_step_with_drafts_does_not_end_their_use(requests: int, times: float) -> None:
+    scenario = Scenario(server=SlowAtFirst(A100, times), requests=requests, gap_s=0.003, tokens=60)
+    outcome, plain = simulate(scenario), simulate(replace(scenario, share=0.0))
+    assert outcome.tokens_per_s > 1.4 * plain.tokens_per_s
 
 
 def test_a_prompt_takes_the_steps_that_its_tokens_fill() -> None:

@@ -56,6 +56,8 @@ class StepDriver:
         self._ngram_budget = NgramBudget()
         self._learning = Learning(self._ngram_budget)
         self._probing = Probing()
+        self._has_verified = False
+        """Whether any step has verified something so far."""
         self.speedups = Speedup(self.counters)
         self._suggested: set[str] = set()
         self._predicted: set[str] = set()
@@ -229,11 +231,14 @@ class StepDriver:
         num_verified = sum(outcome.num_verified for outcome in outcomes)
         # A decoding request has one token and its draft; any other number is a prompt.
         prefilled = sum(each.num_tokens for each in outcomes if each.num_tokens != 1 + each.num_verified)
-        self.cost.observe(num_requests, num_tokens, plan.context, took_s, prefilled, num_verified > 0, plan.has_gap)
+        is_first = num_verified > 0 and not self._has_verified
+        self._has_verified |= num_verified > 0
+        if not is_first:  # see FIRST_STEP
+            self.cost.observe(num_requests, num_tokens, plan.context, took_s, prefilled, num_verified > 0, plan.has_gap)
         plain_step_s = self.cost(plan.num_rows, plan.num_rows, plan.context) if plan.num_rows else 0.0
         self._row_s, self._num_rows = plain_step_s / max(1, plan.num_rows), plan.num_rows
         plain_step_s = 0.0 if prefilled else plain_step_s
-        self.speedups.stepped(step.started_s, step.ended_s, plan.num_rows, plain_step_s, plan.has_gap)
+        self.speedups.stepped(step.started_s, step.ended_s, plan.num_rows, plain_step_s, plan.has_gap, is_first)
 
     def _commit_plain(self, request: DraftedRequest, ended_s: float) -> list[Frame]:
         """`_commit` for a request with no draft and no edge, as on a server without edges."""

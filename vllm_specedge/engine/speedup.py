@@ -10,6 +10,9 @@ MEMORY = 0.98
 """Share of the sums that each step keeps."""
 OLD_TRY = 0.1
 """Share of the sums of synchronous steps that is kept when such steps begin again after asynchronous ones."""
+FIRST_STEP = 2.0
+"""Most that the first step that verifies counts for, in plain steps. Kernels may be compiled for it, or memory
+allocated; if an asynchronous engine took that for the cost of synchronous steps, it would not make another for long."""
 MAX_GROUPS = 128
 """Maximum steps kept until they are reported, the last ones."""
 
@@ -60,9 +63,16 @@ class Speedup:
         return self._waiting.value / running if running > 0.0 else 1.0
 
     def stepped(
-        self, started_s: float, ended_s: float, num_rows: int, plain_step_s: float, has_gap: bool = False
+        self,
+        started_s: float,
+        ended_s: float,
+        num_rows: int,
+        plain_step_s: float,
+        has_gap: bool = False,
+        is_first: bool = False,
     ) -> None:
-        """Record a step that could have had `num_rows` requests. `plain_step_s`: 0 if the step does not count."""
+        """Record a step that could have had `num_rows` requests. `plain_step_s`: 0 if the step does not count.
+        `is_first`: it is the engine's first that verifies."""
         if has_gap and not self._has_gap:
             self._waiting.decay(OLD_TRY)
         self._has_gap = has_gap
@@ -72,8 +82,9 @@ class Speedup:
         self._last_end_s = ended_s
         self._num_rows, self._plain_step_s = num_rows, plain_step_s
         if plain_step_s:
-            self._all.spent_s += ended_s - since_s
-            self._of_kind.spent_s += ended_s - since_s
+            spent_s = min(ended_s - since_s, FIRST_STEP * plain_step_s) if is_first else ended_s - since_s
+            self._all.spent_s += spent_s
+            self._of_kind.spent_s += spent_s
             self._counters["decode_us"] += int((ended_s - since_s) * 1e6)
             self._counters["plain_decode_us"] = int(self._plain_s * 1e6)
 
