@@ -69,26 +69,36 @@ class PseudoModel:
 
 @dataclass(slots=True)
 class Pacer:
-    """End times of emulated steps, and the engine's time between two of them."""
+    """End times of emulated steps, and the engine's time between an output and the next step that it starts.
+
+    With asynchronous scheduling another step is computed during that time, and the device waits only if it is longer.
+    """
 
     server: Server
     slower: float = 1.0
     num_steps: int = 0
     modelled_s: float = 0.0
     between_s: float = 0.0
-    """Total time from the end of a step to the start of the next, if requests were left to continue."""
+    """Total time from the output of a step to the start of the next one, if requests were left to continue."""
     num_between: int = 0
+    idle_s: float = 0.0
+    """Part of `between_s` during which the device had no step."""
     _ended_s: float | None = None
+    _busy_until_s: float = 0.0
 
     def start(self, requests: int, tokens: int, is_verifying: bool, has_more: bool, now_s: float) -> float:
         """Start a step; returns its end time. `has_more`: some of its requests were in the previous step."""
-        if has_more and self._ended_s is not None:
+        if not has_more:
+            self._ended_s = None  # ahead of the first output, a second step may start
+        if self._ended_s is not None:
             self.between_s += now_s - self._ended_s
             self.num_between += 1
+            self.idle_s += max(0.0, now_s - self._busy_until_s)
         step_s = self.slower * self.server.step_s(requests, tokens, is_verifying)
         self.num_steps += 1
         self.modelled_s += step_s
-        return now_s + step_s
+        self._busy_until_s = max(now_s, self._busy_until_s) + step_s
+        return self._busy_until_s
 
     def end(self, now_s: float) -> None:
         self._ended_s = now_s
@@ -100,4 +110,5 @@ class Pacer:
             "modelled_s": self.modelled_s,
             "between_s": self.between_s,
             "num_between": self.num_between,
+            "idle_s": self.idle_s,
         }

@@ -73,3 +73,20 @@ def test_a_step_takes_what_the_server_takes_and_what_is_between_is_counted_where
     assert (report["num_steps"], report["num_between"]) == (3, 1)
     assert report["between_s"] == pytest.approx(0.003)
     assert report["modelled_s"] == pytest.approx(SERVER.step_s(4, 24) + SERVER.step_s(4, 4) + SERVER.step_s(1, 1))
+
+
+def test_a_step_that_is_scheduled_ahead_waits_for_the_one_before() -> None:
+    pacer, step_s = Pacer(SERVER), SERVER.step_s(4, 4)
+    first_s = pacer.start(4, 4, False, has_more=False, now_s=10.0)
+    second_s = pacer.start(4, 4, False, has_more=True, now_s=10.001)
+    assert second_s == pytest.approx(first_s + step_s)
+    pacer.end(first_s)
+    pacer.start(4, 4, False, has_more=True, now_s=first_s + 0.003)
+    pacer.end(second_s)
+    pacer.start(4, 4, False, has_more=True, now_s=second_s + step_s + 0.002)
+    pacer.end(second_s + 2 * step_s + 0.002)
+    pacer.start(1, 1, False, has_more=False, now_s=20.0)
+    pacer.start(4, 4, False, has_more=True, now_s=20.001)  # nothing has come out since
+    report = pacer.report()
+    assert report["between_s"] == pytest.approx(0.003 + step_s + 0.002)
+    assert report["idle_s"] == pytest.approx(0.002)

@@ -14,11 +14,11 @@ import pytest
 from stack import BIN, answering, start_server, wait_for
 
 from benchmarks.harness.replay import Accuracy, Recording, ReplayDrafter
+from tests.fake_gpu.environment import simulated_h100
 from tests.ports import free_port
 from tests.vllm.conftest import Target, counting, running_edge
 from tests.vllm_v2 import tiny_model
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = [[5, 6, 7, 8, 9], [50, 16, 17, 8, 9, 3, 4]]
 NUM_TOKENS = 24
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total{"
@@ -27,10 +27,6 @@ OPTIONS = [
     *("--kv-cache-memory-bytes", str(16 << 20), "--attention-backend", "TRITON_ATTN"),
 ]
 V1, V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
-DISTRIBUTIONS = {
-    "vllm": ("0.33.0", ""),
-    "fake_gpu": ("0", "[vllm.platform_plugins]\nh100 = tests.fake_gpu.h100:register\n"),
-}
 
 
 @dataclass(frozen=True)
@@ -70,20 +66,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment in which a server uses the wheel and takes this machine for one with an H100."""
-    site = tmp_path_factory.mktemp("site")
-    for name, (version, entry_points) in DISTRIBUTIONS.items():
-        directory = site / f"{name}-{version}.dist-info"
-        directory.mkdir()
-        (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        (directory / "entry_points.txt").write_text(entry_points)
-    path = os.pathsep.join([str(site), str(ROOT), os.environ["PYTHONPATH"]])
-    return {
-        "PYTHONPATH": path,
-        "TRITON_INTERPRET": "1",
-        "VLLM_CACHE_ROOT": str(site / "cache"),
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    }
+    return simulated_h100(tmp_path_factory.mktemp("site"))
 
 
 @contextmanager
