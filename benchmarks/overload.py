@@ -1,10 +1,11 @@
 """`make bench-overload`: goodput of a real server under overload, by admission policy.
 
-    PYTHONPATH=examples python benchmarks/overload.py [--times 1,1.5,2,3] [--seconds 60] [--quick]
+    PYTHONPATH=examples python benchmarks/overload.py [--times 1,1.5,2,3] [--seconds 60] [--runs 1] [--quick]
 
 SmolLM2 on one core, two classes with different targets, open-loop arrivals: Poisson and in bursts, the same ones for
 each arm. Each cell is shown with the simulator's, which uses step times that this server learned during the cell: a
-machine does not keep its speed. Exits with status 1 if a goal is missed or the simulator is off by more than 15 %.
+machine does not keep its speed. With several runs, each with arrivals of its own, a cell has their means. Exits with
+status 1 if a goal is missed or the simulator is off by more than 15 %.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Annotated, Any
 
 import httpx2 as httpx
@@ -45,7 +47,7 @@ SETTLE_S, LOOK_S = 2.0, 4.0
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm under one load."""
+    """One arm under one load: means over its runs."""
 
     kind: Kind
     arm: str
@@ -60,7 +62,22 @@ class Cell:
     capacity_per_s: float = 0.0
     """Capacity by these step times; loads are multiples of the capacity before all cells."""
     server: Server | None = None
-    """These step times."""
+    """These step times, of the first run."""
+    runs: tuple[tuple[float, float], ...] = ()
+    """Goodput of each run, measured and simulated."""
+
+
+def over(runs: Sequence[Cell]) -> Cell:
+    """The cell of an arm's runs under one load."""
+    return replace(
+        runs[0],
+        goodput_per_s=fmean(run.goodput_per_s for run in runs),
+        simulated_per_s=fmean(run.simulated_per_s for run in runs),
+        met={name: fmean(run.met[name] for run in runs) for name in runs[0].met},
+        refused=sum(run.refused for run in runs),
+        capacity_per_s=fmean(run.capacity_per_s for run in runs),
+        runs=tuple((run.goodput_per_s, run.simulated_per_s) for run in runs),
+    )
 
 
 @dataclass
@@ -235,6 +252,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Seconds of arrivals in each cell.", min=4)] = 60.0,
     gold_itl_ms: Annotated[float, typer.Option(help="Target of class gold, between tokens.")] = 80.0,
     itl_ms: Annotated[float, typer.Option(help="Target of the default class.")] = 160.0,
+    num_runs: Annotated[int, typer.Option("--runs", help="Runs of each cell, the arms in turn.", min=1)] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Two arms, one load, Poisson: a smoke test.")] = False,
     output: Annotated[Path | None, typer.Option(help="The results file.")] = None,
 ) -> None:
@@ -252,12 +270,18 @@ def main(
         metrics = httpx.get(f"{target.server.gateway_url}/metrics", trust_env=False)
         base = _simulated(_step_times(target, metrics), seconds, gold_itl_ms, itl_ms)
         console.print(f"Capacity: {base.capacity_per_s:.2f} requests per second, {base.limit} at a time")
-        cells = []
-        for kind in KINDS[:1] if quick else KINDS:
-            for arm in chosen:
-                for each in loads:
-                    cells.append(_measure(target, replace(base, kind=kind, arm=arm, times=each)))
-                    console.print(cells[-1])
+        cases = [
+            replace(base, kind=kind, arm=arm, times=each)
+            for kind in (KINDS[:1] if quick else KINDS)
+            for arm in chosen
+            for each in loads
+        ]
+        made: list[list[Cell]] = [[] for _ in cases]
+        for seed in range(num_runs):
+            for case, runs in zip(cases, made, strict=True):
+                runs.append(_measure(target, replace(case, scenario=replace(case.scenario, seed=seed))))
+                console.print(runs[-1])
+    cells = [over(runs) for runs in made]
     _write(path, {"seconds": seconds, "slo": slo}, base, cells)
     print("Requests per second that met their targets, [simulated], (share in class gold, in the default class):")
     for kind in [kind for kind in KINDS if any(cell.kind == kind for cell in cells)]:
