@@ -3,9 +3,9 @@
     PYTHONPATH=examples:. python benchmarks/emulated.py [--server a100-14b] [--requests 64] [--rtt-ms 20]
 
 Three `vllm serve` whose worker emits a pseudo language model's tokens after a modelled step time (emulated_worker.py):
-vanilla, ours, and ours without holds (mode `budget`), whose time between two steps is all overhead. The edges are the
-real client, one edge per request, with a draft model of a configured accuracy (replay.py). Prints tokens per second and
-the engine's time between two steps, and fails if any token is not the pseudo model's.
+vanilla, ours with and without edges, and ours without holds (mode `budget`), whose time between two steps is all
+overhead. The edges are the real client, one edge per request, with a draft model of a configured accuracy (replay.py).
+Prints tokens per second and the engine's time between two steps, and fails if any token is not the pseudo model's.
 
 With --asynchronous (`make bench-emulated-asynchronous`) the servers take this machine for one with an H100
 (tests/fake_gpu), where vLLM uses its V2 runner and schedules a step while another is computed.
