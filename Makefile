@@ -74,7 +74,7 @@ test-processes: $(VENV)/.installed
 	$(BIN)/pytest tests/processes tests/models -n 2 --dist loadfile --durations=15
 
 # Two files at a time where memory allows, each with a core for its servers, gateways and edges
-# (tests/vllm/__init__.py): up to 22 GiB, one at a time half of it.
+# (tests/vllm/__init__.py). TEST_WORKERS=1: one at a time.
 TEST_WORKERS ?= $(shell awk '/MemTotal/ {print ($$2 > 22 * 1024 * 1024) ? 2 : 1}' /proc/meminfo)
 test-vllm: $(VENV)/.installed model
 	$(BIN)/pytest tests/vllm -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15

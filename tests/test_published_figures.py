@@ -165,6 +165,10 @@ def test_goodput_with_an_adaptive_rate() -> None:
     )
     assert sentence.format(*served) in page
     assert f"the simulator is up to {100 * off:.0f} % off" in page
+    means = [each for each in cells("overload-runs.json") if each["arm"] == "adaptive"]
+    off = max(abs(each["simulated_per_s"] / each["goodput_per_s"] - 1.0) for each in means)
+    assert f"with means of two runs at twice the capacity (`overload-runs.json`) it is within {100 * off:.0f} %" in page
+    assert {(len(each["runs"]), each["times"]) for each in means} == {(2, 2)}
 
 
 def test_where_a_draft_beside_the_server_made_it_slower_is_said() -> None:
