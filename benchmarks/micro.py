@@ -22,7 +22,7 @@ import typer
 from harness.results import Column, table
 
 from vllm_specedge.engine.driver import StepDriver
-from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
+from vllm_specedge.engine.plan import Row, Step, StepOutcome, StepPlan
 from vllm_specedge.engine.proposal_tree import ProposalTree
 from vllm_specedge.gateway.known import ROLES, RouterLimits
 from vllm_specedge.gateway.router import Router
@@ -85,7 +85,7 @@ def driver_round() -> Callable[[], object]:
     def act() -> None:
         driver.receive(Propose(0, len(tokens) - 1, (tokens[-1], *DRAFT[1:])), 0.0)
         tokens.extend(DRAFT[1:3])
-        driver.end(StepPlan(), [RequestOutcome("r", 2, 1)], Step(0.0, 0.0))
+        driver.end(StepPlan(), StepOutcome({"r": 2}, {"r": 1}), Step(0.0, 0.0))
         driver.learn()
 
     return act
@@ -204,15 +204,14 @@ class Engine:
         with self.timed("learning"):
             self.driver.learn()
         started_s, self.now_s = self.now_s, self.now_s + STEP_S
-        outcomes = []
-        for id_, tokens in self.tokens.items():
-            if id_ not in plan.holds:
-                draft = plan.drafts.get(id_, [])
-                wrong = (at for at in range(len(draft)) if self.chance.random() >= ACCEPTANCE)
-                tokens += [*draft[: next(wrong, len(draft))], *self.some(1)]
-                outcomes.append(RequestOutcome(id_, 1 + len(draft), len(draft)))
+        drafts = {id_: plan.drafts.get(id_, []) for id_ in self.tokens if id_ not in plan.holds}
+        for id_, draft in drafts.items():
+            wrong = (at for at in range(len(draft)) if self.chance.random() >= ACCEPTANCE)
+            self.tokens[id_] += [*draft[: next(wrong, len(draft))], *self.some(1)]
+        num_verified = {id_: len(draft) for id_, draft in drafts.items() if draft}
+        outcome = StepOutcome({id_: 1 + len(draft) for id_, draft in drafts.items()}, num_verified)
         with self.timed("ending"):
-            self.driver.end(plan, outcomes, Step(started_s, self.now_s))
+            self.driver.end(plan, outcome, Step(started_s, self.now_s))
 
     def each_us(self, what: str) -> float:
         return 1e6 * self.seconds[what] / self.calls[what]

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -53,7 +53,7 @@ def sampled(number: int, position: int, draft: Sequence[int]) -> list[int]:
 
 
 def measure(engine: Engine, way: str) -> float:
-    """Median milliseconds of scheduling a step and processing its output."""
+    """Mean milliseconds of scheduling a step and processing its output."""
     scheduler, is_synchronous = engine.core.scheduler, way == "synchronous"
     if engine.edges is not None:
         engine.step_as(way)
@@ -81,7 +81,7 @@ def measure(engine: Engine, way: str) -> float:
     engine.llm.llm_engine.output_processor.abort_requests(list(numbers), internal=True)
     if engine.edges is not None:
         engine.drafting._started.clear()
-    return median(took_ms[NUM_WARM_UP:])
+    return fmean(took_ms[NUM_WARM_UP:])
 
 
 def outcome(scheduler: Any, step: Any, numbers: dict[str, int]) -> ModelRunnerOutput:

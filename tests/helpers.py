@@ -15,7 +15,7 @@ from edge_client.drafting.pacing import Pace
 from edge_client.drafting.speculation import Speculation
 from tests.offers import Offers
 from vllm_specedge.engine.driver import StepDriver
-from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
+from vllm_specedge.engine.plan import Row, Step, StepOutcome, StepPlan
 from vllm_specedge.errors import RemoteProtocolError
 from vllm_specedge.gateway.effects import Effect, ToEdge, ToEngine
 from vllm_specedge.gateway.known import ROLES, RouterLimits
@@ -378,11 +378,15 @@ class World:
 
     def _finish(self, plan: StepPlan, started_s: float) -> None:
         self._take_in()
-        outcomes = [self._outcome(id_, plan.drafts.get(id_, [])) for id_ in self.served if id_ not in plan.holds]
-        self._publish(self.driver.end(plan, outcomes, Step(started_s, self.time.now_s)))
-        for outcome in outcomes:
-            if outcome.is_over:
-                self.finished[outcome.request_id] = self.served.pop(outcome.request_id)
+        drafts = {id_: plan.drafts.get(id_, []) for id_ in self.served if id_ not in plan.holds}
+        for request_id, draft in drafts.items():
+            self._decide(request_id, draft)
+        over = [id_ for id_ in drafts if len(self.served[id_].tokens) >= self.served[id_].end]
+        num_verified = {id_: len(draft) for id_, draft in drafts.items() if draft}
+        outcome = StepOutcome({id_: 1 + len(draft) for id_, draft in drafts.items()}, num_verified, over)
+        self._publish(self.driver.end(plan, outcome, Step(started_s, self.time.now_s)))
+        for request_id in over:
+            self.finished[request_id] = self.served.pop(request_id)
         self.suggested = {id_: tuple(self.suggest(served.tokens)) for id_, served in self.served.items()}
         self.driver.suggest(self.suggested, 0.0)
         self.is_stepping = False
@@ -393,12 +397,11 @@ class World:
         is_found = draft == list(found[: len(draft)])
         return is_found or self.offers.were_proposed(served.number, served.tokens, draft)
 
-    def _outcome(self, request_id: str, draft: list[int]) -> RequestOutcome:
+    def _decide(self, request_id: str, draft: list[int]) -> None:
         served = self.served[request_id]
         assert len(served.tokens) + len(draft) < served.end
         served.num_steps += 1
         served.tokens += self._verify(served.tokens, draft)
-        return RequestOutcome(request_id, 1 + len(draft), len(draft), len(served.tokens) >= served.end)
 
     def _verify(self, tokens: list[int], draft: list[int]) -> list[int]:
         chosen = [self.choose(tokens)]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.helpers import any_frame, fitting
 from vllm_specedge.engine.driver import NOTHING_ELSE, StepDriver
 from vllm_specedge.engine.ledger import MAX_OPENED_TOKENS, MAX_RECORDS
-from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
+from vllm_specedge.engine.plain_steps import BOOKED_EVERY_S, MEASURED_EVERY
+from vllm_specedge.engine.plan import UNMEASURED, Row, Step, StepOutcome, StepPlan
 from vllm_specedge.engine.requests import DraftedRequest, Source
 from vllm_specedge.errors import ByeCode
 from vllm_specedge.policy.coalescing import COALESCE_AFTER, COALESCED_TOKENS, UNUSED_AFTER
@@ -39,6 +40,12 @@ ANSWER_S = 0.005
 STEP_S = 0.2
 
 
+def outcome(request_id: str, num_tokens: int, num_verified: int, is_over: bool = False) -> StepOutcome:
+    """The outcome of a step of one request."""
+    verified = {request_id: num_verified} if num_verified else {}
+    return StepOutcome({request_id: num_tokens}, verified, [request_id] if is_over else [])
+
+
 class Driven(StepDriver):
     """Keeps the latest started plan, so that a test can state in one line what a step did."""
 
@@ -52,7 +59,7 @@ class Driven(StepDriver):
 
     def commit(self, request_id: str, num_verified: int, now_s: float) -> list[Frame]:
         """End a step that was not timed; the request already has its new tokens."""
-        frames = self.end(self.last, [RequestOutcome(request_id, 1 + num_verified, num_verified)], Step(now_s, now_s))
+        frames = self.end(self.last, outcome(request_id, 1 + num_verified, num_verified), Step(now_s, now_s))
         self.last.choices.pop(request_id, None)
         return frames
 
@@ -129,8 +136,8 @@ class Serving:
         """A step, from its plan to its commit."""
         started_s, self.now_s = self.now_s, self.now_s + took_s
         self.tokens += tokens
-        outcome = RequestOutcome("r", 1 + num_verified + prefilled, num_verified)
-        self.driver.end(self.driver.last, [outcome], Step(started_s, self.now_s))
+        done = outcome("r", 1 + num_verified + prefilled, num_verified)
+        self.driver.end(self.driver.last, done, Step(started_s, self.now_s))
         self.driver.last = StepPlan()
         self.driver.learn()
 
@@ -151,6 +158,86 @@ def test_nothing_is_published_without_edges() -> None:
     tokens.append(20)
     assert driver.commit("r", 0, 1.0) == []
     assert driver.close("r") == []
+
+
+def test_without_edges_the_drafts_that_are_there_or_still_come_are_dropped() -> None:
+    serving = Serving()
+    serving.propose([1, 2])
+    assert serving.driver.receive(Edges(0), serving.now_s) == [Close(0, CloseReason.FINISHED)]
+    assert serving.driver.counters["discarded_unused"] == 2
+    serving.receive(Assign(0, 1))
+    serving.propose([3, 4])
+    assert serving.driver.counters["dropped_closed"] == 1
+    assert serving.plan() == StepPlan()
+
+
+def decoded_plainly(
+    driver: Driven, tokens: list[int], num_steps: int, from_s: float = 1.0, step_s: float = STEP_S
+) -> None:
+    """Decode in steps that are planned only where the driver asks for it."""
+    for at in range(num_steps):
+        started_s = from_s + at * step_s
+        plan = UNMEASURED if driver.needs_no_plan else driver.begin([], started_s, Load(len(tokens), num_others=1))
+        driver.start(plan)
+        tokens.append(20)
+        driver.end(plan, outcome("r", 1, 0), Step(started_s, started_s + step_s))
+
+
+@pytest.mark.parametrize("num_steps", [1, MEASURED_EVERY, 20])
+def test_what_was_decoded_without_edges_is_booked_when_one_comes(num_steps: int) -> None:
+    driver, tokens = new_driver(num_edges=0), list(PROMPT)
+    driver.open("r", tokens, "")
+    decoded_plainly(driver, tokens, num_steps)
+    assert driver.receive(Edges(1), 0.0) == []
+    assert driver.counters["committed_tokens"] == driver.counters["steps"] == num_steps
+    assert driver.counters["engine_steps"] == num_steps
+    assert driver.named("r").speedup == 1.0
+    tokens.append(21)
+    assert driver.commit("r", 0, 2.0)[1:] == [Commit(0, 0, tuple(tokens))]
+
+
+def test_what_was_decoded_without_edges_is_booked_now_and_then_and_at_the_end() -> None:
+    driver, tokens = new_driver(num_edges=0), list(PROMPT)
+    driver.open("r", tokens, "")
+    step_s = 0.4 * BOOKED_EVERY_S
+    decoded_plainly(driver, tokens, 1, BOOKED_EVERY_S, step_s)
+    assert driver.counters["committed_tokens"] == 1
+    decoded_plainly(driver, tokens, 2, BOOKED_EVERY_S + step_s, step_s)
+    assert driver.counters["committed_tokens"] == 1
+    decoded_plainly(driver, tokens, 1, BOOKED_EVERY_S + 3 * step_s, step_s)
+    assert driver.counters["committed_tokens"] == 4
+    decoded_plainly(driver, tokens, 1, BOOKED_EVERY_S + 4 * step_s, step_s)
+    driver.close("r")
+    assert driver.counters["committed_tokens"] == 5
+
+
+def test_a_prediction_for_a_request_that_decoded_without_drafts_starts_at_its_present_length() -> None:
+    driver, tokens = new_driver(num_edges=0), list(PROMPT)
+    driver.open("r", tokens, "")
+    decoded_plainly(driver, tokens, 3)
+    driver.predict("r", [20, 20, 20, 30, 31])
+    assert driver.plan([Row("r", 2)], 2.0).drafts == {"r": [30, 31]}
+
+
+def test_without_edges_one_step_in_some_is_measured_and_one_after_each_prompt() -> None:
+    driver, tokens = new_driver(num_edges=0), list(PROMPT)
+    driver.open("r", tokens, "")
+    needed = []
+    for at in range(2 * MEASURED_EVERY):
+        needed.append(not driver.needs_no_plan)
+        decoded_plainly(driver, tokens, 1, 1.0 + at * STEP_S)
+    assert needed == 2 * [*[False] * (MEASURED_EVERY - 1), True]
+    driver.end(UNMEASURED, outcome("r", 7, 0), Step(9.0, 9.1))
+    assert not driver.needs_no_plan
+
+
+def test_the_time_of_steps_without_drafts_is_counted_and_shows_no_gain() -> None:
+    driver, tokens = new_driver(num_edges=0), list(PROMPT)
+    driver.open("r", tokens, "")
+    decoded_plainly(driver, tokens, 40)
+    assert driver.counters["decode_us"] == pytest.approx(1e6 * 40 * STEP_S, rel=0.05)
+    assert driver.counters["plain_decode_us"] == pytest.approx(driver.counters["decode_us"], rel=0.05)
+    assert driver.speedups.ratio == pytest.approx(1.0, rel=0.05)
 
 
 def test_a_request_is_opened_with_its_prompt_and_followed_to_its_end() -> None:
@@ -576,14 +663,15 @@ def test_a_request_that_loses_its_edge_is_not_held(frame: Frame) -> None:
     assert serving.plan() == StepPlan()
 
 
-def test_a_lost_gateway_frees_everything_and_leaves_the_drafts_that_are_there() -> None:
+def test_a_lost_gateway_frees_everything_and_drops_the_drafts_that_are_there() -> None:
     serving = Serving()
     held = [40]
     serving.driver.open("held", held, "")
     serving.propose([1, 2])
     serving.receive(Bye(ByeCode.GOING_AWAY, "it is away"))
     rows = [Row("r", 9), Row("held", 9)]
-    assert serving.driver.plan(rows, serving.now_s) == StepPlan(drafts={"r": [1, 2]})
+    assert serving.driver.plan(rows, serving.now_s) == StepPlan()
+    assert serving.driver.counters["discarded_unused"] == 2
     assert serving.decode(1) == []
     assert serving.driver.close("r") == []
 
@@ -1034,11 +1122,11 @@ def test_what_a_step_verified_for_a_request_that_ended_in_it_is_booked_to_that_s
     serving.step(30)
     serving.propose([31, 32])
     plan = serving.plan()
-    serving.driver.take_groups()
+    serving.driver.speedups.take_groups()
     started_s, serving.now_s = serving.now_s, serving.now_s + STEP_S
     serving.tokens += [31, 32, 33]
-    frames = serving.driver.end(plan, [RequestOutcome("r", 3, 2, is_over=True)], Step(started_s, serving.now_s))
-    [group] = serving.driver.take_groups()
+    frames = serving.driver.end(plan, outcome("r", 3, 2, is_over=True), Step(started_s, serving.now_s))
+    [group] = serving.driver.speedups.take_groups()
     assert (group.requests, group.verified, group.accepted) == (1, 2, 2)
     assert group.ended_s == serving.now_s
     commit, report, close = frames
@@ -1058,8 +1146,8 @@ def test_what_a_request_made_in_its_last_step_is_priced_by_that_step() -> None:
         plan = serving.plan()
         started_s, serving.now_s = serving.now_s, serving.now_s + STEP_S
         serving.tokens += [1] * (1 + num_right_at_last)
-        outcome = RequestOutcome("r", 1 + num_right_at_last, num_right_at_last, is_over=True)
-        serving.driver.end(plan, [outcome], Step(started_s, serving.now_s))
+        done = outcome("r", 1 + num_right_at_last, num_right_at_last, is_over=True)
+        serving.driver.end(plan, done, Step(started_s, serving.now_s))
         return serving.driver.speedups.ratio
 
     assert speedup(4) > speedup(0) == pytest.approx(1, rel=0.02)

@@ -75,8 +75,10 @@ def test_every_answer_is_whole_and_every_token_counts_once(name: str) -> None:
         assert tokens == prompt + said
         assert len(said) <= scenario.output_tokens
     assert outcome.tokens >= scenario.requests * scenario.tokens
+    for number in range(simulation.driver.counters["opened_requests"]):
+        simulation.driver.close(f"r{number}")
     assert simulation.driver.counters["committed_tokens"] == outcome.tokens
-    accepted, steps = outcome.counters.get("accepted_tokens", 0), outcome.counters["steps"]
+    accepted, steps = (simulation.driver.counters[name] for name in ("accepted_tokens", "steps"))
     assert outcome.tokens == steps + accepted
 
 

@@ -19,7 +19,7 @@ from edge_client.gateway_link import Gateway, Link, LinkError
 from tests.ports import free_port
 from vllm_specedge.engine.driver import StepDriver
 from vllm_specedge.engine.gateway_link import EngineLink
-from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
+from vllm_specedge.engine.plan import Row, Step, StepOutcome, StepPlan
 from vllm_specedge.errors import UserError
 from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.step_cost import StepCost
@@ -83,13 +83,14 @@ class Engine:
             num_same = next((i for i, token in enumerate(draft) if token != truth[i]), len(draft))
             tokens += truth[: num_same + 1]
             num_accepted += num_same
-            self.end_step(plan, RequestOutcome(request_id, 1 + len(draft), len(draft), len(tokens) >= 20 + num_tokens))
+            over = [request_id] if len(tokens) >= 20 + num_tokens else []
+            self.end_step(plan, StepOutcome({request_id: 1 + len(draft)}, {request_id: len(draft)}, over))
         return num_accepted
 
-    def end_step(self, plan: StepPlan, *outcomes: RequestOutcome) -> None:
+    def end_step(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """End a step that was not timed; its requests already have their new tokens."""
         now_s = time.monotonic()
-        self.link.send(self.driver.end(plan, outcomes, Step(now_s, now_s)))
+        self.link.send(self.driver.end(plan, outcome, Step(now_s, now_s)))
 
 
 @dataclass

@@ -58,7 +58,7 @@ from tests.processes.gateways import (
 )
 from vllm_specedge.config import GatewayOptions
 from vllm_specedge.engine.gateway_process import GatewayProcess
-from vllm_specedge.engine.plan import RequestOutcome, Row
+from vllm_specedge.engine.plan import Row, StepOutcome
 from vllm_specedge.errors import ByeCode, RemoteProtocolError, UserError
 from vllm_specedge.gateway.connection import TokenBucket
 from vllm_specedge.gateway.connections import RTT_TICKS
@@ -305,7 +305,7 @@ def test_what_follows_a_branch_is_there_when_the_target_takes_it(gateway: Runnin
         engine.link.send(engine.driver.open("forked", tokens, ""))
         engine.wait(lambda: engine.driver.begin(rows, 0.0).drafts == {"forked": [5, 6]})
         tokens.append(9)
-        engine.end_step(engine.driver.begin(rows, 0.0), RequestOutcome("forked", 3, 2))
+        engine.end_step(engine.driver.begin(rows, 0.0), StepOutcome({"forked": 3}, {"forked": 2}))
         assert engine.driver.begin(rows, 0.0).drafts == {"forked": [8]}
         engine.link.send(engine.driver.close("forked"))
     finally:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from zmq import ZMQError
 from vllm_specedge.adapter.demand_report import DemandReport
 from vllm_specedge.adapter.engine_handle import EngineHandle
 from vllm_specedge.adapter.load_report import LoadReport
-from vllm_specedge.adapter.look import look, num_waiting
+from vllm_specedge.adapter.look import has_room_for_waiting, look, num_waiting
 from vllm_specedge.adapter.ngrams import NgramLookup
 from vllm_specedge.adapter.parameters import Treatment, treatment
 from vllm_specedge.adapter.prediction_reader import Predictions
@@ -26,7 +26,7 @@ from vllm_specedge.adapter.tracing import RequestSpans, request_spans
 from vllm_specedge.engine.driver import StepDriver
 from vllm_specedge.engine.gateway_link import EngineLink
 from vllm_specedge.engine.gateway_process import GatewayProcess
-from vllm_specedge.engine.plan import RequestOutcome, Step, StepPlan
+from vllm_specedge.engine.plan import UNMEASURED, Step, StepOutcome, StepPlan
 from vllm_specedge.errors import UserError
 from vllm_specedge.policy.slo import Targets
 from vllm_specedge.policy.step_cost import StepCost
@@ -63,19 +63,12 @@ class _Ending:
     started_s: float
     verified: Mapping[str, Sequence[int]]
     """Verified draft tokens by request."""
-    over: set[str] = field(default_factory=set)
-    """Requests that have ended in it so far."""
+    over: list[str] = field(default_factory=list)
+    """Requests that have ended in it so far; a failed KV transfer may end some that were in no step."""
 
-    def num_verified(self, request_id: str) -> int:
-        return len(self.verified.get(request_id, ()))
-
-    def outcomes(self, num_scheduled_tokens: Mapping[str, int]) -> list[RequestOutcome]:
-        outcomes = [
-            RequestOutcome(request_id, num_tokens, self.num_verified(request_id), request_id in self.over)
-            for request_id, num_tokens in num_scheduled_tokens.items()
-        ]
-        # A failed KV transfer may end requests that were in no step.
-        return outcomes + [RequestOutcome(each, 0, 0, True) for each in self.over - num_scheduled_tokens.keys()]
+    def outcome(self, num_scheduled_tokens: Mapping[str, int]) -> StepOutcome:
+        num_verified = {request_id: len(tokens) for request_id, tokens in self.verified.items()}
+        return StepOutcome(num_scheduled_tokens, num_verified, self.over)
 
 
 class Drafting:
@@ -170,6 +163,8 @@ class Drafting:
     def _plan(self) -> StepPlan:
         while self._predictions is not None and self._predictions.read:
             self.driver.predict(*self._predictions.read.popleft())
+        if self.driver.needs_no_plan and not has_room_for_waiting(self._scheduler):
+            return UNMEASURED
         if self._alone:
             drafted: set[str] | None = set()
         else:
@@ -206,14 +201,13 @@ class Drafting:
         assert ending is not None
         self.shared.changed()
         self.shared.take_in()  # proposals that arrived during the step do not know its tokens
-        outcomes = ending.outcomes(num_scheduled_tokens)
-        if not outcomes:
+        if not num_scheduled_tokens and not ending.over:
             return
         # A step that was scheduled while another was computed begins when that ends.
         step = Step(max(ending.started_s, self._ended_s), time.monotonic())
         self._ended_s = step.ended_s
-        self.shared.send(self.driver.end(ending.plan, outcomes, step))
-        self._trace(outcomes, step.started_s)
+        self.shared.send(self.driver.end(ending.plan, ending.outcome(num_scheduled_tokens), step))
+        self._trace(ending, num_scheduled_tokens, step.started_s)
         if self._demand is not None:
             self._demand.look(self._scheduler, step.ended_s)
         if self._load_report is not None:
@@ -221,13 +215,13 @@ class Drafting:
             self._load_report.report(self._scheduler, self.driver.cost, known_s, step.ended_s)
         self._look_up()
 
-    def _trace(self, outcomes: list[RequestOutcome], started_s: float) -> None:
+    def _trace(self, ending: _Ending, request_ids: Iterable[str], started_s: float) -> None:
         if self._spans is None:
             return
-        for outcome in outcomes:
-            request = self._scheduler.requests.get(outcome.request_id)
+        for request_id in request_ids:
+            request = self._scheduler.requests.get(request_id)
             if request is not None:
-                self._spans.stepped(request, outcome.num_verified, started_s)
+                self._spans.stepped(request, len(ending.verified.get(request_id, ())), started_s)
 
     def _look_up(self) -> None:
         """Run vLLM's n-gram lookup for the next step, if due; the plan decides what is verified."""
@@ -287,10 +281,10 @@ class Drafting:
             self._ngrams.close(request_id)
         if self._spans is not None:
             if ending is not None:
-                self._spans.stepped(request, ending.num_verified(request_id), ending.started_s)
+                self._spans.stepped(request, len(ending.verified.get(request_id, ())), ending.started_s)
             self._spans.close(request)
         if ending is not None:
-            ending.over.add(request_id)
+            ending.over.append(request_id)
         else:
             self.shared.send(self.driver.close(request_id))
 

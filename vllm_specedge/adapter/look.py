@@ -41,6 +41,11 @@ def look(scheduler: Any, targets: Targets, drafted: set[str] | None) -> tuple[li
     return rows, Load(context, num_others, min(prefill, room), is_pressed, room, step_limit_s=step_limit_s)
 
 
+def has_room_for_waiting(scheduler: Any) -> bool:
+    """Whether the next step may begin a waiting request."""
+    return len(scheduler.running) < scheduler.max_num_running_reqs and num_waiting(scheduler) > 0
+
+
 def num_waiting(scheduler: Any) -> int:
     """Requests that are not admitted yet, in any of vLLM's queues."""
     return len(scheduler.waiting) + len(scheduler.kv_holding_waiting) + len(scheduler.deferred_waiting)

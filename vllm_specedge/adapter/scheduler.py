@@ -36,6 +36,8 @@ class EdgeScheduler(Scheduler):
         self._drafting: Drafting | None = None
         """None: drafting is off, and this is a plain scheduler."""
         self._services: Services | None = None
+        self._has_held = False
+        """Whether the last step left requests out."""
         hide_ours()
         problems = hooks.drafting_problems(hooks.V2 if self.vllm_config.use_v2_model_runner else hooks.V1)
         if problems:
@@ -88,10 +90,12 @@ class EdgeScheduler(Scheduler):
         super().shutdown()
 
     def _attach(self, plan: StepPlan) -> None:
-        for request in self.running:
-            is_held = request.request_id in plan.holds
-            # schedule() adds one to current_step before it compares, so + 2 skips exactly the coming step.
-            request.next_decode_eligible_step = self.current_step + 2 if is_held else 0
+        if plan.holds or self._has_held:
+            for request in self.running:
+                is_held = request.request_id in plan.holds
+                # schedule() adds one to current_step before it compares, so + 2 skips exactly the coming step.
+                request.next_decode_eligible_step = self.current_step + 2 if is_held else 0
+        self._has_held = bool(plan.holds)
         if plan.drafts:
             super().update_draft_token_ids(DraftTokenIds(list(plan.drafts), list(plan.drafts.values())))
 
@@ -120,8 +124,7 @@ class EdgeAsyncScheduler(EdgeScheduler, AsyncScheduler):
         self._max_draft = self.num_spec_tokens
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
-        scheduler_output.num_spec_tokens_to_schedule = self._max_draft  # with fewer, workers clear the others
+        # As many placeholders follow each request for drafts by the workers themselves, which make none here.
+        scheduler_output.num_spec_tokens_to_schedule = 0
         super()._update_after_schedule(scheduler_output)
-        for request_id in scheduler_output.num_scheduled_tokens:
-            # These are placeholders for drafts by the workers themselves, which make none here.
-            self.requests[request_id].spec_token_ids = []
+        scheduler_output.num_spec_tokens_to_schedule = self._max_draft  # with fewer, workers clear the others

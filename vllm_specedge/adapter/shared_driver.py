@@ -132,6 +132,6 @@ class SharedDriver:
         return [
             Stats(self._counted.values(self.driver.counters, num_welcomes)),
             step_times(*self.driver.cost.parts_s),
-            groups_frame(self.driver.take_groups(), time.monotonic()),
+            groups_frame(self.driver.speedups.take_groups(), time.monotonic()),
             *self.more_stats(num_welcomes),
         ]

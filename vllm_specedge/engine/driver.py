@@ -5,11 +5,12 @@ The code that runs steps drives this: vLLM's scheduler (`adapter/`), the simulat
     plan = driver.begin(rows, now_s, load)      a query; may be called any number of times for one step
     driver.start(plan)                          the plan is carried out: a step begins with it, or all wait
     driver.learn()                              if there is time while the step is computed; else `end` does it
-    frames = driver.end(plan, outcomes, step)   the step is done; a request that ended in it is an outcome like others
+    frames = driver.end(plan, outcome, step)    the step is done; a request that ended in it is part of its outcome
 
 `open`, `close` and `receive` may be called at any time in between; returned frames are for the gateway.
 
 Rule 1: nothing here can change a token. A draft is offered for exactly the tokens the request has, or not at all.
+Rule 2: while no request can have a draft (`is_plain`), a step takes no time per request (engine/plain_steps.py).
 """
 
 from collections import Counter
@@ -18,7 +19,8 @@ from dataclasses import replace
 
 from vllm_specedge.engine.learning import Learning, Lesson
 from vllm_specedge.engine.ledger import RequestLedger
-from vllm_specedge.engine.plan import Choice, RequestOutcome, Row, Step, StepPlan, choose
+from vllm_specedge.engine.plain_steps import PlainSteps
+from vllm_specedge.engine.plan import Choice, Row, Step, StepOutcome, StepPlan, choose
 from vllm_specedge.engine.predicted_output import Prediction
 from vllm_specedge.engine.requests import DraftedRequest, Source
 from vllm_specedge.engine.speedup import Speedup
@@ -59,10 +61,11 @@ class StepDriver:
         self._has_verified = False
         """Whether any step has verified something so far."""
         self.speedups = Speedup(self.counters)
+        self._plain_steps = PlainSteps(self._ledger, self.speedups)
         self._suggested: set[str] = set()
         self._predicted: set[str] = set()
         self._row_s = 0.0
-        """Seconds per token in a plain step like the last one."""
+        """Seconds per token in a plain step like the last measured one."""
         self._num_rows = 0
 
     def __len__(self) -> int:
@@ -83,10 +86,15 @@ class StepDriver:
         """Requests that may have a draft without an edge: from the n-gram lookup or a predicted output."""
         return self._suggested | self._predicted
 
-    def take_groups(self) -> list[Group]:
-        """The steps done since the previous call, or the last ones of them."""
-        groups = self.speedups.groups
-        return [groups.popleft() for _ in range(len(groups))]  # another thread may add one meanwhile
+    @property
+    def is_plain(self) -> bool:
+        """Whether no request can have a draft: there is no edge, and nothing was looked up or predicted."""
+        return not (self._ledger.num_edges or self._suggested or self._predicted)
+
+    @property
+    def needs_no_plan(self) -> bool:
+        """Whether the next step may have the plan UNMEASURED instead of one from `begin`, unless it has prompts."""
+        return self.is_plain and not self._plain_steps.is_measurement_due
 
     # -- requests and their drafts ---------------------------------------------------------------------------------
 
@@ -99,6 +107,8 @@ class StepDriver:
         self.learn()
         self._predicted.discard(request_id)
         self._suggested.discard(request_id)
+        if self.is_plain and (request := self._ledger.find(request_id)) is not None:
+            self._plain_steps.book(request)
         frames = self._ledger.close(request_id)
         if not self._ledger:
             self.speedups.idle()
@@ -106,6 +116,8 @@ class StepDriver:
 
     def receive(self, frame: Frame, now_s: float) -> list[Frame]:
         """Process one frame of the gateway, or the Bye that tells that it is gone. Returns the frames to send back."""
+        if self.is_plain:
+            self._plain_steps.book_all()
         return self._ledger.receive(frame, now_s)
 
     def predict(self, request_id: str, tokens: Sequence[int]) -> None:
@@ -116,6 +128,8 @@ class StepDriver:
         if not tokens or any(not 0 <= token < self._ledger.vocab_size for token in tokens):
             self.counters["refused_predictions"] += 1
             return
+        if self.is_plain:
+            self._plain_steps.book_all()
         request.prediction = Prediction(tokens)
         request.prediction.advance(request.tokens[request.num_prompt : request.tree.length])
         self._predicted.add(request_id)
@@ -127,6 +141,8 @@ class StepDriver:
 
     def suggest(self, found: Mapping[str, Sequence[int]], took_s: float) -> None:
         """Set the drafts that a lookup found for the requests' present tokens, by request id, and the time it took."""
+        if found and self.is_plain:
+            self._plain_steps.book_all()
         for request_id, tokens in found.items():
             request = self._ledger.find(request_id)
             if request is not None:
@@ -173,26 +189,29 @@ class StepDriver:
         """Learn what is left from the last step."""
         self._learning.learn()
 
-    def end(self, plan: StepPlan, outcomes: Sequence[RequestOutcome], step: Step) -> list[Frame]:
+    def end(self, plan: StepPlan, outcome: StepOutcome, step: Step) -> list[Frame]:
         self.learn()
-        if step.ended_s > step.started_s:
-            self._note_step(plan, outcomes, step)
+        took_s = step.ended_s - step.started_s
+        if took_s > 0:
+            self._note_step(plan, outcome, step)
         self._ngram_budget.stepped()
         frames: list[Frame] = []
         num_verified = num_accepted = 0
-        for outcome in outcomes:
-            request = self._ledger.find(outcome.request_id)
-            if request is not None and (num_decided := len(request.tokens) - request.tree.length) > 0:
-                frames += self._commit(request, outcome, plan, step.ended_s)
-                num_verified += outcome.num_verified
-                num_accepted += min(num_decided - 1, outcome.num_verified)
-        if step.ended_s > step.started_s:
-            num_requests = sum(outcome.num_tokens > 0 for outcome in outcomes)
-            took_s = step.ended_s - step.started_s
-            self.speedups.groups.append(Group(step.ended_s, took_s, num_requests, num_verified, num_accepted))
-        for outcome in outcomes:
-            if outcome.is_over:
-                frames += self.close(outcome.request_id)
+        if self.is_plain and not outcome.num_verified:
+            self._plain_steps.ended(len(outcome.num_tokens), step.ended_s)
+        else:
+            for request_id in outcome.num_tokens:
+                request = self._ledger.find(request_id)
+                if request is not None and (num_decided := len(request.tokens) - request.tree.length) > 0:
+                    verified = outcome.num_verified.get(request_id, 0)
+                    frames += self._commit(request, request_id, verified, plan, step.ended_s)
+                    num_verified += verified
+                    num_accepted += min(num_decided - 1, verified)
+        if took_s > 0:
+            group = Group(step.ended_s, took_s, len(outcome.num_tokens), num_verified, num_accepted)
+            self.speedups.groups.append(group)
+        for request_id in outcome.over:
+            frames += self.close(request_id)
         return frames
 
     # -- how a step begins -----------------------------------------------------------------------------------------
@@ -220,44 +239,39 @@ class StepDriver:
 
     # -- how a step ends -------------------------------------------------------------------------------------------
 
-    def _note_step(self, plan: StepPlan, outcomes: Sequence[RequestOutcome], step: Step) -> None:
+    def _note_step(self, plan: StepPlan, outcome: StepOutcome, step: Step) -> None:
         """Record the step's time and size, regardless of its tokens."""
         took_s = step.ended_s - step.started_s
         self.counters["engine_steps"] += 1
         self.counters["waited_steps"] += plan.has_gap
         self.counters["engine_step_us"] += int(took_s * 1e6)
-        num_tokens = sum(outcome.num_tokens for outcome in outcomes)
-        num_requests = sum(outcome.num_tokens > 0 for outcome in outcomes)
-        num_verified = sum(outcome.num_verified for outcome in outcomes)
-        # A decoding request has one token and its draft; any other number is a prompt.
-        prefilled = sum(each.num_tokens for each in outcomes if each.num_tokens != 1 + each.num_verified)
-        is_first = num_verified > 0 and not self._has_verified
-        self._has_verified |= num_verified > 0
+        prefilled = outcome.num_prefilled
+        if not plan.is_measured:
+            self._plain_steps.unmeasured(step.started_s, step.ended_s, prefilled > 0)
+            return
+        num_tokens, is_verifying = sum(outcome.num_tokens.values()), bool(outcome.num_verified)
+        is_first = is_verifying and not self._has_verified
+        self._has_verified |= is_verifying
         if not is_first:  # see FIRST_STEP
-            self.cost.observe(num_requests, num_tokens, plan.context, took_s, prefilled, num_verified > 0, plan.has_gap)
+            num_requests = len(outcome.num_tokens)
+            self.cost.observe(num_requests, num_tokens, plan.context, took_s, prefilled, is_verifying, plan.has_gap)
         plain_step_s = self.cost(plan.num_rows, plan.num_rows, plan.context) if plan.num_rows else 0.0
         self._row_s, self._num_rows = plain_step_s / max(1, plan.num_rows), plan.num_rows
+        self._plain_steps.measured(plain_step_s)
         plain_step_s = 0.0 if prefilled else plain_step_s
         self.speedups.stepped(step.started_s, step.ended_s, plan.num_rows, plain_step_s, plan.has_gap, is_first)
 
-    def _commit_plain(self, request: DraftedRequest, ended_s: float) -> list[Frame]:
-        """`_commit` for a request with no draft and no edge, as on a server without edges."""
-        num_decided = len(request.tokens) - request.tree.length
-        request.tree.skip(num_decided)
-        self.speedups.committed(request, num_decided, ended_s)
-        request.count("committed_tokens", num_decided)
-        request.count("steps", 1)
-        request.held_since_s = None
-        return self._ledger.publish(request, ended_s)
-
-    def _commit(self, request: DraftedRequest, outcome: RequestOutcome, plan: StepPlan, ended_s: float) -> list[Frame]:
+    def _commit(
+        self, request: DraftedRequest, request_id: str, num_verified: int, plan: StepPlan, ended_s: float
+    ) -> list[Frame]:
         """Process a request's decided tokens. Only what the next plan needs is done at once, the rest later."""
-        tree, edge, num_verified = request.tree, request.edge, outcome.num_verified
+        tree, edge = request.tree, request.edge
         if edge is None and not num_verified and request.is_without_drafts:
-            return self._commit_plain(request, ended_s)
+            self._plain_steps.commit(request, ended_s)
+            return self._ledger.publish(request, ended_s)
         decided = tuple(request.tokens[tree.length :])
         self.speedups.committed(request, len(decided), ended_s)
-        source, is_refused = plan.verdict(outcome.request_id)
+        source, is_refused = plan.verdict(request_id)
         num_ahead, draft = tree.num_ahead, tree.chain(max(len(decided), num_verified + 1))
         predicted: Sequence[int] = ()
         if request.prediction is not None:  # the draft that it had for these positions
@@ -286,5 +300,5 @@ class StepDriver:
             num_unused = edge.record.num_unused if edge.has_answered else 0
             edge.coalescing.committed(len(decided), is_refused, is_verified, num_unused)
         request.suggestion, request.held_since_s = (), None
-        self._suggested.discard(outcome.request_id)
+        self._suggested.discard(request_id)
         return self._ledger.publish(request, ended_s)

@@ -5,7 +5,7 @@ Rule 2: nothing is published while no edge could use it, and seldom while drafts
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vllm_specedge.engine.learning import learn_answer, learn_from_late
 from vllm_specedge.engine.proposal_tree import Fate, Insertion, ProposalTree
@@ -52,6 +52,9 @@ class RequestLedger:
     def __len__(self) -> int:
         return len(self._requests)
 
+    def __iter__(self) -> Iterator[DraftedRequest]:
+        return iter(self._requests.values())
+
     @property
     def drafted_share(self) -> float:
         """Share of the live requests that have an edge; 0 if there are none."""
@@ -70,7 +73,7 @@ class RequestLedger:
                 self._propose(frame, now_s)
             case Assign():
                 request = self._numbered(frame.request)
-                if request is not None:
+                if request is not None and self.num_edges:
                     return self._assign(request, frame.edge, now_s)
             case Edges():
                 return self._edges(frame.num_edges)
@@ -101,17 +104,22 @@ class RequestLedger:
         self._records.clear()  # a new gateway numbers its edges from the start
         for request in self._requests.values():
             request.edge = request.num_published = None
+            _drop_drafts(request)
 
     def _edges(self, num_edges: int) -> list[Frame]:
         self.num_edges = num_edges
         if num_edges:
             return []  # each request is opened with its next commit
         # Without edges the gateway is not told when requests end, so all are closed there now.
-        return [frame for request in self._requests.values() for frame in self._closing(request)]
+        frames: list[Frame] = []
+        for request in self._requests.values():
+            frames += self._closing(request)
+            _drop_drafts(request)
+        return frames
 
     def _propose(self, frame: Propose, now_s: float) -> None:
         request = self._numbered(frame.request)
-        if request is None:
+        if request is None or not self.num_edges:
             self._counters["dropped_closed"] += 1
             return
         if any(token >= self.vocab_size for token in frame.tokens):
@@ -188,13 +196,18 @@ class RequestLedger:
             return []
         del self._ids[request.number]
         self._counters["closed_requests"] += 1
-        request.count("discarded_unused", request.tree.num_nodes)
+        _drop_drafts(request)
         report = Report(request.number, request_values(request.counters))
         return [report, *closing] if (closing := self._closing(request)) else []
 
     def _closing(self, request: DraftedRequest) -> list[Frame]:
         was_open, request.num_published, request.edge = request.num_published is not None, None, None
         return [Close(request.number, CloseReason.FINISHED)] if was_open else []
+
+
+def _drop_drafts(request: DraftedRequest) -> None:
+    request.count("discarded_unused", request.tree.num_nodes)
+    request.tree.clear()
 
 
 def _count_insertion(request: DraftedRequest, num_tokens: int, done: Insertion, is_trunk: bool) -> None:

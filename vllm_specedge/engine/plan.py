@@ -1,7 +1,8 @@
 """The options, the plan and the outcome of a step for each request. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from vllm_specedge.engine.requests import DraftedRequest, Source
@@ -49,6 +50,8 @@ class StepPlan:
     """Cached tokens of these."""
     choices: dict[str, Choice] = field(default_factory=dict, compare=False)
     """Options by request id, for `start` and `end`."""
+    is_measured: bool = field(default=True, compare=False)
+    """Whether the step's time teaches its cost: `num_rows` and `context` are known."""
     has_gap: bool = field(default=False, compare=False)
     """Whether an asynchronous engine waits for the outcome before it begins another step."""
 
@@ -70,16 +73,27 @@ class StepPlan:
         return choice.source, is_left_out and choice.has_edge_draft
 
 
-class RequestOutcome(NamedTuple):
-    """The outcome of a step for one request, whose view of tokens has grown by the decided ones."""
+class StepOutcome(NamedTuple):
+    """The outcome of a step. The views of its requests' tokens have grown by the decided ones."""
 
-    request_id: str
-    num_tokens: int = 1
-    """Tokens computed for it: of its prompt, or when it decodes, one and its draft."""
-    num_verified: int = 0
-    """Number of draft tokens among them."""
-    is_over: bool = False
-    """Whether it finished or was aborted in this step."""
+    num_tokens: Mapping[str, int]
+    """Tokens computed for each request: of its prompt, or when it decodes, one and its draft."""
+    num_verified: Mapping[str, int] = MappingProxyType({})
+    """Number of draft tokens among them, for requests that have any."""
+    over: Collection[str] = ()
+    """Requests that finished or were aborted in this step."""
+
+    @property
+    def num_prefilled(self) -> int:
+        """Prompt tokens among those computed: a decoding request has one token and its draft."""
+        if sum(self.num_tokens.values()) == len(self.num_tokens) + sum(self.num_verified.values()):
+            return 0
+        verified = self.num_verified.get
+        return sum(num_tokens for id_, num_tokens in self.num_tokens.items() if num_tokens != 1 + verified(id_, 0))
+
+
+UNMEASURED = StepPlan(is_measured=False)
+"""The plan of a step without drafts from whose time nothing is to be learnt."""
 
 
 class Step(NamedTuple):

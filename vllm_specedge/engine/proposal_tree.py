@@ -139,6 +139,12 @@ class ProposalTree:
         fate = Fate.KEPT if num_done == len(tokens) else Fate.FULL
         return Insertion(fate, num_new, num_done - num_new, late, len(tokens) - num_done)
 
+    def clear(self) -> None:
+        """Drop all nodes."""
+        self.num_nodes = 0
+        self._root = _Node()
+        self._trunk, self._trunk_tokens = [self._root], []
+
     def skip(self, num_tokens: int) -> None:
         """Advance by this many decided tokens a tree without nodes."""
         assert not self.num_nodes

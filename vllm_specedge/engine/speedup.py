@@ -51,6 +51,10 @@ class Speedup:
         it; 0 if not known."""
         self._num_rows = 1
 
+    def take_groups(self) -> list[Group]:
+        """The steps done since the previous call, or the last ones of them."""
+        return [self.groups.popleft() for _ in range(len(self.groups))]  # another thread may add one meanwhile
+
     @property
     def ratio(self) -> float:
         """Recent tokens per second, relative to the estimate for plain steps."""
@@ -91,12 +95,39 @@ class Speedup:
     def committed(self, request: DraftedRequest, num_tokens: int, ended_s: float) -> None:
         if self._plain_step_s and request.committed_s:
             plain_s = num_tokens * self._plain_step_s / self._num_rows
-            self._all.gained_s += plain_s
-            self._of_kind.gained_s += plain_s
-            self._plain_s += plain_s
+            self._add(plain_s)
             request.gained_s = MEMORY * request.gained_s + num_tokens * self._plain_step_s
             request.spent_s = MEMORY * request.spent_s + ended_s - request.committed_s
         request.committed_s = ended_s
+
+    def unmeasured(self, started_s: float, ended_s: float, is_decoding: bool) -> None:
+        """Record a step without drafts whose size is not known: its tokens took the time that they take in plain steps.
+        `is_decoding`: it had no prompts."""
+        if is_decoding:
+            took_s = ended_s - (self._last_end_s if self._last_end_s is not None else started_s)
+            self._plain_s += took_s
+            self._counters["decode_us"] += int(took_s * 1e6)
+            self._counters["plain_decode_us"] = int(self._plain_s * 1e6)
+        self._last_end_s = ended_s
+        self._plain_step_s = 0.0
+
+    def all_committed(self, num_requests: int) -> None:
+        """Record that each of a step's requests has got one token."""
+        if self._plain_step_s:
+            self._add(num_requests * self._plain_step_s / self._num_rows)
+
+    def booked(self, request: DraftedRequest, num_steps: int, plain_step_s: float, ended_s: float) -> None:
+        """Record steps of a request that took what plain steps take: its speedup moves towards 1."""
+        kept = MEMORY**num_steps
+        seconds = (1 - kept) / (1 - MEMORY) * plain_step_s
+        request.gained_s = kept * request.gained_s + seconds
+        request.spent_s = kept * request.spent_s + seconds
+        request.committed_s = ended_s
+
+    def _add(self, plain_s: float) -> None:
+        self._all.gained_s += plain_s
+        self._of_kind.gained_s += plain_s
+        self._plain_s += plain_s
 
     @property
     def _of_kind(self) -> "_Ratio":

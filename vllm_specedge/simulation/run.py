@@ -16,7 +16,7 @@ from math import inf
 from typing import NamedTuple
 
 from vllm_specedge.engine.driver import StepDriver
-from vllm_specedge.engine.plan import RequestOutcome, Row, Step, StepPlan
+from vllm_specedge.engine.plan import Row, Step, StepOutcome, StepPlan
 from vllm_specedge.gateway.effects import Effect, ToEdge, ToEngine
 from vllm_specedge.gateway.known import POOL, ROLES, RouterLimits
 from vllm_specedge.gateway.router import Router
@@ -290,16 +290,16 @@ class Simulation:
     def _finish(self) -> None:
         """The oldest running step is done."""
         step = self._in_flight.popleft()
-        outcomes, over = [], []
-        for request, num_tokens, draft, is_decided in step.parts:
-            if is_decided:
-                self._decide(request, draft)
-            if is_over := len(request.tokens) >= request.end:
-                over.append(request)
-            outcomes.append(RequestOutcome(request.id_, num_tokens, len(draft), is_over))
+        for part in step.parts:
+            if part.is_decided:
+                self._decide(part.request, part.draft)
+        num_tokens = {part.request.id_: part.num_tokens for part in step.parts}
+        num_verified = {part.request.id_: len(part.draft) for part in step.parts if part.draft}
+        over = [part.request for part in step.parts if len(part.request.tokens) >= part.request.end]
+        outcome = StepOutcome(num_tokens, num_verified, [request.id_ for request in over])
         self._take_in()
         started_s, self._ended_s = max(step.scheduled_s, self._ended_s), self.time.now_s
-        self._publish(self.driver.end(step.plan, outcomes, Step(started_s, self._ended_s)))
+        self._publish(self.driver.end(step.plan, outcome, Step(started_s, self._ended_s)))
         if over:
             self._running = [request for request in self._running if len(request.tokens) < request.end]
         for request in over:
