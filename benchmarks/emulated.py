@@ -41,9 +41,11 @@ from vllm_specedge.simulation.models import SERVERS
 LOGS = results.LOGS / "emulated"
 RECORDINGS = LOGS / "recordings.json"
 STEP_TOKENS = 8192
-VANILLA, ALONE, OURS, BUDGET = ARMS = ("vanilla", "no edges", "edges", "edges, never held")
+VANILLA, ALONE, OURS, BUDGET = "vanilla", "no edges", "edges", "edges, never held"
+SYNCHRONOUS = "vanilla, synchronous"
+"""With --asynchronous, what plain vLLM itself needs between two steps if it waits for the first."""
 MODES = {OURS: "auto", BUDGET: "budget"}
-SERVER = {VANILLA: VANILLA, ALONE: OURS, OURS: OURS, BUDGET: BUDGET}
+SERVER = {VANILLA: VANILLA, SYNCHRONOUS: SYNCHRONOUS, ALONE: OURS, OURS: OURS, BUDGET: BUDGET}
 """The server of each arm."""
 MAX_OVERHEAD = {ALONE: 1.05, BUDGET: 1.25}
 """Most time between two steps, relative to vanilla's."""
@@ -79,10 +81,14 @@ class Load:
         return made
 
 
+def arms(load: Load) -> list[str]:
+    return [arm for arm in SERVER if arm != SYNCHRONOUS or load.is_asynchronous]
+
+
 def configs(load: Load) -> dict[str, dict[str, object] | None]:
     """Each server's --speculative-config."""
     ours = {arm: edge(load.k, mode=mode, ngram=False, max_edges=max(256, load.edges)) for arm, mode in MODES.items()}
-    return {VANILLA: None, **ours}
+    return {arm: ours.get(arm) for arm in arms(load) if SERVER[arm] == arm}
 
 
 def launch_emulated(load: Load, stack: ExitStack) -> dict[str, Target]:
@@ -93,7 +99,9 @@ def launch_emulated(load: Load, stack: ExitStack) -> dict[str, Target]:
         simulated = simulated_h100(LOGS / "h100")
         env |= {**simulated, "PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], simulated["PYTHONPATH"]])}
         arguments += ["--attention-backend", "TRITON_ATTN"]
-    return launch(configs(load), LOGS, stack, *arguments, max_seqs=load.requests, kv_bytes=KV_BYTES, env=env)
+    own = {SYNCHRONOUS: ["--no-async-scheduling"]}
+    sizes = {"max_seqs": load.requests, "kv_bytes": KV_BYTES}
+    return launch(configs(load), LOGS, stack, *arguments, **sizes, env=env, own_arguments=own)
 
 
 def emulation(at: Target) -> dict[str, float]:
@@ -146,7 +154,7 @@ def idle_ms(run: Run) -> float:
 def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One cell per arm, over all repeats so far, for the table and the file."""
     vanilla = [run for run in runs if run.arm == VANILLA]
-    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in ARMS}
+    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in SERVER}
     return [summarise_arm(arm, own, vanilla) for arm, own in by_arm.items() if own]
 
 
@@ -199,6 +207,9 @@ def report(load: Load, runs: Sequence[Run]) -> bool:
         if arm in MODES and not counted(run for run in runs if run.arm == arm)["verified_tokens"]:
             verdict = "means little: nothing was verified, so this is the cost of edges that only receive tokens"
         print(f"Between two steps, {arm}: {ratio:.2f} of vanilla's own overhead ({verdict}).")
+    if SYNCHRONOUS in cells:
+        ratio = cells[BUDGET]["between_ms"].median / cells[SYNCHRONOUS]["between_ms"].median
+        print(f"Between two steps, {BUDGET}: {ratio:.2f} of the overhead of {SYNCHRONOUS}.")
     num_wrong = sum(len(run.differences) for run in runs)
     print(f"{num_wrong} of {len(runs) * load.requests} answers have a token that is not the pseudo model's.")
     return num_wrong == 0
@@ -233,7 +244,7 @@ def main(
     slots = [
         Slot(arm=arm, requests=requests, repeat=repeat)
         for repeat in range(repeats)
-        for arm in (ARMS if repeat % 2 == 0 else reversed(ARMS))
+        for arm in (arms(load) if repeat % 2 == 0 else reversed(arms(load)))
     ]
     with story("emulated") as stack:
         targets = launch_emulated(load, stack)

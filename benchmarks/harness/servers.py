@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import httpx2 as httpx
@@ -153,13 +154,15 @@ def launch(
     env: Mapping[str, str] | None = None,
     model: Path = CACHE / MODEL_NAME,
     dtype: str = "float32",
+    own_arguments: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, Target]:
-    """Start a server for each --speculative-config (None: plain vLLM), all at once; returns when all are healthy."""
+    """Start a server for each --speculative-config (None: plain vLLM), all at once; returns when all are healthy.
+    `own_arguments`: further arguments of single servers, by name."""
     targets, ports = {}, free_ports(2 * len(configs))
     with console.status(f"Starting {len(configs)} servers (minutes) ..."):
         for name, config in configs.items():
             port, gateway_port = ports.pop(), ports.pop()
-            own = [*arguments, "--max-model-len", "2048", "--max-num-seqs", str(max_seqs)]
+            own = [*arguments, *own_arguments.get(name, ()), "--max-model-len", "2048", "--max-num-seqs", str(max_seqs)]
             own += ["--kv-cache-memory-bytes", str(kv_bytes)]
             has_gateway = config is not None and config["method"] == "edge"
             if config is not None:

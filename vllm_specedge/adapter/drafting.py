@@ -138,7 +138,9 @@ class Drafting:
         if self._loop is None:
             return plan
         self._stepping.planned(not plan.is_plain, self.driver.speedups.gain_of_waiting)
-        return replace(plan, has_gap=True) if self._loop.is_synchronous_step else plan.undrafted()
+        if self._loop.is_synchronous_step:
+            return replace(plan, has_gap=True)
+        return plan if plan.is_plain else plan.undrafted()
 
     # -- before a step ---------------------------------------------------------------------------------------------
 
