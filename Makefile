@@ -166,7 +166,7 @@ evidence: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/evidence.py $(ARGS)
 
 published: $(VENV)/.installed
-	$(BIN)/python benchmarks/published.py --write
+	PYTHONPATH=examples $(BIN)/python benchmarks/published.py --write
 
 bench-switched: $(VENV)/.installed model
 	PYTHONPATH=examples $(BIN)/python benchmarks/switched.py $(ARGS)

@@ -1,6 +1,6 @@
 """`make published`: the tables of README and docs/ that are made from files in results/.
 
-    python benchmarks/published.py [--write]
+    PYTHONPATH=examples python benchmarks/published.py [--write]
 
 A document has each between `<!-- table: NAME -->` and `<!-- end of table -->`. Without --write it prints the documents
 whose tables differ from the files (tests/test_published_figures.py checks the same).
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from evidence_figures import Interval
 from harness.results import RESULTS, ROOT, markdown
+from overload import simulated
 
 BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<table>.*?)<!-- end of table -->", re.DOTALL)
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md")
@@ -126,7 +127,8 @@ def overload(kind: str) -> str:
 
 def _goodput(cell: dict[str, Any]) -> str:
     shares = ", ".join(f"{share:.2f}" for share in cell["met"].values())
-    return f"{cell['goodput_per_s']:.2f} ({shares}) [{cell['simulated_per_s']:.2f}]"
+    other = simulated(cell["arm"], cell["simulated_per_s"], cell["simulated_range"])
+    return f"{cell['goodput_per_s']:.2f} ({shares}) {other}"
 
 
 # -- into the documents --------------------------------------------------------------------------------------------

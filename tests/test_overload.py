@@ -139,7 +139,8 @@ def test_the_command_prints_a_table_or_json() -> None:
 
 
 def cell(arm: str, times: float, goodput: float, simulated: float | None = None) -> Cell:
-    return Cell("poisson", arm, times, goodput, goodput if simulated is None else simulated, {}, 0)
+    simulated = goodput if simulated is None else simulated
+    return Cell("poisson", arm, times, goodput, simulated, {}, 0, simulated_range=(simulated, simulated))
 
 
 def test_the_benchmark_says_which_goals_are_missed() -> None:
@@ -151,4 +152,9 @@ def test_the_benchmark_says_which_goals_are_missed() -> None:
     assert "queue time" in missed
     [missed] = problems([cell("cost model", 1.0, 2.0, 2.5)])
     assert "25%" in missed
-    assert problems([cell("none", 3.0, 0.0, 1.0)]) == []
+    unheld = replace(cell("none", 3.0, 1.0, 2.0), simulated_range=(1.1, 2.5))
+    assert problems([unheld]) == []
+    [missed] = problems([replace(unheld, goodput_per_s=0.9)])
+    assert missed == "poisson, none, 3 times: the simulator is off by 22%"
+    [missed] = problems([replace(unheld, goodput_per_s=0.0)])
+    assert "off by inf" in missed

@@ -17,7 +17,7 @@ REQUEST_COUNTERS = (
     ("discarded_mismatch", "Draft tokens dropped because they contradicted what the target chose."),
     ("discarded_gap", "Draft tokens dropped because they continue something the engine does not have."),
     ("discarded_over_budget", "Draft tokens dropped because the request's tree was full."),
-    ("discarded_unused", "Draft tokens left in the tree when their request ended."),
+    ("discarded_unused", "Draft tokens left in the tree when their request ended or the last edge left."),
     ("verified_tokens", "Draft tokens of edges that the target verified."),
     ("accepted_tokens", "Draft tokens of edges that the target accepted."),
     ("ngram_verified_tokens", "Tokens of vLLM's own n-gram lookup that the target verified."),
