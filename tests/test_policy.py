@@ -225,7 +225,7 @@ def test_when_room_is_short_the_more_important_of_equals_goes_first_and_then_the
     other_priority: int, room: int, mode: str
 ) -> None:
     rows = [Candidate(str(order), order, 0.0, 0, (0.9,)) for order in range(8)]
-    rows[5] = replace(rows[5], priority=other_priority)
+    rows[5] = rows[5]._replace(priority=other_priority)
     decision = decide(rows, Load(room=8 + room), FLAT, 1.0, HoldLimits(mode=mode), 0.0)
     ranked = sorted(rows, key=lambda row: (row.priority, row.order))
     assert decision.lengths == {row.key: 1 for row in ranked[:room]}
@@ -542,11 +542,11 @@ def test_nobody_starves_while_others_come_back_again_and_again(
 ) -> None:
     """A step starts whenever it may; a request that ran has a new token, no draft, and an edge about to answer."""
     assume(situation.candidates)
-    limits, rows = situation.limits, [replace(row, since_s=situation.now_s) for row in situation.candidates]
+    limits, rows = situation.limits, [row._replace(since_s=situation.now_s) for row in situation.candidates]
     now_s = situation.now_s
     for _ in range(60):
         rows = [
-            replace(row, survivals=(), awaited=awaited(edge, Acceptance(), row.since_s, 4, limits))
+            row._replace(survivals=(), awaited=awaited(edge, Acceptance(), row.since_s, 4, limits))
             for row, edge in zip(rows, edges, strict=False)
         ]
         decision = replace(situation, candidates=rows, now_s=now_s).decide()
@@ -555,13 +555,13 @@ def test_nobody_starves_while_others_come_back_again_and_again(
             now_s = decision.wait_until_s
             continue
         now_s += step_s
-        rows = [row if row.key in decision.holds else replace(row, since_s=now_s) for row in rows]
+        rows = [row if row.key in decision.holds else row._replace(since_s=now_s) for row in rows]
         assert all(now_s - row.since_s <= limits.hold_limit_s + step_s + EPSILON for row in rows)
 
 
 @given(situations())
 def test_whoever_has_waited_for_the_limit_is_not_held(situation: Situation) -> None:
-    late = [replace(row, since_s=situation.now_s - situation.limits.hold_limit_s) for row in situation.candidates[:1]]
+    late = [row._replace(since_s=situation.now_s - situation.limits.hold_limit_s) for row in situation.candidates[:1]]
     decision = replace(situation, candidates=[*late, *situation.candidates[1:]]).decide()
     assert all(row.key not in decision.holds for row in late if situation.limits.mode == "auto")
     assert decision.wait_until_s is None or not late or situation.limits.mode == "wait"
@@ -664,7 +664,7 @@ def test_a_wait_makes_no_step_longer_than_it_may() -> None:
 def test_a_request_that_was_faster_of_late_may_wait_longer() -> None:
     expected = awaited(record(), acceptance_of(0.6), 0.0, 8, HoldLimits())
     for speedup, is_held in ((1.0, False), (1.2, True)):
-        rows = [replace(row, speedup=speedup) for row in one(expected)]
+        rows = [row._replace(speedup=speedup) for row in one(expected)]
         assert bool(decide(rows, NOTHING_ELSE, FLAT, 1.0, HoldLimits(), 0.0).holds) == is_held
 
 
@@ -673,7 +673,7 @@ def test_a_wait_and_the_step_that_verifies_what_it_brought_take_no_longer_togeth
     expected = awaited(record(deviation_s=0.001), acceptance_of(0.6), 0.0, 8, limits)
     now_s = decide(one(expected), NOTHING_ELSE, cost, 1.0, limits, 0.0).wait_until_s
     assert now_s is not None
-    rows = [replace(row, waited_s=now_s) for row in one(None, survivals_of(0.6, *[0.3] * 7))]
+    rows = [row._replace(waited_s=now_s) for row in one(None, survivals_of(0.6, *[0.3] * 7))]
     lengths = decide(rows, NOTHING_ELSE, cost, 1.0, limits, now_s).lengths
     assert lengths
     assert now_s + cost(1, 1 + sum(lengths.values()), 0) <= 1.3 * cost(1, 1, 0) * (1 + EPSILON)
@@ -691,7 +691,7 @@ def test_a_wait_leaves_time_to_verify_a_token_of_what_it_brings(token_s: float, 
 def test_who_has_waited_too_long_already_gets_a_plain_step() -> None:
     cost, load = convex_cost(STEP_S, {1: STEP_S / 20}), Load(step_limit_s=1.151 * STEP_S)
     for waited, num_verified in ((0.0, 3), (0.06, 1), (0.12, 0), (9.0, 0)):
-        rows = [replace(row, waited_s=waited * STEP_S) for row in one(None, survivals_of(*[1.0] * 8))]
+        rows = [row._replace(waited_s=waited * STEP_S) for row in one(None, survivals_of(*[1.0] * 8))]
         assert sum(decide(rows, load, cost, 1.0, LIMITS, 0.0).lengths.values()) == num_verified
         decision = decide(rows, NOTHING_ELSE, cost, 1.0, HoldLimits(max_stretch=1.151), 0.0)
         assert bool(decision.lengths) == (waited < 9.0), "the wait counts where a step is long because it is fast"
@@ -739,7 +739,7 @@ def test_a_wait_begins_where_the_draft_brings_more_than_is_not_made_meanwhile(
     draft: Awaited, step_s: float, speedup: float
 ) -> None:
     """The renewal argument, for one request that always waits, a punctual edge and verifying that costs nothing."""
-    draft, value = replace(draft, punctual=1.0), sum(draft.survivals)
+    draft, value = draft._replace(punctual=1.0), sum(draft.survivals)
     gain = value * (1 - draft.kept) + draft.kept * (speedup - 1) if value else 0.0
     loss = speedup / step_s * draft.arrives_s
     assume(abs(gain - loss) > 1e-6)
@@ -752,7 +752,7 @@ def test_the_more_requests_would_wait_for_one_draft_the_less_it_is_waited_for() 
     others = [Candidate(str(order), order, 0.0) for order in range(1, 20)]
     for beside, load in ((others, NOTHING_ELSE), ([], Load(num_others=19))):
         assert decide([row, *beside], load, FLAT, 1.0, LIMITS, 0.0).wait_until_s is None
-    alike = [replace(row, key=str(order), order=order) for order in range(20)]
+    alike = [row._replace(key=str(order), order=order) for order in range(20)]
     assert decide(alike, NOTHING_ELSE, FLAT, 1.0, LIMITS, 0.0).wait_until_s is not None
 
 
@@ -771,7 +771,7 @@ WITH_DRAFT = Candidate("ready", 99, 0.0, 0, (0.9, 0.8))
 
 
 def test_a_request_whose_draft_comes_during_the_step_is_left_out_of_it() -> None:
-    rows = [*group([0.8 * STEP_S]), *[replace(WITH_DRAFT, key=str(order), order=order) for order in range(1, 9)]]
+    rows = [*group([0.8 * STEP_S]), *[WITH_DRAFT._replace(key=str(order), order=order) for order in range(1, 9)]]
     decision = decide(rows, NOTHING_ELSE, HALF_FULL, 1.0, LIMITS, 0.0)
     assert decision.holds == {"0": pytest.approx(HALF_FULL(9, 9, 0))}
     assert decision.wait_until_s is None
@@ -784,13 +784,13 @@ def test_a_request_whose_draft_comes_during_the_step_is_left_out_of_it() -> None
         group([2 * STEP_S]),
         group([0.8 * STEP_S], kept=1.0),
         group([0.8 * STEP_S], since_s=-0.06),
-        [replace(group([0.8 * STEP_S])[0], awaited=None)],
+        [group([0.8 * STEP_S])[0]._replace(awaited=None)],
     ],
 )
 def test_a_request_is_not_left_out_if_its_draft_comes_later_or_keeps_or_it_has_waited_long(
     rows: list[Candidate],
 ) -> None:
-    beside = [replace(WITH_DRAFT, key=str(order), order=order) for order in range(1, 9)]
+    beside = [WITH_DRAFT._replace(key=str(order), order=order) for order in range(1, 9)]
     assert decide([*rows, *beside], NOTHING_ELSE, HALF_FULL, 1.0, LIMITS, 0.0).holds == {}
 
 

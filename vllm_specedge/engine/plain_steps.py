@@ -58,7 +58,7 @@ class PlainSteps:
     def book(self, request: DraftedRequest) -> None:
         """Book the tokens that were decided since the last time, each in a step of its own."""
         num_steps = len(request.tokens) - request.tree.length
-        if num_steps:
+        if num_steps > 0:
             _book(request, num_steps, num_steps)
             self._speedups.booked(request, num_steps, self._plain_step_s, self._ended_s)
 

@@ -10,8 +10,7 @@ from vllm_specedge.policy.holding import awaited
 from vllm_specedge.policy.situation import HOLDING_MODES, Awaited, Candidate, HoldLimits
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A running request that could decode in the next step, with room for `limit` draft tokens: in the request, in the
     model's context and, if the cache is nearly full, in the blocks that the request already has."""
 

@@ -8,8 +8,8 @@ Invariant: at most `max_nodes` nodes, none deeper than `max_depth`; work is cons
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Fate(Enum):
@@ -22,8 +22,7 @@ class Fate(Enum):
     FULL = "full"
 
 
-@dataclass(frozen=True, slots=True)
-class Insertion:
+class Insertion(NamedTuple):
     """The outcomes of a proposal's tokens: new in the tree, already there, already decided, or discarded."""
 
     fate: Fate
@@ -34,8 +33,7 @@ class Insertion:
     """Tokens discarded because of `fate`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Advance:
+class Advance(NamedTuple):
     """The effect of a commit on a tree."""
 
     held: int

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 from vllm_specedge.policy.probing import Probe
 from vllm_specedge.policy.step_cost import StepCost
@@ -34,8 +35,7 @@ class HoldLimits:
     come FAST times as fast."""
 
 
-@dataclass(frozen=True, slots=True)
-class Awaited:
+class Awaited(NamedTuple):
     """The draft expected for a request that has none."""
 
     arrives_s: float
@@ -49,8 +49,7 @@ class Awaited:
     """Probability that it arrives before `late_s`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A running request that could decode in the next step."""
 
     key: str
