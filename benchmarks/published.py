@@ -141,6 +141,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "evidence-smollm2": lambda: evidence("smollm2"),
     "goals-smollm2": lambda: goals("smollm2"),
     "evidence-qwen": lambda: evidence("qwen"),
+    "goals-qwen": lambda: goals("qwen"),
     "overload-poisson": lambda: overload("poisson"),
     "overload-bursty": lambda: overload("bursty"),
 }

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import demo_picture, published
+from benchmarks.evidence_figures import summarise
+from benchmarks.harness.results import Kept
 from benchmarks.overload import AGREEMENT, HELD, Cell
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +120,20 @@ def test_against_vllm_s_own_methods(begin: str, requests: int, kind: str, temper
         with_range(5.0),
         with_range(80.0),
     ]
+
+
+def test_how_two_machines_differ_with_the_qwen_pair() -> None:
+    path = RESULTS / "evidence-qwen.json"
+    runs = Kept.load(path, json.loads(path.read_text())["settings"], is_resumed=True).runs
+    found: dict[float | None, list[float]] = {0.0: [], None: []}
+    for session in range(3):
+        for cell in summarise([run for run in runs if run.session == session], "qwen"):
+            if cell["arm"].startswith("edge elsewhere") and cell["requests"] == 4:
+                found[cell["temperature"]].append(cell["tokens_per_s"].median)
+    greedy, sampled = found.values()
+    page = " ".join(PAGE.read_text().split())
+    brought = "brought {:.2f} on the first and {:.2f} and {:.2f} on the other, greedy, and {:.2f}, {:.2f} and {:.2f}"
+    assert brought.format(*greedy, *sampled) in page
 
 
 def test_goodput_under_overload() -> None:
