@@ -718,11 +718,11 @@ def test_a_better_edge_is_waited_for_where_a_worse_one_is(
 
     if not is_held(worse):
         return
-    assert is_held(replace(worse, arrives_s=worse.arrives_s * part))
-    assert is_held(replace(worse, late_s=0.1 + (worse.late_s - 0.1) * part))
-    assert is_held(replace(worse, survivals=[max(survival, rate) for survival in worse.survivals]))
-    assert is_held(replace(worse, survivals=[*worse.survivals, worse.survivals[-1] * rate]))
-    assert is_held(replace(worse, punctual=max(worse.punctual, rate)))
+    assert is_held(worse._replace(arrives_s=worse.arrives_s * part))
+    assert is_held(worse._replace(late_s=0.1 + (worse.late_s - 0.1) * part))
+    assert is_held(worse._replace(survivals=[max(survival, rate) for survival in worse.survivals]))
+    assert is_held(worse._replace(survivals=[*worse.survivals, worse.survivals[-1] * rate]))
+    assert is_held(worse._replace(punctual=max(worse.punctual, rate)))
 
 
 @given(waits, st.sampled_from([0.001, 0.01, 0.1]), st.floats(1, 10), st.sampled_from([1.0, 3.0]))
