@@ -43,6 +43,11 @@ class ScriptedEdges:
                 case Close():
                     self._tokens.pop(frame.request, None)
 
+    @property
+    def num_open(self) -> int:
+        """Requests of which they were told, and not that these are over."""
+        return len(self._tokens)
+
     def _propose(self, request: int, known: Sequence[int]) -> None:
         draft = self.draft(known)
         if draft and not self.is_gone:

@@ -31,6 +31,8 @@ def test_an_abort_leaves_the_others_as_they_are(plain: Engine, edge: Engine, way
     assert got["stays"] == said[1]
     assert len(got["gone"]) < 40
     assert not len(edge.drafting.driver)
+    assert edge.edges is not None
+    assert not edge.edges.num_open
 
 
 @every_way

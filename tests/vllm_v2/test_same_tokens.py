@@ -34,6 +34,8 @@ def test_greedy_answers(alike: Alike, edge: Engine, way: str) -> None:
     before, accepted = edge.counters["verified_tokens"], edge.counters["accepted_tokens"]
     steps, waited = edge.counters["engine_steps"], edge.counters["waited_steps"]
     alike(way, PROMPTS, greedy())
+    assert edge.edges is not None
+    assert not edge.edges.num_open
     verified, waited = edge.counters["verified_tokens"] - before, edge.counters["waited_steps"] - waited
     if way == "asynchronous":
         assert not verified

@@ -152,7 +152,8 @@ class ProposalTree:
         num_before, num_held, node = self.num_nodes, 0, self._root
         for token in tokens:
             child = node.children.pop(token, None)
-            self.num_nodes -= node.count()  # the child's siblings go: each node is counted once in its life
+            if node.children:  # the child's siblings go: each node is counted once in its life
+                self.num_nodes -= node.count()
             if child is None:
                 node = _Node()
                 break
