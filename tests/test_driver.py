@@ -211,6 +211,20 @@ def test_what_was_decoded_without_edges_is_booked_now_and_then_and_at_the_end() 
     assert driver.counters["committed_tokens"] == 5
 
 
+def test_what_a_step_verified_is_booked_to_it_though_the_last_edge_has_left_meanwhile() -> None:
+    serving = Serving()
+    serving.propose([23, 24])
+    assert serving.plan().drafts == {"r": [23, 24]}
+    before = serving.driver.counters.copy()
+    serving.tokens += [23, 24]
+    serving.driver.receive(Edges(0), serving.now_s)
+    serving.receive(Assign(0, 1))  # one that was on its way
+    serving.step(25, num_verified=2)
+    counted = serving.driver.counters - before
+    names = ("steps", "committed_tokens", "verified_tokens", "accepted_tokens")
+    assert [counted[name] for name in names] == [1, 3, 2, 2]
+
+
 def test_a_prediction_for_a_request_that_decoded_without_drafts_starts_at_its_present_length() -> None:
     driver, tokens = new_driver(num_edges=0), list(PROMPT)
     driver.open("r", tokens, "")

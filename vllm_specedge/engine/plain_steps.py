@@ -28,6 +28,9 @@ class PlainSteps:
         """End of the last step."""
         self._booked_s = 0.0
         """Time at which all tokens were booked."""
+        self._has_unbooked = False
+        """Whether a step has ended since. Tokens of one that has not are left: it may have verified drafts of an edge
+        that is gone."""
 
     @property
     def is_measurement_due(self) -> bool:
@@ -45,13 +48,15 @@ class PlainSteps:
 
     def ended(self, num_requests: int, ended_s: float) -> None:
         """Record the end of a step that decided a token of each of its requests."""
-        self._ended_s = ended_s
+        self._ended_s, self._has_unbooked = ended_s, True
         self._speedups.all_committed(num_requests)
         if ended_s - self._booked_s >= BOOKED_EVERY_S:
             self.book_all()
 
     def book_all(self) -> None:
-        self._booked_s = self._ended_s
+        if not self._has_unbooked:
+            return
+        self._booked_s, self._has_unbooked = self._ended_s, False
         for request in self._ledger:
             self.book(request)
 
