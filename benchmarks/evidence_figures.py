@@ -159,13 +159,15 @@ def _token_s(each: Sequence[float]) -> float:
 
 def served_in_time(own: Iterable[Run], plain: Iterable[Run]) -> float | None:
     """Share of requests with a first token within FIRST_TOKEN_S and a time per token of at most TOKEN_TIMES plain
-    vLLM's median; None if single requests were not recorded."""
-    middle_s = statistics.median([_token_s(each) for run in plain for each in run.each] or [0.0])
-    all_of_them = [each for run in own for each in run.each]
-    if not middle_s or not all_of_them:
-        return None
-    in_time = [each[0] <= FIRST_TOKEN_S and _token_s(each) <= TOKEN_TIMES * middle_s for each in all_of_them]
-    return sum(in_time) / len(in_time)
+    vLLM's median in the same start; None if single requests were not recorded."""
+    plain_s = {start: [_token_s(each) for run in runs for each in run.each] for start, runs in by_start(plain).items()}
+    in_time = [
+        each[0] <= FIRST_TOKEN_S and _token_s(each) <= TOKEN_TIMES * statistics.median(plain_s[run.repeat])
+        for run in own
+        if plain_s.get(run.repeat)
+        for each in run.each
+    ]
+    return sum(in_time) / len(in_time) if in_time else None
 
 
 def _cpu_s_per_token(runs: Sequence[Run], *processes: str) -> float:
@@ -184,7 +186,8 @@ def summarise(runs: Sequence[Run], pair: str) -> list[dict[str, Any]]:
 
 def _summary(cell: Slot, runs: Sequence[Run], goals: Sequence[Goal]) -> dict[str, Any]:
     own = [run for run in runs if _cell(run) == cell]
-    plain = [run for run in runs if run.arm == PLAIN and _load(run) == _load(cell)]
+    starts = set(by_start(own))
+    plain = [run for run in runs if run.arm == PLAIN and _load(run) == _load(cell) and run.repeat in starts]
     measured = {
         RATE: ratios(own, plain, _rate),
         WHOLE: ratios(own, plain, _whole_rate),

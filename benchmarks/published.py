@@ -96,6 +96,26 @@ def goals(pair: str) -> str:
     return markdown(["place", "requests", "times plain vLLM's", "goal", "measured", "verdict"], shown)
 
 
+def cost(pair: str) -> str:
+    """Tokens per second of the server's cores, the edges' time for a token, and requests served in time."""
+    shown = []
+    for cell in _cells(pair):
+        own_ms, plain_ms = cell["server_ms_a_token"], cell["plain_server_ms_a_token"]
+        has_draft_model = cell["arm"].startswith("edge, ")  # the other edges replay their drafts
+        shown.append(
+            [
+                cell["arm"],
+                _load(cell),
+                f"{1000 / own_ms:.1f} ({1000 / plain_ms:.1f})",
+                f"{plain_ms / own_ms:.2f}",
+                f"{cell['edge_ms_a_token']:.0f}" if has_draft_model else "",
+                f"{cell['served_in_time']:.0%} ({cell['plain_served_in_time']:.0%})",
+            ]
+        )
+    per_second = "tokens per core-second of the server (plain vLLM's)"
+    return markdown(["place", "requests", per_second, "times", "edges' core, ms a token", "in time (plain)"], shown)
+
+
 def _over_starts(measured: Interval) -> str:
     """One start has no interval."""
     return str(measured) if measured.num_starts > 1 else f"{measured.median:.2f}"
@@ -142,6 +162,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "goals-smollm2": lambda: goals("smollm2"),
     "evidence-qwen": lambda: evidence("qwen"),
     "goals-qwen": lambda: goals("qwen"),
+    "cost-smollm2": lambda: cost("smollm2"),
+    "cost-qwen": lambda: cost("qwen"),
     "overload-poisson": lambda: overload("poisson"),
     "overload-bursty": lambda: overload("bursty"),
 }

@@ -130,6 +130,18 @@ def test_requests_are_in_time_by_their_first_token_and_their_pace() -> None:
     assert served_in_time([run("edge", each=[])], plain) is None
 
 
+def test_requests_are_in_time_by_plain_vllm_s_pace_in_the_same_start() -> None:
+    plain = [run(PLAIN, 0, each=[[0.1, 5.1, 51]]), run(PLAIN, 1, each=[[0.1, 10.1, 51]])]
+    own = [run("edge", start, each=[[0.1, 8.1, 51]]) for start in (0, 1, 2)]
+    assert served_in_time(own, plain) == 1 / 2, "0.16 s a token: too slow in the first start, and not in the second"
+
+
+def test_what_a_token_costs_is_compared_within_the_same_starts() -> None:
+    plain = [run(PLAIN, start, cpu_s={"worker": used_s}) for start, used_s in ((0, 10.0), (1, 90.0))]
+    (cell,) = summarise([*plain, run("no edges", 0, cpu_s={"worker": 5.0, "front_end": 3.0})], "smollm2")
+    assert (cell["server_ms_a_token"], cell["plain_server_ms_a_token"]) == (80.0, 100.0)
+
+
 # -- one server that is switched -----------------------------------------------------------------------------------
 
 
