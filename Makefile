@@ -96,7 +96,7 @@ test-vllm-v2: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
 	PYTHONPATH=$(VLLM_V2):$(TRITON) VLLM_LOGGING_LEVEL=ERROR $(BIN)/pytest tests/vllm_v2 -n 2 --dist loadfile --durations=10
 
 bench-scheduling: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)
-	PYTHONPATH=$(VLLM_V2):$(TRITON) VLLM_LOGGING_LEVEL=ERROR $(BIN)/python benchmarks/scheduling.py
+	PYTHONPATH=examples:$(VLLM_V2):$(TRITON) VLLM_LOGGING_LEVEL=ERROR $(BIN)/python benchmarks/scheduling.py
 
 # All of `vllm serve` on it, from the command line to answers: one server per test, in its own processes.
 test-v2-wheel: $(VENV)/.installed $(TRITON)/triton/__init__.py $(VLLM_V2)

@@ -2,7 +2,8 @@
 
 vLLM's own schedulers for the V2 runner, in this process and without a model: sampled tokens come from a formula, and
 only `schedule` and `update_from_output` are timed, in turn. Edges answer while the step is computed, and are wrong in
-every third token. What vLLM's own methods need is shown beside: more where a step verifies, as it decides more.
+every third token; what the engine publishes also goes through the real link to a real gateway. What vLLM's own methods
+need is shown beside: more where a step verifies, as it decides more.
 """
 
 import os
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -23,13 +24,18 @@ from tests.vllm_v2 import tiny_model
 from tests.vllm_v2.engines import ASYNCHRONOUS, Engine, build, with_edges
 
 # isort: split
+from harness.gateways import gateway
 from vllm import SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
+from vllm_specedge.engine.gateway_link import EngineLink
+from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.engine_frames import Edges
 
+COMPUTED_S = 0.004
+"""Seconds in which a step is computed, and the link's thread may run."""
 NUM_REQUESTS, NUM_STEPS, NUM_WARM_UP, REPEATS = 64, 60, 8, 5
 PROMPT_TOKENS, OUTPUT_TOKENS = 8, 240
 OPTIONS = {"max_num_seqs": NUM_REQUESTS, "max_num_batched_tokens": 2048, "num_gpu_blocks_override": 4000}
@@ -79,7 +85,26 @@ def sampled(number: int, position: int, draft: Sequence[int]) -> list[int]:
     return tokens
 
 
-def measure(engine: Engine, way: str, own: Timer) -> Took:
+def through(link: EngineLink, engine: Engine) -> Callable[[], None]:
+    """Send what an engine publishes through the link, and to its edges when the returned function is called."""
+    assert engine.edges is not None
+    published: list[Frame] = []
+    receive = engine.edges.send
+
+    def send(frames: Iterable[Frame]) -> None:
+        sent = list(frames)
+        link.send(sent)
+        published.extend(sent)
+
+    def answer() -> None:
+        receive(published)
+        published.clear()
+
+    setattr(engine.edges, "send", send)  # noqa: B010 - a method
+    return answer
+
+
+def measure(engine: Engine, way: str, own: Timer, answer: Callable[[], None] = lambda: None) -> Took:
     scheduler, is_synchronous = engine.core.scheduler, way == "synchronous"
     if engine.edges is not None:
         engine.step_as(way)
@@ -98,8 +123,10 @@ def measure(engine: Engine, way: str, own: Timer) -> Took:
         in_flight.append(scheduler.schedule())
         took_s = time.perf_counter() - started_s
         scheduler.get_grammar_bitmask(in_flight[-1])
+        time.sleep(COMPUTED_S)
+        answer()
         if engine.edges is not None:
-            engine.drafting.shared.wake()  # as the link's thread does while workers compute
+            engine.drafting.shared.wake()  # as the link's thread does then
         if is_synchronous or len(in_flight) == 2:
             step = in_flight.popleft()
             output = outcome(scheduler, step, numbers)
@@ -142,9 +169,11 @@ def main() -> None:
         "edges, synchronous": (drafted, "synchronous"),
     }
     runs: dict[str, list[Took]] = {arm: [] for arm in arms}
-    for _ in range(REPEATS):
-        for arm, (engine, way) in arms.items():
-            runs[arm].append(measure(engine, way, own))
+    with tempfile.TemporaryDirectory() as directory, gateway(Path(directory)) as (_, _, link):
+        answer = through(link, drafted)
+        for _ in range(REPEATS):
+            for arm, (engine, way) in arms.items():
+                runs[arm].append(measure(engine, way, own, answer))
     plain_ms = median(took.all_ms for took in runs["plain"])
     for arm, took in runs.items():
         all_ms, vllm_ms = [one.all_ms for one in took], median(one.vllm_ms for one in took)

@@ -16,28 +16,30 @@ def look(scheduler: Any, targets: Targets, drafted: set[str] | None) -> tuple[li
     If few requests have a draft, only those become rows, as a row costs microseconds and there may be hundreds.
     """
     is_scarce = _is_scarce(scheduler)
-    rows, prefill, context, num_others, step_limit_s = [], 0, 0, 0, inf
+    rows, prefill, context, num_others = [], 0, 0, 0
+    priorities: set[int] = set()
     for request in scheduler.running:
         # Tokens of a running step are not known yet, and count as computed (AsyncScheduler).
-        num_in_flight = request.num_output_placeholders
-        num_left = request.num_tokens + num_in_flight - request.num_computed_tokens
+        num_tokens, num_in_flight = request.num_tokens, request.num_output_placeholders
+        num_left = num_tokens + num_in_flight - request.num_computed_tokens
         if request.status != RequestStatus.RUNNING or num_left != 1:
             prefill += num_left
             continue
-        context += request.num_tokens
-        step_limit_s = min(step_limit_s, targets.of(request.priority).itl_s)
+        context += num_tokens
+        priorities.add(request.priority)
         if drafted is not None and request.request_id not in drafted:
             num_others += 1
             continue
-        left = min(request.max_tokens - request.num_output_tokens, scheduler.max_model_len - request.num_tokens)
+        left = min(request.max_tokens - request.num_output_tokens, scheduler.max_model_len - num_tokens)
         left -= num_in_flight
         if is_scarce:
-            left = min(left, 1 + -request.num_tokens % scheduler.block_size)
+            left = min(left, 1 + -num_tokens % scheduler.block_size)
         rows.append(Row(request.request_id, left - 1, request.priority, num_in_flight))
     is_pressed = num_waiting(scheduler) > 0
     if is_pressed and len(scheduler.running) < scheduler.max_num_running_reqs:
         prefill += next((request.num_tokens for request in scheduler.waiting), 0)
     room = scheduler.max_num_scheduled_tokens
+    step_limit_s = min((targets.of(priority).itl_s for priority in priorities), default=inf)
     return rows, Load(context, num_others, min(prefill, room), is_pressed, room, step_limit_s=step_limit_s)
 
 

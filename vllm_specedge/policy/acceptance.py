@@ -3,6 +3,9 @@
 A request's own record counts most; if there is little of it, its edge's record; then that of all drafts here.
 """
 
+from itertools import accumulate
+from operator import mul
+
 MAX_DEPTH = 8
 """Deeper tokens count as this deep."""
 PRIOR_RATE = 0.5
@@ -42,8 +45,5 @@ class Acceptance:
 
     def survivals(self, num_tokens: int) -> list[float]:
         """For each of the first tokens of a draft, the probability that the target chooses it and all before it."""
-        survival, survivals = 1.0, []
-        for depth in range(num_tokens):
-            survival *= self.rates[depth] if depth < MAX_DEPTH else self.rates[-1]
-            survivals.append(survival)
-        return survivals
+        deeper = self.rates[-1:] * (num_tokens - MAX_DEPTH)
+        return list(accumulate(self.rates[:num_tokens] + deeper, mul))
