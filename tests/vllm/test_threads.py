@@ -3,7 +3,6 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,6 @@ from vllm_specedge.policy.situation import HoldLimits
 from vllm_specedge.policy.step_cost import StepCost
 from vllm_specedge.wire.codec import Frame
 from vllm_specedge.wire.engine_frames import Edges
-from vllm_specedge.wire.frames import Close, CloseReason, Commit
 
 DEADLINE_S = 10.0
 
@@ -30,13 +28,12 @@ class Link:
         self.inbox = deque((0.0, frame) for frame in frames)
         self.is_stopped = False
         self.can_wake = True
-        self.sent: list[Frame] = []
 
     def wake_at(self, at_s: float) -> bool:
         return self.can_wake
 
     def send(self, frames: list[Frame]) -> None:
-        self.sent += frames
+        assert not frames
 
     def stop(self) -> None:
         self.is_stopped = True
@@ -104,38 +101,6 @@ def test_an_engine_does_not_park_where_it_would_not_be_woken(shared: SharedDrive
     shared.link.inbox.clear()
     shared.link.can_wake = False
     assert not shared.park(1.0)
-
-
-@pytest.mark.parametrize(
-    "go_on",
-    [
-        lambda shared: shared.flush(),
-        lambda shared: shared.park(1.0),
-        lambda shared: shared.wait(time.monotonic() - 1.0),
-        lambda shared: in_a_thread(shared.wake),
-    ],
-    ids=["the workers have their step", "the engine sleeps", "it waits itself", "frames have arrived"],
-)
-def test_what_is_sent_between_two_steps_leaves_in_order_when(
-    shared: SharedDriver, go_on: Callable[[SharedDriver], object]
-) -> None:
-    shared.link.inbox.clear()
-    frames = [Commit(1, 0, (5,)), Close(2, CloseReason.FINISHED)]
-    for frame in frames:
-        shared.send([frame])
-    assert shared.link.sent == []
-    go_on(shared)
-    go_on(shared)
-    assert shared.link.sent == frames
-
-
-def test_without_a_gateway_nothing_is_kept_for_it(shared: SharedDriver) -> None:
-    link, shared.link = shared.link, None
-    shared.send([Commit(1, 0, (5,))])
-    shared.flush()
-    shared.link = link
-    shared.flush()
-    assert link.sent == []
 
 
 def test_what_fails_in_the_link_s_thread_is_raised_to_the_scheduler_s_and_nowhere_else(shared: SharedDriver) -> None:

@@ -191,7 +191,6 @@ class Drafting:
 
     def computing(self) -> None:
         """Do work that need not be done between two steps, while the workers compute."""
-        self.shared.flush()
         self.driver.learn()
 
     def ending_step(self, verified: Mapping[str, Sequence[int]]) -> None:
@@ -204,12 +203,8 @@ class Drafting:
         assert ending is not None
         self.shared.changed()
         self.shared.take_in()  # proposals that arrived during the step do not know its tokens
-        if num_scheduled_tokens or ending.over:
-            self._note(ending, num_scheduled_tokens)
-        if not self._scheduler.running:
-            self.shared.flush()  # another step may be long in coming
-
-    def _note(self, ending: _Ending, num_scheduled_tokens: Mapping[str, int]) -> None:
+        if not num_scheduled_tokens and not ending.over:
+            return
         # A step that was scheduled while another was computed begins when that ends.
         step = Step(max(ending.started_s, self._ended_s), time.monotonic())
         self._ended_s = step.ended_s
@@ -294,7 +289,6 @@ class Drafting:
             ending.over.append(request_id)
         else:
             self.shared.send(self.driver.close(request_id))
-            self.shared.flush()
 
     # -- waiting ---------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,6 @@
 Rule 1: only the thread that holds the lock uses the driver. The link's thread processes proposals while the scheduler's
 waits for the workers. It never waits for the lock: else the scheduler's thread would have to, between two steps.
 Rule 2: while every request waits for a draft, the engine's loop sleeps ("parked") until the link wakes it.
-Rule 3: what the scheduler's thread sends leaves with `flush`, once the workers have their step or the loop is about to
-sleep: the link's thread would encode it between two steps, and the scheduler's would wait for the interpreter's lock.
 """
 
 import threading
@@ -39,7 +37,6 @@ class SharedDriver:
         """Error in the link's thread, raised when the scheduler's thread next uses the driver."""
         self._plan: StepPlan | None = None
         """The plan, while it is valid: the engine asks several times whether there is something to do."""
-        self._unsent: list[Frame] = []
         self._counted = CountedSince()
         self.more_stats: Callable[[int], list[Frame]] = lambda num_welcomes: []
         """Returns further frames for the gateway, given how many times the engine was welcomed."""
@@ -85,19 +82,13 @@ class SharedDriver:
             self.send(self.driver.receive(frame, arrived_s))
 
     def send(self, frames: list[Frame]) -> None:
-        """Send frames to the gateway, if there is one, with the next `flush`."""
-        self._unsent += frames
-
-    def flush(self) -> None:
-        """Hand over to the link what was sent since the last time."""
-        if self._unsent and self.link is not None:
-            self.link.send(self._unsent)
-        self._unsent.clear()
+        """Send frames to the gateway, if there is one."""
+        if frames and self.link is not None:
+            self.link.send(frames)
 
     def park(self, until_s: float) -> bool:
         """Whether the engine's loop may sleep: it will certainly be woken, at `until_s` at the latest."""
         assert self.link is not None
-        self.flush()
         # The flag is set before the timer is set and the inbox checked; the link checks the flag after both.
         self._is_parked = self._was_parked = True
         if not self.link.wake_at(until_s) or self.link.inbox:
@@ -110,7 +101,6 @@ class SharedDriver:
 
     def wait(self, until_s: float) -> bool:
         """Wait a little for frames, for an engine without a loop that could sleep. False: none came."""
-        self.flush()
         left_s = until_s - time.monotonic()
         return left_s > 0 and self._arrived.wait(min(left_s, _BLOCK_S))
 
@@ -131,7 +121,6 @@ class SharedDriver:
         try:
             self.take_in()
             self.changed()
-            self.flush()
         except Exception as error:  # noqa: BLE001 - raised again in `locked`, which ends drafting
             self._failure = error
         finally:

@@ -147,7 +147,7 @@ class EngineLink(threading.Thread):
             ready = dict(poller.poll(math.ceil(max(0.0, until_s - now_s) * 1000)))
             if self._wake_at_s is not None and time.monotonic() >= self._wake_at_s:
                 self._wake_at_s = None
-                self._wake()
+                self._tell()
             if self._orders in ready and not self._obey():
                 return
             if self._gateway in ready:
@@ -205,8 +205,7 @@ class EngineLink(threading.Thread):
             except RemoteProtocolError as error:
                 logger.warning("The gateway sent an invalid frame (%s)", error)
         if self.inbox:
-            self._wake()
-            self._send_all()
+            self._tell()
 
     def _take(self, frame: Frame, now_s: float) -> None:
         match frame:
@@ -230,4 +229,9 @@ class EngineLink(threading.Thread):
     def _lost(self) -> None:
         self._is_welcome = False
         self.inbox.append((time.monotonic(), Bye(ByeCode.GOING_AWAY, "the gateway is away")))
+        self._tell()
+
+    def _tell(self) -> None:
+        """Call `wake`, which may send something from this thread."""
         self._wake()
+        self._send_all()
