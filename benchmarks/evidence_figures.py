@@ -185,9 +185,10 @@ def summarise(runs: Sequence[Run], pair: str) -> list[dict[str, Any]]:
 
 
 def _summary(cell: Slot, runs: Sequence[Run], goals: Sequence[Goal]) -> dict[str, Any]:
-    own = [run for run in runs if _cell(run) == cell]
-    starts = set(by_start(own))
-    plain = [run for run in runs if run.arm == PLAIN and _load(run) == _load(cell) and run.repeat in starts]
+    own, plain = _of_both(
+        [run for run in runs if _cell(run) == cell],
+        [run for run in runs if run.arm == PLAIN and _load(run) == _load(cell)],
+    )
     measured = {
         RATE: ratios(own, plain, _rate),
         WHOLE: ratios(own, plain, _whole_rate),
@@ -222,6 +223,12 @@ def _summary(cell: Slot, runs: Sequence[Run], goals: Sequence[Goal]) -> dict[str
         "answers_unlike_plain": _num_unlike(own, plain),
         "verdicts": verdicts,
     }
+
+
+def _of_both(own: Sequence[Run], plain: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs of the starts that both have: machines differ, and so do starts."""
+    starts = by_start(own).keys() & by_start(plain).keys()
+    return [run for run in own if run.repeat in starts], [run for run in plain if run.repeat in starts]
 
 
 def _load(slot: Slot) -> tuple[object, ...]:

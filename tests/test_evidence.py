@@ -138,7 +138,8 @@ def test_requests_are_in_time_by_plain_vllm_s_pace_in_the_same_start() -> None:
 
 def test_what_a_token_costs_is_compared_within_the_same_starts() -> None:
     plain = [run(PLAIN, start, cpu_s={"worker": used_s}) for start, used_s in ((0, 10.0), (1, 90.0))]
-    (cell,) = summarise([*plain, run("no edges", 0, cpu_s={"worker": 5.0, "front_end": 3.0})], "smollm2")
+    own = [run("no edges", start, cpu_s={"worker": 5.0, "front_end": 3.0 + start}) for start in (0, 2)]
+    (cell,) = summarise([*plain, *own], "smollm2")
     assert (cell["server_ms_a_token"], cell["plain_server_ms_a_token"]) == (80.0, 100.0)
 
 
